@@ -1,0 +1,123 @@
+"""The memory of one layer's slots: for each part of an expert, one stacked array `(slots, ...)`.
+
+The reader writes an expert's bytes into its slot; ops index experts by slot. The stacks are
+allocated once and never move. On the CPU they are numpy arrays, because the CPU ops are numba
+loops. On a GPU they are MLX arrays, written through a host view of the same memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from .checkpoint import ExpertLayer
+from .reader import ReadRequest
+
+if TYPE_CHECKING:
+    from .ops.cpu import Packed
+
+NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+MLX_DTYPES = {
+    "U32": mx.uint32,
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F32": mx.float32,
+}
+
+
+class ExpertBank:
+    """Slots of one layer.
+
+    Args:
+        layer: shapes, dtypes and file ranges of the layer's experts.
+        num_slots: how many experts fit at one time.
+        on_gpu: hold the stacks as MLX arrays for GPU ops, not as numpy arrays.
+    """
+
+    def __init__(self, layer: ExpertLayer, num_slots: int, *, on_gpu: bool):
+        self.layer = layer
+        self.num_slots = num_slots
+        self.on_gpu = on_gpu
+        self._arrays: dict[tuple[str, str], mx.array] = {}
+        self._bytes: dict[tuple[str, str], np.ndarray] = {}
+        for part in layer.parts:
+            key = (part.projection, part.part)
+            if on_gpu:
+                array = mx.zeros((num_slots, *part.shape), MLX_DTYPES[part.dtype])
+                raw = array.view(mx.uint8)
+                mx.eval(array, raw)
+                self._arrays[key] = array
+                self._bytes[key] = np.array(raw, copy=False).reshape(num_slots, part.nbytes)
+            else:
+                # np.empty: pages are taken when the first expert is read into them. Zeros would
+                # cost seconds a GB here, and no slot is used before it was read.
+                self._bytes[key] = np.empty((num_slots, part.nbytes), np.uint8)
+        self._packed: dict[str, Packed] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.nbytes for stack in self._bytes.values())
+
+    def requests(self, expert: int, slot: int) -> list[ReadRequest]:
+        """The reads that bring `expert` into `slot`: one for each part."""
+        return [
+            ReadRequest(
+                path=part.file,
+                start=part.range(expert)[0],
+                buffer=self._bytes[part.projection, part.part][slot],
+                layer=self.layer.layer,
+                expert=expert,
+            )
+            for part in self.layer.parts
+        ]
+
+    def packed(self, projection: str) -> Packed:
+        """The stack of one projection for the numba ops. CPU only."""
+        if projection not in self._packed:
+            self._packed[projection] = self._pack(projection)
+        return self._packed[projection]
+
+    def stacks(self, projection: str) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
+        """(weight, scales, biases) of one projection, each `(slots, ...)`. GPU only."""
+        return tuple(self._arrays.get((projection, p)) for p in ("weight", "scales", "biases"))
+
+    def matrix(self, projection: str, slot: int) -> list[mx.array | None]:
+        """(weight, scales, biases) of the expert in `slot`, as MLX arrays without the slot axis.
+
+        On the CPU this copies: it serves the reference ops only.
+        """
+        if self.on_gpu:
+            return [None if a is None else a[slot] for a in self.stacks(projection)]
+        found = {}
+        for part in self.layer.parts:
+            if part.projection == projection:
+                raw = mx.array(self._bytes[projection, part.part][slot])
+                found[part.part] = raw.view(MLX_DTYPES[part.dtype]).reshape(part.shape)
+        return [found.get(p) for p in ("weight", "scales", "biases")]
+
+    def _pack(self, projection: str) -> Packed:
+        from .ops.cpu import Packed
+
+        quantization = self.layer.quantization[projection]
+        parts = {p.part: p for p in self.layer.parts if p.projection == projection}
+        rows = parts["weight"].shape[0]
+
+        def stack(name: str, dtype: type) -> np.ndarray:
+            return self._bytes[projection, name].view(dtype).reshape(self.num_slots, rows, -1)
+
+        if quantization is None:
+            dtype = parts["weight"].dtype
+            bits = 32 if dtype == "F32" else 16
+            return Packed(stack("weight", np.uint8), None, None, bits, 0, NAMES[dtype])
+        dtype = parts["scales"].dtype
+        scale_type = np.float32 if dtype == "F32" else np.uint16
+        return Packed(
+            stack("weight", np.uint8),
+            stack("scales", scale_type),
+            stack("biases", scale_type),
+            quantization.bits,
+            quantization.group_size,
+            NAMES[dtype],
+        )

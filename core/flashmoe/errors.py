@@ -1,0 +1,25 @@
+"""The errors that flashmoe raises on purpose.
+
+Each text is written for the user: it holds the values that are wrong and the way out. Front ends
+show the text alone; a traceback is left for real bugs.
+"""
+
+
+class FlashMoEError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class CheckpointError(FlashMoEError):
+    """A checkpoint directory that cannot be used: missing, corrupt, or of an unsupported kind."""
+
+
+class ReadError(FlashMoEError):
+    """Expert bytes that could not be read while the model runs. Names file, layer, expert, range."""
+
+
+class BudgetError(FlashMoEError):
+    """A memory budget or a number of slots that is too small. Says how much is needed."""
+
+
+class SettingError(FlashMoEError, ValueError):
+    """An option outside its range, such as K above the trained one."""

@@ -1,0 +1,148 @@
+"""Which expert sits in which slot of one MoE layer, and which one leaves when a slot is needed.
+
+Frequency with ageing: each use of an expert counts 1 and halves every `half_life` tokens. Counts
+of experts that left are kept, so that one that comes back does not start from nothing. This module
+moves no bytes: whoever takes a slot fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import inf, ldexp
+
+# Counts are renormalised when the weight of a new use passes 2**512: far from the overflow of a
+# double at 2**1024, with room for any sum of uses.
+_MAX_EXPONENT = 512
+
+
+class Slots:
+    """The table of one layer: at most `num_slots` of its `num_experts` experts are resident.
+
+    Attributes:
+        evictions: experts that had to leave for another one since the start.
+    """
+
+    def __init__(self, num_slots: int, num_experts: int, half_life: float = 256.0):
+        if not 1 <= num_slots <= num_experts:
+            raise ValueError(f"num_slots is {num_slots}, must be 1..{num_experts} (num_experts)")
+        if not 0 < half_life < inf:
+            raise ValueError(f"half_life is {half_life} tokens, must be positive and finite")
+        self.num_slots = num_slots
+        self.num_experts = num_experts
+        self.half_life = half_life
+        self.evictions = 0
+        self._slot_of: dict[int, int] = {}
+        self._expert_in: list[int | None] = [None] * num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        # A use weighs 2**_exponent instead of all older ones being halved at each step; _exponent
+        # grows by tokens / half_life. _key holds the count of the expert in each slot once more:
+        # min() of a flat list of floats is what makes take() cheap.
+        self._exponent = 0.0
+        self._count = [0.0] * num_experts
+        self._key = [0.0] * num_slots
+        self._calls = 0
+        self._last_use = [0] * num_experts
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    @property
+    def residents(self) -> dict[int, int]:
+        """A copy of the table: expert -> slot."""
+        return dict(self._slot_of)
+
+    @property
+    def free(self) -> int:
+        """The number of slots that hold no expert."""
+        return len(self._free)
+
+    def lookup(self, expert: int) -> int | None:
+        """The slot of `expert`, or None when it is not resident."""
+        slot = self._slot_of.get(expert)
+        if slot is None:
+            self._check(expert)
+        return slot
+
+    def score(self, expert: int) -> float:
+        """The aged frequency: the sum over its uses of 0.5 ** (tokens since / half_life)."""
+        self._check(expert)
+        return self._count[expert] * 2.0**-self._exponent
+
+    def touch(self, counts: Mapping[int, int], tokens: int) -> None:
+        """Age all counts by `tokens`, then add `counts`: expert -> tokens of this call it got."""
+        if tokens < 0:
+            raise ValueError(f"tokens is {tokens}, must not be negative")
+        for expert, count in counts.items():
+            self._check(expert)
+            if count < 0:
+                raise ValueError(f"expert {expert} has count {count}, must not be negative")
+        self._exponent += tokens / self.half_life
+        if self._exponent > _MAX_EXPONENT:
+            self._renormalise()
+        weight = 2.0**self._exponent
+        self._calls += 1
+        for expert, count in counts.items():
+            self._count[expert] += count * weight
+            self._last_use[expert] = self._calls
+            slot = self._slot_of.get(expert)
+            if slot is not None:
+                self._key[slot] = self._count[expert]
+
+    def take(self, expert: int, pinned: Collection[int]) -> int | None:
+        """Give `expert`, which must not be resident, a slot; None when all residents are `pinned`.
+
+        A free slot goes first. Else the resident expert with the lowest score leaves: of equal
+        ones the least recently touched, then the lowest id. Experts in `pinned` stay.
+        """
+        self._check(expert)
+        if expert in self._slot_of:
+            raise ValueError(f"expert {expert} is already in slot {self._slot_of[expert]}")
+        if self._free:
+            slot = self._free.pop()
+        else:
+            victim = self._victim(pinned)
+            if victim is None:
+                return None
+            slot = self._slot_of.pop(victim)
+            self.evictions += 1
+        self._slot_of[expert] = slot
+        self._expert_in[slot] = expert
+        self._key[slot] = self._count[expert]
+        return slot
+
+    def drop(self, expert: int) -> None:
+        """Forget that `expert` is resident, as when its read failed: its slot is free again."""
+        self._check(expert)
+        slot = self._slot_of.pop(expert, None)
+        if slot is None:
+            raise ValueError(f"expert {expert} is not resident, so it cannot be dropped")
+        self._expert_in[slot] = None
+        self._free.append(slot)
+
+    def _victim(self, pinned: Collection[int]) -> int | None:
+        """Only called when every slot holds an expert."""
+        keys = self._key.copy()
+        for expert in pinned:
+            slot = self._slot_of.get(expert)
+            if slot is not None:
+                keys[slot] = inf
+        lowest = min(keys)
+        if lowest == inf:
+            return None
+        slot = keys.index(lowest)
+        if keys.count(lowest) == 1:
+            return self._expert_in[slot]
+        tied = (e for e, key in zip(self._expert_in, keys, strict=True) if key == lowest)
+        return min(tied, key=lambda e: (self._last_use[e], e))
+
+    def _renormalise(self) -> None:
+        # A whole power of two keeps every count exact, down to where it underflows to zero.
+        shift = int(self._exponent)
+        self._exponent -= shift
+        self._count = [ldexp(count, -shift) for count in self._count]
+        for expert, slot in self._slot_of.items():
+            self._key[slot] = self._count[expert]
+
+    def _check(self, expert: int) -> None:
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert {expert} is out of range: the layer has {self.num_experts}")

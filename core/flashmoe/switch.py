@@ -1,0 +1,148 @@
+"""`StreamingSwitchGLU`: the expert block whose experts stay on disk.
+
+It takes the place of mlx-lm's `SwitchGLU`. One call: look at the router's choice, start the reads
+of the experts that are not resident, compute the resident ones meanwhile, then compute each of
+the others when it has landed. A call of many tokens (prefill) is the same, expert by expert: each
+expert of the union is read once, and as many reads are in flight as there are slots to take them.
+
+Why a slot may be overwritten: `finish` returns when all experts of the call were computed, and
+the next call of this layer needs its router evaluated, which depends on that result. So no
+pending computation reads a slot when `Slots.take` gives it away, except those in `_pinned`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from types import ModuleType
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .bank import ExpertBank
+from .errors import ReadError
+from .reader import Pending, Reader
+from .slots import Slots
+
+
+@dataclass
+class SwitchStats:
+    """Counts of one layer since it was made."""
+
+    needed: int = 0  # experts that calls needed, each once per call
+    loaded: int = 0  # of these, the ones that were read from disk
+
+
+class StreamingSwitchGLU(nn.Module):
+    """The routed experts of one layer.
+
+    Args:
+        bank: the memory of the slots.
+        reader: reads expert parts into the bank; shared by all layers.
+        ops: a module of `flashmoe.ops`.
+    """
+
+    def __init__(self, bank: ExpertBank, reader: Reader, ops: ModuleType):
+        super().__init__()
+        self._bank = bank
+        self._reader = reader
+        self._ops = ops
+        self._slots = Slots(bank.num_slots, bank.layer.num_experts)
+        self.stats = SwitchStats()
+        # Experts that have a slot whose bytes have not all arrived. It outlives a call, so that
+        # a call that was interrupted leaves no slot that looks ready and is not.
+        object.__setattr__(self, "_loading", {})
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x: (..., hidden), indices: (..., top_k) -> (..., top_k, hidden)."""
+        return self.start(x, indices).finish()
+
+    def start(self, x: mx.array, indices: mx.array) -> Call:
+        """Start the reads that this call needs. Evaluates x and indices."""
+        for expert in list(self._loading):
+            # Left by a call that did not finish. If the read failed and the expert is needed
+            # again, it is read again, and that call reports.
+            with suppress(ReadError):
+                self.landed(expert)
+        return Call(self, x, indices)
+
+    def load(self, expert: int, pinned: set[int]) -> bool:
+        """Start to read an expert, if a slot can be had without evicting a pinned expert."""
+        slot = self._slots.take(expert, pinned)
+        if slot is None:
+            return False
+        self._loading[expert] = self._reader.submit(self._bank.requests(expert, slot))
+        return True
+
+    def landed(self, expert: int) -> int:
+        """Wait until the expert's bytes are in its slot; the slot.
+
+        Raises:
+            ReadError: they could not be read. The expert is then not resident any more.
+        """
+        pending: Pending | None = self._loading.get(expert)
+        if pending is not None:
+            try:
+                pending.wait()
+            except Exception:
+                self._slots.drop(expert)
+                del self._loading[expert]
+                raise
+            del self._loading[expert]
+        return self._slots.lookup(expert)
+
+
+class Call:
+    """One call of a StreamingSwitchGLU, between its `start` and its `finish`."""
+
+    def __init__(self, switch: StreamingSwitchGLU, x: mx.array, indices: mx.array):
+        self._switch = switch
+        self._shape = (*indices.shape, x.shape[-1])
+        top_k = indices.shape[-1]
+        x = x.reshape(-1, x.shape[-1])
+        mx.eval(x, indices)
+        chosen = np.array(indices).reshape(-1)
+        order = np.argsort(chosen, kind="stable")
+        experts, first = np.unique(chosen[order], return_index=True)
+        self._pairs = dict(zip(experts.tolist(), np.split(order, first[1:]), strict=True))
+        switch._slots.touch({e: p.size for e, p in self._pairs.items()}, tokens=x.shape[0])
+
+        resident = [e for e in self._pairs if switch._slots.lookup(e) is not None]
+        self._ready: list[int] = resident
+        self._missing = deque(e for e in self._pairs if switch._slots.lookup(e) is None)
+        self._landing: deque[int] = deque()
+        self._pinned = set(resident)
+        switch.stats.needed += len(self._pairs)
+        switch.stats.loaded += len(self._missing)
+        self._work = switch._ops.Work(switch._bank, x, top_k)
+        self._load_ahead()
+
+    def finish(self) -> mx.array:
+        """Compute all experts of the call. (..., top_k, hidden)
+
+        Raises:
+            ReadError: an expert could not be read.
+        """
+        switch = self._switch
+        while self._ready or self._landing:
+            if not self._ready:
+                self._ready = [self._landing.popleft()]
+                while self._landing and (
+                    not switch._ops.AS_THEY_LAND or switch._loading[self._landing[0]].done()
+                ):
+                    self._ready.append(self._landing.popleft())
+            self._work.run({switch.landed(e): self._pairs[e] for e in self._ready})
+            # Computed experts may be evicted from here on.
+            self._pinned.difference_update(self._ready)
+            self._ready = []
+            self._load_ahead()
+        return self._work.result().reshape(self._shape)
+
+    def _load_ahead(self) -> None:
+        """Start as many of the missing experts' reads as there are slots to take them."""
+        while self._missing and self._switch.load(self._missing[0], self._pinned):
+            expert = self._missing.popleft()
+            self._pinned.add(expert)
+            self._landing.append(expert)
