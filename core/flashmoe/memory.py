@@ -65,11 +65,20 @@ def available() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory this process holds now (on macOS: the most it has held so far)."""
+    """Bytes of memory this process holds now (on macOS the same as `peak`)."""
     if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak() -> int:
+    """The most bytes of memory this process has held so far."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage: on Linux its figure starts from what the parent held at the fork.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s+([0-9]+) kB", status, re.MULTILINE)[1]) * 1024
 
 
 @dataclass(frozen=True)
@@ -213,5 +222,7 @@ def _cgroup_rooms(membership: str, mount: Path) -> Iterator[int]:
 def _vm_stat_room(text: str) -> int:
     """Bytes of free, purgeable and file-backed pages in the output of macOS's `vm_stat`."""
     page = int(re.search(r"page size of ([0-9]+) bytes", text)[1])
-    count = {name: int(n) for name, n in re.findall(r'^"?([^":]+)"?:\s+([0-9]+)\.', text, re.M)}
+    count = {
+        name: int(n) for name, n in re.findall(r'^"?([^":]+)"?:\s+([0-9]+)\.', text, re.MULTILINE)
+    }
     return page * (count["Pages free"] + count["Pages purgeable"] + count["File-backed pages"])

@@ -28,6 +28,8 @@ FIELDS = {
 
 
 def check_text_config(config: dict, path: Path) -> dict:
+    """The part of config.json that describes the language model, with its sizes checked. `path` is
+    the checkpoint directory. Raises CheckpointError."""
     where = path / "config.json"
     if config.get("model_file") is not None:
         raise CheckpointError(
@@ -66,7 +68,9 @@ def check_text_config(config: dict, path: Path) -> dict:
 
 
 def check_quantization(config: dict, text_config: dict, path: Path) -> dict | None:
-    """config["quantization"], checked: defaults bits and group_size, and overrides by path."""
+    """config["quantization"], checked: defaults bits and group_size, and overrides by path.
+
+    None if the model is not quantised. Raises CheckpointError."""
     where = path / "config.json"
     quantization = config.get("quantization")
     if quantization is None:

@@ -18,9 +18,7 @@ from .errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors format for a header
 AGAIN = "the download is incomplete; download it again"
-EXPERT_TENSOR = re.compile(
-    r"(?P<prefix>.*\.layers\.(?P<layer>\d{1,9})\.mlp\.switch_mlp)\.(?P<rest>[^\n]+)"
-)
+EXPERT_TENSOR = re.compile(r".*\.layers\.(?P<layer>\d{1,9})\.mlp\.switch_mlp\..+")
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),

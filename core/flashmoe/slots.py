@@ -22,7 +22,7 @@ class Slots:
         evictions: experts that had to leave for another one since the start.
     """
 
-    def __init__(self, num_slots: int, num_experts: int, half_life: float = 256.0):
+    def __init__(self, num_slots: int, num_experts: int, half_life: float = 128.0):
         if not 1 <= num_slots <= num_experts:
             raise ValueError(f"num_slots is {num_slots}, must be 1..{num_experts} (num_experts)")
         if not 0 < half_life < inf:

@@ -1,35 +1,45 @@
-"""CPU kernels (numba) for matrices as they lie in an MLX checkpoint.
+"""Matrix products on the CPU with matrices as they lie in an MLX checkpoint; numpy in and out.
 
-A row of an affine matrix is a stream of little-endian 32-bit words. 32 values fill exactly `bits`
-words and a group is a multiple of 32 values, so a word belongs to one group. The matvec never
-shifts values into place: it masks them where they lie, converts, and multiplies by an `x` that
-holds the missing power of two. `x` is arranged for that once per call, which costs one row of work.
+The result of a row does not depend by a single bit on the number of threads, on the other pairs of
+the call, or on the slot: each (matrix row, row of x) is summed in one fixed order by one thread.
 
-Only one thread may launch at a time: numba's portable threading layer does not allow two.
+Only one thread may launch at a time: numba's portable threading layer does not allow two. Weights
+are read without the GIL, so reader threads go on meanwhile.
 """
 
-from functools import lru_cache
-from math import lcm
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, prange, types
-from numba.core import cgutils
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
-_LANES = 16  # one AVX-512 register; LLVM splits it where registers are narrower
+from .unpack import BITS, GROUP_SIZES, SIZES, arrange, block_kernel, pieces
+
+#: Up to so many rows of one matrix are as fast through `matvec` as through `matmul`.
+MATVEC_ROWS = 3
+
+_ROWS = 4  # rows of x that share one pass over the weights
+_FEW_ROWS = 32  # more rows go to BLAS
+_TILE = 256  # matrix rows that are unpacked for BLAS at once: 4 MB at 4096 inputs
 _BLOCK = 16  # matrix rows of one task
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_STORED = {
-    "bfloat16": np.dtype(np.uint16),
-    "float16": np.dtype(np.uint16),
-    "float32": np.dtype(np.float32),
-}
 
 
-class Packed(NamedTuple):
-    """A stack of S matrices (out, in) as they lie in an MLX checkpoint, seen by numpy."""
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A stack of matrices as they lie in an MLX checkpoint, seen by numpy.
+
+    weight: (S, out, row_bytes) uint8. Affine: MLX's little-endian bit stream, `bits` for each
+        value along `in`. Unquantised: the raw bytes of bf16, f16 or f32 values.
+    scales, biases: (S, out, in // group_size) uint16 (raw bits of bf16 or f16) or float32; None
+        when unquantised.
+    bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
+    dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
+
+    value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
+    Keep the object: it holds what each call needs of these arrays.
+    """
 
     weight: np.ndarray
     scales: np.ndarray | None
@@ -38,238 +48,209 @@ class Packed(NamedTuple):
     group_size: int
     dtype: str
 
+    def __post_init__(self):
+        affine = self.bits in BITS and self.group_size in GROUP_SIZES and self.dtype in SIZES
+        if not affine and (self.group_size or self.bits != 8 * SIZES.get(self.dtype, 0)):
+            raise ValueError(
+                f"no CPU kernel for {self.bits} bits, group size {self.group_size}, {self.dtype}"
+            )
+        slots, height, width = self.shape
+        _check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
+        stored = np.float32 if self.dtype == "float32" else np.uint16
+        for name in ("scales", "biases") if affine else ():
+            shape = slots, height, width // self.group_size
+            _check(name, getattr(self, name), stored, shape)
+            if width % self.group_size:
+                raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
+
     @property
     def shape(self) -> tuple[int, int, int]:
-        slots, out, row_bytes = self.weight.shape
-        return slots, out, row_bytes * 8 // self.bits
+        """(S, out, in)"""
+        slots, height, row_bytes = self.weight.shape
+        return slots, height, row_bytes * 8 // self.bits
+
+    @cached_property
+    def place(self) -> tuple[int, ...]:
+        """(weight, scales, biases: addresses; weight, scale bytes of a row; groups or inputs)"""
+        parts = map(_address, (self.weight, self.scales, self.biases))
+        n, scale_row = self.shape[2], 0
+        if self.group_size:
+            n //= self.group_size
+            scale_row = n * SIZES[self.dtype]
+        return *parts, self.weight.shape[2], scale_row, n
+
+    def kernel(self, op: str, rows: int = 1) -> int:
+        return block_kernel(op, self.bits, self.group_size, self.dtype, rows).address
 
 
-@lru_cache(maxsize=None)
-def _pieces(bits: int):
-    """How 32 values lie in `bits` words: (mask, source, factor), each (pieces, bits).
-
-    Piece k of word c is `word & mask[k, c]`; it stands for value source[k, c] times 1 / factor.
-    The last piece of each word is its top bits, and its mask entry is a right shift instead: so
-    no piece has the sign bit. A value that crosses into the next word is two pieces.
-    """
-    words = [[] for _ in range(bits)]
-    for value in range(32):
-        at, end = value * bits, value * bits + bits
-        while at < end:
-            word, low = divmod(at, 32)
-            width = min(end - at, 32 - low)
-            done = at - value * bits
-            words[word].append((low, width, value, done))
-            at += width
-    count = max(map(len, words))
-    mask = np.zeros((count, bits), np.int64)
-    source = np.zeros((count, bits), np.int64)
-    factor = np.zeros((count, bits), np.float32)
-    for c, pieces in enumerate(words):
-        for k, (low, width, value, done) in enumerate(pieces[:-1]):
-            mask[k, c] = ((1 << width) - 1) << low
-            source[k, c], factor[k, c] = value, 2.0 ** (done - low)
-        low, _, value, done = pieces[-1]
-        mask[-1, c], source[-1, c], factor[-1, c] = low, value, 2.0**done
-    return mask, source, factor
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.__array_interface__["data"][0]
 
 
-def _vector(builder, address, element, count):
-    pointer = builder.inttoptr(address, ir.VectorType(element, count).as_pointer())
-    return builder.load(pointer, align=1)
-
-
-def _constant(values):
-    return ir.Constant(ir.VectorType(_I32, len(values)), [int(v) for v in values])
-
-
-def _floats(builder, address, count, dtype):
-    """`count` stored values at an address, as float32 lanes."""
-    if dtype == "float32":
-        return _vector(builder, address, _F32, count)
-    raw = _vector(builder, address, ir.IntType(16), count)
-    wide = ir.VectorType(_F32, count)
-    if dtype == "float16":
-        return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), count)), wide)
-    raw = builder.shl(builder.zext(raw, ir.VectorType(_I32, count)), _constant([16] * count))
-    return builder.bitcast(raw, wide)
-
-
-def _add_product(builder, total, a, b):
-    """total + a * b; contracted to one instruction where the CPU has it."""
-    product = builder.fmul(a, b, flags=("contract",))
-    return product if total is None else builder.fadd(total, product, flags=("contract",))
-
-
-def _sum(builder, vector):
-    kind = ir.FunctionType(_F32, [_F32, vector.type])
-    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [_F32(0), vector], fastmath=("reassoc",))
-
-
-def _at(builder, address, index, size):
-    return builder.add(address, builder.mul(index, _I64(size)))
-
-
-def _zeroed(builder, count):
-    kind = ir.VectorType(_F32, count)
-    return cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * count))
-
-
-@intrinsic(prefer_literal=True)
-def _affine_dot(typingctx, w, scales, biases, x, groups, bits, group_size, dtype):
-    """float32 dot of one packed row with one arranged row of x; the first four are addresses."""
-    bits_, group_, dtype_ = bits.literal_value, group_size.literal_value, dtype.literal_value
-    mask, _, _ = _pieces(bits_)
-    per_group = bits_ * group_ // 32
-    size = _STORED[dtype_].itemsize
-
-    def codegen(context, builder, signature, args):
-        w, scales, biases, x, groups = args[:5]
-        plane = builder.mul(groups, _I64(4 * per_group))
-
-        def step(group, count, lanes, accumulator):
-            """Adds `count` groups from `group` on, as whole vectors of `lanes` words."""
-            scale = _floats(builder, _at(builder, scales, group, size), count, dtype_)
-            bias = _floats(builder, _at(builder, biases, group, size), count, dtype_)
-            total = builder.load(accumulator)
-            for first in range(0, count * per_group, lanes):
-                word = range(first, first + lanes)
-                offset = builder.add(builder.mul(group, _I64(4 * per_group)), _I64(4 * first))
-                q = _vector(builder, builder.add(w, offset), _I32, lanes)
-                at = builder.add(x, offset)
-                dot = None
-                for k, row in enumerate(mask):
-                    last = k == len(mask) - 1
-                    place = (builder.lshr if last else builder.and_)(
-                        q, _constant([row[m % bits_] for m in word])
-                    )
-                    value = builder.sitofp(place, ir.VectorType(_F32, lanes))
-                    dot = _add_product(builder, dot, value, _vector(builder, at, _F32, lanes))
-                    at = builder.add(at, plane)
-                spread = _constant([m // per_group for m in word])
-                total = _add_product(
-                    builder, total, builder.shuffle_vector(scale, scale, spread), dot
-                )
-                total = _add_product(
-                    builder,
-                    total,
-                    builder.shuffle_vector(bias, bias, spread),
-                    _vector(builder, at, _F32, lanes),
-                )
-            builder.store(total, accumulator)
-
-        stride = lcm(_LANES, per_group) // per_group
-        body, rest = _zeroed(builder, _LANES), _zeroed(builder, per_group)
-        steps = builder.udiv(groups, _I64(stride))
-        with cgutils.for_range(builder, steps) as loop:
-            step(builder.mul(loop.index, _I64(stride)), stride, _LANES, body)
-        if stride > 1:
-            with cgutils.for_range(builder, groups, start=builder.mul(steps, _I64(stride))) as loop:
-                step(loop.index, 1, per_group, rest)
-        return builder.fadd(
-            _sum(builder, builder.load(body)), _sum(builder, builder.load(rest))
+def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the kernels, which know addresses only, can use this array."""
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name} is {array.dtype} {array.shape} with strides {array.strides}; "
+            f"needed: C-contiguous {np.dtype(dtype)} {shape}"
         )
-
-    return types.float32(types.int64, types.int64, types.int64, types.int64, types.int64, bits, group_size, dtype), codegen
-
-
-_KERNEL = types.void(*[types.int64] * 6, types.CPointer(types.float32))
 
 
 @intrinsic
-def _call(typingctx, kernel, w, scales, biases, x, rows, n, out):
-    """Calls a compiled block kernel by its address."""
+def _call(typingctx, kernel, w, scales, biases, x, height, n, out, stride):
+    """Call the kernel at an address. So `_launch`, slow to compile, is compiled once for all."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 6 + [_F32.as_pointer()])
-        function = builder.inttoptr(args[0], kind.as_pointer())
-        builder.call(function, [*args[1:7], builder.inttoptr(args[7], _F32.as_pointer())])
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word] * 8)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
-
-
-@lru_cache(maxsize=None)
-def _matvec_kernel(bits, group_size, dtype):
-    row_bytes = bits * group_size // 8
-    size = _STORED[dtype].itemsize
-
-    @cfunc(_KERNEL, cache=True)
-    def matvec_block(w, scales, biases, x, rows, groups, out):
-        for r in range(rows):
-            g = r * groups
-            out[r] = _affine_dot(
-                w + g * row_bytes,
-                scales + g * size,
-                biases + g * size,
-                x,
-                groups,
-                bits,
-                group_size,
-                dtype,
-            )
-
-    return matvec_block.address
-
-
-@njit(cache=True, nogil=True)
-def _arrange(x, source, factor, out):
-    """x (R, in) -> out (R, pieces + 1, words): the planes that `_affine_dot` reads."""
-    pieces, bits = source.shape
-    for r in range(x.shape[0]):
-        for block in range(x.shape[1] // 32):
-            for k in range(pieces):
-                for c in range(bits):
-                    out[r, k, block * bits + c] = x[r, block * 32 + source[k, c]] * factor[k, c]
-            total = np.float32(0)
-            for i in range(32):
-                total += x[r, block * 32 + i]
-            out[r, pieces, block * bits] = total
-            for c in range(1, bits):
-                out[r, pieces, block * bits + c] = 0
+    return types.void(*[types.int64] * 9), codegen
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _launch(first, second, slots, rows, height, out, width):
-    kernel, w, s, b, wn, sn, x, xn, n = first
-    kernel2, w2, s2, b2, wn2, sn2, x2, xn2, n2 = second
+def _launch(first, second, slots, rows, limits, height, out, pair, row, stride):
+    """Run a kernel over (pair, block of matrix rows), shared out among the threads.
+
+    first, second: (kernel, *place, x, bytes of a row of x); see Packed. Where second has a kernel,
+    out = silu(first) * second.
+    limits: how many slots and rows of x there are. Returns the first pair outside them, or -1.
+    height: matrix rows. The result of matrix row r for pair p starts at out[p * pair + r * row].
+    """
+    for p in range(len(slots)):
+        if not (0 <= slots[p] < limits[0] and 0 <= rows[p] < limits[1]):
+            return p
+    kernel, w, scales, biases, w_row, s_row, n, x, x_row = first
+    kernel2, w2, scales2, biases2, w_row2, s_row2, n2, x2, x_row2 = second
     blocks = (height + _BLOCK - 1) // _BLOCK
     base = out.ctypes.data
     for task in prange(len(slots) * blocks):
-        p = task // blocks
-        row = task % blocks * _BLOCK
-        count = min(_BLOCK, height - row)
-        line = slots[p] * height + row
-        target = p * height + row
-        _call(kernel, w + line * wn, s + line * sn, b + line * sn, x + rows[p] * xn, count, n,
-              base + target * width * 4)
+        p, start = task // blocks, task % blocks * _BLOCK
+        count = min(_BLOCK, height - start)
+        line = slots[p] * height + start
+        to = p * pair + start * row
+        at, skip = w + line * w_row, line * s_row
+        xs = x + rows[p] * x_row
+        _call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to, stride)
         if kernel2 != 0:
             up = np.empty(_BLOCK, np.float32)
-            _call(kernel2, w2 + line * wn2, s2 + line * sn2, b2 + line * sn2, x2 + rows[p] * xn2, count, n2, up.ctypes.data)
+            at, skip = w2 + line * w_row2, line * s_row2
+            xs = x2 + rows[p] * x_row2
+            into = up.ctypes.data
+            _call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into, stride)
             for i in range(count):
-                gate = out[target + i]
-                out[target + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
+                gate = out[to + i]
+                out[to + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
+    return -1
 
 
-def _address(a):
-    return a.__array_interface__["data"][0]
+_NONE = (0,) * 9  # no second operand
 
-def _prepared(w, x):
-    mask, source, factor = _pieces(w.bits)
-    n = w.shape[2]
-    a = np.empty((len(x), len(source) + 1, n * w.bits // 32), np.float32)
-    _arrange(x, source, factor, a)
-    g = w.scales.shape[2]
-    return a, (_matvec_kernel(w.bits, w.group_size, w.dtype), _address(w.weight), _address(w.scales), _address(w.biases),
-            w.weight.shape[2], g * w.scales.itemsize, _address(a), a[0].nbytes, g)
 
-def matvec(w, slots, x, rows, out):
-    keep, first = _prepared(w, x)
-    _launch(first, (0,) * 9, slots, rows, w.weight.shape[1], out.reshape(-1), 1)
+def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
+    """x (R, in) as the kernels of w read it: (R, float32s of a row)."""
+    if not w.group_size:
+        return x
+    _, source, factor = pieces(w.bits)
+    shape = len(x), len(source) + 1, w.weight.shape[2] // 4
+    # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
+    raw = np.empty(shape[0] * shape[1] * shape[2] + 16, np.float32)
+    start = -_address(raw) % 64 // 4
+    out = raw[start : start + raw.size - 16].reshape(shape)
+    arrange(x, source, factor, out)
+    return out.reshape(shape[0], -1)
 
-def gate_up(gate, up, slots, x, rows, out):
-    k1, first = _prepared(gate, x)
-    k2, second = _prepared(up, x)
-    _launch(first, second, slots, rows, gate.weight.shape[1], out.reshape(-1), 1)
+
+def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
+    for w in (gate,) if up is None else (gate, up):
+        _check("x", x, np.float32, (len(x), w.shape[2]))
+        _check("out", out, np.float32, (slots.size, w.shape[1]))
+    _check("slots", slots, np.int64, (slots.size,))
+    _check("rows", rows, np.int64, (slots.size,))
+    if len(x) > slots.size:  # arrange only the rows that are used
+        used, rows = np.unique(rows, return_inverse=True)
+        x = x[used]
+    xs = _arranged(gate, x)
+    first, second = (gate.kernel("dot"), *gate.place, _address(xs), xs.strides[0]), _NONE
+    if up is not None:
+        ys = xs if (up.bits, up.group_size) == (gate.bits, gate.group_size) else _arranged(up, x)
+        second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
+    height = out.shape[1]
+    limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
+    bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), height, 1, 1)
+    if bad >= 0:
+        raise IndexError(
+            f"pair {bad}: slot {slots[bad]} of {limits[0]}, row {rows[bad]} of {limits[1]}"
+        )
+
+
+def matvec(w: Packed, slots: np.ndarray, x: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """out[p] = W[slots[p]] @ x[rows[p]].
+
+    slots, rows: (P,) int64. x: (R, in) float32. out: (P, out) float32. All C-contiguous.
+    Raises ValueError for other shapes or dtypes, IndexError for a slot or row that is not there.
+    """
+    _pairs(w, None, slots, x, rows, out)
+
+
+def gate_up(
+    gate: Packed,
+    up: Packed,
+    slots: np.ndarray,
+    x: np.ndarray,
+    rows: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """out[p] = silu(gate[slots[p]] @ x[rows[p]]) * (up[slots[p]] @ x[rows[p]]).
+
+    silu(g) = g * sigmoid(g). Arrays and errors as in `matvec`. The formats of gate and up may
+    differ.
+    """
+    _pairs(gate, up, slots, x, rows, out)
+
+
+def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
+    """out (rows, in) = the matrix rows from `start` on."""
+    if not 0 <= slot < w.shape[0]:
+        raise IndexError(f"slot {slot} of {w.shape[0]}")
+    weight, scales, biases, w_row, s_row, n = w.place
+    line = slot * w.shape[1] + start
+    at = weight + line * w_row, scales + line * s_row, biases + line * s_row
+    first = w.kernel("unpack"), *at, w_row, s_row, n, 0, 0
+    one = np.zeros(1, np.int64)
+    _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), 0, out.shape[1], 1)
+
+
+def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
+    """out = W[slot] in float32. out: (out, in) float32. Errors as in `matvec`."""
+    _check("out", out, np.float32, w.shape[1:])
+    _unpack(w, slot, 0, out)
+
+
+def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
+    """out = x @ W[slot].T. x: (R, in) float32, out: (R, out) float32. Errors as in `matvec`.
+
+    The bits of a row of the result depend on R: up to _FEW_ROWS go over the packed weights, in
+    fours that share a pass; more go through unpacked tiles and BLAS.
+    """
+    count, height = len(x), w.shape[1]
+    _check("x", x, np.float32, (count, w.shape[2]))
+    _check("out", out, np.float32, (count, height))
+    if count > _FEW_ROWS:
+        tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
+        for start in range(0, height, _TILE):
+            part = tile[: height - start]
+            _unpack(w, slot, start, part)
+            np.matmul(x, part.T, out=out[:, start : start + _TILE])
+        return
+    xs = _arranged(w, x)
+    fours = count - count % _ROWS
+    for rows, at in ((_ROWS, np.arange(0, fours, _ROWS)), (1, np.arange(fours, count))):
+        if at.size:
+            first = w.kernel("dot", rows), *w.place, _address(xs), xs.strides[0]
+            slots, limits = np.full(at.size, slot), (w.shape[0], count)
+            into = out[at[0] :].reshape(-1)
+            step = rows * height
+            if _launch(first, _NONE, slots, at, limits, height, into, step, 1, height) >= 0:
+                raise IndexError(f"slot {slot} of {w.shape[0]}")

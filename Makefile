@@ -1,0 +1,30 @@
+# make demo: set up and stream an answer of the bundled model. make test: set up and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint setup clean
+.DEFAULT_GOAL = test
+
+# Anew when what is installed changed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+setup: $(VENV)/installed
+
+demo: setup
+	LLM_USER_PATH=$(VENV)/llm $(BIN)/llm -m flashmoe-demo "Tell me a short story about a cat." \
+		-o seed 2 -o max_tokens 200
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)

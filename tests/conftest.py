@@ -1,0 +1,29 @@
+"""What all tests share. Files and processes here are real; nothing reaches a network."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything imports transformers or huggingface_hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_report_header():
+    names = ("mlx", "mlx-lm", "numba", "llm", "numpy", "transformers")
+    return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
+
+
+@pytest.fixture
+def run_llm(tmp_path, monkeypatch):
+    """Run the real `llm` with a user directory of its own; the finished process."""
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
+
+    def run(*args, **kwargs) -> subprocess.CompletedProcess:
+        command = [str(Path(sys.executable).parent / "llm"), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+    return run

@@ -1,0 +1,82 @@
+"""The resident twin of a streaming model: all experts in memory, loaded by mlx, the same ops.
+
+It uses no reader, no slots and no waves: what those could get wrong shows as a difference.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from flashmoe import ops
+from flashmoe.bank import ExpertBank
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.models import StreamingMoE, load_streaming
+
+
+class ResidentSwitch(nn.Module):
+    """Stands where StreamingSwitchGLU stands, with every expert at the slot of its own number."""
+
+    def __init__(self, bank: ExpertBank):
+        super().__init__()
+        self.bank = bank
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        top_k = indices.shape[-1]
+        flat = x.reshape(-1, x.shape[-1])
+        mx.eval(flat, indices)
+        chosen = np.array(indices).reshape(-1)
+        work = ops.pick().Work(self.bank, flat, top_k)
+        work.run({int(e): np.flatnonzero(chosen == e) for e in np.unique(chosen)})
+        return work.result().reshape(*indices.shape, -1)
+
+    def start(self, x, indices):
+        result = self(x, indices)
+
+        class Done:
+            finish = staticmethod(lambda: result)
+
+        return Done
+
+
+def load_resident(path) -> StreamingMoE:
+    checkpoint = Checkpoint.open(path)
+    weights = {}
+    for file in checkpoint.files:
+        weights |= mx.load(str(file))
+    model = load_streaming(checkpoint, slots=checkpoint.num_experts)
+    for index, layer in checkpoint.expert_layers.items():
+        bank = ExpertBank(layer, layer.num_experts, on_gpu=ops.on_gpu())
+        for expert in range(layer.num_experts):
+            for part, request in zip(layer.parts, bank.requests(expert, expert), strict=True):
+                stack = weights[f"{layer.prefix}.{part.projection}.{part.part}"]
+                request.buffer[:] = np.array(mx.contiguous(stack[expert]).view(mx.uint8)).ravel()
+        model.layers[index].mlp.switch_mlp = ResidentSwitch(bank)
+    return model
+
+
+def logits(model, tokens: list[int], chunk: int, decode: int = 4) -> list[np.ndarray]:
+    """Logits of a prompt in chunks, then of `decode` greedy tokens, as float32."""
+    cache = make_prompt_cache(model)
+    found = []
+
+    def step(piece):
+        out = model(mx.array([piece]), cache=cache).astype(mx.float32)
+        mx.eval(out, [c.state for c in cache])
+        found.append(np.array(out[0]))
+
+    for start in range(0, len(tokens), chunk):
+        step(tokens[start : start + chunk])
+    for _ in range(decode):
+        step([int(found[-1][-1].argmax())])
+    return found
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    """Equal bit for bit."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and (x.view(np.uint32) == y.view(np.uint32)).all()
+        for x, y in zip(a, b, strict=True)
+    )

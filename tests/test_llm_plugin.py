@@ -1,0 +1,171 @@
+"""The plugin as a user has it: the real `llm` in processes of its own, with its real logs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import llm
+import pexpect
+import pytest
+
+from flashmoe.catalog import DEMO
+
+LLM = str(Path(sys.executable).parent / "llm")
+
+
+def logs(run_llm) -> list[dict]:
+    return json.loads(run_llm("logs", "--json", "-n", "0").stdout)
+
+
+def test_answer_is_not_streamed_or_not_logged(run_llm):
+    done = run_llm("-m", DEMO, "Say hello.", "-o", "seed", "0", "-o", "max_tokens", "12", "-u")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "Token usage:" in done.stderr
+    (entry,) = logs(run_llm)
+    assert entry["response"].strip() == done.stdout.strip()
+    figures = entry["response_json"]
+    assert figures["finish_reason"] == "length"
+    assert (figures["experts"], figures["trained_experts"], figures["bits"]) == (10, 10, 4)
+    assert 0 <= figures["hit_rate"] <= 1
+    assert figures["bytes_read"] > 0
+    assert figures["tokens_per_second"] > 0
+    assert entry["output_tokens"] == 12
+    assert entry["input_tokens"] > 5
+
+    again = run_llm(
+        "-m", DEMO, "Say hello.", "-o", "seed", "0", "-o", "max_tokens", "12", "--no-stream"
+    )
+    assert again.stdout == done.stdout, "same seed, and streamed or not: the same text"
+
+
+def test_continued_conversation_forgets(run_llm):
+    greedy = ("-o", "temperature", "0", "-o", "max_tokens", "40")
+    first = run_llm("-m", DEMO, "My name is Ada. Please remember it.", *greedy)
+    assert first.returncode == 0, first.stderr
+    second = run_llm("-c", "What is my name?", *greedy)
+    assert "Ada" in second.stdout
+    alone = run_llm("-m", DEMO, "What is my name?", *greedy)
+    assert "Ada" not in alone.stdout
+    tokens = [e["input_tokens"] for e in logs(run_llm)]
+    assert tokens[1] > tokens[0] + tokens[2] - 10, "the second prompt holds the first turn"
+
+
+def test_options_of_a_response_are_ignored(run_llm):
+    done = run_llm(
+        *("-m", DEMO, "Count from one to ten.", "-o", "temperature", "0", "-o", "experts", "4"),
+        *("-o", "max_tokens", "20", "-o", "stop", '["zebra", "e"]', "-o", "memory", "2GB"),
+        *("-o", "top_p", "0.9", "-o", "top_k", "5", "-o", "min_p", "0.1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "e" not in done.stdout
+    (entry,) = logs(run_llm)
+    assert entry["response_json"]["experts"] == 4
+    assert entry["options_json"]["memory"] == "2GB"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("experts", "0"), ("experts=0", "1 to 10")),
+        (("experts", "11"), ("experts=11", "1 to 10")),
+        (("temperature", "-1"), ("temperature=-1", "0 or more")),
+        (("memory", "1MB"), ("memory 1.0 MB is too small", "needs at least")),
+        (("memory", "lots"), ("'lots' is not a memory size", "8GB")),
+        (("max_tokens", "0"), ("max_tokens=0", "1 or more")),
+        (("stop", ""), ("stop string is empty",)),
+    ],
+)
+def test_bad_option_ends_in_a_traceback(run_llm, options, words):
+    done = run_llm("-m", DEMO, "hello", "-o", *options)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [(" ", ("the prompt is empty",)), ("word " * 5000, ("tokens", "context", "4096"))],
+)
+def test_bad_prompt_ends_in_a_traceback(run_llm, prompt, words):
+    done = run_llm("-m", DEMO, prompt)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_listing_models_imports_mlx(tmp_path):
+    code = (
+        "import sys; from click.testing import CliRunner; from llm.cli import cli\n"
+        "done = CliRunner().invoke(cli, ['models'])\n"
+        f"assert {DEMO!r} in done.output, done.output\n"
+        "heavy = {'mlx', 'mlx_lm', 'numba', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    env = os.environ | {"LLM_USER_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_interrupt_leaves_a_traceback_or_an_abort(tmp_path):
+    env = os.environ | {"LLM_USER_PATH": str(tmp_path)}
+    command = [LLM, "-m", DEMO, "Tell me a very long story.", "-o", "stop", "\x00never\x00"]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.read(5), process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    start = time.perf_counter()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "terminate called" not in errors
+    assert time.perf_counter() - start < 10
+
+
+def test_chat_forgets_or_dies_of_an_error(tmp_path):
+    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "TERM": "dumb"}
+    options = ["-o", "temperature", "0", "-o", "max_tokens", "40"]
+    chat = pexpect.spawn(LLM, ["chat", "-m", DEMO, *options], env=env, encoding="utf8", timeout=60)
+    chat.expect("> ")
+    chat.sendline("My name is Ada. Please remember it.")
+    chat.expect("\r\n.*> ")
+    chat.sendline("What is my name?")
+    chat.expect("Ada")
+    chat.expect("> ")
+    chat.sendline("quit")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+def test_seed_zero_is_no_seed():
+    model = llm.get_model(DEMO)
+
+    def text(seed):
+        return model.prompt("Name an animal.", max_tokens=16, seed=seed, temperature=1.5).text()
+
+    assert text(0) == text(0)
+    assert len({text(seed) for seed in range(5)}) > 1
+
+
+def test_missing_checkpoint_is_a_traceback(run_llm, tmp_path):
+    done = run_llm("flashmoe", "run", tmp_path / "nothing", "hello")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "no directory" in done.stderr
+
+
+def test_run_command_hides_its_memory_plan(run_llm):
+    done = run_llm("flashmoe", "run", DEMO, "hello", "--max-tokens", "5", "--slots", "12", "-v")
+    assert done.returncode == 0, done.stderr
+    assert "12 slots x 8 layers" in done.stderr
+    assert "K=10 of 10, 4 bits" in done.stderr

@@ -1,0 +1,85 @@
+"""What we rely on in mlx-lm. When an upgrade moves it, this fails first and says what moved."""
+
+import inspect
+
+import mlx.core as mx
+import pytest
+from mlx_lm import generate, sample_utils, tokenizer_utils, utils
+from mlx_lm.models import qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next, switch_layers
+from mlx_lm.models.activations import swiglu
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def source(thing) -> str:
+    return inspect.getsource(thing)
+
+
+def test_moe_block_of_qwen3_next_moved():
+    """SharedExpertBlock repeats its forward, with the reads started earlier."""
+    block = qwen3_next.Qwen3NextSparseMoeBlock
+    assert qwen3_5.SparseMoeBlock is block
+    text = source(block)
+    for line in (
+        "gates = self.gate(x)",
+        "gates = mx.softmax(gates, axis=-1, precise=True)",
+        "inds = mx.argpartition(gates, kth=-k, axis=-1)[..., -k:]",
+        "scores = mx.take_along_axis(gates, inds, axis=-1)",
+        "if self.norm_topk_prob:",
+        "y = self.switch_mlp(x, inds)",
+        "y = (y * scores[..., None]).sum(axis=-2)",
+        "shared_y = mx.sigmoid(self.shared_expert_gate(x)) * shared_y",
+    ):
+        assert line in text, f"mlx-lm changed {block.__name__}: {line!r} is gone"
+
+
+def test_moe_block_of_qwen3_moe_moved():
+    text = source(qwen3_moe.Qwen3MoeSparseMoeBlock)
+    for line in (
+        "gates = self.gate(x)",
+        "gates = mx.softmax(gates, axis=-1, precise=True)",
+        "inds = mx.argpartition(gates, kth=-k, axis=-1)[..., -k:]",
+        "y = self.switch_mlp(x, inds)",
+        "y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)",
+    ):
+        assert line in text, f"mlx-lm changed Qwen3MoeSparseMoeBlock: {line!r} is gone"
+
+
+@pytest.mark.parametrize("module", [qwen3_5_moe, qwen3_next, qwen3_moe])
+def test_model_class_moved(module):
+    assert parameters(module.Model.__init__) == ["self", "args"]
+    assert parameters(module.Model.sanitize) == ["self", "weights"]
+    assert isinstance(inspect.getattr_static(module.Model, "layers"), property)
+    assert hasattr(module.ModelArgs, "from_dict")
+
+
+def test_switch_glu_signature_moved():
+    assert parameters(switch_layers.SwitchGLU.__call__) == ["self", "x", "indices"]
+    # Our ops call swiglu(gate, up).
+    gate, up = mx.array([1.0]), mx.array([3.0])
+    assert swiglu(gate, up).item() == pytest.approx(3 / (1 + 2.718281828**-1))
+
+
+def test_loading_functions_moved():
+    assert {"lazy", "get_model_classes"} <= set(parameters(utils.load_model))
+    assert "eos_token_ids" in parameters(utils.load_tokenizer)
+    assert parameters(utils.load_config)[0] == "model_path"
+    assert 'glob.glob(str(model_path / "model*.safetensors"))' in source(utils.load_model)
+
+
+def test_generation_functions_moved():
+    assert {"prompt", "max_tokens"} <= set(parameters(generate.stream_generate))
+    assert {"sampler", "prefill_step_size", "prompt_progress_callback", "prompt_cache"} <= set(
+        parameters(generate.generate_step)
+    )
+    assert {"temp", "top_p", "min_p", "top_k"} <= set(parameters(sample_utils.make_sampler))
+    for name in ("split", "flush", "make_state"):
+        assert hasattr(generate.TextStateMachine, name)
+    for name in ("has_thinking", "think_start", "think_end", "rfind_think_start"):
+        assert hasattr(tokenizer_utils.TokenizerWrapper, name)
+
+
+def test_mlx_threads_moved():
+    assert hasattr(mx, "clear_streams"), "the engine thread ends with it"
