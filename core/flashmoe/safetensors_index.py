@@ -103,15 +103,13 @@ def read_object(path: Path) -> dict:
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Indexes all shards of a checkpoint directory.
 
-    With an index file the shards are those it names, and it must agree with their headers; without
-    one they are model*.safetensors, as in mlx-lm. Raises CheckpointError.
+    They are model*.safetensors, as in mlx-lm, which loads the dense weights from all of them. An
+    index file, if there is one, must agree with their headers. Raises CheckpointError.
     """
     index = directory / INDEX_NAME
     listed = _weight_map(index) if os.path.lexists(index) else None
-    if listed is None:
-        files = sorted(directory.glob("model*.safetensors"))
-    else:
-        files = [directory / shard for shard in sorted(set(listed.values()))]
+    shards = {directory / shard for shard in (listed or {}).values()}
+    files = sorted(shards.union(directory.glob("model*.safetensors")))
     if not files:
         raise CheckpointError(
             f"{directory} holds no model*.safetensors: give the directory of an MLX checkpoint"
@@ -146,10 +144,12 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} must have an object weight_map, it has {show(listed)}")
     for name, shard in listed.items():
         # One plain name: a path from a stranger's file must not lead out of the directory.
-        if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_.+-]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(
+            r"model[A-Za-z0-9_.+-]*\.safetensors", shard
+        ):
             raise CheckpointError(
-                f"{index} places tensor {show(name)} in {show(shard)}: a shard must be a plain "
-                "*.safetensors file name in the same directory"
+                f"{index} places tensor {show(name)} in {show(shard)}: a shard must be a "
+                "model*.safetensors file in the same directory"
             )
     return listed
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .unpack import BITS, GROUP_SIZES, SIZES, arrange, block_kernel, pieces
+from .unpack import BITS, GROUP_SIZES, SIZES, arrange, arrangement, block_kernel
 
 # GNU OpenMP's threads spin for milliseconds after a launch, which takes the CPU from the reader
 # threads and from MLX. So many rounds bridge two launches in a row. Read at the first launch.
@@ -121,7 +121,7 @@ def _launch(first, second, slots, rows, limits, height, out, row):
     first, second: (kernel, *place, x, bytes of a row of x); see Packed. Where second has a kernel,
     out = silu(first) * second.
     limits: how many slots and rows of x there are. Returns the first pair outside them, or -1.
-    height: matrix rows. The result of matrix row r for pair p starts at out[(p * height + r) * row].
+    height: matrix rows. Row r's result for pair p starts at out[(p * height + r) * row].
     """
     for p in range(len(slots)):
         if not (0 <= slots[p] < limits[0] and 0 <= rows[p] < limits[1]):
@@ -157,13 +157,12 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     """x (R, in) as the kernels of w read it: (R, ...)."""
     if not w.group_size:
         return x
-    _, source, factor = pieces(w.bits)
-    shape = len(x), len(source) + 1, w.weight.shape[2] // 4
+    index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
     # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
-    raw = np.empty(shape[0] * shape[1] * shape[2] + 16, np.float32)
+    raw = np.empty(len(x) * index.size + 16, np.float32)
     start = -_address(raw) % 64 // 4
-    out = raw[start : start + raw.size - 16].reshape(shape)
-    arrange(x, source, factor, out)
+    out = raw[start : start + raw.size - 16].reshape(len(x), index.size)
+    arrange(x, index, factor, sums, out)
     return out
 
 
@@ -175,6 +174,8 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
     _check("rows", rows, np.int64, (slots.size,))
     if len(x) > slots.size:  # arrange only the rows that are used
         used, rows = np.unique(rows, return_inverse=True)
+        for row in used[(used < 0) | (used >= len(x))]:
+            raise IndexError(f"row {row} of {len(x)}")
         x = x[used]
     xs = _arranged(gate, x)
     first, second = (gate.kernel("dot"), *gate.place, _address(xs), xs.strides[0]), _NONE

@@ -47,7 +47,7 @@ class Work:
 
     def run(self, experts: dict[int, np.ndarray]) -> None:
         """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
-        few = {s: p for s, p in experts.items() if p.size <= kernels.FEW_ROWS}
+        few = {s: p for s, p in experts.items() if p.size <= kernels.MATVEC_ROWS}
         if few:
             slots = np.repeat(np.fromiter(few, np.int64), [p.size for p in few.values()])
             self._few(slots, np.concatenate(list(few.values())))

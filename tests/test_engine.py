@@ -1,0 +1,193 @@
+"""One thread owns MLX; any thread may ask it. Nothing is lost, mixed, or left running."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from toys import write_toy
+
+from flashmoe.catalog import DEMO, find
+from flashmoe.engine import Engine, release, shared
+from flashmoe.errors import CheckpointError, SettingError
+from flashmoe.events import End, Reasoning, Request, Text
+
+
+def ask(text: str, **options) -> Request:
+    options = {"max_tokens": 12, "temperature": 0.0} | options
+    return Request(messages=[{"role": "user", "content": text}], **options)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(find(DEMO), slots=16) as engine:
+        yield engine
+
+
+def answer(engine, request) -> str:
+    return "".join(e.text for e in engine.stream(request) if isinstance(e, Text))
+
+
+ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "ant"]
+
+
+def test_threads_mix_their_events(engine):
+    requests = [ask(f"Tell me a short story about a {a}.") for a in ANIMALS]
+    expected = [answer(engine, r) for r in requests]
+    assert len(set(expected)) > 4
+    found = [None] * len(requests)
+
+    def work(i):
+        found[i] = answer(engine, requests[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
+
+
+def test_asyncio_tasks_mix_their_events(engine):
+    requests = [ask(f"Tell me a short story about a {a}.") for a in ANIMALS]
+    expected = [answer(engine, r) for r in requests]
+
+    async def one(request):
+        return "".join([e.text async for e in engine.astream(request) if isinstance(e, Text)])
+
+    async def all_():
+        return await asyncio.gather(*map(one, requests))
+
+    assert asyncio.run(all_()) == expected
+
+
+def test_closed_iterator_goes_on_generating(engine):
+    events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
+    assert isinstance(next(events), Text)
+    events.close()
+    start = time.perf_counter()
+    assert answer(engine, ask("Hello."))
+    assert time.perf_counter() - start < 5
+
+
+def test_cancelled_task_goes_on_generating(engine):
+    async def main():
+        async def read():
+            async for _ in engine.astream(ask("Tell me a long story.", max_tokens=2000)):
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    start = time.perf_counter()
+    assert answer(engine, ask("Hello."))
+    assert time.perf_counter() - start < 5
+
+
+def test_error_of_one_request_ends_the_engine(engine):
+    with pytest.raises(SettingError, match="temperature"):
+        answer(engine, ask("Hello.", temperature=-1))
+    assert answer(engine, ask("Hello."))
+
+
+def test_failed_load_is_reported_once_and_for_all(tmp_path):
+    path = write_toy(tmp_path / "toy")
+    (path / "config.json").rename(path / "away")
+    with Engine(path) as engine:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="config.json"):
+                answer(engine, ask("Hello."))
+
+
+def test_end_event_lacks_figures(engine):
+    *_, end = engine.stream(ask("Tell me a short story."))
+    assert isinstance(end, End)
+    assert (end.generated_tokens, end.experts, end.trained_experts, end.bits) == (12, 10, 10, 4)
+    assert end.finish_reason == "length"
+    assert end.tokens_per_second > 0
+    assert end.prompt_seconds > 0
+    assert end.peak_nbytes > 10**7
+
+
+def test_pruned_request_changes_the_next_one(engine):
+    before = answer(engine, ask("Tell me about the sea.", max_tokens=40))
+    pruned = [*engine.stream(ask("Tell me about the sea.", max_tokens=40, experts=1))]
+    assert pruned[-1].experts == 1
+    assert answer(engine, ask("Tell me about the sea.", max_tokens=40)) == before
+    assert "".join(e.text for e in pruned[:-1]) != before
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_string_leaks_across_tokens(engine, length):
+    whole = answer(engine, ask("Tell me about the sea.", max_tokens=40))
+    stop = whole[17 : 17 + length]
+    cut = answer(engine, ask("Tell me about the sea.", max_tokens=40, stop=(stop,)))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_text_held_back_is_lost_at_the_end(engine):
+    whole = answer(engine, ask("Tell me about the sea."))
+    assert answer(engine, ask("Tell me about the sea.", stop=(whole[-3:] + "zzz",))) == whole
+
+
+def test_thought_is_part_of_the_answer(engine):
+    """The template opens no thought here; one that the model opens itself is kept apart."""
+    kinds = {type(e) for e in engine.stream(ask("Say hello."))}
+    assert kinds == {Text, End}
+    from mlx_lm.utils import load_tokenizer
+
+    from flashmoe.chat import Reply
+
+    tokenizer = load_tokenizer(find(DEMO))
+    prompt = tokenizer.encode("<think>\n")
+    reply = Reply(tokenizer, prompt, ("END",))
+    events = []
+    for piece in ("Let me", " see", "</th", "ink>", "\n\n", "Hello", " E", "N", "D there"):
+        events += reply.feed(piece)
+    events += reply.flush()
+    assert events[:2] == [Reasoning("Let me"), Reasoning(" see")]
+    assert "".join(e.text for e in events if isinstance(e, Text)) == "Hello "
+    assert reply.stopped
+
+
+def test_engines_are_shared_with_other_settings():
+    a, b = shared(find(DEMO), slots=12), shared(find(DEMO), slots=12)
+    c = shared(find(DEMO), slots=13)
+    assert a is b
+    assert a is not c
+    release()
+    with pytest.raises(RuntimeError, match="closed"):
+        answer(a, ask("Hello."))
+    assert shared(find(DEMO), slots=12) is not a
+    release()
+
+
+EXITS = {
+    "after an answer": "list(e.stream(r))",
+    "while generating": "next(e.stream(r))",
+    "with the iterator alive": "s = e.stream(r); next(s)",
+    "while a queue waits": "s = e.stream(r); next(s); [e._submit(r, print) for _ in range(3)]",
+    "before anything ran": "pass",
+    "while loading": "e._submit(r, lambda event: None)",
+    "after close": "next(e.stream(r)); e.close(); e.close()",
+}
+
+
+@pytest.mark.parametrize("when", list(EXITS))
+def test_exit_aborts_the_process(when):
+    code = (
+        "from flashmoe.engine import Engine; from flashmoe.events import Request\n"
+        "from flashmoe.catalog import find\n"
+        "e = Engine(find('flashmoe-demo'), slots=12)\n"
+        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300)\n"
+        f"{EXITS[when]}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
