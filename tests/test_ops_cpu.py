@@ -129,9 +129,9 @@ def test_a_value_meets_the_wrong_x(bits):
     np.testing.assert_allclose(out, values[0].T, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 70])
+@pytest.mark.parametrize("count", [1, 2, 19, 20, 21, 70])
 def test_matmul_loses_a_row(count):
-    for height, width in ((1, 64), (40, 192), (300, 1024)):
+    for height, width in ((1, 64), (40, 192), (1030, 128)):
         w, values = affine((2, height, width), 4, 64, "bfloat16")
         x = normal(count, width)
         assert_product(multiply(w, 1, x), values[1], x)

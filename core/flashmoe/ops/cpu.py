@@ -18,15 +18,19 @@ from numba.extending import intrinsic
 
 from .unpack import BITS, GROUP_SIZES, SIZES, arrange, arrangement, block_kernel
 
-# GNU OpenMP's threads spin for milliseconds after a launch, which takes the CPU from the reader
-# threads and from MLX. So many rounds bridge two launches in a row. Read at the first launch.
+# GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads
+# and from BLAS. Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
+# expert ran at a third of its speed on a virtual machine. So many rounds, about 0.4 ms, bridge the
+# launches of a layer but not a read. OpenMP looks at this when numba first launches.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 #: Up to so many rows of x for one matrix, packed weights beat unpacking for BLAS.
-MATVEC_ROWS = 16
+MATVEC_ROWS = 20
 
-_TILE = 256  # matrix rows that are unpacked for BLAS at once: 4 MB at 4096 inputs
+# Matrix rows that are unpacked for BLAS at once, 16 MB at 4096 inputs. BLAS has threads of its own
+# that spin as well: smaller tiles change hands more often, and took up to twice as long.
+_TILE = 1024
 _BLOCK = 16  # matrix rows of one task
 
 

@@ -14,6 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from . import cpu as kernels
+from . import gated_delta
+from .host import host
 
 if TYPE_CHECKING:
     from ..bank import ExpertBank
@@ -27,18 +29,11 @@ HEAD_TILE = 8192
 _NAMES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float32"}
 
 
-def host(x: mx.array) -> np.ndarray:
-    """The evaluated float32 array `x` as numpy, without a copy."""
-    x = mx.contiguous(x.astype(mx.float32))
-    mx.eval(x)
-    return np.array(x, copy=False)
-
-
 class Work:
     """The expert block of one layer for one call. See `flashmoe.ops`."""
 
     def __init__(self, bank: ExpertBank, x: mx.array, top_k: int):
-        self.x = host(x)
+        (self.x,) = host(x)
         self.top_k = top_k
         self.gate = bank.packed("gate_proj")
         self.up = bank.packed("up_proj")
@@ -139,7 +134,7 @@ def packed(layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> kernels.Packed:
 def matmul(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.array) -> mx.array:
     """x @ W.T in float32. x: (..., in) -> (..., out)."""
     matrix = packed(layer)
-    rows = host(x).reshape(-1, x.shape[-1])
+    rows = host(x)[0].reshape(-1, x.shape[-1])
     out = np.empty((rows.shape[0], matrix.weight.shape[1]), np.float32)
     kernels.matmul(matrix, 0, rows, out)
     return mx.array(out).reshape(*x.shape[:-1], -1)
@@ -174,6 +169,8 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
         elif type(module) is nn.QuantizedEmbedding:
             module.__class__ = QuantizedEmbedding
         else:
+            if type(module).__name__ in ("GatedDeltaNet", "Qwen3NextGatedDeltaNet"):
+                gated_delta.adopt(module)
             # The scales of quantised layers stay as they are: the kernels widen them exactly.
             own = {k: v for k, v in module.items() if isinstance(v, mx.array)}
             for name, value in own.items():

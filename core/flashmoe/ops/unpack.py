@@ -116,12 +116,24 @@ def _floats(builder, address, count, dtype):
     """`count` stored values from an address on, widened exactly to float32."""
     if dtype == "float32":
         return _load(builder, address, _F32, count)
-    wide = ir.VectorType(_F32, count)
-    if dtype == "float16":
-        return builder.fpext(_load(builder, address, ir.HalfType(), count), wide)
-    raw = _load(builder, address, ir.IntType(16), count)
-    raw = builder.shl(builder.zext(raw, ir.VectorType(_I32, count)), _constants([16] * count))
-    return builder.bitcast(raw, wide)
+    ints, floats = ir.VectorType(_I32, count), ir.VectorType(_F32, count)
+
+    def every(value):
+        return _constants([value] * count)
+
+    raw = builder.zext(_load(builder, address, ir.IntType(16), count), ints)
+    if dtype == "bfloat16":
+        return builder.bitcast(builder.shl(raw, every(16)), floats)
+    # By integers: without F16C, LLVM calls a library function for fpext that numba does not have.
+    size = builder.and_(raw, every(0x7FFF))
+    sign = builder.shl(builder.xor(raw, size), every(16))
+    low, high = every(112 << 23), every(224 << 23)  # the exponent's bias; that of inf and nan
+    finite = builder.icmp_unsigned("<", size, every(0x7C00))
+    normal = builder.add(builder.shl(size, every(13)), builder.select(finite, low, high))
+    tiny = builder.fmul(builder.sitofp(size, floats), ir.Constant(floats, [2.0**-24] * count))
+    is_tiny = builder.icmp_unsigned("<", size, every(0x400))
+    bits = builder.select(is_tiny, builder.bitcast(tiny, ints), normal)
+    return builder.bitcast(builder.or_(bits, sign), floats)
 
 
 def _add_product(builder, total, a, b):
