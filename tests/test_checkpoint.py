@@ -11,11 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import PROJECTIONS, Checkpoint, Quantization
 from flashmoe.errors import CheckpointError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from toys import FAMILIES, write_toy
 
 INDEX = "model.safetensors.index.json"

@@ -7,12 +7,12 @@ import threading
 import time
 
 import pytest
-from toys import write_toy
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine, release, shared
 from flashmoe.errors import CheckpointError, SettingError
 from flashmoe.events import End, Reasoning, Request, Text
+from toys import write_toy
 
 
 def ask(text: str, **options) -> Request:

@@ -5,13 +5,13 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import load_model
-from oracle import load_resident, logits, same
-from toys import write_toy
 
 import flashmoe
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.models import load_streaming
+from oracle import load_resident, logits, same
+from toys import write_toy
 
 # Odd numbers of experts, not multiples of K; a dense layer where the family has them; all kinds of
 # expert weights.

@@ -14,6 +14,7 @@ import pytest
 
 from flashmoe.catalog import DEMO
 
+STORY = "Tell me a short story about a cat."
 LLM = str(Path(sys.executable).parent / "llm")
 
 
@@ -22,7 +23,7 @@ def logs(run_llm) -> list[dict]:
 
 
 def test_answer_is_not_streamed_or_not_logged(run_llm):
-    done = run_llm("-m", DEMO, "Say hello.", "-o", "seed", "0", "-o", "max_tokens", "12", "-u")
+    done = run_llm("-m", DEMO, STORY, "-o", "seed", "0", "-o", "max_tokens", "12", "-u")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Token usage:" in done.stderr
@@ -37,20 +38,18 @@ def test_answer_is_not_streamed_or_not_logged(run_llm):
     assert entry["output_tokens"] == 12
     assert entry["input_tokens"] > 5
 
-    again = run_llm(
-        "-m", DEMO, "Say hello.", "-o", "seed", "0", "-o", "max_tokens", "12", "--no-stream"
-    )
+    again = run_llm("-m", DEMO, STORY, "-o", "seed", "0", "-o", "max_tokens", "12", "--no-stream")
     assert again.stdout == done.stdout, "same seed, and streamed or not: the same text"
 
 
 def test_continued_conversation_forgets(run_llm):
     greedy = ("-o", "temperature", "0", "-o", "max_tokens", "40")
-    first = run_llm("-m", DEMO, "My name is Ada. Please remember it.", *greedy)
+    first = run_llm("-m", DEMO, "My name is Emma.", *greedy)
     assert first.returncode == 0, first.stderr
     second = run_llm("-c", "What is my name?", *greedy)
-    assert "Ada" in second.stdout
+    assert "Emma" in second.stdout
     alone = run_llm("-m", DEMO, "What is my name?", *greedy)
-    assert "Ada" not in alone.stdout
+    assert "Emma" not in alone.stdout
     tokens = [e["input_tokens"] for e in logs(run_llm)]
     assert tokens[1] > tokens[0] + tokens[2] - 10, "the second prompt holds the first turn"
 
@@ -107,7 +106,7 @@ def test_listing_models_imports_mlx(tmp_path):
         "import sys; from click.testing import CliRunner; from llm.cli import cli\n"
         "done = CliRunner().invoke(cli, ['models'])\n"
         f"assert {DEMO!r} in done.output, done.output\n"
-        "heavy = {'mlx', 'mlx_lm', 'numba', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "heavy = {'mlx', 'mlx_lm', 'numba', 'transformers'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     env = os.environ | {"LLM_USER_PATH": str(tmp_path)}
@@ -117,7 +116,7 @@ def test_listing_models_imports_mlx(tmp_path):
 
 def test_interrupt_leaves_a_traceback_or_an_abort(tmp_path):
     env = os.environ | {"LLM_USER_PATH": str(tmp_path)}
-    command = [LLM, "-m", DEMO, "Tell me a very long story.", "-o", "stop", "\x00never\x00"]
+    command = [LLM, "-m", DEMO, "Tell me a very long story.", "-o", "stop", "never said"]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -136,10 +135,10 @@ def test_chat_forgets_or_dies_of_an_error(tmp_path):
     options = ["-o", "temperature", "0", "-o", "max_tokens", "40"]
     chat = pexpect.spawn(LLM, ["chat", "-m", DEMO, *options], env=env, encoding="utf8", timeout=60)
     chat.expect("> ")
-    chat.sendline("My name is Ada. Please remember it.")
+    chat.sendline("My name is Emma.")
     chat.expect("\r\n.*> ")
     chat.sendline("What is my name?")
-    chat.expect("Ada")
+    chat.expect("Emma")
     chat.expect("> ")
     chat.sendline("quit")
     chat.expect(pexpect.EOF)

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flashmoe import memory
 from flashmoe.errors import BudgetError, SettingError
 from flashmoe.memory import available, format_size, parse_size, plan
-from hypothesis import given
-from hypothesis import strategies as st
 
 ENV = os.environ | {"PYTHONPATH": str(Path(memory.__file__).parents[1])}
 GB = 10**9

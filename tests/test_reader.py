@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from flashmoe import reader as reader_module
 from flashmoe.errors import ReadError
 from flashmoe.reader import Reader, ReadRequest, ReadStats
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SIZE = 3_000_017
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

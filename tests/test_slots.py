@@ -3,10 +3,11 @@
 import random
 
 import pytest
-from flashmoe.slots import Slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flashmoe.slots import Slots
 
 NUM_EXPERTS = 9
 NUM_SLOTS = 4

@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from oracle import load_resident, logits, same
-from toys import write_toy
 
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import BudgetError, CheckpointError, ReadError, SettingError
 from flashmoe.models import load_streaming
+from oracle import load_resident, logits, same
+from toys import write_toy
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from mlx_lm import sample_utils, tokenizer_utils, utils
 from mlx_lm.models import qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next, switch_layers
 from mlx_lm.models.activations import swiglu
 
-
 # `mlx_lm.generate` as an attribute is the function.
 generate = importlib.import_module("mlx_lm.generate")
 

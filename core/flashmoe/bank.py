@@ -16,7 +16,7 @@ from .checkpoint import ExpertLayer
 from .reader import ReadRequest
 
 if TYPE_CHECKING:
-    from .ops.cpu import Packed
+    from .ops.kernels import Packed
 
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MLX_DTYPES = {
@@ -98,7 +98,7 @@ class ExpertBank:
         return [found.get(p) for p in ("weight", "scales", "biases")]
 
     def _pack(self, projection: str) -> Packed:
-        from .ops.cpu import Packed
+        from .ops.kernels import Packed
 
         quantization = self.layer.quantization[projection]
         parts = {p.part: p for p in self.layer.parts if p.projection == projection}

@@ -11,6 +11,7 @@ from time import perf_counter
 import mlx.core as mx
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
+from transformers.utils import logging as transformers_logging
 
 from . import memory
 from .chat import Reply, render
@@ -22,6 +23,10 @@ from .footprint import PREFILL_TOKENS
 from .models import check_experts, load
 
 DEFAULT_MAX_TOKENS = 4096
+
+
+# Its warning about long prompts would come before our error, which has both numbers.
+transformers_logging.set_verbosity_error()
 
 
 class Session:

@@ -37,7 +37,7 @@ def pick(name: str | None = None) -> ModuleType:
         device = "gpu" if on_gpu() else "cpu"
         raise SettingError(f"{ENV}={name!r} does not run on MLX's {device} device; unset it")
     if name == "cpu":
-        from . import cpu_work as module
+        from . import cpu as module
     elif name == "gather":
         from . import gather as module
     else:

@@ -1,257 +1,83 @@
-"""Matrix products on the CPU with matrices as they lie in an MLX checkpoint; numpy in and out.
+"""The expert block on the CPU by the numba kernels, and what makes a loaded model use them.
 
-The result of a row does not depend by a single bit on the number of threads, on the other pairs of
-the call, or on the slot: each (matrix row, row of x) is summed in one fixed order by one thread.
-
-Only one thread may launch at a time: numba's portable threading layer does not allow two. Weights
-are read without the GIL, so reader threads go on meanwhile.
+MLX's quantised matmul on x86 is scalar and runs on one thread (0.08 to 0.7 GB/s of weights), so
+every quantised matrix, and GatedDeltaNet, is computed by numba here, in float32.
 """
 
-import os
-from dataclasses import dataclass
-from functools import cached_property
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 
-from .unpack import BITS, GROUP_SIZES, SIZES, arrange, arrangement, block_kernel
+from . import dense, gated_delta, glu, kernels
+from .host import host
 
-# GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads
-# and from BLAS. Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
-# expert ran at a third of its speed on a virtual machine. So many rounds, about 0.4 ms, bridge the
-# launches of a layer but not a read. OpenMP looks at this when numba first launches.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if TYPE_CHECKING:
+    from ..bank import ExpertBank
 
-#: Up to so many rows of x for one matrix, packed weights beat unpacking for BLAS.
-MATVEC_ROWS = 20
+#: Each expert is computed as soon as it has landed, while the others are still being read.
+AS_THEY_LAND = True
 
-# Matrix rows that are unpacked for BLAS at once, 16 MB at 4096 inputs. BLAS has threads of its own
-# that spin as well: smaller tiles change hands more often, and took up to twice as long.
-_TILE = 1024
-_BLOCK = 16  # matrix rows of one task
+#: Pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
+PAIRS_AT_ONCE = 512
+
+_CLASSES = {
+    nn.QuantizedLinear: dense.QuantizedLinear,
+    nn.QuantizedEmbedding: dense.QuantizedEmbedding,
+    qwen3_next.Qwen3NextMLP: dense.NextMLP,
+    qwen3_moe.MLP: dense.MLP,
+    qwen3_5.GatedDeltaNet: gated_delta.GatedDeltaNet,
+    qwen3_next.Qwen3NextGatedDeltaNet: gated_delta.NextGatedDeltaNet,
+}
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A stack of matrices as they lie in an MLX checkpoint, seen by numpy.
+class Work:
+    """The expert block of one layer for one call. See `flashmoe.ops`."""
 
-    weight: (S, out, row_bytes) uint8. Affine: MLX's little-endian bit stream, `bits` for each
-        value along `in`. Unquantised: the raw bytes of bf16, f16 or f32 values.
-    scales, biases: (S, out, in // group_size) uint16 (raw bits of bf16 or f16) or float32; None
-        when unquantised.
-    bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
-    dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
+    def __init__(self, bank: ExpertBank, x: mx.array, top_k: int):
+        (self.x,) = host(x)
+        self.top_k = top_k
+        self.matrices = [bank.packed(p) for p in ("gate_proj", "up_proj", "down_proj")]
+        self.y = np.empty((x.shape[0] * top_k, x.shape[1]), np.float32)
 
-    value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
-    Keep the object: it holds what each call needs of these arrays.
+    def run(self, experts: dict[int, np.ndarray]) -> None:
+        """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
+        few = {s: p for s, p in experts.items() if p.size <= kernels.MATVEC_ROWS}
+        if few:
+            slots = np.repeat(np.fromiter(few, np.int64), [p.size for p in few.values()])
+            pairs = np.concatenate(list(few.values()))
+            for start in range(0, pairs.size, PAIRS_AT_ONCE):
+                part = slice(start, start + PAIRS_AT_ONCE)
+                rows = pairs[part] // self.top_k
+                self.y[pairs[part]] = glu.few_rows(*self.matrices, slots[part], self.x, rows)
+        for slot, pairs in experts.items():
+            if slot not in few:
+                x = self.x[pairs // self.top_k]
+                self.y[pairs] = glu.many_rows(*self.matrices, slot, x)
+
+    def result(self) -> mx.array:
+        """(tokens, top_k, hidden), float32."""
+        return mx.array(self.y.reshape(self.x.shape[0], self.top_k, -1))
+
+
+def prepare(model: nn.Module, head: nn.Module | None) -> None:
+    """Let the model's layers compute through the kernels; its other weights go to float32.
+
+    Args:
+        model: an mlx-lm model with its dense weights, evaluated or not.
+        head: its output projection when that is a layer of its own, None when tied.
     """
-
-    weight: np.ndarray
-    scales: np.ndarray | None
-    biases: np.ndarray | None
-    bits: int
-    group_size: int
-    dtype: str
-
-    def __post_init__(self):
-        affine = self.bits in BITS and self.group_size in GROUP_SIZES and self.dtype in SIZES
-        if not affine and (self.group_size or self.bits != 8 * SIZES.get(self.dtype, 0)):
-            raise ValueError(
-                f"no CPU kernel for {self.bits} bits, group size {self.group_size}, {self.dtype}"
-            )
-        slots, height, width = self.shape
-        _check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
-        stored = np.float32 if self.dtype == "float32" else np.uint16
-        for name in ("scales", "biases") if affine else ():
-            shape = slots, height, width // self.group_size
-            _check(name, getattr(self, name), stored, shape)
-            if width % self.group_size:
-                raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(S, out, in)"""
-        slots, height, row_bytes = self.weight.shape
-        return slots, height, row_bytes * 8 // self.bits
-
-    @cached_property
-    def place(self) -> tuple[int, ...]:
-        """(weight, scales, biases: addresses; weight, scale bytes of a row; groups or inputs)"""
-        parts = map(_address, (self.weight, self.scales, self.biases))
-        n, scale_row = self.shape[2], 0
-        if self.group_size:
-            n //= self.group_size
-            scale_row = n * SIZES[self.dtype]
-        return *parts, self.weight.shape[2], scale_row, n
-
-    def kernel(self, op: str) -> int:
-        """Address of a kernel for this format. See `block_kernel`."""
-        return block_kernel(op, self.bits, self.group_size, self.dtype).address
-
-
-def _address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.__array_interface__["data"][0]
-
-
-def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the kernels, which know addresses only, can use this array."""
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValueError(
-            f"{name} is {array.dtype} {array.shape} with strides {array.strides}; "
-            f"needed: C-contiguous {np.dtype(dtype)} {shape}"
-        )
-
-
-@intrinsic
-def _call(typingctx, kernel, w, scales, biases, x, height, n, out):
-    """Call the kernel at an address. So `_launch`, slow to compile, is compiled once for all."""
-
-    def codegen(context, builder, signature, args):
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word] * 7)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 8), codegen
-
-
-@njit(parallel=True, cache=True, nogil=True)
-def _launch(first, second, slots, rows, limits, height, out, row):
-    """Run a kernel over (pair, block of matrix rows), shared out among the threads.
-
-    first, second: (kernel, *place, x, bytes of a row of x); see Packed. Where second has a kernel,
-    out = silu(first) * second.
-    limits: how many slots and rows of x there are. Returns the first pair outside them, or -1.
-    height: matrix rows. Row r's result for pair p starts at out[(p * height + r) * row].
-    """
-    for p in range(len(slots)):
-        if not (0 <= slots[p] < limits[0] and 0 <= rows[p] < limits[1]):
-            return p
-    kernel, w, scales, biases, w_row, s_row, n, x, x_row = first
-    kernel2, w2, scales2, biases2, w_row2, s_row2, n2, x2, x_row2 = second
-    blocks = (height + _BLOCK - 1) // _BLOCK
-    base = out.ctypes.data
-    for task in prange(len(slots) * blocks):
-        p, start = task // blocks, task % blocks * _BLOCK
-        count = min(_BLOCK, height - start)
-        line = slots[p] * height + start
-        to = (p * height + start) * row
-        at, skip = w + line * w_row, line * s_row
-        xs = x + rows[p] * x_row
-        _call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
-        if kernel2 != 0:
-            up = np.empty(_BLOCK, np.float32)
-            at, skip = w2 + line * w_row2, line * s_row2
-            xs = x2 + rows[p] * x_row2
-            into = up.ctypes.data
-            _call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
-            for i in range(count):
-                gate = out[to + i]
-                out[to + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
-    return -1
-
-
-_NONE = (0,) * 9  # no second operand
-
-
-def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
-    """x (R, in) as the kernels of w read it: (R, ...)."""
-    if not w.group_size:
-        return x
-    index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
-    # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
-    raw = np.empty(len(x) * index.size + 16, np.float32)
-    start = -_address(raw) % 64 // 4
-    out = raw[start : start + raw.size - 16].reshape(len(x), index.size)
-    arrange(x, index, factor, sums, out)
-    return out
-
-
-def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
-    for w in (gate,) if up is None else (gate, up):
-        _check("x", x, np.float32, (len(x), w.shape[2]))
-        _check("out", out, np.float32, (slots.size, w.shape[1]))
-    _check("slots", slots, np.int64, (slots.size,))
-    _check("rows", rows, np.int64, (slots.size,))
-    if len(x) > slots.size:  # arrange only the rows that are used
-        used, rows = np.unique(rows, return_inverse=True)
-        for row in used[(used < 0) | (used >= len(x))]:
-            raise IndexError(f"row {row} of {len(x)}")
-        x = x[used]
-    xs = _arranged(gate, x)
-    first, second = (gate.kernel("dot"), *gate.place, _address(xs), xs.strides[0]), _NONE
-    if up is not None:
-        ys = xs if (up.bits, up.group_size) == (gate.bits, gate.group_size) else _arranged(up, x)
-        second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
-    height = out.shape[1]
-    limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
-    bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), 1)
-    if bad >= 0:
-        raise IndexError(
-            f"pair {bad}: slot {slots[bad]} of {limits[0]}, row {rows[bad]} of {limits[1]}"
-        )
-
-
-def matvec(w: Packed, slots: np.ndarray, x: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """out[p] = W[slots[p]] @ x[rows[p]].
-
-    slots, rows: (P,) int64. x: (R, in) float32. out: (P, out) float32. All C-contiguous.
-    Raises ValueError for other shapes or dtypes, IndexError for a slot or row that is not there.
-    """
-    _pairs(w, None, slots, x, rows, out)
-
-
-def gate_up(
-    gate: Packed,
-    up: Packed,
-    slots: np.ndarray,
-    x: np.ndarray,
-    rows: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """out[p] = silu(gate[slots[p]] @ x[rows[p]]) * (up[slots[p]] @ x[rows[p]]).
-
-    silu(g) = g * sigmoid(g). Arrays and errors as in `matvec`. The formats of gate and up may
-    differ.
-    """
-    _pairs(gate, up, slots, x, rows, out)
-
-
-def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
-    """out (rows, in) = the matrix rows from `start` on."""
-    if not 0 <= slot < w.shape[0]:
-        raise IndexError(f"slot {slot} of {w.shape[0]}")
-    weight, scales, biases, w_row, s_row, n = w.place
-    line = slot * w.shape[1] + start
-    at = weight + line * w_row, scales + line * s_row, biases + line * s_row
-    first = w.kernel("unpack"), *at, w_row, s_row, n, 0, 0
-    one = np.zeros(1, np.int64)
-    _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), out.shape[1])
-
-
-def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
-    """out = W[slot] in float32. out: (out, in) float32. Errors as in `matvec`."""
-    _check("out", out, np.float32, w.shape[1:])
-    _unpack(w, slot, 0, out)
-
-
-def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
-    """out = x @ W[slot].T. x: (R, in) float32, out: (R, out) float32. Errors as in `matvec`.
-
-    Up to MATVEC_ROWS rows are bit for bit `matvec`; more go through unpacked tiles and BLAS, where
-    the bits of a row depend on R.
-    """
-    count, height = len(x), w.shape[1]
-    if count <= MATVEC_ROWS:
-        matvec(w, np.full(count, slot), x, np.arange(count), out)
-        return
-    _check("x", x, np.float32, (count, w.shape[2]))
-    _check("out", out, np.float32, (count, height))
-    tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
-    for start in range(0, height, _TILE):
-        part = tile[: height - start]
-        _unpack(w, slot, start, part)
-        np.matmul(x, part.T, out=out[:, start : start + _TILE])
+    for module in model.modules():
+        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            # The scales of quantised layers stay as they are: the kernels widen them exactly.
+            for name, value in list(module.items()):
+                if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+                    module[name] = value.astype(mx.float32)
+        if type(module) in _CLASSES:
+            module.__class__ = _CLASSES[type(module)]
+    if isinstance(head, dense.QuantizedLinear):
+        head.__class__ = dense.Head

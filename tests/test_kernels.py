@@ -11,9 +11,10 @@ import mlx.core as mx
 import numba
 import numpy as np
 import pytest
-from flashmoe.ops import cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from flashmoe.ops import kernels
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -33,14 +34,14 @@ def affine(shape, bits, group_size, dtype, seed=0):
     wide = (scales.astype(mx.float32), biases.astype(mx.float32))
     values = mx.dequantize(q, *wide, group_size=group_size, bits=bits)
     parts = host(scales, dtype), host(biases, dtype)
-    packed = cpu.Packed(np.array(q.view(mx.uint8)), *parts, bits, group_size, dtype)
+    packed = kernels.Packed(np.array(q.view(mx.uint8)), *parts, bits, group_size, dtype)
     return packed, np.array(values)
 
 
 def plain(shape, dtype, seed=0):
     w = mx.random.normal(shape, key=mx.random.key(seed)).astype(getattr(mx, dtype))
     bits = 32 if dtype == "float32" else 16
-    packed = cpu.Packed(np.array(w.view(mx.uint8)), None, None, bits, 0, dtype)
+    packed = kernels.Packed(np.array(w.view(mx.uint8)), None, None, bits, 0, dtype)
     return packed, np.array(w.astype(mx.float32))
 
 
@@ -50,25 +51,25 @@ def normal(*shape, seed=1):
 
 def run(w, slots, x, rows):
     out = np.full((len(slots), w.shape[1]), np.nan, np.float32)
-    cpu.matvec(w, np.array(slots, np.int64), x, np.array(rows, np.int64), out)
+    kernels.matvec(w, np.array(slots, np.int64), x, np.array(rows, np.int64), out)
     return out
 
 
 def run_gate_up(gate, up, slots, x, rows):
     out = np.full((len(slots), gate.shape[1]), np.nan, np.float32)
-    cpu.gate_up(gate, up, np.array(slots, np.int64), x, np.array(rows, np.int64), out)
+    kernels.gate_up(gate, up, np.array(slots, np.int64), x, np.array(rows, np.int64), out)
     return out
 
 
 def multiply(w, slot, x):
     out = np.full((len(x), w.shape[1]), np.nan, np.float32)
-    cpu.matmul(w, slot, x, out)
+    kernels.matmul(w, slot, x, out)
     return out
 
 
 def unpack(w, slot):
     out = np.full(w.shape[1:], np.nan, np.float32)
-    cpu.dequantize(w, slot, out)
+    kernels.dequantize(w, slot, out)
     return out
 
 
@@ -109,11 +110,11 @@ def test_an_unquantised_matrix_is_read_wrongly(dtype):
 def test_a_half_float_is_widened_inexactly():
     """All of them: subnormals, infinities and nan too."""
     raw = np.arange(2**16, dtype=np.uint16)
-    w = cpu.Packed(raw.view(np.uint8).reshape(1, 16, -1), None, None, 16, 0, "float16")
+    w = kernels.Packed(raw.view(np.uint8).reshape(1, 16, -1), None, None, 16, 0, "float16")
     values = raw.view(np.float16).astype(np.float32).reshape(16, -1)
     np.testing.assert_array_equal(unpack(w, 0), values)
     tiny = raw[:1024].reshape(1, 32, 32)
-    w = cpu.Packed(tiny.view(np.uint8), None, None, 16, 0, "float16")
+    w = kernels.Packed(tiny.view(np.uint8), None, None, 16, 0, "float16")
     x = np.zeros((1, 32), np.float32)
     for i in range(32):
         x[:] = 0
@@ -260,23 +261,23 @@ def test_wrong_arrays_reach_the_kernels(stacks):
     }
     for match, arguments in wrong.items():
         with pytest.raises(ValueError, match=match):
-            cpu.matvec(w, *arguments)
+            kernels.matvec(w, *arguments)
 
 
 def test_a_second_process_compiles_again(tmp_path):
     """The first token waits for the compiler; only once for a machine."""
     code = """if True:
         import numpy as np
-        from flashmoe.ops import cpu, unpack
-        w = cpu.Packed(np.zeros((1, 4, 32), np.uint8), *[np.zeros((1, 4, 1), np.uint16)] * 2,
+        from flashmoe.ops import kernels, unpack
+        w = kernels.Packed(np.zeros((1, 4, 32), np.uint8), *[np.zeros((1, 4, 1), np.uint16)] * 2,
                        4, 64, "bfloat16")
         zero, x, out = np.zeros(1, np.int64), np.ones((1, 64), np.float32), np.ones((1, 4), "f4")
-        cpu.matvec(w, zero, x, zero, out)
+        kernels.matvec(w, zero, x, zero, out)
         assert not out.any()
         kernel = unpack.block_kernel("dot", 4, 64, "bfloat16")
-        print(kernel.cache_hits, *cpu._launch.stats.cache_hits.values())
+        print(kernel.cache_hits, *kernels._launch.stats.cache_hits.values())
     """
-    core = Path(cpu.__file__).parents[2]
+    core = Path(kernels.__file__).parents[2]
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(core)}
 
     def hits():
