@@ -8,8 +8,8 @@ page cache counts against it. The budget given to flashmoe is a share of the lim
 reads have pages to go through.
 
 The physics: with random routing a slot hits with the probability slots / experts, so a token reads
-layers * K * (1 - slots / experts) experts of 7.08 MB, and cannot be faster than that over the bandwidth
-of the disk. Ends with one JSON line.
+layers * K * (1 - slots / experts) experts of 7.08 MB, and cannot be faster than that over the
+bandwidth of the disk. Ends with one JSON line.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import click
 import llm
-from llm.parts import StreamEvent
+from llm.parts import Message, ReasoningPart, StreamEvent, TextPart
 from pydantic import Field, field_validator
 
 from flashmoe import catalog
@@ -32,7 +32,7 @@ def register_commands(cli):
 
 
 class UserError(llm.ModelError, click.ClickException):
-    """Shown as `Error: ...` by `llm prompt`, and also by `llm chat`, which handles no other kind."""
+    """Shown as `Error: ...` by `llm prompt` and by `llm chat`, which handles no other kind."""
 
 
 class FlashMoE(llm.Model):
@@ -124,15 +124,26 @@ class FlashMoE(llm.Model):
             raise UserError(str(e)) from e
 
 
-def chat_messages(messages) -> list[dict]:
-    """llm's messages as a chat template takes them."""
+def chat_messages(messages: list[Message]) -> list[dict]:
+    """llm's messages as a chat template takes them.
+
+    Raises:
+        UserError: a message holds what this model does not take.
+    """
     found = []
     for message in messages:
-        text = "".join(p.text for p in message.parts if type(p).__name__ == "TextPart")
-        found.append({"role": message.role, "content": text})
-        thought = "".join(p.text for p in message.parts if type(p).__name__ == "ReasoningPart")
-        if thought:
-            found[-1]["reasoning_content"] = thought
+        turn = {"role": message.role, "content": ""}
+        for part in message.parts:
+            if isinstance(part, TextPart):
+                turn["content"] += part.text
+            elif isinstance(part, ReasoningPart):
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + part.text
+            else:
+                raise UserError(
+                    f"this conversation holds a {type(part).__name__}, and flashmoe takes text "
+                    "only so far: start a new conversation"
+                )
+        found.append(turn)
     return found
 
 

@@ -1,16 +1,19 @@
 """One thread owns MLX; any thread may ask it. Nothing is lost, mixed, or left running."""
 
 import asyncio
+import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine, release, shared
-from flashmoe.errors import CheckpointError, SettingError
+from flashmoe.errors import CheckpointError, ReadError, SettingError
 from flashmoe.events import End, Reasoning, Request, Text
 from toys import write_toy
 
@@ -161,11 +164,105 @@ def test_engines_are_shared_with_other_settings():
     c = shared(find(DEMO), slots=13)
     assert a is b
     assert a is not c
-    release()
     with pytest.raises(RuntimeError, match="closed"):
         answer(a, ask("Hello."))
-    assert shared(find(DEMO), slots=12) is not a
     release()
+    with pytest.raises(RuntimeError, match="closed"):
+        answer(c, ask("Hello."))
+    assert shared(find(DEMO), slots=13) is not c
+    release()
+
+
+def copy_of_demo(tmp_path):
+    return Path(shutil.copytree(find(DEMO), tmp_path / "demo"))
+
+
+def test_file_deleted_while_generating_spoils_the_answer_or_the_engine(tmp_path):
+    path = copy_of_demo(tmp_path)
+    shard = path / "model.safetensors"
+    with Engine(path, slots=12) as engine:
+        expected = answer(engine, ask("Tell me a short story about a cat."))
+        events = engine.stream(ask("Tell me a long story.", max_tokens=500))
+        next(events)
+        shard.rename(path / "away")
+        shutil.copy2(path / "away", path / "copy")
+        (path / "away").unlink()
+        with pytest.raises(
+            ReadError, match=r"expert \d+ of layer \d .*model.safetensors was deleted"
+        ):
+            list(events)
+        (path / "copy").rename(shard)
+        assert answer(engine, ask("Tell me a short story about a cat.")) == expected
+
+
+def test_answer_cut_by_close_looks_whole():
+    engine = Engine(find(DEMO), slots=12)
+    events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
+    next(events)
+    waiting = engine.stream(ask("Hello."))
+    threading.Thread(target=engine.close).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(events)
+    with pytest.raises(RuntimeError, match="closed"):
+        list(waiting)
+
+
+def test_mlx_that_cannot_be_imported_hangs_the_caller():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "from flashmoe.engine import Engine; from flashmoe.events import Request\n"
+        "from flashmoe.catalog import find\n"
+        "try:\n"
+        "    request = Request([{'role': 'user', 'content': 'x'}])\n"
+        "    list(Engine(find('flashmoe-demo')).stream(request))\n"
+        "except ImportError as e: print('told', e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith("told"), done.stderr
+
+
+def test_closed_event_loop_ends_the_engine(engine):
+    async def leave():
+        events = engine.astream(ask("Tell me a long story.", max_tokens=60))
+        await anext(events)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    assert answer(engine, ask("Hello."))
+
+
+def test_no_seed_repeats_the_seeded_text(engine):
+    def text(seed):
+        return answer(engine, ask("Tell me a story.", temperature=1.5, seed=seed, max_tokens=24))
+
+    assert text(7) == text(7)
+    text(7)
+    first = text(None)
+    text(7)
+    assert text(None) != first
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", -1), ("seed", 2**64), ("top_p", 1.5), ("min_p", -0.1), ("top_k", -1)]
+    + [("max_tokens", 0), ("temperature", float("nan"))],
+)
+def test_value_out_of_range_is_found_after_the_load(name, value):
+    with Engine(find(DEMO) / "nothing") as engine, pytest.raises(SettingError, match=f"^{name}="):
+        answer(engine, ask("Hello.", **{name: value}))
+
+
+def test_top_k_of_the_whole_vocabulary_fails(engine):
+    assert answer(engine, ask("Tell me a story.", temperature=1.0, top_k=8192))
+
+
+def test_defaults_of_a_checkpoint_break_every_request(tmp_path):
+    path = copy_of_demo(tmp_path)
+    config = {"temperature": -3, "top_p": "x", "top_k": 20.5, "min_p": 7, "eos_token_id": 8185}
+    (path / "generation_config.json").write_text(json.dumps(config))
+    with Engine(path, slots=12) as engine:
+        assert answer(engine, ask("Tell me a story.", temperature=None))
 
 
 EXITS = {

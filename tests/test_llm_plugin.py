@@ -13,6 +13,7 @@ import pexpect
 import pytest
 
 from flashmoe.catalog import DEMO
+from toys import write_toy
 
 STORY = "Tell me a short story about a cat."
 LLM = str(Path(sys.executable).parent / "llm")
@@ -161,6 +162,95 @@ def test_missing_checkpoint_is_a_traceback(run_llm, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert "no directory" in done.stderr
+
+
+def truncate(path):
+    with open(path / "model.safetensors", "r+b") as f:
+        f.truncate(f.seek(0, 2) - 1)
+
+
+def long_header(path):
+    with open(path / "model.safetensors", "r+b") as f:
+        f.write((2**40).to_bytes(8, "little"))
+
+
+def header(change):
+    def apply(path):
+        raw = (path / "model.safetensors").read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        found = json.loads(raw[8 : 8 + length])
+        change(found)
+        text = json.dumps(found).encode()
+        text += b" " * (length - len(text))
+        new = len(text).to_bytes(8, "little") + text + raw[8 + length :]
+        (path / "model.safetensors").write_bytes(new)
+
+    return apply
+
+
+def config(**values):
+    def apply(path):
+        found = json.loads((path / "config.json").read_text())
+        for place in (found, found["text_config"]):
+            place.update({k: v for k, v in values.items() if k in place})
+        found.update({k: v for k, v in values.items() if k not in found["text_config"]})
+        (path / "config.json").write_text(json.dumps(found))
+
+    return apply
+
+
+EXPERT = "language_model.model.layers.1.mlp.switch_mlp.up_proj.weight"
+BAD = {
+    "truncated shard": (truncate, "the download is incomplete"),
+    "header beyond the file": (long_header, "header 1099511627776 bytes"),
+    "overlapping ranges": (
+        header(
+            lambda h: h[EXPERT].update(data_offsets=h[EXPERT.replace("up", "down")]["data_offsets"])
+        ),
+        "overlaps",
+    ),
+    "wrong dtype": (header(lambda h: h[EXPERT].update(dtype="I32")), "I32"),
+    "missing expert tensor": (header(lambda h: h.update(x=h.pop(EXPERT))), EXPERT),
+    "config that disagrees": (config(num_experts=8), "8"),
+    "unsupported model type": (config(model_type="llama"), "qwen3_5_moe, qwen3_next, qwen3_moe"),
+    "unsupported quantisation": (
+        config(quantization={"bits": 4, "group_size": 32, "mode": "mxfp4"}),
+        "mxfp4",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", list(BAD))
+def test_bad_checkpoint_is_a_traceback(run_llm, tmp_path, fault):
+    spoil, words = BAD[fault]
+    path = write_toy(tmp_path / "toy", group_size=64, moe_intermediate_size=64)
+    spoil(path)
+    done = run_llm("flashmoe", "run", path, "hello")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr
+
+
+def test_long_or_odd_model_name_is_a_traceback(run_llm):
+    for name in ("word " * 100, "~nobody-here/model"):
+        done = run_llm("flashmoe", "run", name, "hello")
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: "), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_error_ends_the_chat_with_a_traceback(tmp_path):
+    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "TERM": "dumb"}
+    options = ["-o", "experts", "11"]
+    chat = pexpect.spawn(LLM, ["chat", "-m", DEMO, *options], env=env, encoding="utf8", timeout=60)
+    chat.expect("> ")
+    chat.sendline("Hello.")
+    chat.expect("Error: experts=11 is out of range")
+    chat.expect(pexpect.EOF)
+    assert "Traceback" not in chat.before
+    chat.close()
+    assert chat.exitstatus == 1
 
 
 def test_run_command_hides_its_memory_plan(run_llm):

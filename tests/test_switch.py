@@ -84,6 +84,48 @@ def test_interrupted_call_whose_reads_failed_spoils_the_next_one(path):
     assert np.isfinite(np.array(out)).all()
 
 
+@pytest.mark.parametrize("moment", ["take", "requests", "submit", "drop"])
+def test_interrupt_between_two_lines_leaves_a_slot_that_looks_ready(path, moment, monkeypatch):
+    """Ctrl-C on the main thread may fall anywhere between the choice of a slot and its reads."""
+    expected = logits(load_resident(path), list(range(30)), 7)
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    switch = first_switch(model)
+    owners = {"take": switch._slots, "requests": switch._bank, "submit": switch._reader}
+    owner = owners.get(moment, switch._slots)
+    original = getattr(owner, moment)
+
+    def interrupted(*args):
+        original(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, interrupted)
+        if moment == "drop":
+            os.rename(path / "model.safetensors", path / "away")
+        with pytest.raises(KeyboardInterrupt):
+            switch(mx.ones((1, 64)), mx.array([[0, 1, 2]]))
+        if moment == "drop":
+            os.rename(path / "away", path / "model.safetensors")
+    assert same(logits(model, list(range(30)), 7), expected)
+
+
+def test_watch_cannot_end_a_long_prefill(path):
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 3:
+            raise TimeoutError
+
+    model.watch.check = check
+    with pytest.raises(TimeoutError):
+        run(model, list(range(100)))
+    model.watch.check = lambda: None
+    tokens = list(range(30))
+    assert same(logits(model, tokens, 7), logits(load_resident(path), tokens, 7))
+
+
 def test_expert_is_read_twice_in_a_prefill_chunk(path):
     checkpoint = Checkpoint.open(path)
     model = load_streaming(checkpoint, slots=5)

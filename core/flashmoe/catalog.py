@@ -20,10 +20,13 @@ def find(name: str) -> Path:
     """
     if name == DEMO:
         return Path(__file__).parent / "demo"
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+    except (OSError, ValueError, RuntimeError):
+        pass  # too long for a path, a zero byte, a home that is not there
     raise CheckpointError(
-        f"{name!r} is no model name ({', '.join(names())}) and no directory: give the directory "
-        "of an MLX checkpoint"
+        f"{str(name)[:200]!r} is no model name ({', '.join(names())}) and no directory: give the "
+        "directory of an MLX checkpoint"
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlx_lm.generate import TextStateMachine
-
 from .errors import CheckpointError, SettingError
 from .events import Reasoning, Text
 
@@ -26,9 +24,11 @@ def render(tokenizer, messages: list[dict]) -> list[int]:
         )
     try:
         # enable_thinking=None leaves the choice to the template; mlx-lm's default forces it on.
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=None
+        # As text first: encoding a long prompt there would warn before our error has both numbers.
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=None
         )
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
     except Exception as e:  # jinja2 has many kinds
         raise CheckpointError(f"the checkpoint's chat template refuses the messages: {e}") from e
 
@@ -42,43 +42,63 @@ class Reply:
     """
 
     def __init__(self, tokenizer, prompt: list[int], stop: tuple[str, ...]):
-        transitions: dict[str, list[tuple[str, str | None]]] = {"answer": []}
-        initial = "answer"
+        # Text that ends the current kind of text -> the kind that follows; None ends the reply.
+        self._markers: dict[str, dict[str, str | None]] = {
+            "answer": dict.fromkeys(stop),
+            "thought": {},
+        }
+        self._kind = "answer"
         if tokenizer.has_thinking:
-            transitions["answer"].append((tokenizer.think_start, "thought"))
-            transitions["thought"] = [(tokenizer.think_end, "answer")]
+            self._markers["answer"][tokenizer.think_start] = "thought"
+            self._markers["thought"][tokenizer.think_end] = "answer"
             # A template may open the thought itself, or open and close an empty one.
             if tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt):
-                initial = "thought"
-        transitions["answer"] += [(text, None) for text in stop]
-        self._machine = TextStateMachine(transitions)
-        self._state = self._machine.make_state(initial)
+                self._kind = "thought"
+        self._held = ""
         self._started = {"answer": False, "thought": False}
         self.stopped = False
 
     @property
     def reasoning(self) -> bool:
-        return self._state[0] == "thought"
+        return self._kind == "thought"
 
     def feed(self, text: str) -> Iterator[Text | Reasoning]:
-        """Events for the next piece of text; what may still be part of a marker is held back."""
-        self._state, segments = self._machine.split(self._state, text)
-        for name, piece in segments:
-            if name is None:
-                self.stopped = True
+        """Events for the next piece of text; what may still become a marker is held back."""
+        self._held += text
+        while not self.stopped:
+            markers = self._markers[self._kind]
+            found = [(self._held.find(m), -len(m), m) for m in markers if m in self._held]
+            if not found:
+                cut = len(self._held) - self._may_become(markers)
+                ready, self._held = self._held[:cut], self._held[cut:]
+                yield from self._event(ready)
                 return
-            yield from self._event(name, piece)
+            at, _, marker = min(found)  # the first one; of those the longest
+            ready, self._held = self._held[:at], self._held[at + len(marker) :]
+            yield from self._event(ready)
+            if markers[marker] is None:
+                self.stopped = True
+            else:
+                self._kind = markers[marker]
 
     def flush(self) -> Iterator[Text | Reasoning]:
         """Events for the text held back, when generation has ended."""
         if not self.stopped:
-            self._state, piece, name = self._machine.flush(self._state)
-            yield from self._event(name, piece)
+            ready, self._held = self._held, ""
+            yield from self._event(ready)
 
-    def _event(self, name: str, piece: str) -> Iterator[Text | Reasoning]:
-        if not self._started[name]:
+    def _may_become(self, markers) -> int:
+        """Length of the longest end of the held text that a marker starts with."""
+        longest = max((len(m) for m in markers), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(m.startswith(self._held[-size:]) for m in markers):
+                return size
+        return 0
+
+    def _event(self, piece: str) -> Iterator[Text | Reasoning]:
+        if not self._started[self._kind]:
             # Templates put newlines around the markers; they are no part of the text.
             piece = piece.lstrip("\n")
         if piece:
-            self._started[name] = True
-            yield (Text if name == "answer" else Reasoning)(piece)
+            self._started[self._kind] = True
+            yield (Text if self._kind == "answer" else Reasoning)(piece)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import atexit
 import gc
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from .events import Event, Request
+from .errors import ReadError
+from .events import Event, Request, check_request
 
 
 class Cancelled(Exception):
@@ -74,7 +77,7 @@ class Engine:
 
         def put(event):
             # The loop may have been closed while the thread was still at work.
-            if not loop.is_closed():
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = self._submit(request, put)
@@ -106,6 +109,7 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, put) -> Job:
+        check_request(request)
         job = Job(request, put, threading.Event())
         with self._lock:
             if self._closed:
@@ -114,8 +118,6 @@ class Engine:
         return job
 
     def _run(self) -> None:
-        import mlx.core as mx
-
         session = None
         while (job := self._jobs.get()) is not None:
             with self._lock:
@@ -125,38 +127,53 @@ class Engine:
             try:
                 if not job.cancelled.is_set():
                     if session is None:
+                        # Late, and here: an MLX that cannot be imported is an answer too.
                         from .session import Session
 
                         session = Session(self.path, **self.settings)
                     for event in session.generate(job.request, job.cancelled):
                         job.put(event)
-                job.put(None)
+                job.put(self._ended())
             except Cancelled:
-                job.put(None)
+                job.put(self._ended())
             except BaseException as e:  # whatever it is, it belongs to the caller
+                if isinstance(e, ReadError) and session is not None:
+                    # The files changed: the next request loads the model anew.
+                    session.close()
+                    session = None
                 job.put(e)
-            finally:
-                with self._lock:
-                    self._running = None
+            with self._lock:
+                self._running = None
             del job
         if session is not None:
             session.close()
         del session
         gc.collect()
-        mx.clear_streams()
+        if "mlx.core" in sys.modules:
+            sys.modules["mlx.core"].clear_streams()
+
+    def _ended(self) -> RuntimeError | None:
+        """What ends the events of a job: None, or an error when `close` cut it short."""
+        return RuntimeError(f"the engine of {self.path} was closed") if self._closed else None
 
 
-_shared: dict[tuple, Engine] = {}
+_shared: dict[Path, Engine] = {}
 _shared_lock = threading.Lock()
 
 
 def shared(path: str | Path, **settings) -> Engine:
-    """The engine of this process for a checkpoint and its settings; made on first use."""
-    key = (Path(path).resolve(), tuple(sorted(settings.items())))
+    """The engine of this process for a checkpoint; made on first use.
+
+    With other settings than before, the old one is closed first: two would not fit.
+    """
+    path = Path(path).resolve()
     with _shared_lock:
-        engine = _shared.get(key)
-        if engine is None or engine._closed:
-            engine = _shared[key] = Engine(path, **settings)
+        engine = _shared.get(path)
+        if engine is not None and (engine._closed or engine.settings != settings):
+            engine.close()
+            engine = None
+        if engine is None:
+            engine = _shared[path] = Engine(path, **settings)
         return engine
 
 

@@ -14,7 +14,7 @@ class CheckpointError(FlashMoEError):
 
 
 class ReadError(FlashMoEError):
-    """Expert bytes that could not be read while the model runs. Names file, layer, expert, range."""
+    """Expert bytes that could not be read while in use. Names file, layer, expert and range."""
 
 
 class BudgetError(FlashMoEError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .errors import SettingError
+
 
 @dataclass(frozen=True)
 class Request:
@@ -81,3 +83,35 @@ class End:
 
 
 Event = Text | Reasoning | End
+
+
+#: What sampling options may be: (lowest, highest or None).
+RANGES = {
+    "max_tokens": (1, None),
+    "temperature": (0, None),
+    "top_p": (0, 1),
+    "top_k": (0, None),
+    "min_p": (0, 1),
+    "seed": (0, 2**64 - 1),
+}
+
+
+def in_range(name: str, value: float) -> bool:
+    """Whether an option may have that value. NaN may not."""
+    low, high = RANGES[name]
+    return value >= low and (high is None or value <= high)
+
+
+def check_request(request: Request) -> None:
+    """Refuse values out of range, naming the option.
+
+    Raises:
+        SettingError
+    """
+    for name, (low, high) in RANGES.items():
+        value = getattr(request, name)
+        if value is not None and not in_range(name, value):
+            allowed = f"{low} or more" if high is None else f"{low} to {high}"
+            raise SettingError(f"{name}={value} is out of range: it must be {allowed}")
+    if any(not text for text in request.stop):
+        raise SettingError("a stop string is empty: it would end every answer at once")

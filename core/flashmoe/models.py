@@ -21,10 +21,10 @@ from . import memory as memory_module
 from . import ops
 from .bank import ExpertBank
 from .checkpoint import Checkpoint
-from .errors import BudgetError, CheckpointError, SettingError
+from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import working_nbytes
 from .reader import Reader, ReadStats
-from .switch import StreamingSwitchGLU
+from .switch import StreamingSwitchGLU, Watch
 
 log = logging.getLogger("flashmoe")
 
@@ -91,11 +91,13 @@ class StreamingMoE:
         checkpoint: the checkpoint that the experts are read from.
         plan: how the memory was split.
         reader: the reader that all layers share.
+        watch: its check is called between experts.
     """
 
     checkpoint: Checkpoint
     plan: memory_module.Plan
     reader: Reader
+    watch: Watch
     block: type[nn.Module]
 
     def sanitize(self, weights: dict) -> dict:
@@ -106,11 +108,12 @@ class StreamingMoE:
     def stream_from(self, checkpoint: Checkpoint, plan: memory_module.Plan, reader: Reader) -> None:
         """Replace the expert blocks, before the weights are loaded."""
         self.checkpoint, self.plan, self.reader = checkpoint, plan, reader
+        self.watch = Watch()
         module = ops.pick()
         for index, layer in checkpoint.expert_layers.items():
             block = self.layers[index].mlp
             bank = ExpertBank(layer, plan.slots_per_layer, on_gpu=ops.on_gpu())
-            block.switch_mlp = StreamingSwitchGLU(bank, reader, module)
+            block.switch_mlp = StreamingSwitchGLU(bank, reader, module, self.watch)
             # In place: the block keeps its router and its shared expert under mlx-lm's names.
             block.__class__ = self.block
 
@@ -248,8 +251,9 @@ def load(
         CheckpointError, BudgetError, SettingError: with the values and the way out.
     """
     checkpoint = Checkpoint.open(path)
+    tokenizer = read_tokenizer(checkpoint)
     model = load_streaming(checkpoint, memory=memory, slots=slots, experts=experts, depth=depth)
-    return model, read_tokenizer(checkpoint)
+    return model, tokenizer
 
 
 def load_streaming(
@@ -277,21 +281,27 @@ def load_streaming(
         model, _ = load_model(
             checkpoint.path, lazy=True, get_model_classes=lambda config: (build, args_class)
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        ops.pick().prepare(model, head(model))
+        # Layer by layer, so that what a cast reads and what it makes do not both grow.
+        for layer in model.layers:
+            mx.eval(layer.parameters())
+        mx.eval(model.parameters())
+        model.experts = check_experts(experts, checkpoint)
+    except BaseException as e:
         reader.close()
-        raise CheckpointError(
-            f"mlx-lm cannot build a {checkpoint.model_type} from {checkpoint.path}: {e}. "
-            "Convert the model again with this version of mlx-lm"
-        ) from e
-    except MemoryError as e:
-        reader.close()
-        raise BudgetError(f"{plan.describe()}: the system did not give it; pass less memory") from e
-    ops.pick().prepare(model, head(model))
-    # Layer by layer, so that what a cast reads and what it makes do not both grow.
-    for layer in model.layers:
-        mx.eval(layer.parameters())
-    mx.eval(model.parameters())
-    model.experts = check_experts(experts, checkpoint)
+        if isinstance(e, MemoryError) or "allocate" in str(e):
+            raise BudgetError(
+                f"the system did not give the memory ({e}); planned was {plan.describe()}: "
+                "pass less memory"
+            ) from e
+        if isinstance(e, FlashMoEError):
+            raise
+        if isinstance(e, KeyError | TypeError | ValueError | RuntimeError | OSError):
+            raise CheckpointError(
+                f"mlx-lm cannot load the {checkpoint.model_type} in {checkpoint.path}: {e}. "
+                "Download it again, or convert it again with this version of mlx-lm"
+            ) from e
+        raise
     return model
 
 

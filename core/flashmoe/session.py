@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +12,17 @@ from time import perf_counter
 import mlx.core as mx
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
-from transformers.utils import logging as transformers_logging
 
 from . import memory
 from .chat import Reply, render
 from .checkpoint import Checkpoint
 from .engine import Cancelled
 from .errors import SettingError
-from .events import End, Event, Request
+from .events import End, Event, Request, in_range
 from .footprint import PREFILL_TOKENS
 from .models import check_experts, load
 
 DEFAULT_MAX_TOKENS = 4096
-
-
-# Its warning about long prompts would come before our error, which has both numbers.
-transformers_logging.set_verbosity_error()
 
 
 class Session:
@@ -48,18 +44,17 @@ class Session:
             SettingError: the request has a value out of range, or does not fit the context.
             ReadError: an expert could not be read.
         """
-        check_request(request)
         check_experts(request.experts, self.checkpoint)
         prompt = render(self.tokenizer, request.messages)
         max_tokens = self._max_tokens(request, prompt)
-        if request.seed is not None:
-            mx.random.seed(request.seed)
+        mx.random.seed(secrets.randbits(64) if request.seed is None else request.seed)
         reply = Reply(self.tokenizer, prompt, request.stop)
 
-        def on_prefill(done: int, total: int) -> None:
+        def check(*progress) -> None:
             if cancelled.is_set():
                 raise Cancelled
 
+        self.model.watch.check = check
         start = first = perf_counter()
         before = self.model.stats
         generated = thought = 0
@@ -72,12 +67,11 @@ class Session:
                 max_tokens=max_tokens,
                 sampler=self._sampler(request),
                 prefill_step_size=PREFILL_TOKENS,
-                prompt_progress_callback=on_prefill,
+                prompt_progress_callback=check,
             )
             try:
                 for response in responses:
-                    if cancelled.is_set():
-                        raise Cancelled
+                    check()
                     if generated == 0:
                         first = perf_counter()
                     # The last response repeats the count of its token.
@@ -127,16 +121,18 @@ class Session:
             own = getattr(request, name)
             return self._defaults.get(name, off) if own is None else own
 
+        top_k = value("top_k", 0)
         return make_sampler(
             temp=value("temperature", 0.0),
             top_p=value("top_p", 0.0),
-            top_k=value("top_k", 0),
+            # mlx-lm wants fewer than there are; that many is no limit.
+            top_k=0 if top_k >= self.checkpoint.text_config["vocab_size"] else top_k,
             min_p=value("min_p", 0.0),
         )
 
 
 def expert_bits(checkpoint: Checkpoint) -> float:
-    """Bits of an expert weight, the mean where projections or layers differ; 16 or 32 unquantised."""
+    """Bits of an expert weight, 16 or 32 when unquantised; the mean where projections differ."""
     bits = [
         (32 if part.dtype == "F32" else 16)
         if layer.quantization[part.projection] is None
@@ -148,34 +144,10 @@ def expert_bits(checkpoint: Checkpoint) -> float:
     return sum(bits) / len(bits)
 
 
-def check_request(request: Request) -> None:
-    """Refuse values out of range, naming the option.
-
-    Raises:
-        SettingError
-    """
-    ranges = {
-        "max_tokens": (1, None),
-        "temperature": (0, None),
-        "top_p": (0, 1),
-        "top_k": (0, None),
-        "min_p": (0, 1),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(request, name)
-        if value is None:
-            continue
-        if not value >= low or (high is not None and value > high):
-            allowed = f"{low} to {high}" if high is not None else f"{low} or more"
-            raise SettingError(f"{name}={value} is out of range: it must be {allowed}")
-    if any(not text for text in request.stop):
-        raise SettingError("a stop string is empty: it would end every answer at once")
-
-
 def sampling_defaults(path: Path) -> dict[str, float]:
     """temperature, top_p, top_k and min_p as generation_config.json has them.
 
-    mlx-lm reads only the end tokens of that file. Values that are not numbers are left out.
+    mlx-lm reads only the end tokens of that file. Values that cannot be are left out.
     """
     try:
         config = json.loads((path / "generation_config.json").read_text())
@@ -183,9 +155,16 @@ def sampling_defaults(path: Path) -> dict[str, float]:
         return {}
     if not isinstance(config, dict) or config.get("do_sample") is False:
         return {}
-    names = ("temperature", "top_p", "top_k", "min_p")
+    kinds = {
+        "temperature": (int, float),
+        "top_p": (int, float),
+        "top_k": int,
+        "min_p": (int, float),
+    }
     return {
-        n: config[n]
-        for n in names
-        if isinstance(config.get(n), int | float) and not isinstance(config[n], bool)
+        name: config[name]
+        for name, kind in kinds.items()
+        if isinstance(config.get(name), kind)
+        and not isinstance(config[name], bool)
+        and in_range(name, config[name])
     }

@@ -13,6 +13,7 @@ pending computation reads a slot when `Slots.take` gives it away, except those i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,7 +24,7 @@ import numpy as np
 
 from .bank import ExpertBank
 from .errors import ReadError
-from .reader import Pending, Reader
+from .reader import Reader
 from .slots import Slots
 
 
@@ -35,6 +36,17 @@ class SwitchStats:
     loaded: int = 0  # of these, the ones that were read from disk
 
 
+class Watch:
+    """Lets the owner of a model leave a call between two experts: a long prompt takes minutes.
+
+    Attributes:
+        check: called with nothing; what it raises ends the call.
+    """
+
+    def __init__(self):
+        self.check: Callable[[], None] = lambda: None
+
+
 class StreamingSwitchGLU(nn.Module):
     """The routed experts of one layer.
 
@@ -42,17 +54,20 @@ class StreamingSwitchGLU(nn.Module):
         bank: the memory of the slots.
         reader: reads expert parts into the bank; shared by all layers.
         ops: a module of `flashmoe.ops`.
+        watch: looked at between experts; shared by all layers.
     """
 
-    def __init__(self, bank: ExpertBank, reader: Reader, ops: ModuleType):
+    def __init__(self, bank: ExpertBank, reader: Reader, ops: ModuleType, watch: Watch):
         super().__init__()
         self._bank = bank
         self._reader = reader
         self._ops = ops
         self._slots = Slots(bank.num_slots, bank.layer.num_experts)
         self.stats = SwitchStats()
-        # Experts that have a slot whose bytes have not all arrived. It outlives a call, so that
-        # a call that was interrupted leaves no slot that looks ready and is not.
+        self._watch = watch
+        # Experts that have a slot whose bytes have not all arrived -> their reads, None before
+        # they are known. It outlives a call, so that one that was interrupted leaves no slot that
+        # looks ready and is not.
         object.__setattr__(self, "_loading", {})
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -61,17 +76,24 @@ class StreamingSwitchGLU(nn.Module):
 
     def start(self, x: mx.array, indices: mx.array) -> Call:
         """Start the reads that this call needs. Evaluates x and indices."""
-        for expert in list(self._loading):
+        for expert, pending in list(self._loading.items()):
             # Left by a call that did not finish. If the read failed and the expert is needed
             # again, it is read again, and that call reports.
-            with suppress(ReadError):
-                self.landed(expert)
+            if pending is None:
+                self._reader.wait_idle()
+                self._forget(expert)
+            else:
+                with suppress(ReadError):
+                    self.landed(expert)
         return Call(self, x, indices)
 
     def load(self, expert: int, pinned: set[int]) -> bool:
         """Start to read an expert, if a slot can be had without evicting a pinned expert."""
+        # Listed first: wherever an interrupt falls, an expert that was not read whole is listed.
+        self._loading[expert] = None
         slot = self._slots.take(expert, pinned)
         if slot is None:
+            del self._loading[expert]
             return False
         self._loading[expert] = self._reader.submit(self._bank.requests(expert, slot))
         return True
@@ -82,16 +104,19 @@ class StreamingSwitchGLU(nn.Module):
         Raises:
             ReadError: they could not be read. The expert is then not resident any more.
         """
-        pending: Pending | None = self._loading.get(expert)
-        if pending is not None:
+        if expert in self._loading:
             try:
-                pending.wait()
+                self._loading[expert].wait()
             except Exception:
-                self._slots.drop(expert)
-                del self._loading[expert]
+                self._forget(expert)
                 raise
             del self._loading[expert]
         return self._slots.lookup(expert)
+
+    def _forget(self, expert: int) -> None:
+        if self._slots.lookup(expert) is not None:
+            self._slots.drop(expert)
+        del self._loading[expert]
 
 
 class Call:
@@ -127,6 +152,7 @@ class Call:
         """
         switch = self._switch
         while self._ready or self._landing:
+            switch._watch.check()
             if not self._ready:
                 self._ready = [self._landing.popleft()]
                 while self._landing and (

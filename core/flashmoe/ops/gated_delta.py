@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_next
 from numba import njit, prange
 
 from .dense import project
 from .host import host
-
-# mlx-lm's eps for the norm of queries and keys.
-_QK_EPS = 1e-6
+from .kernels import launching
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -44,7 +43,7 @@ def _normalise(x, eps, factor):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, key_heads, state, out):
+def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, state, out):
     """All tokens of a sequence. state (H, Dv, Dk) is updated, out (T, H, Dv) written.
 
     x: (taps - 1 + T, channels), queries, keys and values of all heads in turn; w: (channels, taps);
@@ -62,8 +61,8 @@ def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, key_heads, state, out):
         _convolve(x, w, key_head * width, q)
         _convolve(x, w, (key_heads + key_head) * width, k)
         _convolve(x, w, 2 * key_heads * width + head * rows, v)
-        _normalise(q, np.float32(_QK_EPS) * scale * scale, scale * scale)
-        _normalise(k, np.float32(_QK_EPS) * scale * scale, scale)
+        _normalise(q, qk_eps, scale * scale)
+        _normalise(k, qk_eps, scale)
         g = np.empty(tokens, np.float32)
         beta = np.empty(tokens, np.float32)
         for t in range(tokens):
@@ -113,24 +112,37 @@ class _GatedDeltaNet:
             # A copy: arrays of MLX never change, and a snapshot of the cache may hold this one.
             state = host(cache[1])[0].copy()
         else:
-            shape = (batch, self.num_v_heads, self.head_v_dim, self.head_k_dim)
-            state = np.zeros(shape, np.float32)
+            state = np.zeros((batch, *self._state_shape), np.float32)
         w, decay, dt_bias, norm = host(
             self.conv1d.weight.squeeze(-1), mx.exp(self.A_log), self.dt_bias, self.norm.weight
         )
         z = z.reshape(batch, tokens, self.num_v_heads, self.head_v_dim)
         out = np.empty_like(z)
+        expected = (batch, keep, mixed.shape[2]), (batch, *self._state_shape)
+        if (before.shape, state.shape) != expected:
+            raise ValueError(
+                f"the prompt cache is of another model: it has states {before.shape} and "
+                f"{state.shape}, and this layer {expected[0]} and {expected[1]}"
+            )
         eps = np.float32(self.norm.eps)
+        # Added to the mean of squares. mlx-lm 0.31 adds it unscaled, newer ones to the sum.
+        scaled = hasattr(mlx_lm_gated_delta, "normalize_qk")
+        qk_eps = np.float32(1e-6 / self.head_k_dim if scaled else 1e-6)
         for i in range(batch):
             sequence = x[i], w, a[i], b[i], z[i]
-            weights = decay, dt_bias, norm, eps, self.num_k_heads
-            _heads(*sequence, *weights, state[i], out[i])
+            weights = decay, dt_bias, norm, eps, qk_eps, self.num_k_heads
+            with launching:
+                _heads(*sequence, *weights, state[i], out[i])
         if cache is not None:
             cache[0] = mx.array(x[:, -keep:])
             cache[1] = mx.array(state)
             cache.advance(tokens)
         y = project(self.out_proj, out.reshape(batch * tokens, -1))
         return mx.array(y.reshape(inputs.shape))
+
+    @property
+    def _state_shape(self) -> tuple[int, int, int]:
+        return self.num_v_heads, self.head_v_dim, self.head_k_dim
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):

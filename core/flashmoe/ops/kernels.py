@@ -3,11 +3,11 @@
 The result of a row does not depend by a single bit on the number of threads, on the other pairs of
 the call, or on the slot: each (matrix row, row of x) is summed in one fixed order by one thread.
 
-Only one thread may launch at a time: numba's portable threading layer does not allow two. Weights
-are read without the GIL, so reader threads go on meanwhile.
+Weights are read without the GIL, so reader threads go on meanwhile.
 """
 
 import os
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,9 @@ from .unpack import BITS, GROUP_SIZES, SIZES, arrange, arrangement, block_kernel
 # launches of a layer but not a read. OpenMP looks at this when numba first launches.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+#: Held by each parallel launch: numba's portable threading layer dies of two at one time.
+launching = threading.Lock()
 
 #: Up to so many rows of x for one matrix, packed weights beat unpacking for BLAS.
 MATVEC_ROWS = 20
@@ -188,7 +191,8 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
         second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
-    bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), 1)
+    with launching:
+        bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), 1)
     if bad >= 0:
         raise IndexError(
             f"pair {bad}: slot {slots[bad]} of {limits[0]}, row {rows[bad]} of {limits[1]}"
@@ -229,7 +233,8 @@ def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
     at = weight + line * w_row, scales + line * s_row, biases + line * s_row
     first = w.kernel("unpack"), *at, w_row, s_row, n, 0, 0
     one = np.zeros(1, np.int64)
-    _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), out.shape[1])
+    with launching:
+        _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), out.shape[1])
 
 
 def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
