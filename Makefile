@@ -11,6 +11,8 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@# Compiles the CPU kernels once, so that the first answer does not wait for it.
+	$(BIN)/flashmoe run flashmoe-demo "Hello." --max-tokens 2 > /dev/null
 	touch $@
 
 setup: $(VENV)/installed
