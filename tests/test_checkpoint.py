@@ -9,14 +9,26 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx_lm.models import qwen3_5, qwen3_next
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import PROJECTIONS, Checkpoint, Quantization
-from flashmoe.errors import CheckpointError
+from flashmoe.errors import CheckpointError, ReadError
+from flashmoe.footprint import RUNTIME_NBYTES, working_nbytes
+from flashmoe.model_config import (
+    BITS,
+    FIELDS,
+    GROUP_SIZES,
+    LINEAR_FIELDS,
+    check_text_config,
+)
+from flashmoe.reader import Reader, ReadRequest
 from toys import FAMILIES, write_toy
 
 INDEX = "model.safetensors.index.json"
@@ -157,13 +169,45 @@ def test_override_by_path_is_ignored(tmp_path):
         ):
             weights[f"{name}.{part}"] = array
 
+    def override(entry):
+        edit_json(toy / "config.json", lambda c: c["quantization"].update({name: entry}))
+
     edit_weights(toy, requantize)
-    refuses(toy, f"{name}.weight", "(7, 64, 24)", "(7, 64, 12)", "quantization")
-    override = {name: {"bits": 8, "group_size": 32}}
-    edit_json(toy / "config.json", lambda c: c["quantization"].update(override))
+    for wrong in (True, {"bits": 4, "group_size": 32}):
+        override(wrong)
+        refuses(toy, f"{name}.weight", "(7, 64, 24)", "(7, 64, 12)", "quantization")
+    override({"bits": 8, "group_size": 64})
+    refuses(toy, "rows of 96 weights, not a multiple of the group size 64")
+    override({"bits": 8, "group_size": 32})
     layers = Checkpoint.open(toy).expert_layers
     assert layers[0].quantization["down_proj"] == Quantization(8, 32)
     assert layers[0].expert_nbytes > layers[1].expert_nbytes
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_unnamed_quantisation_is_not_that_of_mlx_lm(tmp_path, bits, group_size):
+    toy = write_toy(
+        tmp_path,
+        "qwen3_moe",
+        layers=1,
+        bits=bits,
+        group_size=group_size,
+        hidden_size=128,
+        moe_intermediate_size=128,
+    )
+    other = {"bits": 2 if bits == 6 else 6, "group_size": 32 if group_size == 64 else 64}
+    edit_json(toy / "config.json", lambda c: c.update(quantization=other))
+    layer = Checkpoint.open(toy).expert_layers[0]
+    assert layer.quantization == dict.fromkeys(PROJECTIONS, Quantization(bits, group_size))
+    found = {
+        p.part: mx.zeros((7, *p.shape), {"U32": mx.uint32}.get(p.dtype, mx.bfloat16))
+        for p in layer.parts
+        if p.projection == "up_proj"
+    }
+    weights = {f"up_proj.{part}": array for part, array in found.items()}
+    inferred = mlx_lm.utils.infer_quant_config("up_proj", SwitchLinear(128, 128, 7), weights)
+    assert inferred == {"bits": bits, "group_size": group_size, "mode": "affine"}
 
 
 def test_plain_projection_among_quantised_ones_is_refused(one):
@@ -178,7 +222,7 @@ def test_plain_projection_among_quantised_ones_is_refused(one):
     assert Checkpoint.open(one).expert_layers[0].quantization["up_proj"] is None
     assert len(Checkpoint.open(one).expert_layers[0].parts) == 7
     edit_json(one / "config.json", lambda c: c["quantization"].update({name: True}))
-    refuses(one, f"{name}.scales is missing")
+    refuses(one, f"{name}.scales' is missing")
 
 
 def test_vision_or_mtp_tensors_count_as_dense(one):
@@ -262,30 +306,48 @@ def test_oversized_config_is_read(one):
     refuses(one, "longer than 100000000 bytes")
 
 
-@pytest.mark.parametrize("value", [None, "missing", 0, -4, True, 64.0, "64", [64], 2**40])
-@pytest.mark.parametrize(
-    "field",
-    [
-        "hidden_size",
-        "moe_intermediate_size",
-        "num_hidden_layers",
-        "num_experts",
-        "num_experts_per_tok",
-        "max_position_embeddings",
-        "vocab_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ],
-)
-def test_ill_typed_field_passes(one, field, value):
-    def edit(config):
-        config["text_config"][field] = value
-        if value == "missing":
-            del config["text_config"][field]
+SIZES = [*FIELDS, *LINEAR_FIELDS, "head_dim"]
 
-    edit_json(one / "config.json", edit)
-    shown = None if value == "missing" else value
-    refuses(one, f"has {field} {shown!r}", "a whole number in 1..")
+
+@pytest.mark.parametrize("value", [None, 0, -4, True, 64.0, "64", [64], 2**40])
+@pytest.mark.parametrize("field", SIZES)
+def test_ill_typed_field_passes(originals, tmp_path, field, value):
+    for toy in ("one", "next"):
+        if (toy, field, value) == ("one", "head_dim", None):
+            continue  # mlx-lm takes a default for it
+        config = json.loads((originals / toy / "config.json").read_text())
+        config.get("text_config", config)[field] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refuses(tmp_path, f"has {field} {value!r}", "a whole number in 1..")
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_missing_field_passes_or_a_default_is_not_that_of_mlx_lm(originals, tmp_path, field):
+    classes = {"one": qwen3_5.TextModelArgs, "next": qwen3_next.ModelArgs}
+    for toy, args_class in classes.items():
+        config = json.loads((originals / toy / "config.json").read_text())
+        del config.get("text_config", config)[field]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            default = getattr(args_class.from_dict(config.get("text_config", config)), field)
+        except TypeError:  # mlx-lm has none
+            default = 0
+        if default == 0:
+            refuses(tmp_path, f"has {field} None", "a whole number in 1..")
+        else:
+            assert check_text_config(config, tmp_path)[field] == default
+
+
+def test_fewer_layers_than_one_interval_pass(one):
+    edit_json(one / "config.json", lambda c: c["text_config"].update(full_attention_interval=5))
+    refuses(one, "full_attention_interval 5, more than num_hidden_layers 4")
+
+
+def test_null_head_dim_is_refused(one):
+    edit_json(one / "config.json", lambda c: c["text_config"].update(head_dim=None))
+    assert Checkpoint.open(one).text_config["head_dim"] == 64 // 2
+    edit_json(one / "config.json", lambda c: c["text_config"].update(num_attention_heads=65))
+    refuses(one, "has head_dim 0")
 
 
 @pytest.mark.parametrize(
@@ -305,8 +367,6 @@ def test_ill_typed_field_passes(one, field, value):
         ({"quantization": {"bits": 4, "group_size": 32, "a.b": 3}}, "quantization['a.b'] is 3"),
         ({"quantization": {"bits": 4, "group_size": 32, "a": {"bits": 4}}}, "group_size None"),
         ({"quantization": {"bits": 4, "group_size": 32, f"{SWITCH}.up_proj": False}}, "is not"),
-        ({"quantization": {"bits": 4, "group_size": 128}}, "not a multiple of the group size 128"),
-        ({"quantization": {"bits": 3, "group_size": 32}}, "disagrees with"),
         ({"quantization": None, "quantization_config": {"quant_method": "awq"}}, "method 'awq'"),
         ({"quantization": None, "quantization_config": {"quant_method": "fp8"}}, "method 'fp8'"),
         ({"quantization": None, "quantization_config": "gptq"}, "method 'gptq'"),
@@ -501,7 +561,7 @@ def test_truncated_dense_tensor_is_not_named(one):
 def test_missing_expert_tensor_passes(one, projection, part):
     name = f"{SWITCH}.{projection}.{part}"
     edit_weights(one, lambda w: w.pop(name))
-    refuses(one, f"tensor {name} is missing")
+    refuses(one, f"tensor '{name}' is missing")
 
 
 @pytest.mark.parametrize(
@@ -522,9 +582,11 @@ def test_raw_hugging_face_checkpoint_passes(one, name):
         ("up_proj.weight", mx.zeros((6, 96, 8), mx.uint32), "disagrees with num_experts 7"),
         ("up_proj.scales", mx.zeros((8, 96, 2), mx.bfloat16), "disagrees with num_experts 7"),
         ("up_proj.weight", mx.zeros((7, 95, 8), mx.uint32), "needs (7, 96, 8) (4-bit, group 32)"),
-        ("down_proj.weight", mx.zeros((7, 96, 8), mx.uint32), "needs (7, 64, 12)"),
+        ("down_proj.weight", mx.zeros((7, 96, 8), mx.uint32), "rows of 96 weights"),
         ("up_proj.biases", mx.zeros((7, 96, 1), mx.bfloat16), "needs (7, 96, 2)"),
-        ("up_proj.weight", mx.array(0, mx.uint32), "has shape ()"),
+        ("up_proj.weight", mx.array(0, mx.uint32), "a weight of shape ()"),
+        ("up_proj.scales", mx.zeros((7, 96, 4), mx.bfloat16), "scales of shape (7, 96, 4)"),
+        ("up_proj.weight", mx.zeros((7, 96, 14), mx.uint32), "no quantisation to (2, 3, 4, 5, 6"),
         ("up_proj.weight", mx.zeros((7, 96, 8), mx.int32), "'weight': 'I32'"),
         ("up_proj.scales", mx.zeros((7, 96, 2), mx.float16), "'scales': 'F16', 'biases': 'BF16'"),
         ("up_proj.biases", mx.zeros((7, 96, 2), mx.int16), "'biases': 'I16'"),
@@ -555,8 +617,68 @@ def test_other_quantisation_mode_passes(tmp_path, mode, bits, group):
 
 
 def test_experts_of_a_layer_too_many_pass(one):
-    edit_json(one / "config.json", lambda c: c["text_config"].update(num_hidden_layers=3))
+    three = {"num_hidden_layers": 3, "full_attention_interval": 3}
+    edit_json(one / "config.json", lambda c: c["text_config"].update(three))
     refuses(one, "layers.3.mlp.switch_mlp", "3 layers has no use for")
+
+
+# What is quantised of the dense tensors.
+
+QUERY = "language_model.model.layers.3.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("part", ["weight", "biases"])
+def test_missing_dense_tensor_passes(one, part):
+    edit_weights(one, lambda w: w.pop(f"{QUERY}.{part}"))
+    refuses(one, f"tensor '{QUERY}.{part}' is missing")
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"weight": (8, mx.int32)}, "'weight': 'I32'"),
+        ({"scales": (2, mx.float16)}, "'scales': 'F16', 'biases': 'BF16'"),
+        ({"scales": (2, mx.int16), "biases": (2, mx.int16)}, "needed is a U32 weight, and scales"),
+        ({"biases": (1, mx.bfloat16)}, "scales of shape (128, 2) and biases of shape (128, 1)"),
+        ({"scales": (2, mx.uint8)}, "U8 scales, so its mode is mxfp4, mxfp8 or nvfp4"),
+    ],
+    ids=["weight", "scales", "both", "shape", "mode"],
+)
+def test_dense_tensor_of_the_wrong_form_passes(one, edits, message):
+    new = {f"{QUERY}.{part}": mx.zeros((128, n), dtype) for part, (n, dtype) in edits.items()}
+    edit_weights(one, lambda w: w.update(new))
+    refuses(one, f"'{QUERY}'", message)
+
+
+@pytest.mark.parametrize("quantization", [None, {"bits": 4, "group_size": 32, QUERY: False}])
+def test_dense_scales_that_config_denies_pass(originals, tmp_path, quantization):
+    toy = Path(shutil.copytree(originals / "plain", tmp_path / "plain"))
+    parts = {"weight": mx.zeros((128, 8), mx.uint32), "scales": mx.zeros((128, 2), mx.float16)}
+    parts["biases"] = parts["scales"]
+    edit_weights(toy, lambda w: w.update({f"{QUERY}.{k}": v for k, v in parts.items()}))
+    edit_json(toy / "config.json", lambda c: c.update(quantization=quantization))
+    refuses(toy, f"'{QUERY}' is quantised, but config.json says that it is not")
+
+
+# Files that change.
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_shard_replaced_after_opening_is_read(three, number):
+    checkpoint = Checkpoint.open(three)
+    assert set(checkpoint.identities) == set(checkpoint.files)
+    part = checkpoint.expert_layers[0].parts[0]
+    same = part.file.with_name("new")
+    content = bytearray(part.file.read_bytes())
+    content[part.start] ^= number
+    same.write_bytes(content)
+    shutil.copystat(part.file, same)
+    same.rename(part.file)
+    with Reader(1, checkpoint.identities) as reader:
+        buffer = bytearray(part.nbytes)
+        pending = reader.submit([ReadRequest(part.file, part.start, buffer, 0, 0)])
+        with pytest.raises(ReadError, match="was deleted or replaced since the model was loaded"):
+            pending.wait()
 
 
 # Any bytes at all.
@@ -612,8 +734,36 @@ def test_a_flipped_byte_raises_something_else(originals, one, at, byte):
 def test_hostile_config_raises_something_else(originals, one, field, value):
     config = json.loads((originals / "one" / "config.json").read_text())
     (one / "config.json").write_text(json.dumps({**config, field: value}))
+    opens_to_a_size_or_is_refused(one)
+
+
+@settings(
+    max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    toy=st.sampled_from(["one", "next"]),
+    edits=st.dictionaries(
+        st.sampled_from([*SIZES, "mlp_only_layers", "decoder_sparse_step"]),
+        st.integers(-1, 9) | st.integers() | st.just("missing") | JSON,
+        max_size=3,
+    ),
+)
+def test_hostile_sizes_raise_something_else(originals, one, toy, edits):
+    config = json.loads((originals / toy / "config.json").read_text())
+    text_config = config.get("text_config", config)
+    text_config.update(edits)
+    for field in [k for k, v in edits.items() if v == "missing"]:
+        del text_config[field]
+    shutil.copy(originals / toy / "model.safetensors", one)
+    (one / "config.json").write_text(json.dumps(config))
+    opens_to_a_size_or_is_refused(one)
+
+
+def opens_to_a_size_or_is_refused(directory):
     with contextlib.suppress(CheckpointError):
-        Checkpoint.open(one)
+        checkpoint = Checkpoint.open(directory)
+        for on_gpu in (False, True):
+            assert working_nbytes(checkpoint, on_gpu=on_gpu) >= RUNTIME_NBYTES
 
 
 def test_opening_reads_more_than_headers(tmp_path):

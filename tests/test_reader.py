@@ -3,8 +3,10 @@
 import gc
 import os
 import random
+import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from flashmoe import reader as reader_module
 from flashmoe.errors import ReadError
-from flashmoe.reader import Reader, ReadRequest, ReadStats
+from flashmoe.reader import FileIdentity, Reader, ReadRequest, ReadStats
 
 SIZE = 3_000_017
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -147,7 +149,7 @@ def _replace(shard):
     other.rename(shard)
 
 
-@pytest.mark.parametrize(
+CHANGES = pytest.mark.parametrize(
     ("change", "words"),
     [
         (Path.unlink, "was deleted or replaced"),
@@ -158,14 +160,42 @@ def _replace(shard):
     ],
     ids=["deleted", "replaced", "grown", "truncated", "rewritten"],
 )
+
+
+@CHANGES
 def test_a_file_changed_in_use_passes(reader, shard, change, words):
     reader.submit([request(shard, 0, bytearray(4))]).wait()
     change(shard)
     text = error_of(reader, request(shard, 4, bytearray(4)))
     assert text == (
         f"expert 517 of layer 3 needs bytes 4..8 of model-00002.safetensors, but {shard} {words} "
-        "while the model was in use: leave the files alone, and load the model again"
+        "since the model was loaded: leave the files alone, and load the model again"
     )
+
+
+def identity(path):
+    with path.open("rb") as f:
+        return FileIdentity.of(f.fileno())
+
+
+@CHANGES
+def test_a_file_changed_before_its_first_read_passes(shard, change, words):
+    known = {shard: identity(shard)}
+    change(shard)
+    with Reader(2, known) as reader:
+        for _ in range(2):
+            text = error_of(reader, request(shard, 0, bytearray(3)))
+            words = words if shard.exists() else "is missing"
+            assert f"bytes 0..3 of model-00002.safetensors, but {shard} {words}" in text
+
+
+def test_a_file_that_is_what_it_was_is_refused(shard):
+    os.link(shard, shard.with_name("link"))
+    with Reader(2, {shard: identity(shard)}) as reader:
+        shard.with_name("link").unlink()
+        buffer = bytearray(12)
+        reader.submit([request(shard, 0, buffer)]).wait()
+        assert buffer == b"0123456789ab"
 
 
 def test_a_new_hard_link_counts_as_a_change(reader, shard):
@@ -308,6 +338,88 @@ def test_close_drops_reads_or_leaks_threads_and_files(file, data):
     reader.close()
     with pytest.raises(RuntimeError, match="this Reader is closed"):
         reader.submit([request(file, 0, bytearray(1))])
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+def test_idle_before_the_end_of_the_reads(depth, file, data):
+    failures = []
+
+    def call():
+        for _ in range(10):
+            buffers = [np.zeros(300_000, np.uint8) for _ in range(8)]
+            for i, buffer in enumerate(buffers):
+                reader.submit([request(file, i, buffer), request(file, SIZE, bytearray(1))])
+            reader.wait_idle()
+            failures.extend(
+                i for i, b in enumerate(buffers) if b.tobytes() != data[i : i + 300_000]
+            )
+
+    with Reader(depth) as reader:
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        buffer = np.zeros(SIZE, np.uint8)
+        pending = reader.submit([request(file, 0, buffer)])
+    reader.wait_idle()
+    assert pending.done()
+    assert failures == []
+
+
+def ended(reader_threads):
+    """All end within two seconds."""
+    stop = time.monotonic() + 2
+    while time.monotonic() < stop and any(t.is_alive() for t in reader_threads):
+        time.sleep(0.01)
+    return not any(t.is_alive() for t in reader_threads)
+
+
+def test_a_dropped_reader_leaks_threads_and_files(file, data):
+    open_before, others = len(os.listdir("/dev/fd")), set(threading.enumerate())
+    reader = Reader(depth=4)
+    buffers = [bytearray(100_000) for _ in range(40)]
+    pending = [reader.submit([request(file, i, buffer)]) for i, buffer in enumerate(buffers)]
+    own = set(threading.enumerate()) - others
+    assert {t.name for t in own} == {f"flashmoe-read-{i}" for i in range(4)}
+    del reader
+    gc.collect()
+    for p in pending:  # the reads that were submitted still end
+        p.wait()
+    assert all(b == data[i : i + len(b)] for i, b in enumerate(buffers))
+    assert ended(own)
+    assert len(os.listdir("/dev/fd")) == open_before
+
+
+def test_a_reader_in_a_cycle_is_kept_alive(file):
+    others = set(threading.enumerate())
+    reader = Reader(depth=2)
+    reader.submit([request(file, 0, bytearray(9))]).wait()
+    reader.cycle = reader
+    own = set(threading.enumerate()) - others
+    del reader
+    gc.collect()
+    assert ended(own)
+
+
+@pytest.mark.parametrize("end", ["", "del reader", "atexit.register(reader.close)"])
+def test_python_hangs_at_its_exit(file, end):
+    # What is registered before the first finalizer runs after them.
+    close = "atexit.register(lambda: reader.close())\n" if end.startswith("at") else ""
+    code = (
+        "import atexit, sys\nfrom pathlib import Path\n"
+        f"{close}"
+        "from flashmoe.reader import Reader, ReadRequest\n"
+        "reader = Reader(4)\n"
+        "path = Path(sys.argv[1])\n"
+        "for i in range(50):\n"
+        "    reader.submit([ReadRequest(path, i, bytearray(2_000_000), 0, 0)])\n"
+        f"{end}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], timeout=20, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_file_is_opened_once_for_each_read(reader, file):

@@ -10,22 +10,23 @@ from functools import cached_property
 from pathlib import Path
 
 from .errors import CheckpointError
-from .model_config import FAMILIES, check_quantization, check_text_config
+from .model_config import (
+    FAMILIES,
+    FLOATS,
+    Quantization,
+    check_packed,
+    check_quantization,
+    check_text_config,
+    inferred_quantization,
+)
+from .reader import FileIdentity
 from .safetensors_index import AGAIN, EXPERT_TENSOR, Tensor, read_object, read_tensors, show
 
+PARTS = ("weight", "scales", "biases")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-FLOATS = ("BF16", "F16", "F32")
 RAW_EXPERT = re.compile(
     r".*\.mlp\.experts\.(gate_up_proj|down_proj|\d+\.(gate|up|down)_proj)(\.\w+)?"
 )
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Affine quantisation: each run of `group_size` weights of a row has one scale and bias."""
-
-    bits: int
-    group_size: int
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,16 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint. text_config is the part of config that describes the language model;
-    expert_layers maps the index of each MoE layer to its experts."""
+    """A checked checkpoint. text_config is the part of config that describes the language model,
+    with mlx-lm's defaults; expert_layers maps the index of each MoE layer to its experts;
+    identities are what the shards were when their headers were read."""
 
     path: Path
     config: dict
     text_config: dict
     tensors: dict[str, Tensor]
     expert_layers: dict[int, ExpertLayer]
+    identities: dict[Path, FileIdentity]
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -85,9 +88,11 @@ class Checkpoint:
         config = read_object(path / "config.json")
         text_config = check_text_config(config, path)
         quantization = check_quantization(config, text_config, path)
-        tensors = read_tensors(path)
+        tensors, identities = read_tensors(path)
         layers = _expert_layers(config["model_type"], text_config, quantization, tensors, path)
-        return cls(path, config, text_config, tensors, layers)
+        checkpoint = cls(path, config, text_config, tensors, layers, identities)
+        _check_dense(checkpoint.dense, quantization)
+        return checkpoint
 
     @property
     def model_type(self) -> str:
@@ -215,32 +220,22 @@ def _projection(
 ) -> tuple[Quantization | None, list[ExpertPart]]:
     """Finds the tensors of one projection and holds them against config.json."""
     path = f"{prefix}.{projection}"
-    found = {part: tensors.get(f"{path}.{part}") for part in ("weight", "scales", "biases")}
-    weight, scales = found["weight"], found["scales"]
-    if scales and scales.dtype == "U8":
-        raise CheckpointError(
-            f"{path} has U8 scales, so its mode is mxfp4, mxfp8 or nvfp4, and only affine is "
-            "supported: convert the original weights with mlx_lm.convert -q --q-mode affine"
-        )
-    # As mlx-lm does: a path that config.json does not name is quantised if it has scales.
-    packed = bool(scales or found["biases"] or (weight and weight.dtype == "U32"))
-    settings = (config or {}).get(path, packed)
-    settings = config if settings is True else settings
-    for part in found if packed or settings else ("weight",):
-        if found[part] is None:
-            raise CheckpointError(f"tensor {path}.{part} is missing: {AGAIN}")
-    if packed and not settings:
-        raise CheckpointError(
-            f"{path} is quantised, but config.json says that it is not: "
-            "download config.json again, or convert the original weights again"
-        )
+    found = {part: tensors.get(f"{path}.{part}") for part in PARTS}
+    weight = found["weight"]
+    packed = bool(found["scales"] or found["biases"] or (weight and weight.dtype == "U32"))
+    named = None if config is None else config.get(path)
     inner, outer = text_config["hidden_size"], text_config["moe_intermediate_size"]
     if projection == "down_proj":
         inner, outer = outer, inner
     quantization = None
     sizes = {"weight": inner}
-    if settings:
-        quantization = Quantization(settings["bits"], settings["group_size"])
+    if packed or named:
+        check_packed(path, found, config)
+        if named is None:
+            quantization = inferred_quantization(path, found, inner)
+        else:
+            settings = config if named is True else named
+            quantization = Quantization(settings["bits"], settings["group_size"])
         if inner % quantization.group_size:
             raise CheckpointError(
                 f"{path} has rows of {inner} weights, not a multiple of the group size "
@@ -248,19 +243,32 @@ def _projection(
             )
         groups = inner // quantization.group_size
         sizes = {"weight": inner * quantization.bits // 32, "scales": groups, "biases": groups}
+    elif weight is None:
+        raise CheckpointError(f"tensor {show(f'{path}.weight')} is missing: {AGAIN}")
+    elif weight.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{path}.weight has dtype {weight.dtype}, needed is one of {', '.join(FLOATS)}: "
+            "convert the original weights again"
+        )
     for part, size in sizes.items():
         _check_shape(found[part], (text_config["num_experts"], outer, size), quantization)
-    dtypes = {part: found[part].dtype for part in sizes}
-    if quantization:
-        right = dtypes["weight"] == "U32" and dtypes["scales"] == dtypes["biases"] in FLOATS
-        needed = f"a U32 weight, and scales and biases of one dtype of {', '.join(FLOATS)}"
-    else:
-        right, needed = dtypes["weight"] in FLOATS, f"one of {', '.join(FLOATS)}"
-    if not right:
-        raise CheckpointError(
-            f"{path} has dtypes {dtypes}, needed is {needed}: convert the original weights again"
-        )
     return quantization, [_part(projection, part, found[part]) for part in sizes]
+
+
+def _check_dense(dense: tuple[Tensor, ...], config: dict | None) -> None:
+    """Holds what is quantised of the dense tensors against what mlx-lm takes it for: affine."""
+    tensors = {t.name: t for t in dense}
+    for name in tensors:
+        if name.endswith(".scales"):
+            path = name.removesuffix(".scales")
+            found = {part: tensors.get(f"{path}.{part}") for part in PARTS}
+            check_packed(path, found, config)
+            scales, biases = found["scales"], found["biases"]
+            if scales.shape != biases.shape:
+                raise CheckpointError(
+                    f"{show(path)} has scales of shape {scales.shape} and biases of shape "
+                    f"{biases.shape}, which must be the same: convert the original weights again"
+                )
 
 
 def _check_shape(tensor: Tensor, needed: tuple, quantization: Quantization | None) -> None:

@@ -37,13 +37,14 @@ def widened_nbytes(checkpoint: Checkpoint) -> int:
     )
 
 
-def cache_nbytes(checkpoint: Checkpoint, tokens: int | None = None) -> int:
-    """Keys, values and recurrent states of one conversation of so many tokens, float32."""
+def cache_nbytes(checkpoint: Checkpoint) -> int:
+    """Keys, values and recurrent states of one conversation of the planned length, float32."""
     config = checkpoint.text_config
-    tokens = min(checkpoint.max_context, PLANNED_CONTEXT) if tokens is None else tokens
-    interval = full_attention_interval(checkpoint)
+    tokens = min(checkpoint.max_context, PLANNED_CONTEXT)
+    # Every so many layers one has full attention; the others keep a recurrent state.
+    interval = 1 if checkpoint.model_type == "qwen3_moe" else config["full_attention_interval"]
     full = checkpoint.num_layers // interval
-    keys = config["num_key_value_heads"] * head_dim(checkpoint) * tokens
+    keys = config["num_key_value_heads"] * config["head_dim"] * tokens
     linear = checkpoint.num_layers - full
     state = conv = 0
     if linear:
@@ -68,15 +69,3 @@ def prefill_nbytes(checkpoint: Checkpoint) -> int:
     # One expert's matrix, dequantised.
     matrix = config["hidden_size"] * config["moe_intermediate_size"]
     return _F32 * (tokens * (experts + hidden + scores) + matrix)
-
-
-def head_dim(checkpoint: Checkpoint) -> int:
-    config = checkpoint.text_config
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
-def full_attention_interval(checkpoint: Checkpoint) -> int:
-    """Every so many layers one has full attention; the others keep a recurrent state."""
-    if checkpoint.model_type == "qwen3_moe":
-        return 1
-    return checkpoint.text_config.get("full_attention_interval", 4)

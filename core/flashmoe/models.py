@@ -270,7 +270,7 @@ def load_streaming(
     plan = plan_memory(checkpoint, memory=memory, slots=slots, experts=experts)
     log.info("%s: %s", checkpoint.path.name, plan.describe())
     model_class, args_class = FAMILIES[checkpoint.model_type]
-    reader = Reader(depth)
+    reader = Reader(depth, checkpoint.identities)
 
     def build(args):
         model = model_class(args)

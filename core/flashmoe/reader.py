@@ -9,8 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
@@ -38,6 +41,36 @@ class ReadRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells a file, as it was at one moment, from what stands at its path later."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    linked: bool  # it has a name in some directory
+
+    @classmethod
+    def of(cls, fd: int) -> FileIdentity:
+        """The identity of an open file."""
+        now = os.fstat(fd)
+        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_nlink > 0)
+
+    def change(self, fd: int) -> str | None:
+        """What happened to the file to make it the open file `fd`, in words. None: nothing."""
+        now = os.fstat(fd)
+        # A file that was replaced by a rename is an unlinked one behind our descriptor.
+        unlinked = self.linked and now.st_nlink == 0
+        if unlinked or (now.st_dev, now.st_ino) != (self.device, self.inode):
+            return "was deleted or replaced"
+        if now.st_size != self.nbytes:
+            return f"changed its size from {self.nbytes} to {now.st_size} bytes"
+        if now.st_mtime_ns != self.mtime_ns:
+            return "was written to"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class ReadStats:
     """Counters of a `Reader` since its start; subtract two for what lies between them."""
 
@@ -55,8 +88,8 @@ class ReadStats:
 class Pending:
     """The reads of one `submit`."""
 
-    def __init__(self, reader: Reader, jobs: int):
-        self._reader = reader
+    def __init__(self, pool: _Pool, jobs: int):
+        self._pool = pool
         self._jobs_left = jobs
         self._error: Exception | None = None
         # Held until the last job ends: a bare lock costs a tenth of a threading.Event.
@@ -77,7 +110,8 @@ class Pending:
             start = perf_counter()
             with self._running:
                 pass
-            self._reader._count_wait(perf_counter() - start)
+            with self._pool.lock:
+                self._pool.add(ReadStats(waits=1, wait_seconds=perf_counter() - start))
         if self._error is not None:
             raise self._error
 
@@ -85,21 +119,23 @@ class Pending:
 class Reader:
     """`depth` threads that read byte ranges; as many reads are in flight at the drive at most.
 
-    Safe to use from several threads. Files are opened once, on first use, and kept until `close`.
+    Safe to use from several threads. Files are opened once, on first use, and kept until `close`,
+    or until the Reader is garbage and the reads that were submitted have ended.
+
+    identities: what the files must be when they are opened. A file that is not named here must stay
+    what it was at its first read.
     """
 
-    def __init__(self, depth: int = 8):
+    def __init__(self, depth: int = 8, identities: Mapping[Path, FileIdentity] | None = None):
         if depth < 1:
             raise ValueError(f"depth is {depth}, must be 1 or more")
-        self.depth = depth
-        self._queue: SimpleQueue[tuple[Pending, list[ReadRequest]] | None] = SimpleQueue()
-        self._lock = threading.Lock()  # guards what follows, and the fields of each Pending
-        self._stats = ReadStats()
-        self._closed = False
-        self._files_lock = threading.Lock()
-        self._files: dict[Path, _File] = {}
+        self._pool = _Pool(depth, identities or {})
+        self._stop = weakref.finalize(self, self._pool.to_each, None)
+        # At exit the system closes the files, and a thread that waits does no harm.
+        self._stop.atexit = False
+        # The threads hold the pool, not the Reader, so that it can become garbage.
         self._threads = [
-            threading.Thread(target=self._work, name=f"flashmoe-read-{i}", daemon=True)
+            threading.Thread(target=self._pool.work, name=f"flashmoe-read-{i}", daemon=True)
             for i in range(depth)
         ]
         for thread in self._threads:
@@ -108,32 +144,43 @@ class Reader:
     @property
     def stats(self) -> ReadStats:
         """The counters as they are now."""
-        with self._lock:
-            return self._stats
+        with self._pool.lock:
+            return self._pool.stats
 
     def submit(self, requests: Sequence[ReadRequest]) -> Pending:
         """Start the reads, usually the ranges of one expert. Errors come from `Pending.wait`."""
         jobs = list(_jobs(requests))
-        pending = Pending(self, len(jobs))
-        with self._lock:
-            if self._closed:
+        pending = Pending(self._pool, len(jobs))
+        with self._pool.lock:
+            if not self._stop.alive:
                 raise RuntimeError("this Reader is closed: it takes no more reads")
             for job in jobs:
-                self._queue.put((pending, job))
+                self._pool.queue.put(partial(self._pool.run, pending, job))
         return pending
 
+    def wait_idle(self) -> None:
+        """Return when all reads that were submitted before have ended.
+
+        For the caller of a `submit` that an interrupt kept from returning its Pending."""
+        idle = threading.Event()
+        meet = threading.Barrier(len(self._threads), action=idle.set).wait
+        with self._pool.lock:
+            if is_open := self._stop.alive:
+                self._pool.to_each(meet)
+        if is_open:
+            idle.wait()
+        else:
+            self.close()  # by another thread, perhaps: its reads may not have ended
+
     def close(self) -> None:
-        """End the reads that were submitted, then the threads, then close the files."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                for _ in self._threads:
-                    self._queue.put(None)
+        """End the reads that were submitted, then the threads; the last one closes the files."""
+        with self._pool.lock:
+            # Not self._stop(): late in the exit of Python that does nothing, and join would hang.
+            if self._stop.alive:
+                self._pool.to_each(None)
+                self._stop.detach()
         for thread in self._threads:
             thread.join()
-        with self._files_lock:
-            while self._files:
-                os.close(self._files.popitem()[1].fd)
 
     def __enter__(self) -> Reader:
         return self
@@ -141,12 +188,49 @@ class Reader:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            self._run(*item)
-            del item  # an idle thread must not keep a caller's buffers alive
 
-    def _run(self, pending: Pending, job: list[ReadRequest]) -> None:
+class _Pool:
+    """What the threads of a Reader share: jobs, open files, counters."""
+
+    def __init__(self, depth: int, identities: Mapping[Path, FileIdentity]):
+        self.queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self.lock = threading.Lock()  # guards what follows, and the fields of each Pending
+        self.stats = ReadStats()
+        self._depth = self._threads_left = depth
+        self._identities = identities
+        self._files_lock = threading.Lock()
+        # Descriptor, and what the file must be.
+        self._files: dict[Path, tuple[int, FileIdentity]] = {}
+
+    def to_each(self, job: Callable[[], object] | None) -> None:
+        """Queue a job once for each thread; None ends it. Takes no lock: the garbage collector may
+        call this at any point of any thread. One call of C: no interrupt leaves a part undone."""
+        deque(map(self.queue.put, [job] * self._depth), maxlen=0)
+
+    def work(self) -> None:
+        """The life of one thread."""
+        while (job := self.queue.get()) is not None:
+            job()
+            del job  # an idle thread must not keep a caller's buffers alive
+        with self.lock:
+            self._threads_left -= 1
+            last = self._threads_left == 0
+        if last:  # no read runs any more
+            while self._files:
+                os.close(self._files.popitem()[1][0])
+
+    def add(self, more: ReadStats) -> None:
+        """Count. The caller holds the lock."""
+        now = self.stats
+        self.stats = ReadStats(
+            now.bytes + more.bytes,
+            now.reads + more.reads,
+            now.seconds + more.seconds,
+            now.waits + more.waits,
+            now.wait_seconds + more.wait_seconds,
+        )
+
+    def run(self, pending: Pending, job: list[ReadRequest]) -> None:
         start = perf_counter()
         nbytes = reads = 0
         error = None
@@ -156,41 +240,27 @@ class Reader:
                 reads += 1
             except Exception as e:  # the thread lives on: it goes to whoever waits
                 error = error or e
-        with self._lock:
-            self._add(ReadStats(nbytes, reads, perf_counter() - start))
+        with self.lock:
+            self.add(ReadStats(nbytes, reads, perf_counter() - start))
             pending._error = pending._error or error
             pending._jobs_left -= 1
             last = pending._jobs_left == 0
         if last:
             pending._running.release()
 
-    def _count_wait(self, seconds: float) -> None:
-        with self._lock:
-            self._add(ReadStats(waits=1, wait_seconds=seconds))
-
-    def _add(self, more: ReadStats) -> None:
-        now = self._stats
-        self._stats = ReadStats(
-            now.bytes + more.bytes,
-            now.reads + more.reads,
-            now.seconds + more.seconds,
-            now.waits + more.waits,
-            now.wait_seconds + more.wait_seconds,
-        )
-
     def _read(self, request: ReadRequest) -> int:
         """Fill the buffer; returns its size in bytes."""
         buffer = request.buffer
         nbytes = memoryview(buffer).nbytes
         try:
-            file = self._files.get(request.path) or self._open(request.path)
-            done = got = os.preadv(file.fd, [buffer], request.start)
+            fd, identity = self._files.get(request.path) or self._open(request.path)
+            done = got = os.preadv(fd, [buffer], request.start)
             while done < nbytes and got:
                 rest = memoryview(buffer).cast("B")[done:]
-                got = os.preadv(file.fd, [rest], request.start + done)
+                got = os.preadv(fd, [rest], request.start + done)
                 done += got
             # After the read, so that bytes of a changed file never pass as good ones.
-            change = file.change()
+            change = identity.change(fd)
         except FileNotFoundError as e:
             raise ReadError(
                 f"{_need(request, nbytes)}, but {request.path} is missing: put the file back, or "
@@ -204,41 +274,23 @@ class Reader:
             ) from e
         if change:
             raise ReadError(
-                f"{_need(request, nbytes)}, but {request.path} {change} while the model was in "
-                "use: leave the files alone, and load the model again"
+                f"{_need(request, nbytes)}, but {request.path} {change} since the model was "
+                "loaded: leave the files alone, and load the model again"
             )
         if done < nbytes:
             raise ReadError(
-                f"{_need(request, nbytes)}, which has {file.opened.st_size}: the download is "
+                f"{_need(request, nbytes)}, which has {identity.nbytes}: the download is "
                 "incomplete; download it again"
             )
         return nbytes
 
-    def _open(self, path: Path) -> _File:
+    def _open(self, path: Path) -> tuple[int, FileIdentity]:
         with self._files_lock:
             file = self._files.get(path)
             if file is None:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                file = self._files[path] = _File(fd, os.fstat(fd))
+                file = self._files[path] = fd, self._identities.get(path) or FileIdentity.of(fd)
             return file
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    fd: int
-    opened: os.stat_result
-
-    def change(self) -> str | None:
-        """What happened to the file since it was opened, in words."""
-        now, then = os.fstat(self.fd), self.opened
-        # A file that was replaced by a rename is an unlinked one behind our descriptor.
-        if now.st_nlink == 0 and then.st_nlink != 0:
-            return "was deleted or replaced"
-        if now.st_size != then.st_size:
-            return f"changed its size from {then.st_size} to {now.st_size} bytes"
-        if now.st_mtime_ns != then.st_mtime_ns:
-            return "was written to"
-        return None
 
 
 def _jobs(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:

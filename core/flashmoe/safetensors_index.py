@@ -9,11 +9,11 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
+from .reader import FileIdentity
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors format for a header
@@ -100,8 +100,9 @@ def read_object(path: Path) -> dict:
     return parse_object(text, str(path))
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Indexes all shards of a checkpoint directory.
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIdentity]]:
+    """Indexes all shards of a checkpoint directory: tensors by name, and the identity of each shard
+    at the time its header was read.
 
     They are model*.safetensors, as in mlx-lm, which loads the dense weights from all of them. An
     index file, if there is one, must agree with their headers. Raises CheckpointError.
@@ -115,8 +116,10 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             f"{directory} holds no model*.safetensors: give the directory of an MLX checkpoint"
         )
     tensors: dict[str, Tensor] = {}
+    identities = {}
     for file in files:
-        for tensor in read_header(file):
+        identities[file], found = read_header(file)
+        for tensor in found:
             name = tensor.name
             if name in tensors:
                 raise CheckpointError(
@@ -135,7 +138,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 f"{INDEX_NAME} places tensor {show(name)} in {listed[name]}, which does not hold "
                 "it: the files are of two checkpoints; download again"
             )
-    return tensors
+    return tensors, identities
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -154,15 +157,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     return listed
 
 
-def read_header(file: Path) -> Iterator[Tensor]:
-    """Yields the tensors of one safetensors file in file order, each range checked: inside the
-    file, as long as its shape says, no byte shared, no byte unowned. Raises CheckpointError."""
+def read_header(file: Path) -> tuple[FileIdentity, list[Tensor]]:
+    """The tensors of one safetensors file in file order, each range checked: inside the file, as
+    long as its shape says, no byte shared, no byte unowned. Raises CheckpointError."""
     if not is_file(file):
         raise CheckpointError(f"{file} is missing or no regular file: {AGAIN}")
     try:
         with open(file, "rb") as f:
-            size = f.seek(0, 2)
-            f.seek(0)
+            identity = FileIdentity.of(f.fileno())
+            size = identity.nbytes
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
                 raise CheckpointError(
@@ -193,7 +196,7 @@ def read_header(file: Path) -> Iterator[Tensor]:
             f"{file.name} has {size} bytes, but its last tensor ends at {end}: "
             "the file is corrupt; download it again"
         )
-    yield from tensors
+    return identity, tensors
 
 
 def _tensor(name: str, entry: object, file: Path, base: int) -> Tensor:
