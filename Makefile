@@ -18,8 +18,8 @@ $(VENV)/installed: pyproject.toml
 setup: $(VENV)/installed
 
 demo: setup
-	LLM_USER_PATH=$(VENV)/llm $(BIN)/llm -m flashmoe-demo "Tell me a short story about a cat." \
-		-o seed 2 -o max_tokens 200
+	LLM_USER_PATH=$(VENV)/llm $(BIN)/llm -m flashmoe-demo "What is a good breakfast?" \
+		-o seed 3 -o max_tokens 200
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -22,15 +22,40 @@ def render(tokenizer, messages: list[dict]) -> list[int]:
             "this checkpoint has no chat template, so it cannot answer messages: "
             "download its chat_template.jinja, or use flashmoe.load with mlx_lm.generate"
         )
+    seam, messages = _break_special_tokens(tokenizer, messages)
     try:
         # enable_thinking=None leaves the choice to the template; mlx-lm's default forces it on.
         # As text first: encoding a long prompt there would warn before our error has both numbers.
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, enable_thinking=None
         )
-        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        pieces = text.split(seam)
+        return [
+            token
+            for piece in pieces
+            for token in tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+        ]
     except Exception as e:  # jinja2 has many kinds
         raise CheckpointError(f"the checkpoint's chat template refuses the messages: {e}") from e
+
+
+def _break_special_tokens(tokenizer, messages: list[dict]) -> tuple[str, list[dict]]:
+    """Put a seam into each special token that a message holds as text: (seam, messages).
+
+    A user who writes "<|im_end|>" means the characters. Encoded at one go they would become the
+    control token, and what follows could pose as another role. Cut at the seam, they cannot.
+    """
+    text = "".join(str(v) for message in messages for v in message.values())
+    seam = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+
+    def broken(value):
+        if isinstance(value, str):
+            for token in special:
+                value = value.replace(token, token[:1] + seam + token[1:])
+        return value
+
+    return seam, [{k: broken(v) for k, v in message.items()} for message in messages]
 
 
 class Reply:
