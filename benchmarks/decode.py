@@ -55,8 +55,8 @@ def moe_blocks(model):
 
 def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
     from flashmoe.checkpoint import Checkpoint
+    from flashmoe.loading import load_streaming
     from flashmoe.memory import peak
-    from flashmoe.models import load_streaming
 
     checkpoint = Checkpoint.open(path)
     vocab = checkpoint.text_config["vocab_size"]

@@ -30,8 +30,8 @@ def run(path: Path, memory: int, tokens: int, k: int | None) -> dict:
     from mlx_lm.models.cache import make_prompt_cache
 
     from flashmoe.checkpoint import Checkpoint
+    from flashmoe.loading import load_streaming
     from flashmoe.memory import peak
-    from flashmoe.models import load_streaming
 
     checkpoint = Checkpoint.open(path)
     start = time.perf_counter()

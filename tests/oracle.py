@@ -13,7 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from flashmoe import ops
 from flashmoe.bank import ExpertBank
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.models import StreamingMoE, load_streaming
+from flashmoe.loading import load_streaming
+from flashmoe.models import StreamingMoE
 
 
 class ResidentSwitch(nn.Module):

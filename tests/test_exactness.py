@@ -10,7 +10,7 @@ import flashmoe
 from flashmoe import ops
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.models import load_streaming
+from flashmoe.loading import load_streaming
 from oracle import load_resident, logits, same
 from toys import write_toy
 

@@ -13,7 +13,7 @@ from flashmoe import ops
 from flashmoe.bank import ExpertBank
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import SettingError
-from flashmoe.models import load_streaming
+from flashmoe.loading import load_streaming
 from flashmoe.ops import gather, reference
 from flashmoe.reader import Reader
 from toys import write_toy

@@ -402,20 +402,27 @@ def test_a_reader_in_a_cycle_is_kept_alive(file):
     assert ended(own)
 
 
-@pytest.mark.parametrize("end", ["", "del reader", "atexit.register(reader.close)"])
-def test_python_hangs_at_its_exit(file, end):
-    # What is registered before the first finalizer runs after them.
-    close = "atexit.register(lambda: reader.close())\n" if end.startswith("at") else ""
-    code = (
-        "import atexit, sys\nfrom pathlib import Path\n"
-        f"{close}"
-        "from flashmoe.reader import Reader, ReadRequest\n"
-        "reader = Reader(4)\n"
-        "path = Path(sys.argv[1])\n"
-        "for i in range(50):\n"
-        "    reader.submit([ReadRequest(path, i, bytearray(2_000_000), 0, 0)])\n"
-        f"{end}\n"
-    )
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("", ""),
+        ("", "del reader"),
+        ("", "atexit.register(reader.close)"),
+        # What is registered before the first finalizer is made runs after them all.
+        ("atexit.register(lambda: reader.close())", ""),
+    ],
+)
+def test_python_hangs_at_its_exit(file, first, last):
+    code = f"""
+import atexit, sys
+from pathlib import Path
+{first}
+from flashmoe.reader import Reader, ReadRequest
+reader = Reader(4)
+for i in range(50):
+    reader.submit([ReadRequest(Path(sys.argv[1]), i, bytearray(2_000_000), 0, 0)])
+{last}
+"""
     done = subprocess.run(
         [sys.executable, "-c", code, str(file)], timeout=20, capture_output=True, text=True
     )

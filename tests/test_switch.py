@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import BudgetError, CheckpointError, ReadError, SettingError
-from flashmoe.models import load_streaming
+from flashmoe.loading import load_streaming
 from oracle import load_resident, logits, same
 from toys import write_toy
 

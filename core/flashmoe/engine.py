@@ -19,12 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from .errors import ReadError
+from .errors import Cancelled, ReadError
 from .events import Event, Request, check_request
-
-
-class Cancelled(Exception):
-    """Raised inside the thread to leave a request that nobody waits for any more."""
 
 
 @dataclass(frozen=True)

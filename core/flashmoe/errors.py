@@ -23,3 +23,7 @@ class BudgetError(FlashMoEError):
 
 class SettingError(FlashMoEError, ValueError):
     """An option outside its range, such as K above the trained one."""
+
+
+class Cancelled(Exception):
+    """Leaves a request that nobody waits for any more. No error: it does not reach a user."""

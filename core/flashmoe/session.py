@@ -16,11 +16,11 @@ from mlx_lm.sample_utils import make_sampler
 from . import memory
 from .chat import Reply, render
 from .checkpoint import Checkpoint
-from .engine import Cancelled
-from .errors import SettingError
+from .errors import Cancelled, SettingError
 from .events import End, Event, Request, in_range
 from .footprint import PREFILL_TOKENS
-from .models import check_experts, load
+from .loading import load
+from .models import check_experts
 
 DEFAULT_MAX_TOKENS = 4096
 

@@ -1,0 +1,158 @@
+"""From a checkpoint directory to a model that is ready: plan the memory, load the dense weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_config, load_model, load_tokenizer
+
+from . import memory as memory_module
+from . import ops
+from .checkpoint import Checkpoint
+from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
+from .footprint import working_nbytes
+from .models import FAMILIES, StreamingMoE, check_experts
+from .reader import Reader
+
+log = logging.getLogger("flashmoe")
+
+#: Slots beyond the K of one token: in prefill, one expert is computed while the next one is read.
+PREFILL_SLOTS = 2
+
+
+def plan_memory(
+    checkpoint: Checkpoint,
+    *,
+    memory: str | int | None = None,
+    slots: int | None = None,
+    experts: int | None = None,
+) -> memory_module.Plan:
+    """How the memory of this process would be split for the checkpoint.
+
+    Args:
+        memory: budget for the peak of the whole process, such as "8GB" or a number of bytes.
+            None: what the machine can spare.
+        slots: experts resident in each layer, instead of what the budget gives.
+        experts: K, or None for the trained one.
+
+    Raises:
+        BudgetError: it does not fit; the text says what would.
+    """
+    if memory is not None and slots is not None:
+        raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
+    k = check_experts(experts, checkpoint)
+    return memory_module.plan(
+        budget=None if memory is None else memory_module.parse_size(memory),
+        slots=slots,
+        base=memory_module.resident(),
+        dense=checkpoint.dense_nbytes,
+        working=working_nbytes(checkpoint, on_gpu=ops.on_gpu()),
+        layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
+        num_experts=checkpoint.num_experts,
+        minimum=min(k + PREFILL_SLOTS, checkpoint.num_experts),
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    memory: str | int | None = None,
+    slots: int | None = None,
+    experts: int | None = None,
+    depth: int = 8,
+):
+    """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
+
+    Args:
+        path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
+        memory, slots, experts: see `plan_memory`.
+        depth: how many reads may be in flight at the drive.
+
+    Returns:
+        (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools
+        accept them.
+
+    Raises:
+        CheckpointError, BudgetError, SettingError: with the values and the way out.
+    """
+    checkpoint = Checkpoint.open(path)
+    tokenizer = read_tokenizer(checkpoint)
+    model = load_streaming(checkpoint, memory=memory, slots=slots, experts=experts, depth=depth)
+    return model, tokenizer
+
+
+def load_streaming(
+    checkpoint: Checkpoint,
+    *,
+    memory: str | int | None = None,
+    slots: int | None = None,
+    experts: int | None = None,
+    depth: int = 8,
+) -> StreamingMoE:
+    """`load` without the tokenizer, from an open checkpoint."""
+    if depth < 1:
+        raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
+    plan = plan_memory(checkpoint, memory=memory, slots=slots, experts=experts)
+    log.info("%s: %s", checkpoint.path.name, plan.describe())
+    model_class, args_class = FAMILIES[checkpoint.model_type]
+    reader = Reader(depth, checkpoint.identities)
+
+    def build(args):
+        model = model_class(args)
+        model.stream_from(checkpoint, plan, reader)
+        return model
+
+    try:
+        model, _ = load_model(
+            checkpoint.path, lazy=True, get_model_classes=lambda config: (build, args_class)
+        )
+        ops.pick().prepare(model, head(model))
+        # Layer by layer, so that what a cast reads and what it makes do not both grow.
+        for layer in model.layers:
+            mx.eval(layer.parameters())
+        mx.eval(model.parameters())
+        model.experts = check_experts(experts, checkpoint)
+    except BaseException as e:
+        reader.close()
+        if isinstance(e, MemoryError) or "allocate" in str(e):
+            raise BudgetError(
+                f"the system did not give the memory ({e}); planned was {plan.describe()}: "
+                "pass less memory"
+            ) from e
+        if isinstance(e, FlashMoEError):
+            raise
+        if isinstance(e, KeyError | TypeError | ValueError | RuntimeError | OSError):
+            raise CheckpointError(
+                f"mlx-lm cannot load the {checkpoint.model_type} in {checkpoint.path}: {e}. "
+                "Download it again, or convert it again with this version of mlx-lm"
+            ) from e
+        raise
+    return model
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """The output projection, or None when the embedding is used for it."""
+    # qwen3_5_moe nests its text model.
+    return getattr(getattr(model, "language_model", model), "lm_head", None)
+
+
+def read_tokenizer(checkpoint: Checkpoint):
+    """The checkpoint's tokenizer, as mlx-lm wraps it. None of its code is ever run.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        return load_tokenizer(
+            checkpoint.path,
+            {"trust_remote_code": False},
+            eos_token_ids=load_config(checkpoint.path).get("eos_token_id"),
+        )
+    except Exception as e:  # transformers raises many kinds for a broken file
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer that can be read ({type(e).__name__}: {e}): it "
+            "needs tokenizer.json and tokenizer_config.json; download the model again"
+        ) from e
