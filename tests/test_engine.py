@@ -72,7 +72,7 @@ def test_closed_iterator_goes_on_generating(engine):
     events.close()
     start = time.perf_counter()
     assert answer(engine, ask("Hello."))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20, "2000 tokens take longer"
 
 
 def test_cancelled_task_goes_on_generating(engine):
@@ -90,7 +90,7 @@ def test_cancelled_task_goes_on_generating(engine):
     asyncio.run(main())
     start = time.perf_counter()
     assert answer(engine, ask("Hello."))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20, "2000 tokens take longer"
 
 
 def test_error_of_one_request_ends_the_engine(engine):
