@@ -56,10 +56,6 @@ class ExpertBank:
                 self._bytes[key] = np.empty((num_slots, part.nbytes), np.uint8)
         self._packed: dict[str, Packed] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stack.nbytes for stack in self._bytes.values())
-
     def requests(self, expert: int, slot: int) -> list[ReadRequest]:
         """The reads that bring `expert` into `slot`: one for each part."""
         return [
