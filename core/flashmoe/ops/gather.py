@@ -37,7 +37,7 @@ class Work(reference.Work):
             super().run(experts)
             return
         # One shape whatever is resident: pairs of other experts are computed with a resident
-        # expert in their place, and thrown away.
+        # expert in their place, so that no slot is read while it is written, and thrown away.
         self._slots.fill(next(iter(experts)))
         mine = np.zeros(self._slots.size, bool)
         for slot, pairs in experts.items():
