@@ -99,7 +99,8 @@ class FlashMoE(llm.Model):
 
     def execute(self, prompt, stream, response, conversation) -> Iterator[StreamEvent]:
         from flashmoe.engine import shared
-        from flashmoe.events import End, Reasoning, Request
+        from flashmoe.events import End, Reasoning, Text
+        from flashmoe.requests import Request
 
         options = prompt.options
         request = Request(
@@ -118,7 +119,7 @@ class FlashMoE(llm.Model):
                     report(response, event, str(engine.path))
                 elif isinstance(event, Reasoning):
                     yield StreamEvent(type="reasoning", chunk=event.text)
-                else:
+                elif isinstance(event, Text):
                     yield StreamEvent(type="text", chunk=event.text)
         except FlashMoEError as e:
             raise UserError(str(e)) from e

@@ -4,12 +4,16 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # Before anything imports transformers or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Prompt states of tests, and of the processes they start, stay out of the user's own.
+_CACHE = tempfile.TemporaryDirectory(prefix="flashmoe-tests-")
+os.environ["FLASHMOE_CACHE"] = _CACHE.name
 
 
 def pytest_report_header():

@@ -14,7 +14,8 @@ import pytest
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine, release, shared
 from flashmoe.errors import CheckpointError, ReadError, SettingError
-from flashmoe.events import End, Reasoning, Request, Text
+from flashmoe.events import End, Progress, Reasoning, Text
+from flashmoe.requests import Request
 from toys import write_toy
 
 
@@ -30,7 +31,15 @@ def engine():
 
 
 def answer(engine, request) -> str:
-    return "".join(e.text for e in engine.stream(request) if isinstance(e, Text))
+    return text_of(engine.stream(request))
+
+
+def text_of(events) -> str:
+    return "".join(e.text for e in events if isinstance(e, Text))
+
+
+def first_text(events) -> Text:
+    return next(e for e in events if isinstance(e, Text))
 
 
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "ant"]
@@ -68,7 +77,7 @@ def test_asyncio_tasks_mix_their_events(engine):
 
 def test_closed_iterator_goes_on_generating(engine):
     events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
-    assert isinstance(next(events), Text)
+    first_text(events)
     events.close()
     start = time.perf_counter()
     assert answer(engine, ask("Hello."))
@@ -123,7 +132,7 @@ def test_pruned_request_changes_the_next_one(engine):
     pruned = [*engine.stream(ask("Tell me about the sea.", max_tokens=40, experts=1))]
     assert pruned[-1].experts == 1
     assert answer(engine, ask("Tell me about the sea.", max_tokens=40)) == before
-    assert "".join(e.text for e in pruned[:-1]) != before
+    assert text_of(pruned) != before
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
@@ -140,35 +149,27 @@ def test_text_held_back_is_lost_at_the_end(engine):
 
 
 def test_thought_is_part_of_the_answer(engine):
-    """The template opens no thought here; one that the model opens itself is kept apart."""
     kinds = {type(e) for e in engine.stream(ask("Say hello."))}
-    assert kinds == {Text, End}
-    from mlx_lm.utils import load_tokenizer
-
-    from flashmoe.chat import Reply
-
-    tokenizer = load_tokenizer(find(DEMO))
-    prompt = tokenizer.encode("<think>\n")
-    reply = Reply(tokenizer, prompt, ("END",))
-    events = []
-    for piece in ("Let me", " see", "</th", "ink>", "\n\n", "Hello", " E", "N", "D there"):
-        events += reply.feed(piece)
-    events += reply.flush()
-    assert events[:2] == [Reasoning("Let me"), Reasoning(" see")]
-    assert "".join(e.text for e in events if isinstance(e, Text)) == "Hello "
-    assert reply.stopped
+    assert kinds == {Progress, Text, End}
+    thinking = ask("Why is the sky blue?", think=True, max_tokens=60)
+    events = [e for e in engine.stream(thinking) if isinstance(e, Text | Reasoning)]
+    kinds = [type(e) for e in events]
+    assert kinds == sorted(kinds, key=[Reasoning, Text].index)
+    assert set(kinds) == {Reasoning, Text}
+    assert not any("think>" in e.text for e in events)
+    assert not events[0].text.startswith("\n")
 
 
-def test_engines_are_shared_with_other_settings():
+def test_engines_are_shared_across_settings():
     a, b = shared(find(DEMO), slots=12), shared(find(DEMO), slots=12)
     c = shared(find(DEMO), slots=13)
     assert a is b
     assert a is not c
-    with pytest.raises(RuntimeError, match="closed"):
-        answer(a, ask("Hello."))
+    assert answer(a, ask("Hello.")) == answer(c, ask("Hello."))
     release()
-    with pytest.raises(RuntimeError, match="closed"):
-        answer(c, ask("Hello."))
+    for engine in (a, c):
+        with pytest.raises(RuntimeError, match="closed"):
+            answer(engine, ask("Hello."))
     assert shared(find(DEMO), slots=13) is not c
     release()
 
@@ -183,7 +184,7 @@ def test_file_deleted_while_generating_spoils_the_answer_or_the_engine(tmp_path)
     with Engine(path, slots=12) as engine:
         expected = answer(engine, ask("Tell me a short story about a cat."))
         events = engine.stream(ask("Tell me a long story.", max_tokens=500))
-        next(events)
+        first_text(events)
         shard.rename(path / "away")
         shutil.copy2(path / "away", path / "copy")
         (path / "away").unlink()
@@ -198,7 +199,7 @@ def test_file_deleted_while_generating_spoils_the_answer_or_the_engine(tmp_path)
 def test_answer_cut_by_close_looks_whole():
     engine = Engine(find(DEMO), slots=12)
     events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
-    next(events)
+    first_text(events)
     waiting = engine.stream(ask("Hello."))
     threading.Thread(target=engine.close).start()
     with pytest.raises(RuntimeError, match="closed"):
@@ -210,7 +211,7 @@ def test_answer_cut_by_close_looks_whole():
 def test_mlx_that_cannot_be_imported_hangs_the_caller():
     code = (
         "import sys; sys.modules['mlx.core'] = None\n"
-        "from flashmoe.engine import Engine; from flashmoe.events import Request\n"
+        "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
         "from flashmoe.catalog import find\n"
         "try:\n"
         "    request = Request([{'role': 'user', 'content': 'x'}])\n"
@@ -224,7 +225,9 @@ def test_mlx_that_cannot_be_imported_hangs_the_caller():
 def test_closed_event_loop_ends_the_engine(engine):
     async def leave():
         events = engine.astream(ask("Tell me a long story.", max_tokens=60))
-        await anext(events)
+        async for event in events:
+            if isinstance(event, Text):
+                break
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
@@ -267,11 +270,12 @@ def test_defaults_of_a_checkpoint_break_every_request(tmp_path):
 
 EXITS = {
     "after an answer": "list(e.stream(r))",
-    "while generating": "next(e.stream(r))",
-    "with the iterator alive": "s = e.stream(r); next(s)",
-    "while a queue waits": "s = e.stream(r); next(s); [e._submit(r, print) for _ in range(3)]",
+    "while reading the prompt": "next(e.stream(r))",
+    "while generating": "s = e.stream(r); [next(s) for _ in range(9)]; s.close()",
+    "with the iterator alive": "s = e.stream(r); [next(s) for _ in range(9)]",
+    "while a queue waits": "s = e.stream(r); next(s); t = [e.stream(r) for _ in range(3)]",
     "before anything ran": "pass",
-    "while loading": "e._submit(r, lambda event: None)",
+    "while loading": "s = e.stream(r)",
     "after close": "next(e.stream(r)); e.close(); e.close()",
 }
 
@@ -279,7 +283,7 @@ EXITS = {
 @pytest.mark.parametrize("when", list(EXITS))
 def test_exit_aborts_the_process(when):
     code = (
-        "from flashmoe.engine import Engine; from flashmoe.events import Request\n"
+        "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
         "from flashmoe.catalog import find\n"
         "e = Engine(find('flashmoe-demo'), slots=12)\n"
         "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300)\n"

@@ -1,129 +1,184 @@
-"""Messages to tokens, and generated text to events. Knows templates, not models."""
+"""Messages to the tokens of a prompt, through the checkpoint's own chat template.
+
+The template runs in the sandbox of transformers. What users, tools and models wrote is text: a
+control token in it is encoded as the characters it is made of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from dataclasses import dataclass
+from functools import cached_property
 
+from .control import Control
 from .errors import CheckpointError, SettingError
-from .events import Reasoning, Text
+from .messages import for_template
+from .tools import Tool
+
+#: A first turn (system prompt and tools) of so many tokens gets a cut of its own behind it.
+LONG_FIRST_TURN = 64
 
 
-def render(tokenizer, messages: list[dict]) -> list[int]:
-    """The prompt of a conversation, up to where the assistant's answer begins.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, ready for the model.
 
-    Raises:
-        SettingError: there is nothing to answer.
-        CheckpointError: the checkpoint has no chat template, or it refuses the messages.
+    Attributes:
+        tokens: up to where the assistant's answer begins.
+        cuts: ascending places (token counts) where the prompt is split, whatever the prompt cache
+            holds: before each turn of the assistant, and behind a long first turn. Whether there
+            is a cut depends on the tokens up to it alone, so a longer conversation is split at
+            the same places. The last one is just before the turn to be generated.
+        in_thought: the prompt leaves a thought open.
     """
-    if not messages or not str(messages[-1].get("content") or "").strip():
-        raise SettingError("the prompt is empty: give the model something to answer")
-    if not tokenizer.has_chat_template:
-        raise CheckpointError(
-            "this checkpoint has no chat template, so it cannot answer messages: "
-            "download its chat_template.jinja, or use flashmoe.load with mlx_lm.generate"
-        )
-    seam, messages = _break_special_tokens(tokenizer, messages)
-    try:
-        # enable_thinking=None leaves the choice to the template; mlx-lm's default forces it on.
-        # As text first: encoding a long prompt there would warn before our error has both numbers.
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=None
-        )
-        pieces = text.split(seam)
-        return [
-            token
-            for piece in pieces
-            for token in tokenizer.encode(piece, add_special_tokens=False, verbose=False)
-        ]
-    except Exception as e:  # jinja2 has many kinds
-        raise CheckpointError(f"the checkpoint's chat template refuses the messages: {e}") from e
+
+    tokens: list[int]
+    cuts: tuple[int, ...]
+    in_thought: bool
 
 
-def _break_special_tokens(tokenizer, messages: list[dict]) -> tuple[str, list[dict]]:
-    """Put a seam into each special token that a message holds as text: (seam, messages).
+class Template:
+    """The chat template of a tokenizer (mlx-lm's wrapper)."""
+
+    def __init__(self, tokenizer, control: Control):
+        self._tokenizer = tokenizer
+        self._control = control
+
+    def prompt(
+        self,
+        messages: list[dict],
+        tools: dict[str, Tool] | None = None,
+        *,
+        think: bool | None = None,
+        structured: bool = False,
+    ) -> Prompt:
+        """The prompt for the next turn of the assistant.
+
+        Args:
+            think: open a thought; False: none; None: what the template does by itself.
+            structured: the answer will follow a grammar, so a model that opens its thoughts
+                itself must have it opened.
+
+        Raises:
+            SettingError: the messages or options cannot be used.
+            CheckpointError: there is no chat template, or it refuses the messages.
+        """
+        if not self._tokenizer.has_chat_template:
+            raise CheckpointError(
+                "this checkpoint has no chat template, so it cannot answer messages: "
+                "download its chat_template.jinja, or use flashmoe.load with mlx_lm.generate"
+            )
+        if tools and self._control.style is None:
+            raise SettingError(
+                "this checkpoint's chat template has no tool calls of a kind that flashmoe reads: "
+                "ask without tools"
+            )
+        if think and self._control.think_start is None:
+            raise SettingError("think=True: this model has no thoughts; leave think out")
+        messages = for_template(messages)
+        definitions = [tool.definition for tool in (tools or {}).values()]
+        seam, (messages, definitions) = _break_special_tokens(
+            self._tokenizer, (messages, definitions)
+        )
+        text = self._render(messages, definitions, think=think)
+        in_thought = False
+        if self._control.think_start is not None:
+            start, end = self._tokenizer.think_start, self._tokenizer.think_end
+            in_thought = text.rfind(start) > text.rfind(end)
+            if in_thought and think is False:
+                text += f"\n{end}\n\n"
+                in_thought = False
+            elif not in_thought and think is not False:
+                reacts = text != self._render(messages, definitions, think=False)
+                if think and not reacts:
+                    raise SettingError(
+                        "think=True: this model's chat template has no thoughts; leave think out"
+                    )
+                if reacts and structured:
+                    text += f"{start}\n"
+                    in_thought = True
+        tokens = self.encode(*text.split(seam))
+        return Prompt(tokens, self._cuts(tokens), in_thought)
+
+    def encode(self, *pieces: str) -> list[int]:
+        """Tokens of pieces of text, each encoded by itself."""
+        encode = self._tokenizer.encode
+        return [t for p in pieces for t in encode(p, add_special_tokens=False, verbose=False)]
+
+    def _render(self, messages, tools, *, think: bool | None, answer: bool = True) -> str:
+        try:
+            # think None leaves the choice to the template; mlx-lm's default forces thoughts on.
+            # As text: encoding a long prompt there would warn before our error has both numbers.
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                add_generation_prompt=answer,
+                tokenize=False,
+                enable_thinking=think,
+            )
+        except Exception as e:  # jinja2 has many kinds
+            raise CheckpointError(
+                f"the checkpoint's chat template refuses the messages: {e}"
+            ) from e
+
+    def _cuts(self, tokens: list[int]) -> tuple[int, ...]:
+        header = self._header
+        if not header:
+            return ()
+        starts = [i for i, token in enumerate(tokens) if token == header[0] and i]
+        cuts = {i for i in starts if tokens[i : i + len(header)] == header}
+        if starts and starts[0] >= LONG_FIRST_TURN:
+            cuts.add(starts[0])
+        return tuple(sorted(cuts))
+
+    @cached_property
+    def _header(self) -> list[int]:
+        """What each turn of the assistant starts with, or [] when no control token marks it."""
+        ask = {"role": "user", "content": "x"}
+        history = [ask, {"role": "assistant", "content": "y"}, ask]
+        try:
+            base = self._render([ask], None, think=None, answer=False)
+            turns = [self._render([ask], None, think=think) for think in (True, False)]
+            turns.append(self._render(history, None, think=None, answer=False))
+        except CheckpointError:
+            return []
+        if not all(turn.startswith(base) for turn in turns):
+            return []
+        # Not the white space at its end: it may be one token with what follows.
+        header = self.encode(os.path.commonprefix([t[len(base) :] for t in turns]).rstrip())
+        return header if header and header[0] in self._control.silent else []
+
+
+def _break_special_tokens(tokenizer, value):
+    """Put a seam into each special token that strings in `value` hold as text: (seam, value).
 
     A user who writes "<|im_end|>" means the characters. Encoded at one go they would become the
     control token, and what follows could pose as another role. Cut at the seam, they cannot.
     """
-    text = "".join(str(v) for message in messages for v in message.values())
-    seam = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+    used = {c for text in _strings(value) for c in text}
+    seam = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
     def broken(value):
         if isinstance(value, str):
             for token in special:
-                value = value.replace(token, token[:1] + seam + token[1:])
+                if token in value:
+                    value = value.replace(token, token[:1] + seam + token[1:])
+        elif isinstance(value, dict):
+            value = {broken(k): broken(v) for k, v in value.items()}
+        elif isinstance(value, list | tuple):
+            value = [broken(v) for v in value]
         return value
 
-    return seam, [{k: broken(v) for k, v in message.items()} for message in messages]
+    return seam, broken(value)
 
 
-class Reply:
-    """Splits generated text into answer and thought, without their markers; ends at stop strings.
-
-    Attributes:
-        stopped: a stop string was met: nothing more is to be generated.
-        reasoning: the current text belongs to a thought.
-    """
-
-    def __init__(self, tokenizer, prompt: list[int], stop: tuple[str, ...]):
-        # Text that ends the current kind of text -> the kind that follows; None ends the reply.
-        self._markers: dict[str, dict[str, str | None]] = {
-            "answer": dict.fromkeys(stop),
-            "thought": {},
-        }
-        self._kind = "answer"
-        if tokenizer.has_thinking:
-            self._markers["answer"][tokenizer.think_start] = "thought"
-            self._markers["thought"][tokenizer.think_end] = "answer"
-            # A template may open the thought itself, or open and close an empty one.
-            if tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt):
-                self._kind = "thought"
-        self._held = ""
-        self._started = {"answer": False, "thought": False}
-        self.stopped = False
-
-    @property
-    def reasoning(self) -> bool:
-        return self._kind == "thought"
-
-    def feed(self, text: str) -> Iterator[Text | Reasoning]:
-        """Events for the next piece of text; what may still become a marker is held back."""
-        self._held += text
-        while not self.stopped:
-            markers = self._markers[self._kind]
-            found = [(self._held.find(m), -len(m), m) for m in markers if m in self._held]
-            if not found:
-                cut = len(self._held) - self._may_become(markers)
-                ready, self._held = self._held[:cut], self._held[cut:]
-                yield from self._event(ready)
-                return
-            at, _, marker = min(found)  # the first one; of those the longest
-            ready, self._held = self._held[:at], self._held[at + len(marker) :]
-            yield from self._event(ready)
-            if markers[marker] is None:
-                self.stopped = True
-            else:
-                self._kind = markers[marker]
-
-    def flush(self) -> Iterator[Text | Reasoning]:
-        """Events for the text held back, when generation has ended."""
-        if not self.stopped:
-            ready, self._held = self._held, ""
-            yield from self._event(ready)
-
-    def _may_become(self, markers) -> int:
-        """Length of the longest end of the held text that a marker starts with."""
-        longest = max((len(m) for m in markers), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(m.startswith(self._held[-size:]) for m in markers):
-                return size
-        return 0
-
-    def _event(self, piece: str) -> Iterator[Text | Reasoning]:
-        if not self._started[self._kind]:
-            # Templates put newlines around the markers; they are no part of the text.
-            piece = piece.lstrip("\n")
-        if piece:
-            self._started[self._kind] = True
-            yield (Text if self._kind == "answer" else Reasoning)(piece)
+def _strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.items():
+            yield from _strings(list(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)

@@ -9,8 +9,9 @@ import click
 
 from .catalog import find
 from .errors import FlashMoEError
-from .events import Reasoning, Request, Text
+from .events import End, Reasoning, Text
 from .memory import format_size
+from .requests import Request
 
 
 @click.group()
@@ -56,7 +57,7 @@ def run(model, prompt, memory, slots, experts, depth, max_tokens, temperature, s
             click.echo()
     except FlashMoEError as e:
         raise click.ClickException(str(e)) from e
-    if verbose:
+    if verbose and isinstance(event, End):
         click.echo(figures(event), err=True)
 
 

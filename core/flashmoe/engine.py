@@ -1,9 +1,8 @@
 """The engine: one thread that owns MLX. Requests go in, events come out.
 
 MLX arrays, streams and seeds belong to the thread that made them. So one thread loads the model,
-generates, and ends its own streams; callers on any thread, or in asyncio, only pass messages.
-Requests are answered in the order in which they came. Closing the iterator of an answer cancels
-it: the thread looks before each token, and between the chunks of a prompt.
+generates, keeps the prompt cache, and ends its own streams; callers on any thread, or in asyncio,
+only pass messages. Requests are answered in the order in which they came.
 """
 
 from __future__ import annotations
@@ -19,15 +18,70 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from .errors import Cancelled, ReadError
-from .events import Event, Request, check_request
+from .errors import ReadError
+from .events import End, Event
+from .requests import Request, check_request
+
+
+class _Either:
+    """The two ways to cancel a job: its answer was closed, or the caller's event is set."""
+
+    def __init__(self, event: threading.Event | None):
+        self._closed = threading.Event()
+        self._event = event
+
+    def set(self) -> None:
+        self._closed.set()
+
+    def is_set(self) -> bool:
+        return self._closed.is_set() or (self._event is not None and self._event.is_set())
 
 
 @dataclass(frozen=True)
 class Job:
     request: Request
-    put: Callable[[Event | BaseException | None], None]
-    cancelled: threading.Event
+    put: Callable[[Event | BaseException], None]
+    cancelled: _Either
+
+
+class Answer(Iterator[Event]):
+    """The events of an answer, as they come. Closing it cancels what is still to come, as does
+    dropping it. The last event is an End, unless an error is raised."""
+
+    def __init__(self, submit: Callable[[Callable], Job]):
+        self._events: SimpleQueue = SimpleQueue()
+        self._over = False
+        self._job: Job | None = None
+        self._job = submit(self._events.put)
+
+    def __next__(self) -> Event:
+        if self._over:
+            raise StopIteration
+        try:
+            event = self._events.get()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if isinstance(event, BaseException):
+            self._over = True
+            raise event
+        self._over = isinstance(event, End)
+        return event
+
+    def close(self) -> None:
+        """Cancel the answer, within a token."""
+        self._over = True
+        if self._job is not None:
+            self._job.cancelled.set()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Engine:
@@ -35,7 +89,8 @@ class Engine:
 
     Args:
         path: the checkpoint directory.
-        memory, experts, slots, depth: as in `flashmoe.load`.
+        settings: memory, experts, slots, depth as in `flashmoe.load`; prompt_cache, prompt_store
+            and prompt_store_path as in `flashmoe.session.Session`.
     """
 
     def __init__(self, path: str | Path, **settings):
@@ -50,24 +105,28 @@ class Engine:
         # A thread that ends with live MLX streams aborts the process at exit.
         atexit.register(self.close)
 
-    def stream(self, request: Request) -> Iterator[Event]:
-        """The events of an answer. Closing the iterator cancels it.
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def stream(self, request: Request, cancel: threading.Event | None = None) -> Answer:
+        """Queue a request; the events of its answer.
+
+        Args:
+            cancel: when it is set, the answer ends within a token, with an End that says so.
 
         Raises:
-            FlashMoEError: it cannot be loaded or generated; the text is for the user.
+            SettingError: at once, for a value that cannot be. Other errors, a FlashMoEError whose
+                text is for the user, are raised when the events are taken.
         """
-        events: SimpleQueue = SimpleQueue()
-        job = self._submit(request, events.put)
-        try:
-            while (event := events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            job.cancelled.set()
+        check_request(request)
+        return Answer(lambda put: self._submit(request, put, cancel))
 
-    async def astream(self, request: Request) -> AsyncIterator[Event]:
+    async def astream(
+        self, request: Request, cancel: threading.Event | None = None
+    ) -> AsyncIterator[Event]:
         """`stream` for asyncio: cancelling the task or closing the iterator cancels the answer."""
+        check_request(request)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue = asyncio.Queue()
 
@@ -76,9 +135,11 @@ class Engine:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = self._submit(request, put)
+        job = self._submit(request, put, cancel)
         try:
-            while (event := await events.get()) is not None:
+            event = None
+            while not isinstance(event, End):
+                event = await events.get()
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -104,9 +165,8 @@ class Engine:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _submit(self, request: Request, put) -> Job:
-        check_request(request)
-        job = Job(request, put, threading.Event())
+    def _submit(self, request: Request, put, cancel: threading.Event | None) -> Job:
+        job = Job(request, put, _Either(cancel))
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the engine of {self.path} is closed")
@@ -121,17 +181,15 @@ class Engine:
                     job.cancelled.set()
                 self._running = job
             try:
-                if not job.cancelled.is_set():
-                    if session is None:
-                        # Late, and here: an MLX that cannot be imported is an answer too.
-                        from .session import Session
+                if session is None and not self._closed:
+                    # Late, and here: an MLX that cannot be imported is an answer too.
+                    from .session import Session
 
-                        session = Session(self.path, **self.settings)
-                    for event in session.generate(job.request, job.cancelled):
-                        job.put(event)
-                job.put(self._ended())
-            except Cancelled:
-                job.put(self._ended())
+                    session = Session(self.path, **self.settings)
+                if not self._closed:
+                    session.answer(job.request, self._emit_to(job), job.cancelled)
+                if self._closed:
+                    job.put(RuntimeError(f"the engine of {self.path} was closed"))
             except BaseException as e:  # whatever it is, it belongs to the caller
                 if isinstance(e, ReadError) and session is not None:
                     # The files changed: the next request loads the model anew.
@@ -148,34 +206,36 @@ class Engine:
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].clear_streams()
 
-    def _ended(self) -> RuntimeError | None:
-        """What ends the events of a job: None, or an error when `close` cut it short."""
-        return RuntimeError(f"the engine of {self.path} was closed") if self._closed else None
+    def _emit_to(self, job: Job) -> Callable[[Event], None]:
+        def emit(event: Event) -> None:
+            # An answer that `close` cut short ends with an error instead.
+            if not (self._closed and isinstance(event, End)):
+                job.put(event)
+
+        return emit
 
 
-_shared: dict[Path, Engine] = {}
+_shared: dict[tuple, Engine] = {}
 _shared_lock = threading.Lock()
 
 
 def shared(path: str | Path, **settings) -> Engine:
-    """The engine of this process for a checkpoint; made on first use.
-
-    With other settings than before, the old one is closed first: two would not fit.
-    """
+    """The engine of this process for a checkpoint and settings; made on first use, and kept until
+    `release`. Each one that answers holds a model in memory."""
     path = Path(path).resolve()
+    key = (path, *sorted(settings.items()))
     with _shared_lock:
-        engine = _shared.get(path)
-        if engine is not None and (engine._closed or engine.settings != settings):
-            engine.close()
-            engine = None
-        if engine is None:
-            engine = _shared[path] = Engine(path, **settings)
+        engine = _shared.get(key)
+        if engine is None or engine.closed:
+            engine = _shared[key] = Engine(path, **settings)
         return engine
 
 
-def release() -> None:
-    """Close the shared engines and free their memory."""
+def release(path: str | Path | None = None) -> None:
+    """Close the shared engines of a checkpoint, or all, and free their memory."""
+    only = None if path is None else Path(path).resolve()
     with _shared_lock:
-        for engine in _shared.values():
-            engine.close()
-        _shared.clear()
+        keys = [key for key in _shared if only is None or key[0] == only]
+        engines = [_shared.pop(key) for key in keys]
+    for engine in engines:
+        engine.close()

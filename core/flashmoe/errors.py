@@ -25,5 +25,9 @@ class SettingError(FlashMoEError, ValueError):
     """An option outside its range, such as K above the trained one."""
 
 
+class OutputError(FlashMoEError):
+    """An answer that is not what was asked for: JSON cut short, or against its schema."""
+
+
 class Cancelled(Exception):
     """Leaves a request that nobody waits for any more. No error: it does not reach a user."""

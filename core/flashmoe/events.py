@@ -1,34 +1,23 @@
-"""What callers ask of an engine, and what they get back. Plain data: no MLX, cheap to import."""
+"""What an engine answers with. Plain data: no MLX, cheap to import.
+
+The events of an answer, in order: Progress while the prompt is read; then Reasoning, Text and tool
+calls as they are generated; End. A tool call is ToolCallStart, ToolCallArguments pieces, ToolCall.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import SettingError
-
 
 @dataclass(frozen=True)
-class Request:
-    """One answer to generate.
+class Progress:
+    """How far the prompt has been read: `done` of `total` tokens, and the chunk that is under way
+    has reached `layer` of `layers`. Tokens that the prompt cache held are in neither count."""
 
-    Attributes:
-        messages: the conversation, as dicts with "role" and "content".
-        max_tokens: None: what is left of the context, at most 4096.
-        temperature, top_p, top_k, min_p: None: as the checkpoint's generation_config.json says.
-        seed: makes sampling repeatable. None: another text each time.
-        stop: the answer ends before the first of these strings.
-        experts: K for this request. None: the K that the model was loaded with.
-    """
-
-    messages: list[dict]
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    experts: int | None = None
+    done: int
+    total: int
+    layer: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -46,12 +35,53 @@ class Reasoning:
 
 
 @dataclass(frozen=True)
+class ToolCallStart:
+    """A call whose function is known; its arguments follow. index counts the calls from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ToolCallArguments:
+    """A piece of a call's arguments: the pieces of a call, joined, are a JSON object."""
+
+    index: int
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A whole call.
+
+    Attributes:
+        name: the function; "" when the model gave none.
+        arguments: typed by the tool's schema; None when `error` is set.
+        text: what the model wrote, without the markers.
+        error: why the call cannot be used; None for a good one.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: dict | None
+    text: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class End:
     """The last event.
 
     Attributes:
-        finish_reason: "stop" (the model ended, or a stop string), "length" (max_tokens).
-        prompt_tokens, generated_tokens, reasoning_tokens: counts.
+        finish_reason: "stop" (the model ended, or a stop string), "length" (max_tokens),
+            "tool_calls" (it ended with calls), "cancelled".
+        prompt_tokens, cached_tokens, generated_tokens, reasoning_tokens: counts; the cached ones
+            are a part of the prompt, the reasoning ones of the generated.
+        forced_tokens: generated tokens that a grammar left no choice for; they go through the
+            model together, so that the answer took `steps` calls of it.
         prompt_seconds: from the start of the request to its first token.
         seconds: from the first token to the last.
         experts: K in use; trained_experts: the K of training.
@@ -64,8 +94,11 @@ class End:
 
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     reasoning_tokens: int
+    forced_tokens: int
+    steps: int
     prompt_seconds: float
     seconds: float
     experts: int
@@ -79,39 +112,13 @@ class End:
     @property
     def tokens_per_second(self) -> float:
         """Of decode: the first token belongs to the prompt."""
-        return (self.generated_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
+        return max(0, self.generated_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Expert bytes read for each token that went through the model, of prompt and answer."""
+        tokens = self.prompt_tokens - self.cached_tokens + self.generated_tokens
+        return self.bytes_read / tokens if tokens else 0.0
 
 
-Event = Text | Reasoning | End
-
-
-#: What sampling options may be: (lowest, highest or None).
-RANGES = {
-    "max_tokens": (1, None),
-    "temperature": (0, None),
-    "top_p": (0, 1),
-    "top_k": (0, None),
-    "min_p": (0, 1),
-    "seed": (0, 2**64 - 1),
-}
-
-
-def in_range(name: str, value: float) -> bool:
-    """Whether an option may have that value. NaN may not."""
-    low, high = RANGES[name]
-    return value >= low and (high is None or value <= high)
-
-
-def check_request(request: Request) -> None:
-    """Refuse values out of range, naming the option.
-
-    Raises:
-        SettingError
-    """
-    for name, (low, high) in RANGES.items():
-        value = getattr(request, name)
-        if value is not None and not in_range(name, value):
-            allowed = f"{low} or more" if high is None else f"{low} to {high}"
-            raise SettingError(f"{name}={value} is out of range: it must be {allowed}")
-    if any(not text for text in request.stop):
-        raise SettingError("a stop string is empty: it would end every answer at once")
+Event = Progress | Text | Reasoning | ToolCallStart | ToolCallArguments | ToolCall | End

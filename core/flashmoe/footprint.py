@@ -16,6 +16,9 @@ PLANNED_CONTEXT = 8192
 #: Tokenizer, compiled kernels, and what allocators keep: measured 0.2 GB on Linux.
 RUNTIME_NBYTES = 256 * 2**20
 
+#: Bytes of prompt states at least, also of a small model.
+MIN_PROMPT_CACHE_NBYTES = 32 * 2**20
+
 _F32 = 4
 
 
@@ -54,6 +57,12 @@ def cache_nbytes(checkpoint: Checkpoint) -> int:
         channels = 2 * key_heads * key_dim + value_heads * value_dim
         conv = channels * config["linear_conv_kernel_dim"]
     return _F32 * (2 * full * keys + linear * (state + conv))
+
+
+def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes for states of prompts that were read: of one conversation of the planned length, or of
+    several short ones. They lie beside those of the conversation under way."""
+    return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
 
 
 def prefill_nbytes(checkpoint: Checkpoint) -> int:

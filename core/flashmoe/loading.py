@@ -13,7 +13,7 @@ from . import memory as memory_module
 from . import ops
 from .checkpoint import Checkpoint
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
-from .footprint import working_nbytes
+from .footprint import prompt_cache_nbytes, working_nbytes
 from .models import FAMILIES, StreamingMoE, check_experts
 from .reader import Reader
 
@@ -29,6 +29,7 @@ def plan_memory(
     memory: str | int | None = None,
     slots: int | None = None,
     experts: int | None = None,
+    prompt_cache: int | None = None,
 ) -> memory_module.Plan:
     """How the memory of this process would be split for the checkpoint.
 
@@ -37,6 +38,8 @@ def plan_memory(
             None: what the machine can spare.
         slots: experts resident in each layer, instead of what the budget gives.
         experts: K, or None for the trained one.
+        prompt_cache: bytes kept free for states of prompts, as an engine keeps them. None: those
+            of one conversation of the planned length.
 
     Raises:
         BudgetError: it does not fit; the text says what would.
@@ -44,12 +47,13 @@ def plan_memory(
     if memory is not None and slots is not None:
         raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
     k = check_experts(experts, checkpoint)
+    held = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
     return memory_module.plan(
         budget=None if memory is None else memory_module.parse_size(memory),
         slots=slots,
         base=memory_module.resident(),
         dense=checkpoint.dense_nbytes,
-        working=working_nbytes(checkpoint, on_gpu=ops.on_gpu()),
+        working=working_nbytes(checkpoint, on_gpu=ops.on_gpu()) + held,
         layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
         num_experts=checkpoint.num_experts,
         minimum=min(k + PREFILL_SLOTS, checkpoint.num_experts),
@@ -63,12 +67,13 @@ def load(
     slots: int | None = None,
     experts: int | None = None,
     depth: int = 8,
+    prompt_cache: int | None = 0,
 ):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
 
     Args:
         path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
-        memory, slots, experts: see `plan_memory`.
+        memory, slots, experts, prompt_cache: see `plan_memory`.
         depth: how many reads may be in flight at the drive.
 
     Returns:
@@ -80,7 +85,14 @@ def load(
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = read_tokenizer(checkpoint)
-    model = load_streaming(checkpoint, memory=memory, slots=slots, experts=experts, depth=depth)
+    model = load_streaming(
+        checkpoint,
+        memory=memory,
+        slots=slots,
+        experts=experts,
+        depth=depth,
+        prompt_cache=prompt_cache,
+    )
     return model, tokenizer
 
 
@@ -91,11 +103,14 @@ def load_streaming(
     slots: int | None = None,
     experts: int | None = None,
     depth: int = 8,
+    prompt_cache: int | None = 0,
 ) -> StreamingMoE:
     """`load` without the tokenizer, from an open checkpoint."""
     if depth < 1:
         raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
-    plan = plan_memory(checkpoint, memory=memory, slots=slots, experts=experts)
+    plan = plan_memory(
+        checkpoint, memory=memory, slots=slots, experts=experts, prompt_cache=prompt_cache
+    )
     log.info("%s: %s", checkpoint.path.name, plan.describe())
     model_class, args_class = FAMILIES[checkpoint.model_type]
     reader = Reader(depth, checkpoint.identities)

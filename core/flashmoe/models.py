@@ -142,9 +142,28 @@ class StreamingMoE:
             reads=self.reader.stats,
         )
 
+    def read(self, tokens: list[int], cache: list) -> mx.array:
+        """Take tokens into the prompt cache: their hidden states (1, tokens, hidden)."""
+        return self._text.model(mx.array([tokens]), cache)
+
+    def next_logits(self, tokens: list[int], cache: list) -> mx.array:
+        """Take tokens into the prompt cache: the logits (1, vocabulary) after the last one.
+
+        mlx-lm's own call computes those of all the tokens; here the head sees one row.
+        """
+        last = self.read(tokens, cache)[:, -1:]
+        if self._text.args.tie_word_embeddings:
+            return self._text.model.embed_tokens.as_linear(last)[:, 0]
+        return self._text.lm_head(last)[:, 0]
+
     def close(self) -> None:
         """End the reader's threads. The model cannot be used after that."""
         self.reader.close()
+
+    @property
+    def _text(self) -> nn.Module:
+        # qwen3_5_moe nests its text model.
+        return getattr(self, "language_model", self)
 
     @property
     def _blocks(self) -> list[nn.Module]:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.generate import wired_limit
 
-from . import memory
-from .chat import Reply, render
+from . import footprint, grammars, memory
+from .chat import Prompt, Template
 from .checkpoint import Checkpoint
+from .constraint import Constraint, Matchers
+from .control import Control
 from .errors import Cancelled, SettingError
-from .events import End, Event, Request, in_range
-from .footprint import PREFILL_TOKENS
+from .events import End, Event, Progress
+from .generation import Decoder
 from .loading import load
 from .models import check_experts
+from .prompt_cache import PromptCache
+from .prompt_store import DEFAULT_LIMIT, PromptStore
+from .reading import PromptReader, Reading
+from .reply import Reply
+from .requests import Request, in_range
+from .tools import check_choice, read_tools
+from .turn import Turn
 
 DEFAULT_MAX_TOKENS = 4096
 
@@ -28,83 +36,154 @@ DEFAULT_MAX_TOKENS = 4096
 class Session:
     """One model.
 
-    Args: as `flashmoe.load`.
+    Args:
+        path, memory, slots, experts, depth: as `flashmoe.load`.
+        prompt_cache: bytes of prompt states in memory, or a size such as "1GB"; 0: none. None: as
+            many as one conversation of the planned length takes.
+        prompt_store: the same on disk.
+        prompt_store_path: the directory of these. None: the platform's place for caches.
     """
 
-    def __init__(self, path: Path, **settings):
-        self.model, self.tokenizer = load(path, **settings)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        prompt_cache: int | str | None = None,
+        prompt_store: int | str = DEFAULT_LIMIT,
+        prompt_store_path: str | Path | None = None,
+        **settings,
+    ):
+        limits = [memory.parse_size(x) if x else x for x in (prompt_cache, prompt_store)]
+        self.model, self.tokenizer = load(path, prompt_cache=limits[0], **settings)
         self.checkpoint = self.model.checkpoint
+        self.control = Control.of(self.tokenizer)
+        self.template = Template(self.tokenizer, self.control)
         self._defaults = sampling_defaults(self.checkpoint.path)
+        width = self.checkpoint.text_config["vocab_size"]
+        self._matchers = Matchers(self.tokenizer, self.control, width)
+        held = limits[0]
+        self.prompts = PromptCache(
+            footprint.prompt_cache_nbytes(self.checkpoint) if held is None else held
+        )
+        directory = None if prompt_store_path is None else Path(prompt_store_path)
+        self.store = PromptStore(directory, limits[1]) if limits[1] else None
+        self._reader = PromptReader(self.model, self.prompts, self.store)
 
-    def generate(self, request: Request, cancelled: threading.Event) -> Iterator[Event]:
-        """The events of one answer.
+    def answer(
+        self, request: Request, emit: Callable[[Event], None], cancelled: threading.Event
+    ) -> None:
+        """Generate one answer; `emit` takes its events. When `cancelled` is set, the End comes
+        within a token.
 
         Raises:
-            Cancelled: `cancelled` was set.
-            SettingError: the request has a value out of range, or does not fit the context.
+            SettingError: the request has a value that cannot be, or does not fit the context.
+            OutputError: the answer is not what its format or tool_choice asks for.
             ReadError: an expert could not be read.
         """
-        check_experts(request.experts, self.checkpoint)
-        prompt = render(self.tokenizer, request.messages)
-        max_tokens = self._max_tokens(request, prompt)
-        mx.random.seed(secrets.randbits(64) if request.seed is None else request.seed)
-        reply = Reply(self.tokenizer, prompt, request.stop)
-
-        def check(*progress) -> None:
-            if cancelled.is_set():
-                raise Cancelled
-
-        self.model.watch.check = check
         start = first = perf_counter()
+        turn = self._prepare(request, emit, cancelled)
+        mx.random.seed(secrets.randbits(64) if request.seed is None else request.seed)
         before = self.model.stats
-        generated = thought = 0
-        reason = "length"
-        with self.model.pruned_to(request.experts):
-            responses = stream_generate(
-                self.model,
-                self.tokenizer,
-                prompt,
-                max_tokens=max_tokens,
-                sampler=self._sampler(request),
-                prefill_step_size=PREFILL_TOKENS,
-                prompt_progress_callback=check,
-            )
+        reading = decoder = None
+        watch = self.model.watch
+        watch.check = turn.check
+        with self.model.pruned_to(request.experts), wired_limit(self.model):
+            k = self.model.experts
             try:
-                for response in responses:
-                    check()
-                    if generated == 0:
-                        first = perf_counter()
-                    # The last response repeats the count of its token.
-                    thought += reply.reasoning and response.generation_tokens > generated
-                    generated = response.generation_tokens
-                    yield from reply.feed(response.text)
-                    if reply.stopped:
-                        reason = "stop"
-                        break
-                    reason = response.finish_reason or reason
+                reading = self._reader.read(turn.prompt, emit, keep=request.cache)
+                decoder = self._decoder(turn, reading)
+                forced = turn.constraint.start()[: turn.max_tokens]
+                logits = decoder.step([*reading.tail, *forced])
+                emit(self._all_read(turn.prompt, reading))
+                first = perf_counter()
+                turn.take(forced, forced=len(forced))
+                reason = self._decode(turn, decoder, logits)
+            except Cancelled:
+                reason = "cancelled"
             finally:
-                responses.close()
-            yield from reply.flush()
-            end = perf_counter()
-            streamed = self.model.stats - before
-            yield End(
-                finish_reason=reason,
-                prompt_tokens=len(prompt),
-                generated_tokens=generated,
-                reasoning_tokens=int(thought),
-                prompt_seconds=first - start,
-                seconds=end - first,
-                experts=self.model.experts,
-                trained_experts=self.checkpoint.top_k,
-                bits=expert_bits(self.checkpoint),
-                hit_rate=streamed.hit_rate,
-                bytes_read=streamed.reads.bytes,
-                wait_seconds=streamed.reads.wait_seconds,
-                peak_nbytes=memory.peak(),
+                watch.entered = lambda layer: None
+        seconds = perf_counter() - first
+        streamed = self.model.stats - before
+        try:
+            reason = turn.finish(reason)
+            emit(
+                End(
+                    finish_reason=reason,
+                    prompt_tokens=len(turn.prompt.tokens),
+                    cached_tokens=reading.cached if reading else 0,
+                    generated_tokens=turn.generated,
+                    reasoning_tokens=turn.thought,
+                    forced_tokens=turn.forced,
+                    steps=decoder.steps if decoder else 0,
+                    prompt_seconds=first - start,
+                    seconds=seconds,
+                    experts=k,
+                    trained_experts=self.checkpoint.top_k,
+                    bits=expert_bits(self.checkpoint),
+                    hit_rate=streamed.hit_rate,
+                    bytes_read=streamed.reads.bytes,
+                    wait_seconds=streamed.reads.wait_seconds,
+                    peak_nbytes=memory.peak(),
+                )
             )
+        finally:
+            # After the last event, so that nobody waits for the disk. Also when the answer
+            # failed: its prompt was read.
+            if reading is not None:
+                self._reader.store(reading)
 
     def close(self) -> None:
+        """Free the prompt states and end the reader's threads."""
+        self.prompts.clear()
         self.model.close()
+
+    def _prepare(
+        self, request: Request, emit: Callable[[Event], None], cancelled: threading.Event
+    ) -> Turn:
+        """All that can be refused is refused here, before any work of the model."""
+        check_experts(request.experts, self.checkpoint)
+        tools = read_tools(request.tools)
+        check_choice(request.tool_choice, tools)
+        wanted = request.response_format
+        document = grammars.document(wanted) if wanted else None
+        must_call = request.tool_choice not in ("auto", "none")
+        prompt = self.template.prompt(
+            request.messages,
+            tools,
+            think=request.think,
+            structured=request.constrain and (document is not None or must_call),
+        )
+        newlines = self.template.encode("\n"), self.template.encode("\n\n")
+        return Turn(
+            request=request,
+            prompt=prompt,
+            document=document,
+            max_tokens=self._max_tokens(request, prompt.tokens),
+            constraint=Constraint(
+                self._matchers, self.control, newlines, request, tools, document, prompt.in_thought
+            ),
+            reply=Reply(self.tokenizer, self.control, tools, request.stop, prompt.in_thought),
+            emit=emit,
+            cancelled=cancelled,
+        )
+
+    def _decode(self, turn: Turn, decoder: Decoder, logits: mx.array) -> str:
+        """Generate until the answer ends; why it did: "stop" or "length"."""
+        while (reason := turn.over()) is None:
+            turn.check()
+            token = decoder.pick(logits, turn.constraint.mask)
+            if token in self.control.end:
+                return "stop"
+            new = [token, *turn.constraint.accept(token)][: turn.max_tokens - turn.generated]
+            turn.take(new, forced=len(new) - 1)
+            # Nothing needs the state after the last token.
+            if turn.over() is None:
+                logits = decoder.step(new)
+        return reason
+
+    def _all_read(self, prompt: Prompt, reading: Reading) -> Progress:
+        total, layers = len(prompt.tokens) - reading.cached, len(self.model.layers)
+        return Progress(total, total, layers, layers)
 
     def _max_tokens(self, request: Request, prompt: list[int]) -> int:
         room = self.checkpoint.max_context - len(prompt)
@@ -116,19 +195,23 @@ class Session:
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         return min(room, wanted)
 
-    def _sampler(self, request: Request):
+    def _decoder(self, turn: Turn, reading: Reading) -> Decoder:
+        request = turn.request
+
         def value(name, off):
             own = getattr(request, name)
             return self._defaults.get(name, off) if own is None else own
 
         top_k = value("top_k", 0)
-        return make_sampler(
-            temp=value("temperature", 0.0),
-            top_p=value("top_p", 0.0),
+        sampling = {
+            "temp": value("temperature", 0.0),
+            "top_p": value("top_p", 0.0),
             # mlx-lm wants fewer than there are; that many is no limit.
-            top_k=0 if top_k >= self.checkpoint.text_config["vocab_size"] else top_k,
-            min_p=value("min_p", 0.0),
-        )
+            "top_k": 0 if top_k >= self.checkpoint.text_config["vocab_size"] else top_k,
+            "min_p": value("min_p", 0.0),
+        }
+        penalty = request.repetition_penalty
+        return Decoder(self.model, reading.cache, sampling, penalty, turn.prompt.tokens)
 
 
 def expert_bits(checkpoint: Checkpoint) -> float:

@@ -41,10 +41,12 @@ class Watch:
 
     Attributes:
         check: called with nothing; what it raises ends the call.
+        entered: called with the index of each layer whose experts are next.
     """
 
     def __init__(self):
         self.check: Callable[[], None] = lambda: None
+        self.entered: Callable[[int], None] = lambda layer: None
 
 
 class StreamingSwitchGLU(nn.Module):
@@ -76,6 +78,7 @@ class StreamingSwitchGLU(nn.Module):
 
     def start(self, x: mx.array, indices: mx.array) -> Call:
         """Start the reads that this call needs. Evaluates x and indices."""
+        self._watch.entered(self._bank.layer.layer)
         for expert, pending in list(self._loading.items()):
             # Left by a call that did not finish. If the read failed and the expert is needed
             # again, it is read again, and that call reports.

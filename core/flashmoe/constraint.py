@@ -1,0 +1,189 @@
+"""What the next token may be: llguidance's masks, bans, and the tokens that have no alternative.
+
+An answer without a grammar is left alone. A grammar for all of it (a schema, a call that is
+required) begins after the thought; one for a tool call begins when the model opens a call.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+from . import call_grammars, grammars
+from .control import Control
+from .errors import SettingError
+from .requests import Request
+from .tools import Tool
+
+
+class Matchers:
+    """Makes matchers for one tokenizer. The first one reads its vocabulary: seconds for a large
+    one.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        control: its control tokens.
+        width: of the logits, which may be wider than the vocabulary.
+    """
+
+    def __init__(self, tokenizer, control: Control, width: int):
+        self._tokenizer = tokenizer
+        self._end = sorted(control.end)
+        self.width = width
+        self._read: LLTokenizer | None = None
+
+    def new(self, lark: str) -> LLMatcher:
+        """A matcher at the start of a Lark grammar.
+
+        Raises:
+            SettingError: llguidance does not take the grammar.
+        """
+        if self._read is None:
+            self._read = from_tokenizer(
+                self._tokenizer._tokenizer, n_vocab=self.width, eos_token=self._end
+            )
+        matcher = LLMatcher(self._read, LLMatcher.grammar_from_lark(lark), log_level=0)
+        if matcher.is_error():
+            raise SettingError(f"the grammar cannot be enforced: {matcher.get_error()[:500]}")
+        return matcher
+
+
+class Constraint:
+    """The constraint of one answer. `start`, then for each token `mask` and `accept`.
+
+    Args:
+        matchers: for the model's tokenizer.
+        control: its control tokens.
+        newlines: the tokens of "\\n" and of "\\n\\n", which stand around the end of a thought.
+        request: the request; tools: its tools; document: its structured answer.
+        in_thought: the prompt left a thought open.
+
+    Attributes:
+        finished: the grammar is complete: the answer ends here.
+        demands: the whole answer must follow a grammar.
+    """
+
+    def __init__(
+        self,
+        matchers: Matchers,
+        control: Control,
+        newlines: tuple[list[int], list[int]],
+        request: Request,
+        tools: dict[str, Tool],
+        document: grammars.Document | None,
+        in_thought: bool,
+    ):
+        self._matchers = matchers
+        self._control = control
+        self._newline, self._blank_line = newlines
+        self._budget = request.thinking_budget
+        self._thought = 0
+        self._in_thought = in_thought
+        self._matcher: LLMatcher | None = None
+        self._parallel = request.parallel_tool_calls
+        self._no_calls = bool(tools) and request.tool_choice == "none"
+        self._whole, self._call = _grammars(request, tools, document, control)
+        self._bitmask = allocate_token_bitmask(1, matchers.width)
+        self.finished = False
+        self.demands = self._whole is not None
+        if self.demands:
+            matchers.new(self._whole)  # a grammar that is refused is refused before any work
+
+    def start(self) -> list[int]:
+        """Tokens that follow the prompt without an alternative."""
+        if not self._in_thought:
+            return self._begin_answer()
+        return self._close_thought() if self._budget == 0 else []
+
+    def mask(self, logits: mx.array) -> mx.array:
+        """The logits (1, width), -inf where a token is not allowed now."""
+        if self._matcher is not None:
+            fill_next_token_bitmask(self._matcher, self._bitmask, 0)
+            bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
+            allowed = mx.array(bits[: logits.shape[-1]]).astype(mx.bool_)
+            return mx.where(allowed[None], logits, -mx.inf)
+        banned = set()
+        if self._in_thought and self.demands:
+            banned = self._control.end | {self._control.call_start}
+        elif self._no_calls:
+            banned = {self._control.call_start}
+        if self._budget is not None and self._thought >= self._budget:
+            banned = banned | {self._control.think_start}
+        banned = sorted(t for t in banned if t is not None)
+        return logits.at[:, mx.array(banned)].add(-mx.inf) if banned else logits
+
+    def accept(self, token: int) -> list[int]:
+        """Take the next token; the tokens that now follow without an alternative, taken too."""
+        if self._matcher is not None:
+            return self._consume([token])
+        control = self._control
+        if self._in_thought:
+            if token == control.think_end:
+                self._in_thought = False
+                return [*self._blank_line, *self._begin_answer()] if self.demands else []
+            self._thought += 1
+            spent = self._budget is not None and self._thought >= self._budget
+            return self._close_thought() if spent else []
+        if token == control.think_start:
+            self._in_thought = True
+        elif token == control.call_start and self._call is not None:
+            self._matcher = self._matchers.new(self._call)
+            return self._consume([])
+        return []
+
+    def _begin_answer(self) -> list[int]:
+        if self._whole is None:
+            return []
+        self._matcher = self._matchers.new(self._whole)
+        return self._consume([])
+
+    def _close_thought(self) -> list[int]:
+        self._in_thought = False
+        closing = [*self._newline, self._control.think_end, *self._blank_line]
+        return closing + self._begin_answer()
+
+    def _consume(self, tokens: list[int]) -> list[int]:
+        """Feed tokens to the matcher, then what it forces; the latter."""
+        for token in tokens:
+            if not self._matcher.consume_token(token):
+                raise RuntimeError(f"a masked token was sampled: {self._matcher.get_error()}")
+        forced = []
+        while not self._matcher.is_stopped() and (more := self._matcher.compute_ff_tokens()):
+            self._matcher.consume_tokens(more)
+            forced += more
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar failed: {self._matcher.get_error()[:500]}")
+        if self._matcher.is_stopped():
+            # The end of all, or of one call among text.
+            self.finished = self.demands or not self._parallel
+            self._matcher = None
+        return forced
+
+
+def _grammars(
+    request: Request,
+    tools: dict[str, Tool],
+    document: grammars.Document | None,
+    control: Control,
+) -> tuple[str | None, str | None]:
+    """Lark grammars: (for the whole answer, for a call from after its start marker)."""
+    if not request.constrain:
+        return None, None
+    choice = request.tool_choice
+    rules, starts = "", []
+    if tools and choice != "none":
+        chosen = {choice: tools[choice]} if choice in tools else tools
+        rules = call_grammars.calls_rules(
+            chosen, control.style, control.call_start, control.call_end
+        )
+        if document is None and choice == "auto":
+            return None, f"start: body\n{rules}"
+        more = request.parallel_tool_calls and choice not in tools
+        starts.append('call ("\\n" call)*' if more else "call")
+    if document is not None and (choice in ("auto", "none") or not tools):
+        starts.append("document")
+        rules += document.rules
+    return (f"start: {' | '.join(starts)}\n{rules}", None) if starts else (None, None)

@@ -1,0 +1,123 @@
+"""Reads prompts into the model: from the longest state that is kept, keeping new ones on the way.
+
+A prompt is split at its cuts whether a state is found or not. How a chunk is split changes the
+last bits of what comes out, so only this makes an answer after a restored state equal, bit for
+bit, to the answer after reading the whole prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from mlx_lm.models.cache import make_prompt_cache
+
+from . import ops
+from .chat import Prompt
+from .checkpoint import Checkpoint
+from .events import Event
+from .footprint import PREFILL_TOKENS
+from .generation import Reporter, prefill
+from .models import StreamingMoE
+from .prompt_cache import PromptCache, key
+from .prompt_store import PromptStore
+
+#: Counts changes of what a kept state means.
+STATE_VERSION = 1
+
+
+@dataclass
+class Reading:
+    """A prompt under way.
+
+    Attributes:
+        cache: mlx-lm's prompt cache; holds all but `tail`.
+        cached: tokens that were not read, because a kept state held them.
+        tail: the tokens still to be read, one or more: with them the answer begins.
+        new: the states that this prompt left, by name.
+    """
+
+    cache: list[Any]
+    cached: int
+    tail: list[int]
+    new: dict[str, list[Any]] = field(default_factory=dict)
+
+
+class PromptReader:
+    """Reads prompts for one model.
+
+    Args:
+        memory: keeps states for this process.
+        store: keeps states for the next one; None: does not.
+    """
+
+    def __init__(self, model: StreamingMoE, memory: PromptCache, store: PromptStore | None):
+        self._model = model
+        self._memory = memory
+        self._store = store
+
+    def read(self, prompt: Prompt, emit: Callable[[Event], None], *, keep: bool) -> Reading:
+        """Read a prompt up to its last turn; `emit` takes the progress.
+
+        Args:
+            keep: look for a kept state, and keep new ones.
+        """
+        model, tokens = self._model, prompt.tokens
+        identity = state_identity(model.checkpoint, model.experts)
+        # The last token at least is left, for the logits.
+        end = prompt.cuts[-1] if prompt.cuts else len(tokens) - 1
+        end = end if len(tokens) - end <= PREFILL_TOKENS else len(tokens) - 1
+        cache, done = self._longest(prompt, identity) if keep else (None, 0)
+        reading = Reading(cache or make_prompt_cache(model), done, tokens[end:])
+        reporter = Reporter(emit, len(tokens) - done, len(model.layers))
+        model.watch.entered = reporter.entered
+        for stop in [*(c for c in prompt.cuts if done < c), end]:
+            for count in prefill(model, tokens[done:stop], reading.cache):
+                reporter.took(count)
+            done = stop
+            # Of a long history the first and the last: there the next prompts branch off.
+            if keep and stop in (prompt.cuts[:1] + prompt.cuts[-1:]):
+                name = key(identity, tokens[:stop])
+                reading.new[name] = copy.deepcopy(reading.cache)
+                self._memory.put(name, reading.new[name])
+        return reading
+
+    def store(self, reading: Reading) -> None:
+        """Keep the new states of a prompt for the next process."""
+        if self._store is not None:
+            for name, cache in reading.new.items():
+                self._store.put(name, cache)
+
+    def _longest(self, prompt: Prompt, identity: str) -> tuple[list[Any] | None, int]:
+        empty = make_prompt_cache(self._model)
+        for cut in reversed(prompt.cuts):
+            name = key(identity, prompt.tokens[:cut])
+            cache = self._memory.get(name)
+            if cache is None and self._store is not None:
+                cache = self._store.get(name, empty)
+                if cache is not None:
+                    self._memory.put(name, copy.deepcopy(cache))
+            if cache is not None:
+                return cache, cut
+        return None, 0
+
+
+def state_identity(checkpoint: Checkpoint, experts: int) -> str:
+    """What a state depends on besides its tokens: the weights, K, and the code that computes."""
+    files = {
+        file.name: (identity.nbytes, identity.mtime_ns)
+        for file, identity in checkpoint.identities.items()
+    }
+    tensors = [(t.name, t.dtype, t.shape, t.start) for t in checkpoint.tensors.values()]
+    packages = [version(name) for name in ("llm-flashmoe", "mlx", "mlx-lm", "numba")]
+    maths = (ops.pick().__name__, PREFILL_TOKENS, platform.machine())
+    text = json.dumps(
+        [STATE_VERSION, checkpoint.config, sorted(files.items()), tensors, experts, packages, maths]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
