@@ -10,7 +10,7 @@ import json
 
 from . import schemas
 from .errors import SettingError
-from .grammars import fault, fault_of_schema, json_rule, literal, regex
+from .grammars import fault, json_rule, literal, refuses_pattern, regex
 from .tools import Tool
 
 
@@ -123,11 +123,7 @@ def _text_parts(schema: dict):
         yield f"/(?s:.{{{low},{high}}})/"
     pattern = schema.get("pattern")
     # A pattern is searched for, not matched; one with alternatives is left to the check after.
-    if (
-        pattern
-        and "|" not in pattern
-        and fault_of_schema({"type": "string", "pattern": pattern}) is None
-    ):
+    if pattern and "|" not in pattern and not refuses_pattern(pattern):
         anchored = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
         core = pattern[anchored[0] : len(pattern) - anchored[1]]
         core = f"{'' if anchored[0] else '(?s:.*)'}({core}){'' if anchored[1] else '(?s:.*)'}"

@@ -176,9 +176,8 @@ def _grammars(
     rules, starts = "", []
     if tools and choice != "none":
         chosen = {choice: tools[choice]} if choice in tools else tools
-        rules = call_grammars.calls_rules(
-            chosen, control.style, control.call_start, control.call_end
-        )
+        markers = control.call_start, control.call_end
+        rules = call_grammars.calls_rules(chosen, control.style, *markers)
         if document is None and choice == "auto":
             return None, f"start: body\n{rules}"
         more = request.parallel_tool_calls and choice not in tools
