@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe import memory
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine, release, shared
 from flashmoe.errors import CheckpointError, ReadError, SettingError
@@ -45,8 +46,9 @@ def first_text(events) -> Text:
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "ant"]
 
 
-def test_threads_mix_their_events(engine):
-    requests = [ask(f"Tell me a short story about a {a}.") for a in ANIMALS]
+def test_threads_and_tasks_mix_their_events(engine):
+    """8 threads and 50 tasks at once; each fifth task leaves in the middle of its answer."""
+    requests = [ask(f"Tell me a short story about a {a}.", max_tokens=6) for a in ANIMALS]
     expected = [answer(engine, r) for r in requests]
     assert len(set(expected)) > 4
     found = [None] * len(requests)
@@ -54,25 +56,99 @@ def test_threads_mix_their_events(engine):
     def work(i):
         found[i] = answer(engine, requests[i])
 
+    async def task(i):
+        if i % 5:
+            events = [e async for e in engine.astream(requests[i % 8])]
+            assert isinstance(events[-1], End)
+            assert [type(e) for e in events].count(End) == 1
+            return text_of(events)
+        events = engine.astream(requests[i % 8])
+        async for event in events:
+            if isinstance(event, Text):
+                await events.aclose()
+        return None
+
+    async def tasks():
+        return await asyncio.gather(*map(task, range(50)))
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
     for thread in threads:
         thread.start()
+    assert asyncio.run(tasks()) == [expected[i % 8] if i % 5 else None for i in range(50)]
     for thread in threads:
         thread.join(60)
     assert found == expected
 
 
-def test_asyncio_tasks_mix_their_events(engine):
-    requests = [ask(f"Tell me a short story about a {a}.") for a in ANIMALS]
-    expected = [answer(engine, r) for r in requests]
+def test_jobs_are_answered_out_of_order(engine):
+    order = []
+    answers = [engine.stream(ask(f"Say {i}.", max_tokens=2)) for i in range(6)]
 
-    async def one(request):
-        return "".join([e.text async for e in engine.astream(request) if isinstance(e, Text)])
+    def read(i):
+        list(answers[i])
+        order.append(i)
 
-    async def all_():
-        return await asyncio.gather(*map(one, requests))
+    threads = [threading.Thread(target=read, args=(i,)) for i in (5, 3, 1, 0, 2, 4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join(60)
+    assert order == sorted(order)
 
-    assert asyncio.run(all_()) == expected
+
+def test_event_does_not_cancel(engine):
+    cancel = threading.Event()
+    request = ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))
+    answer_ = engine.stream(request, cancel)
+    first_text(answer_)
+    cancel.set()
+    end = list(answer_)[-1]
+    assert end.finish_reason == "cancelled"
+    assert 0 < end.generated_tokens < 60
+    # An event that is set already: no work at all.
+    end = list(engine.stream(request, cancel))[-1]
+    assert (end.finish_reason, end.generated_tokens, end.cached_tokens) == ("cancelled", 0, 0)
+
+
+def test_dropped_answer_goes_on_generating(engine):
+    first_text(engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))))
+    start = time.perf_counter()
+    assert answer(engine, ask("Hello."))
+    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+
+
+def test_interrupt_goes_on_generating_or_spoils_the_engine():
+    code = (
+        "import signal, time; from flashmoe.engine import Engine\n"
+        "from flashmoe.requests import Request; from flashmoe.catalog import find\n"
+        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=3000,\n"
+        "    stop=('\\0',), temperature=0.0)\n"
+        "signal.signal(signal.SIGALRM, lambda *a: signal.raise_signal(signal.SIGINT))\n"
+        "with Engine(find('flashmoe-demo'), slots=12) as e:\n"
+        "    answer = e.stream(r)\n"
+        "    [next(answer) for _ in range(5)]\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
+        "    try:\n"
+        "        list(answer)\n"
+        "    except KeyboardInterrupt:\n"
+        "        start = time.perf_counter()\n"
+        "        print(len(list(e.stream(Request(r.messages, max_tokens=3)))))\n"
+        "        assert time.perf_counter() - start < 10\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) >= 3
+
+
+def test_memory_grows_with_the_jobs():
+    with Engine(find(DEMO), slots=64, prompt_store="8MB") as engine:
+        sizes = []
+        for i in range(500):
+            list(engine.stream(ask(f"What is {i} plus {i % 7}?", max_tokens=1)))
+            if i % 100 == 99:
+                sizes.append(memory.resident())
+    assert max(sizes) - sizes[0] < 12e6, sizes
 
 
 def test_closed_iterator_goes_on_generating(engine):
@@ -233,6 +309,22 @@ def test_closed_event_loop_ends_the_engine(engine):
     loop.run_until_complete(leave())
     loop.close()
     assert answer(engine, ask("Hello."))
+
+
+def test_seed_gives_another_text_in_another_thread(engine):
+    request = ask("Tell me a story.", temperature=1.2, seed=0, max_tokens=16)
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(answer(engine, request)))
+    thread.start()
+    thread.join()
+    texts += [answer(engine, request), asyncio.run(collect(engine, request))]
+    assert len(set(texts)) == 1, "seed 0 counts"
+    others = {answer(engine, ask("Tell me a story.", temperature=1.2, seed=s)) for s in (1, 2)}
+    assert len(others | {texts[0][:20]}) == 3
+
+
+async def collect(engine, request) -> str:
+    return "".join([e.text async for e in engine.astream(request) if isinstance(e, Text)])
 
 
 def test_no_seed_repeats_the_seeded_text(engine):

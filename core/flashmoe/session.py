@@ -90,6 +90,7 @@ class Session:
         with self.model.pruned_to(request.experts), wired_limit(self.model):
             k = self.model.experts
             try:
+                turn.check()
                 reading = self._reader.read(turn.prompt, emit, keep=request.cache)
                 decoder = self._decoder(turn, reading)
                 forced = turn.constraint.start()[: turn.max_tokens]

