@@ -69,24 +69,42 @@ _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
     """Lark rules for a raw value and its closing tag."""
-    kinds = list(_kinds(schema))
-    if all(kind == "literal" for kind, _ in kinds):
-        raw = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for _, v in kinds]
-        return f"{rule}: {' | '.join(literal(text + _CLOSING) for text in raw)}\n"
-    # true, false and null are literals and JSON both.
-    if not any(kind == "text" or isinstance(value, str) for kind, value in kinds):
+    raw, parts = [], []
+    for kind, value in _kinds(schema):
+        if kind == "json":
+            parts.append(value)
+        else:
+            raw.append(_text(value) if kind == "text" else value)
+    words = [v for v in raw if not isinstance(v, _Terminal)]
+    if parts and len(words) == len(raw) and not any(isinstance(v, str) for v in words):
+        # true, false and null are JSON too.
         return f"{rule}: {rule}j {literal(_CLOSING)}\n{rule}j: {json_rule(schema)}\n"
-    parts = ["/(?s:.*)/"]
-    if len(kinds) == 1:
-        parts = list(_text_parts(kinds[0][1])) or parts
+    if _ANY_TEXT in raw:
+        raw, parts = [_ANY_TEXT], []
     # Lazy, and with the closing tag inside: the value ends at the first one.
-    terminal = rule.upper()
-    body = " & ".join(parts)
-    return f"{rule}[lazy]: {terminal}\n{terminal}: ({body}) {literal(_CLOSING)}\n"
+    terminal = f"{rule.upper()}"
+    body = " | ".join(v if isinstance(v, _Terminal) else literal(_written(v)) for v in raw)
+    rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {literal(_CLOSING)}\n"
+    if not parts:
+        return f"{rule}: {rule}t\n{rules}"
+    roots = next(({"$defs": p["$defs"]} for p in parts if "$defs" in p), {})
+    rules += f"{rule}j: {json_rule({'anyOf': parts, **roots})}\n"
+    return f"{rule}: {rule}t | {rule}j {literal(_CLOSING)}\n{rules}"
+
+
+class _Terminal(str):
+    """A Lark expression, not the text of a value."""
+
+
+_ANY_TEXT = _Terminal("/(?s:.*)/")
+
+
+def _written(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _kinds(schema: dict | bool):
-    """What a value may be: ("literal", value), ("text", schema) or ("json", None) each."""
+    """What a value may be: ("literal", value), ("text", schema) or ("json", schema) each."""
     schema = schemas.resolved(schema)
     if isinstance(schema, bool):
         yield "text", {}
@@ -106,7 +124,7 @@ def _kinds(schema: dict | bool):
     elif schema.get("type", "string") == "string":
         yield "text", schema
     else:
-        yield "json", None
+        yield "json", schema
 
 
 def _is_plain(schema: dict) -> bool:
@@ -114,18 +132,39 @@ def _is_plain(schema: dict) -> bool:
     return not schema.keys() - _NOTES - {"anyOf", "oneOf", "$defs"}
 
 
-def _text_parts(schema: dict):
-    """Lark terminals that all hold for a string of the schema."""
+def _text(schema: dict) -> _Terminal:
+    """The strings of a schema, as far as a regex can say."""
     if schema.keys() - _NOTES - _TEXT - {"$defs"}:
-        return
+        return _ANY_TEXT
+    parts = []
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
     if low or high != "":
-        yield f"/(?s:.{{{low},{high}}})/"
+        parts.append(f"/(?s:.{{{low},{high}}})/")
     pattern = schema.get("pattern")
-    # A pattern is searched for, not matched; one with alternatives is left to the check after.
-    if pattern and "|" not in pattern and not refuses_pattern(pattern):
-        anchored = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-        core = pattern[anchored[0] : len(pattern) - anchored[1]]
-        core = f"{'' if anchored[0] else '(?s:.*)'}({core}){'' if anchored[1] else '(?s:.*)'}"
-        if fault(f"start: P\nP: {regex(core)}\n") is None:
-            yield regex(core)
+    if pattern and not refuses_pattern(pattern):
+        searched = regex("|".join(_searched(p) for p in _alternatives(pattern)))
+        if fault(f"start: P\nP: {searched}\n") is None:
+            parts.append(searched)
+    return _Terminal(f"({' & '.join(parts)})") if parts else _ANY_TEXT
+
+
+def _searched(pattern: str) -> str:
+    """A pattern of JSON schema is searched for in the string: the regex of the whole string."""
+    start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    core = f"({pattern[start : len(pattern) - end]})"
+    return f"{'' if start else '(?s:.*)'}{core}{'' if end else '(?s:.*)'}"
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The alternatives at the top of a regex, to each of which its anchors belong."""
+    found, depth, in_class, escaped = [""], 0, False, False
+    for c in pattern:
+        if c == "|" and not (depth or in_class or escaped):
+            found.append("")
+            continue
+        if not escaped:
+            in_class = c != "]" if in_class else c == "["
+            depth += 0 if in_class else (c == "(") - (c == ")")
+        escaped = c == "\\" and not escaped
+        found[-1] += c
+    return found

@@ -14,8 +14,7 @@ Knows no tokenizer and no template.
 
 from __future__ import annotations
 
-import json
-
+from . import schemas
 from .errors import SettingError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
@@ -32,7 +31,8 @@ def for_template(messages: list[dict]) -> list[dict]:
     system: list[str] = []
     found: list[dict] = []
     for index, message in enumerate(messages):
-        role = ROLES.get(message.get("role")) if isinstance(message, dict) else None
+        role = message.get("role") if isinstance(message, dict) else None
+        role = ROLES.get(role) if isinstance(role, str) else None
         if role is None:
             raise SettingError(
                 f"message {index} is {_show(message)}: it needs a role of {', '.join(ROLES)}"
@@ -45,6 +45,7 @@ def for_template(messages: list[dict]) -> list[dict]:
         elif role == "tool":
             failed = message.get("error") and not content.startswith("Error")
             content = f"Error: {content}" if failed else content
+            _check_id(message.get("tool_call_id"), index)
             found.append({**message, "role": role, "content": content})
         else:
             found.append({"role": role, "content": content})
@@ -80,6 +81,8 @@ def _assistant(message: dict, content: str, index: int) -> dict:
     if reasoning := message.get("reasoning_content"):
         turn["reasoning_content"] = _text(reasoning, index)
     if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise SettingError(f"message {index} has tool_calls {_show(calls)}: give a list")
         turn["tool_calls"] = [_call(call, index) for call in calls]
     return turn
 
@@ -88,11 +91,14 @@ def _call(call: dict, index: int) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise SettingError(f"message {index} has a tool call without a name: {_show(call)}")
-    arguments = function.get("arguments") or {}
+    _check_id(call.get("id"), index)
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except ValueError as e:
+            arguments = schemas.loads(arguments)
+        except (ValueError, RecursionError) as e:
             raise SettingError(
                 f"message {index} calls {function['name']} with arguments that are not JSON: "
                 f"{_show(arguments)} ({e})"
@@ -105,6 +111,11 @@ def _call(call: dict, index: int) -> dict:
     # A name in both places, for templates that look in either.
     inner = {"name": function["name"], "arguments": arguments}
     return {"id": call.get("id"), "type": "function", "function": inner, **inner}
+
+
+def _check_id(value, index: int) -> None:
+    if value is not None and not isinstance(value, str):
+        raise SettingError(f"message {index} has {_show(value)} for the id of a call: give text")
 
 
 def _results_in_order(messages: list[dict]) -> list[dict]:

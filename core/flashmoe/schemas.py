@@ -6,15 +6,25 @@ Knows no tokens and no grammars. Remote references are never fetched.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
+from urllib.parse import quote, unquote
 
 from .errors import SettingError
 
 #: Keywords that look at an object from outside its own schema: closing it could contradict them.
-_OUTSIDE = {"not", "if", "dependentSchemas", "dependencies", "dependentRequired"}
+_OUTSIDE = {"not", "if", "contains", "dependentSchemas", "dependencies", "dependentRequired"}
 _OUTSIDE |= {"unevaluatedProperties", "unevaluatedItems"}
+#: Keywords that hold for an object itself, and those that give it to another schema as well.
+_OWN = {"properties", "patternProperties", "additionalProperties", "propertyNames"}
+_OWN |= {"required", "minProperties", "enum", "const"}
+_OTHERS = {"anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef"}
 #: Keywords whose values are data, not schemas.
 _DATA = {"enum", "const", "default", "examples"}
+#: Keywords whose values are schemas by name; a name is no keyword.
+_NAMED = {"properties", "patternProperties", "dependentSchemas", "dependencies"}
+_DEFINITIONS = {"$defs", "definitions"}
+_NAMED |= _DEFINITIONS
 
 
 @lru_cache(maxsize=256)
@@ -29,23 +39,49 @@ def _validator(text: str):
 
 
 def check_schema(schema: dict | bool, what: str) -> None:
-    """Refuse what is no JSON schema.
+    """Refuse what is no JSON schema, and references that lead out of it.
 
     Raises:
         SettingError: names `what`, the place in the schema and the fault.
     """
+    from jsonschema import Draft3Validator
     from jsonschema.exceptions import SchemaError
 
     try:
-        text = json.dumps(schema)
+        text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise SettingError(f"{what} is not JSON: {e}") from e
+    if not isinstance(schema, dict | bool) or json.loads(text) != schema:
+        raise SettingError(f"{what} is no JSON schema: it must be a dict whose keys are text")
+    for name in ("$schema", "$id"):
+        if any(not isinstance(s.get(name, ""), str) for s in _subschemas(schema)):
+            raise SettingError(f"{what} is no valid JSON schema: {name} must be text")
     try:
         validator = _validator(text)
         validator.check_schema(schema)
     except SchemaError as e:
         place = "/".join(map(str, e.absolute_path)) or "its top"
         raise SettingError(f"{what} is no valid JSON schema: at {place}: {e.message}") from e
+    except RecursionError as e:
+        raise SettingError(f"{what} is nested too deeply") from e
+    if isinstance(validator, Draft3Validator):
+        raise SettingError(f"{what} is of draft 3 of JSON schema: write it for draft 4 or later")
+    _check_references(schema, what)
+
+
+def _check_references(schema: dict | bool, what: str) -> None:
+    found = list(_subschemas(schema))
+    # With names of its own for parts of it, only the validator can tell.
+    if any("$id" in s or "id" in s for s in found):
+        return
+    for reference in (s["$ref"] for s in found if "$ref" in s):
+        pointer = reference in ("", "#") or reference.startswith("#/")
+        if not reference.startswith("#") and not pointer:
+            raise SettingError(
+                f"{what} refers to {reference!r}, which is not fetched: copy it to $defs"
+            )
+        if pointer and not isinstance(_target(schema, reference), dict | bool):
+            raise SettingError(f"{what} refers to {reference!r}, where there is no schema")
 
 
 def fault(value, schema: dict | bool) -> str | None:
@@ -55,112 +91,133 @@ def fault(value, schema: dict | bool) -> str | None:
 
     try:
         error = best_match(_validator(json.dumps(schema)).iter_errors(value))
-    except (Unresolvable, RecursionError) as e:
-        return f"the schema has a reference that cannot be followed: {e}"
+    except Unresolvable as e:
+        return f"the schema has a reference that cannot be followed: {_short(str(e))}"
+    except (RecursionError, OverflowError) as e:
+        return f"it cannot be held against the schema: {e}"
     if error is None:
         return None
     place = "".join(f"[{p!r}]" for p in error.absolute_path)
-    message = error.message if len(error.message) <= 300 else error.message[:297] + "..."
-    return f"{message} (at {place or 'its top'}, keyword {error.validator!r})"
+    return f"{_short(error.message)} (at {place or 'its top'}, keyword {error.validator!r})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def closed(schema: dict | bool) -> dict | bool:
     """The schema with objects that list their properties, and do not say whether others may
     follow, taking no others. What satisfies it satisfies the schema; models then do not ramble."""
-    return _close(schema) if not any(_looks_outside(s) for s in _subschemas(schema)) else schema
+    if any(_looks_outside(s) for s in _subschemas(schema)):
+        return schema
+    return _rebuilt(schema, _close)
 
 
 def _looks_outside(schema: dict) -> bool:
-    joined = "properties" in schema and schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"}
-    return bool(_OUTSIDE & schema.keys() or joined or len(schema.get("allOf", ())) > 1)
+    alternatives = schema.get("oneOf", ())
+    # A value of one closed alternative may satisfy another one that is open.
+    objects = [s for s in alternatives if s is True or s and "object" in s.get("type", "object")]
+    overlap = len(objects) > 1 and "discriminator" not in schema
+    looks = bool(_OWN & schema.keys()) + len(_OTHERS & schema.keys()) + len(schema.get("allOf", ()))
+    return bool(_OUTSIDE & schema.keys()) or overlap or looks > 1
 
 
-def _close(schema):
-    if not isinstance(schema, dict):
-        return schema
-    new = {}
-    for key, value in schema.items():
-        if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            new[key] = {k: _close(v) for k, v in value.items()}
-        elif key in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
-            new[key] = [_close(v) for v in value]
-        elif key in ("items", "additionalProperties"):
-            new[key] = _close(value)
-        else:
-            new[key] = value
+def _close(schema: dict) -> dict:
     listed = schema.get("properties")
-    if (
-        isinstance(listed, dict)
-        and set(schema.get("required", ())) <= listed.keys()
-        and not schema.keys() & {"additionalProperties", "patternProperties", "minProperties"}
-    ):
-        new["additionalProperties"] = False
-    return new
+    says = {"additionalProperties", "patternProperties", "minProperties"} & schema.keys()
+    if listed is None or says or not set(schema.get("required", ())) <= listed.keys():
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def _subschemas(schema):
     """Each dict in a schema that may be a schema."""
-    if isinstance(schema, dict):
-        yield schema
-        for key, value in schema.items():
-            if key not in _DATA:
-                yield from _subschemas(value)
-    elif isinstance(schema, list):
+    if isinstance(schema, list):
         for value in schema:
             yield from _subschemas(value)
+    elif isinstance(schema, dict):
+        yield schema
+        for key, value in schema.items():
+            if key in _NAMED and isinstance(value, dict):
+                yield from _subschemas(list(value.values()))
+            elif key not in _DATA:
+                yield from _subschemas(value)
 
 
-def without_patterns(schema, unusable):
-    """The schema less the `pattern`s for which unusable(pattern) is true."""
+def _rebuilt(schema, change: Callable[[dict], dict]):
+    """The schema with each dict of `_subschemas` changed, inner ones first."""
     if isinstance(schema, list):
-        return [without_patterns(v, unusable) for v in schema]
+        return [_rebuilt(value, change) for value in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: value if key in _DATA else without_patterns(value, unusable)
-        for key, value in schema.items()
-        if not (key == "pattern" and isinstance(value, str) and unusable(value))
-    }
+    new = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            new[key] = {name: _rebuilt(v, change) for name, v in value.items()}
+        else:
+            new[key] = value if key in _DATA else _rebuilt(value, change)
+    return change(new)
+
+
+def without_patterns(schema, unusable: Callable[[str], bool]):
+    """The schema less the `pattern`s for which unusable(pattern) is true."""
+
+    def change(schema):
+        drop = "pattern" in schema and unusable(schema["pattern"])
+        return {k: v for k, v in schema.items() if k != "pattern"} if drop else schema
+
+    return _rebuilt(schema, change)
 
 
 def parameter(schema: dict, name: str) -> dict | bool:
     """The schema of one property, as a schema of its own: its references still find their aim."""
     sub = schema["properties"][name]
-    if not any("$ref" in s or "$dynamicRef" in s for s in _subschemas(sub)):
-        return sub
-    return {"$ref": f"#/$defs/root/properties/{_pointer(name)}", "$defs": {"root": _moved(schema)}}
+    dialect = {"$schema": schema["$schema"]} if "$schema" in schema else {}
+    if not any(_OTHERS & s.keys() - {"anyOf", "oneOf"} for s in _subschemas(sub)):
+        return {**dialect, **sub} if isinstance(sub, dict) else sub
+    here = {k: v for k, v in schema.items() if k not in ("$schema", "$id")}
+    own = schema.get("$id", "")
 
+    def change(schema):
+        reference = schema.get("$ref", "").removeprefix(own)
+        if "$ref" not in schema or not (reference in ("", "#") or reference.startswith("#/")):
+            return schema
+        return {**schema, "$ref": "#/$defs/root" + reference[1:]}
 
-def _pointer(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1").replace("%", "%25")
-
-
-def _moved(schema):
-    """References from the root, made to start from where `parameter` puts it."""
-    if isinstance(schema, list):
-        return [_moved(v) for v in schema]
-    if not isinstance(schema, dict):
-        return schema
-    new = {k: v if k in _DATA else _moved(v) for k, v in schema.items()}
-    if isinstance(new.get("$ref"), str) and new["$ref"].startswith("#"):
-        new["$ref"] = "#/$defs/root" + new["$ref"][1:]
-    return new
+    # Properties of the root are found under another path now.
+    place = quote(name.replace("~", "~0").replace("/", "~1"), safe="~")
+    moved = _rebuilt(here, change)
+    return {**dialect, "$ref": f"#/$defs/root/properties/{place}", "$defs": {"root": moved}}
 
 
 def resolved(schema: dict | bool) -> dict | bool:
-    """The schema with a reference at its top followed; as it is when that cannot be done."""
-    root, seen = schema, 0
-    while isinstance(schema, dict) and isinstance(schema.get("$ref"), str) and seen < 20:
-        target = root
-        for step in schema["$ref"].removeprefix("#").split("/")[1:]:
-            step = step.replace("%25", "%").replace("~1", "/").replace("~0", "~")
-            target = target.get(step) if isinstance(target, dict) else None
+    """The schema with a reference at its top followed, and the definitions that references in it
+    need; as it is when that cannot be done."""
+    root = schema
+    for _ in range(20):
+        if not isinstance(schema, dict) or "$ref" not in schema:
+            break
+        target = _target(root, schema["$ref"])
         if not isinstance(target, dict | bool):
-            return schema
-        rest = {k: v for k, v in schema.items() if k not in ("$ref", "$defs", "description")}
-        schema = {**target, **rest} if rest and isinstance(target, dict) else target
-        seen += 1
+            break
+        rest = {k: v for k, v in schema.items() if k not in ("$ref", "description")}
+        if isinstance(target, dict):
+            schema = {**target, **rest, **{k: root[k] for k in _DEFINITIONS & root.keys()}}
+        else:
+            schema = target
     return schema
+
+
+def _target(root, reference: str):
+    """What a reference from the root's own place leads to; None: nothing that can be found."""
+    target = root
+    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
+            target = target[int(step)]
+        else:
+            target = target.get(step) if isinstance(target, dict) else None
+    return target if reference in ("", "#") or reference.startswith("#/") else None
 
 
 def loads(text: str):
