@@ -1,5 +1,6 @@
 """Reader on real files, with real failures of the kernel: short reads, EOF, EIO, vanished files."""
 
+import ctypes
 import gc
 import os
 import random
@@ -443,3 +444,51 @@ def test_a_file_is_opened_once_for_each_read(reader, file):
 def test_a_reader_without_threads_is_made(depth):
     with pytest.raises(ValueError, match=f"depth is {depth}, must be 1 or more"):
         Reader(depth)
+
+
+def pages_in_cache(path) -> int:
+    """How many pages of a file the page cache holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    size = path.stat().st_size
+    pages = -(-size // 4096)
+    with open(path, "rb") as f:
+        address = libc.mmap(None, size, 1, 1, f.fileno(), 0)  # PROT_READ, MAP_SHARED
+    found = ctypes.create_string_buffer(pages)
+    assert libc.mincore(address, size, found) == 0
+    libc.munmap(address, size)
+    return sum(b & 1 for b in found.raw)
+
+
+@linux
+@pytest.mark.parametrize("known", [True, False])
+def test_uncached_bytes_differ_or_stay_in_the_page_cache(tmp_path, known):
+    """With the flag of new kernels, and where it is not known."""
+    path = tmp_path / "experts"
+    path.write_bytes(os.urandom(8 << 20))
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if pages_in_cache(path):
+        pytest.skip("this file system keeps all files in memory")
+    expected = None
+    for io in ("uncached", "buffered"):
+        buffers = [bytearray(1 << 20) for _ in range(8)]
+        requests = [ReadRequest(path, i << 20, b, 0, i) for i, b in enumerate(buffers)]
+        with Reader(4, io=io) as reader:
+            if not known:
+                reader._pool._flags = 0
+            reader.submit(requests).wait()
+            expected = expected or buffers
+            assert buffers == expected
+            held = pages_in_cache(path)
+            assert held < 100 if io == "uncached" else held == 2048
+    assert b"".join(expected) == path.read_bytes()
+
+
+def test_unknown_io_mode_is_taken():
+    with pytest.raises(ValueError, match="io is 'fast', must be one of buffered, uncached"):
+        Reader(io="fast")

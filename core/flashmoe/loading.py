@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import prompt_cache_nbytes, working_nbytes
 from .models import FAMILIES, StreamingMoE, check_experts
-from .reader import Reader
+from .reader import IO_MODES, Reader
 
 log = logging.getLogger("flashmoe")
 
@@ -67,6 +67,7 @@ def load(
     slots: int | None = None,
     experts: int | None = None,
     depth: int = 8,
+    io: str = "buffered",
     prompt_cache: int | None = 0,
 ):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
@@ -75,6 +76,7 @@ def load(
         path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
         memory, slots, experts, prompt_cache: see `plan_memory`.
         depth: how many reads may be in flight at the drive.
+        io: how experts are read, one of `flashmoe.reader.IO_MODES`.
 
     Returns:
         (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools
@@ -91,6 +93,7 @@ def load(
         slots=slots,
         experts=experts,
         depth=depth,
+        io=io,
         prompt_cache=prompt_cache,
     )
     return model, tokenizer
@@ -103,17 +106,20 @@ def load_streaming(
     slots: int | None = None,
     experts: int | None = None,
     depth: int = 8,
+    io: str = "buffered",
     prompt_cache: int | None = 0,
 ) -> StreamingMoE:
     """`load` without the tokenizer, from an open checkpoint."""
     if depth < 1:
         raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
+    if io not in IO_MODES:
+        raise SettingError(f"io={io!r} must be one of {', '.join(IO_MODES)}")
     plan = plan_memory(
         checkpoint, memory=memory, slots=slots, experts=experts, prompt_cache=prompt_cache
     )
     log.info("%s: %s", checkpoint.path.name, plan.describe())
     model_class, args_class = FAMILIES[checkpoint.model_type]
-    reader = Reader(depth, checkpoint.identities)
+    reader = Reader(depth, checkpoint.identities, io)
 
     def build(args):
         model = model_class(args)
