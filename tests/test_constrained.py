@@ -10,7 +10,9 @@ from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine
 from flashmoe.errors import OutputError, SettingError
 from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallStart
+from flashmoe.number_guard import DIGITS, NumberGuard
 from flashmoe.requests import Request
+from flashmoe.tools import read_tools
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +270,54 @@ def test_context_overflow_is_found_late(engine):
 def test_penalty_changes_nothing(engine):
     plain = ask(engine, "Tell me a story.", max_tokens=60)[0]
     assert ask(engine, "Tell me a story.", max_tokens=60, repetition_penalty=1.4)[0] != plain
+
+
+def test_number_goes_on_for_ever(engine):
+    """Greedily the demo model writes nines until max_tokens."""
+    endless = {
+        "type": "object",
+        "properties": {"age": {"type": "integer"}, "size": {"type": "number"}},
+        "required": ["age", "size"],
+    }
+    for wanted in ({"type": "integer"}, {"type": "number"}, endless):
+        text = ask(engine, "Count.", response_format=schema(wanted), max_tokens=250)[0]
+        assert max(map(len, re.findall(r"\d+", text))) <= DIGITS
+        json.loads(text)
+    tool = {"name": "save", "parameters": endless}
+    (call,) = ask(engine, tools=[tool], tool_choice="save", max_tokens=250)[1]
+    assert call.error is None
+
+
+def guard(text: str, pieces: int = 1, tools=None) -> NumberGuard:
+    found = NumberGuard(tools)
+    for start in range(0, len(text), pieces):
+        found.feed(text[start : start + pieces])
+    return found
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_guard_stops_text_or_misses_numbers(pieces):
+    many = "1" * DIGITS
+    assert guard(f'{{"a": {many}', pieces).full
+    assert not guard(f'{{"a": {many[1:]}', pieces).full
+    assert guard(f'{{"a": 0.{many}', pieces).full
+    assert not guard(f'{{"a": {many}.', pieces).full
+    assert not guard(f'{{"a": "{many}', pieces).full
+    assert not guard(f'{{"a": "\\"{many}', pieces).full
+    assert guard(f'{{"a": "\\\\", "b": {many}', pieces).full
+    number = {"type": ["integer", "null"]}
+    text = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
+    listed = {"type": "array", "items": {}}
+    properties = {"number": number, "text": text, "listed": listed}
+    tools = read_tools([{"name": "f", "parameters": {"type": "object", "properties": properties}}])
+
+    def call(name, value):
+        before = '<parameter=text>\n"\n</parameter>\n'
+        start = f"<tool_call>\n<function=f>\n{before}<parameter={name}>\n"
+        return guard(start + value, pieces, tools)
+
+    assert call("number", many).full
+    assert not call("text", many).full
+    assert call("listed", f'["x", {many}').full
+    assert not call("listed", f'["x{many}').full
+    assert not call("number", f"{many}\n</parameter>\n").full

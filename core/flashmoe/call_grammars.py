@@ -11,6 +11,7 @@ import json
 from . import schemas
 from .errors import SettingError
 from .grammars import fault, json_rule, literal, refuses_pattern, regex
+from .tool_formats import ENDS_NO_LINE, IN_NO_VALUE
 from .tools import Tool
 
 
@@ -28,7 +29,7 @@ def calls_rules(tools: dict[str, Tool], style: str, start: int, end: int) -> str
     for index, tool in enumerate(tools.values()):
         try:
             rules.append(write(f"t{index}", tool))
-        except SettingError as e:
+        except (SettingError, RecursionError) as e:
             raise SettingError(f"tool {tool.name!r}: {e}") from e
         bodies.append(f"t{index}")
     rules.append(f"body: ({' | '.join(bodies)}) <[{end}]>\n")
@@ -36,10 +37,9 @@ def calls_rules(tools: dict[str, Tool], style: str, start: int, end: int) -> str
 
 
 def _hermes(rule: str, tool: Tool) -> str:
-    head = literal(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ')
-    return (
-        f"{rule}: {head} {rule}a {literal('}' + chr(10))}\n{rule}a: {json_rule(tool.parameters)}\n"
-    )
+    name = json.dumps(tool.name, ensure_ascii=False)
+    head, tail = literal(f'\n{{"name": {name}, "arguments": '), literal("}\n")
+    return f"{rule}: {head} {rule}a {tail}\n{rule}a: {json_rule(tool.parameters)}\n"
 
 
 def _coder(rule: str, tool: Tool) -> str:
@@ -50,8 +50,15 @@ def _coder(rule: str, tool: Tool) -> str:
         raise SettingError(f"required names {required - listed.keys()}, which are no properties")
     order, rules = [], []
     for index, name in enumerate(listed):
-        if any(c in name for c in "<>\n"):
-            raise SettingError(f"the parameter {name!r} has a character of the format itself")
+        if any(c in name for c in "<>\n") or name != name.strip() or not name:
+            raise SettingError(
+                f"the parameter {name!r} cannot be told from the format around it: use a name "
+                "without <, > and space at its ends"
+            )
+        if listed[name] is False:
+            if name in required:
+                raise SettingError(f"the parameter {name!r} is required, but its schema is false")
+            continue
         value = f"{rule}p{index}"
         opening = literal(f"<parameter={name}>\n")
         rules.append(f"{value}: {opening} {value}v\n")
@@ -61,10 +68,16 @@ def _coder(rule: str, tool: Tool) -> str:
     return "".join([f"{rule}: {head} {' '.join(order)} {tail}\n", *rules])
 
 
-_HERMES_END = "}\n"
 _CLOSING = "\n</parameter>\n"
+#: Raw text that `tool_formats` would read as something else.
+_UNREADABLE = (
+    f"/(?s:.*){IN_NO_VALUE}(?s:.*)|(?s:.*){ENDS_NO_LINE}(\\n(?s:.*))?"
+    "|((?s:.*)\\n)?<\\/parameter>(\\n(?s:.*))?/"
+)
 _TEXT = {"type", "minLength", "maxLength", "pattern"}
+_ROOTS = {"$defs", "$schema"}
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated"}
+_NOTES |= {"discriminator", *_ROOTS}
 
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
@@ -82,14 +95,21 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     if _ANY_TEXT in raw:
         raw, parts = [_ANY_TEXT], []
     # Lazy, and with the closing tag inside: the value ends at the first one.
-    terminal = f"{rule.upper()}"
+    terminal = rule.upper()
     body = " | ".join(v if isinstance(v, _Terminal) else literal(_written(v)) for v in raw)
+    if len(words) < len(raw):
+        body = f"({body}) & ~{_UNREADABLE}"
     rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {literal(_CLOSING)}\n"
     if not parts:
         return f"{rule}: {rule}t\n{rules}"
-    roots = next(({"$defs": p["$defs"]} for p in parts if "$defs" in p), {})
+    roots = {k: p[k] for p in parts for k in _ROOTS & p.keys()}
     rules += f"{rule}j: {json_rule({'anyOf': parts, **roots})}\n"
     return f"{rule}: {rule}t | {rule}j {literal(_CLOSING)}\n{rules}"
+
+
+def holds_text(schema: dict | bool) -> bool:
+    """Whether a raw value of that schema may be text, and not only JSON."""
+    return any(k == "text" or (k == "literal" and isinstance(v, str)) for k, v in _kinds(schema))
 
 
 class _Terminal(str):
@@ -110,8 +130,8 @@ def _kinds(schema: dict | bool):
         yield "text", {}
     elif "enum" in schema or "const" in schema:
         yield from (("literal", v) for v in schema.get("enum", [schema.get("const")]))
-    elif (union := schema.get("anyOf") or schema.get("oneOf")) and _is_plain(schema):
-        roots = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    elif union := _union(schema):
+        roots = {k: schema[k] for k in _ROOTS & schema.keys()}
         for part in union:
             yield from _kinds({**part, **roots} if isinstance(part, dict) else part)
     elif isinstance(schema.get("type"), list):
@@ -127,14 +147,17 @@ def _kinds(schema: dict | bool):
         yield "json", schema
 
 
-def _is_plain(schema: dict) -> bool:
-    """Whether a union says it all."""
-    return not schema.keys() - _NOTES - {"anyOf", "oneOf", "$defs"}
+def _union(schema: dict) -> list:
+    """The alternatives of a schema that says nothing beside them."""
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.keys() - _NOTES == {key} and (key != "allOf" or len(schema[key]) == 1):
+            return schema[key]
+    return []
 
 
 def _text(schema: dict) -> _Terminal:
     """The strings of a schema, as far as a regex can say."""
-    if schema.keys() - _NOTES - _TEXT - {"$defs"}:
+    if schema.keys() - _NOTES - _TEXT:
         return _ANY_TEXT
     parts = []
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")

@@ -77,9 +77,12 @@ class Template:
             raise SettingError("think=True: this model has no thoughts; leave think out")
         messages = for_template(messages)
         definitions = [tool.definition for tool in (tools or {}).values()]
-        seam, (messages, definitions) = _break_special_tokens(
-            self._tokenizer, (messages, definitions)
-        )
+        try:
+            seam, (messages, definitions) = _break_special_tokens(
+                self._tokenizer, (messages, definitions)
+            )
+        except RecursionError as e:
+            raise SettingError("the messages or tools hold data that is nested too deeply") from e
         text = self._render(messages, definitions, think=think)
         in_thought = False
         if self._control.think_start is not None:
@@ -102,6 +105,8 @@ class Template:
 
     def encode(self, *pieces: str) -> list[int]:
         """Tokens of pieces of text, each encoded by itself."""
+        # Halves of characters, as in bytes of another encoding, are joined or marked as lost.
+        pieces = [p.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for p in pieces]
         encode = self._tokenizer.encode
         return [t for p in pieces for t in encode(p, add_special_tokens=False, verbose=False)]
 

@@ -15,6 +15,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from . import call_grammars, grammars
 from .control import Control
 from .errors import SettingError
+from .number_guard import NumberGuard
 from .requests import Request
 from .tools import Tool
 
@@ -34,6 +35,19 @@ class Matchers:
         self._end = sorted(control.end)
         self.width = width
         self._read: LLTokenizer | None = None
+        self._digits: np.ndarray | None = None
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of generated tokens."""
+        return self._read.decode_str(tokens)
+
+    @property
+    def digits(self) -> np.ndarray:
+        """(width,) bool: the tokens that start with a digit."""
+        if self._digits is None:
+            starts = (self._read.decode_bytes([i])[:1] for i in range(self.width))
+            self._digits = np.array([c.isdigit() for c in starts])
+        return self._digits
 
     def new(self, lark: str) -> LLMatcher:
         """A matcher at the start of a Lark grammar.
@@ -83,6 +97,10 @@ class Constraint:
         self._thought = 0
         self._in_thought = in_thought
         self._matcher: LLMatcher | None = None
+        self._guard: NumberGuard | None = None
+        self._tools = tools
+        # Regexes and Lark grammars say for themselves how long they are.
+        self._guarded = document is None or document.schema is not None
         self._parallel = request.parallel_tool_calls
         self._no_calls = bool(tools) and request.tool_choice == "none"
         self._whole, self._call = _grammars(request, tools, document, control)
@@ -103,8 +121,11 @@ class Constraint:
         if self._matcher is not None:
             fill_next_token_bitmask(self._matcher, self._bitmask, 0)
             bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
-            allowed = mx.array(bits[: logits.shape[-1]]).astype(mx.bool_)
-            return mx.where(allowed[None], logits, -mx.inf)
+            allowed = bits[: logits.shape[-1]].astype(bool)
+            if self._guard is not None and self._guard.full:
+                shorter = allowed & ~self._matchers.digits
+                allowed = shorter if shorter.any() else allowed
+            return mx.where(mx.array(allowed)[None], logits, -mx.inf)
         banned = set()
         if self._in_thought and self.demands:
             banned = self._control.end | {self._control.call_start}
@@ -130,14 +151,17 @@ class Constraint:
         if token == control.think_start:
             self._in_thought = True
         elif token == control.call_start and self._call is not None:
-            self._matcher = self._matchers.new(self._call)
-            return self._consume([])
+            forced = self._begin(self._call)
+            self._follow([token, *forced])
+            return forced
         return []
 
     def _begin_answer(self) -> list[int]:
-        if self._whole is None:
-            return []
-        self._matcher = self._matchers.new(self._whole)
+        return [] if self._whole is None else self._begin(self._whole)
+
+    def _begin(self, lark: str) -> list[int]:
+        self._matcher = self._matchers.new(lark)
+        self._guard = NumberGuard() if self._guarded else None
         return self._consume([])
 
     def _close_thought(self) -> list[int]:
@@ -156,11 +180,21 @@ class Constraint:
             forced += more
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar failed: {self._matcher.get_error()[:500]}")
+        self._follow([*tokens, *forced])
         if self._matcher.is_stopped():
             # The end of all, or of one call among text.
             self.finished = self.demands or not self._parallel
             self._matcher = None
         return forced
+
+    def _follow(self, tokens: list[int]) -> None:
+        """Tell the guard what came."""
+        if self._guard is None:
+            return
+        if tokens and tokens[0] == self._control.call_start:
+            coder = self._control.style == "qwen3_coder"
+            self._guard = NumberGuard(self._tools if coder else None)
+        self._guard.feed(self._matchers.text(tokens))
 
 
 def _grammars(

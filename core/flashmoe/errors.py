@@ -13,6 +13,10 @@ class CheckpointError(FlashMoEError):
     """A checkpoint directory that cannot be used: missing, corrupt, or of an unsupported kind."""
 
 
+class RegistryError(FlashMoEError):
+    """The list of the user's models cannot be read or changed, or a name in it is taken."""
+
+
 class ReadError(FlashMoEError):
     """Expert bytes that could not be read while in use. Names file, layer, expert and range."""
 

@@ -64,7 +64,8 @@ def regex(pattern: str) -> str:
     """A Lark regex; slashes and line ends would end it."""
     escaped, backslash = "", False
     for c in pattern:
-        escaped += "\\/" if c == "/" and not backslash else "\\n" if c == "\n" else c
+        escape = "" if backslash else "\\"
+        escaped += {"/": f"{escape}/", "\n": f"{escape}n"}.get(c, c)
         backslash = c == "\\" and not backslash
     return f"/{escaped}/"
 
@@ -113,9 +114,9 @@ def fault(lark: str) -> str | None:
     failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark))
     if not failed:
         return None
-    # What follows is the place in the grammar, which is ours, not the user's.
-    text = " ".join(messages[0].split()).partition(" 1 | ")[0]
-    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text)
+    # The place in the grammar is left out: the grammar is ours, not the user's.
+    text = re.split(r" \d+ \| ", " ".join(messages[0].split()))[0]
+    return re.sub(r"^((at )?\d+\(\d+\): )*(failed to compile JSON schema: )?", "", text)
 
 
 def _check(rules: str, start: str, what: str) -> None:

@@ -55,7 +55,8 @@ class Reply:
         if self.stopped:
             return
         control = self._control
-        if token not in control.silent:
+        # Inside a call they are a part of what the model wrote, and a fault in it.
+        if token not in control.silent or (self.kind == "call" and token != control.call_end):
             self._detokenizer.add_token(token)
             yield from self._text(self._detokenizer.last_segment)
             return
@@ -84,6 +85,10 @@ class Reply:
             yield from self._call.feed(piece)
             return
         self._held += piece
+        if self._fresh:
+            # Templates put newlines around the markers; they are no part of the text, so that a
+            # stop string does not meet them.
+            self._held = self._held.lstrip("\n")
         if self.kind == "answer" and self._stop:
             found = [self._held.find(s) for s in self._stop if s in self._held]
             if found:
@@ -105,15 +110,10 @@ class Reply:
 
     def _release(self, count: int) -> Iterator[Event]:
         ready, self._held = self._held[:count], self._held[count:]
-        if self._fresh:
-            # Templates put newlines around the markers; they are no part of the text.
-            ready = ready.lstrip("\n")
-            if not ready:
-                return
-            # Text on both sides of a call.
-            if self.kind == "answer" and self.answer and self.calls:
-                ready = "\n" + ready
         if ready:
+            if self._fresh and self.kind == "answer" and self.answer:
+                # Text on both sides of a call or thought.
+                ready = "\n" + ready
             self._fresh = False
             if self.kind == "answer":
                 self.answer += ready
@@ -164,7 +164,7 @@ class _Call:
                 if self._format.name is not None:
                     yield from self._start()
             except Malformed as e:
-                self._wrong = str(e)
+                self._wrong = f"the call cannot be read: {e}"
 
     def end(self, wrong: str | None = None) -> Iterator[Event]:
         wrong = wrong or self._wrong

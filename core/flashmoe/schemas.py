@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from math import isfinite
 from urllib.parse import quote, unquote
 
 from .errors import SettingError
@@ -18,7 +19,8 @@ _OUTSIDE |= {"unevaluatedProperties", "unevaluatedItems"}
 #: Keywords that hold for an object itself, and those that give it to another schema as well.
 _OWN = {"properties", "patternProperties", "additionalProperties", "propertyNames"}
 _OWN |= {"required", "minProperties", "enum", "const"}
-_OTHERS = {"anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef"}
+_REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
+_OTHERS = {"anyOf", "oneOf"} | _REFERENCES
 #: Keywords whose values are data, not schemas.
 _DATA = {"enum", "const", "default", "examples"}
 #: Keywords whose values are schemas by name; a name is no keyword.
@@ -53,7 +55,7 @@ def check_schema(schema: dict | bool, what: str) -> None:
         raise SettingError(f"{what} is not JSON: {e}") from e
     if not isinstance(schema, dict | bool) or json.loads(text) != schema:
         raise SettingError(f"{what} is no JSON schema: it must be a dict whose keys are text")
-    for name in ("$schema", "$id"):
+    for name in ("$schema", "$id", "$ref"):
         if any(not isinstance(s.get(name, ""), str) for s in _subschemas(schema)):
             raise SettingError(f"{what} is no valid JSON schema: {name} must be text")
     try:
@@ -70,17 +72,17 @@ def check_schema(schema: dict | bool, what: str) -> None:
 
 
 def _check_references(schema: dict | bool, what: str) -> None:
-    found = list(_subschemas(schema))
+    top, *inner = [*_subschemas(schema), {}]
     # With names of its own for parts of it, only the validator can tell.
-    if any("$id" in s or "id" in s for s in found):
+    if any("$id" in s for s in inner):
         return
-    for reference in (s["$ref"] for s in found if "$ref" in s):
-        pointer = reference in ("", "#") or reference.startswith("#/")
-        if not reference.startswith("#") and not pointer:
+    for reference in (s["$ref"] for s in (top, *inner) if "$ref" in s):
+        place = reference.removeprefix(top.get("$id", ""))
+        if place and not place.startswith("#"):
             raise SettingError(
                 f"{what} refers to {reference!r}, which is not fetched: copy it to $defs"
             )
-        if pointer and not isinstance(_target(schema, reference), dict | bool):
+        if _is_pointer(place) and not isinstance(_target(schema, place), dict | bool):
             raise SettingError(f"{what} refers to {reference!r}, where there is no schema")
 
 
@@ -114,20 +116,32 @@ def closed(schema: dict | bool) -> dict | bool:
 
 
 def _looks_outside(schema: dict) -> bool:
-    alternatives = schema.get("oneOf", ())
     # A value of one closed alternative may satisfy another one that is open.
-    objects = [s for s in alternatives if s is True or s and "object" in s.get("type", "object")]
+    objects = [s for s in _get(schema, "oneOf", list) if _may_be_object(s)]
     overlap = len(objects) > 1 and "discriminator" not in schema
-    looks = bool(_OWN & schema.keys()) + len(_OTHERS & schema.keys()) + len(schema.get("allOf", ()))
+    others = len(_OTHERS & schema.keys()) + len(_get(schema, "allOf", list))
+    looks = bool(_OWN & schema.keys()) + others
     return bool(_OUTSIDE & schema.keys()) or overlap or looks > 1
 
 
+def _may_be_object(schema) -> bool:
+    kinds = schema.get("type", "object") if isinstance(schema, dict) else "object"
+    return kinds == "object" or (isinstance(kinds, list) and "object" in kinds)
+
+
 def _close(schema: dict) -> dict:
-    listed = schema.get("properties")
     says = {"additionalProperties", "patternProperties", "minProperties"} & schema.keys()
-    if listed is None or says or not set(schema.get("required", ())) <= listed.keys():
+    listed = _get(schema, "properties", dict)
+    unlisted = set(map(str, _get(schema, "required", list))) - listed.keys()
+    if "properties" not in schema or says or unlisted:
         return schema
     return {**schema, "additionalProperties": False}
+
+
+def _get(schema: dict, key: str, kind: type):
+    """The value of a keyword. Under keywords of others, what looks like a schema may be none."""
+    value = schema.get(key)
+    return value if isinstance(value, kind) else kind()
 
 
 def _subschemas(schema):
@@ -163,7 +177,8 @@ def without_patterns(schema, unusable: Callable[[str], bool]):
     """The schema less the `pattern`s for which unusable(pattern) is true."""
 
     def change(schema):
-        drop = "pattern" in schema and unusable(schema["pattern"])
+        pattern = _get(schema, "pattern", str)
+        drop = pattern and unusable(pattern)
         return {k: v for k, v in schema.items() if k != "pattern"} if drop else schema
 
     return _rebuilt(schema, change)
@@ -173,21 +188,19 @@ def parameter(schema: dict, name: str) -> dict | bool:
     """The schema of one property, as a schema of its own: its references still find their aim."""
     sub = schema["properties"][name]
     dialect = {"$schema": schema["$schema"]} if "$schema" in schema else {}
-    if not any(_OTHERS & s.keys() - {"anyOf", "oneOf"} for s in _subschemas(sub)):
+    if not any(_REFERENCES & s.keys() for s in _subschemas(sub)):
         return {**dialect, **sub} if isinstance(sub, dict) else sub
-    here = {k: v for k, v in schema.items() if k not in ("$schema", "$id")}
     own = schema.get("$id", "")
 
     def change(schema):
-        reference = schema.get("$ref", "").removeprefix(own)
-        if "$ref" not in schema or not (reference in ("", "#") or reference.startswith("#/")):
-            return schema
-        return {**schema, "$ref": "#/$defs/root" + reference[1:]}
+        place = _get(schema, "$ref", str).removeprefix(own)
+        moves = "$ref" in schema and _is_pointer(place)
+        return {**schema, "$ref": f"#/$defs/root{place[1:]}"} if moves else schema
 
-    # Properties of the root are found under another path now.
+    root = {k: v for k, v in schema.items() if k not in ("$schema", "$id")}
     place = quote(name.replace("~", "~0").replace("/", "~1"), safe="~")
-    moved = _rebuilt(here, change)
-    return {**dialect, "$ref": f"#/$defs/root/properties/{place}", "$defs": {"root": moved}}
+    moved = {"root": _rebuilt(root, change)}
+    return {**dialect, "$ref": f"#/$defs/root/properties/{place}", "$defs": moved}
 
 
 def resolved(schema: dict | bool) -> dict | bool:
@@ -195,7 +208,7 @@ def resolved(schema: dict | bool) -> dict | bool:
     need; as it is when that cannot be done."""
     root = schema
     for _ in range(20):
-        if not isinstance(schema, dict) or "$ref" not in schema:
+        if not isinstance(schema, dict) or not _is_pointer(schema.get("$ref")):
             break
         target = _target(root, schema["$ref"])
         if not isinstance(target, dict | bool):
@@ -208,42 +221,55 @@ def resolved(schema: dict | bool) -> dict | bool:
     return schema
 
 
-def _target(root, reference: str):
-    """What a reference from the root's own place leads to; None: nothing that can be found."""
+def _is_pointer(reference) -> bool:
+    return reference in ("", "#") or (isinstance(reference, str) and reference.startswith("#/"))
+
+
+def _target(root, pointer: str):
+    """What a pointer leads to; None: nothing."""
     target = root
-    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
+    for step in unquote(pointer.removeprefix("#")).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
         if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
             target = target[int(step)]
         else:
             target = target.get(step) if isinstance(target, dict) else None
-    return target if reference in ("", "#") or reference.startswith("#/") else None
+    return target
 
 
 def loads(text: str):
-    """The value of a JSON text; ValueError for what is none, NaN and Infinity among it."""
+    """The value of a JSON text; ValueError for what is none, and for what JSON cannot write again:
+    numbers beyond the range of floats, halves of characters."""
 
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
-    return json.loads(text, parse_constant=refuse)
+    def finite(digits):
+        number = float(digits)
+        return number if isfinite(number) else refuse(digits)
+
+    value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def typed(text: str, schema: dict | bool):
     """The value that raw text stands for, by its schema: (value, fault).
 
     Formats that write strings without quotes leave it open whether `3` is a number. Text that is
-    JSON and satisfies the schema is that value (big integers whole); else it is the string.
+    JSON and satisfies the schema is that value (big integers whole); else it is the string. Quotes
+    belong to a string, where the schema lets them.
     """
-    candidates = []
+    candidates = [text]
     try:
-        value = loads(text)
-        candidates.append(_as_schema_types(value, resolved(schema)))
+        value = _as_schema_types(loads(text), resolved(schema))
+        candidates.insert(isinstance(value, str), value)
     except (ValueError, RecursionError):
         # As templates write them back.
         words = {"True": True, "False": False, "None": None}
-        candidates += [words[text.strip()]] if text.strip() in words else []
-    candidates.append(text)
+        if text.strip() in words:
+            candidates.insert(0, words[text.strip()])
     faults = [fault(value, schema) for value in candidates]
     for value, wrong in zip(candidates, faults, strict=True):
         if wrong is None:

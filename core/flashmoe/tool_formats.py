@@ -22,6 +22,14 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]+)>\s*")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>\n?")
 _FUNCTION_END = re.compile(r"\s*</function>\s*")
+_PARAMETER_END = "</parameter>"
+
+#: What no raw value may hold, in the syntax of Python and of llguidance: with it, a parameter that
+#: was not closed would read as a longer value.
+IN_NO_VALUE = r"<\/parameter>[ \t\r\n]*<(?:parameter=|\/function>)"
+#: The same at the end of a line.
+ENDS_NO_LINE = r"<(?:parameter|function)=[^<>\n]+>"
+_UNCLOSED = re.compile(f"{IN_NO_VALUE}|{ENDS_NO_LINE}$", re.MULTILINE)
 
 
 class Malformed(ValueError):
@@ -44,49 +52,51 @@ class CoderCall:
         self._arguments: dict = {}
 
     def feed(self, text: str) -> Iterator[str]:
-        """Pieces of JSON for the arguments that `text` completes."""
+        """Pieces of JSON for the arguments that `text` completes.
+
+        Raises:
+            Malformed
+        """
         self.text += text
         if self.name is None:
             match = _FUNCTION.match(self.text)
             if match is None:
                 return
             self.name, self._at = match[1].strip(), match.end()
-        while (found := self._next_parameter()) is not None:
-            name, value, self._at = found
-            yield from self._argument(name, value)
+        yield from self._parameters(on_a_line=True)
 
     def finish(self) -> tuple[str, dict, str]:
-        """(name, arguments, the last piece of their JSON).
+        """(name, arguments, the piece of their JSON that was not given out).
 
         Raises:
             Malformed
         """
         if self.name is None:
             raise Malformed("it has no <function=NAME> at its start")
+        # Only now, with all of the text, may a closing tag inside a line be the end.
+        rest = "".join(self._parameters(on_a_line=False))
         end = _FUNCTION_END.match(self.text, self._at)
         if end is None or end.end() != len(self.text):
-            rest = self.text[self._at :].strip()
+            after = self.text[self._at :].strip()
             raise Malformed(
-                f"after {len(self._arguments)} parameters comes {rest[:80]!r}, not </function>"
+                f"after {len(self._arguments)} parameters comes {after[:80]!r}, not </function>"
             )
-        return self.name, self._arguments, "}" if self._arguments else "{}"
+        return self.name, self._arguments, rest + ("}" if self._arguments else "{}")
 
-    def _next_parameter(self) -> tuple[str, str, int] | None:
-        start = _PARAMETER.match(self.text, self._at)
-        if start is None:
-            return None
-        # A value may hold the closing tag inside a line; at the start of one it is the end.
-        end = self.text.find("\n</parameter>\n", start.end() - 1)
-        if end >= 0:
-            after = end + len("\n</parameter>\n")
-        elif "</function>" not in self.text:
-            return None
-        else:
-            end = self.text.find("</parameter>", start.end())
+    def _parameters(self, on_a_line: bool) -> Iterator[str]:
+        """Read on, up to a parameter whose closing tag is not there, on a line of its own."""
+        while (start := _PARAMETER.match(self.text, self._at)) is not None:
+            # A value may hold the closing tag inside a line; at the start of one it is the end.
+            tag = f"\n{_PARAMETER_END}\n" if on_a_line else _PARAMETER_END
+            end = self.text.find(tag, start.end() - on_a_line)
             if end < 0:
-                raise Malformed(f"the parameter {start[1]!r} is not closed")
-            after = end + len("</parameter>")
-        return start[1].strip(), self.text[start.end() : end], after
+                return
+            self._at = end + len(tag)
+            raw = self.text[start.end() : end]
+            raw = raw if on_a_line else raw.removesuffix("\n")
+            if _UNCLOSED.search(raw) or (not on_a_line and "<parameter=" in raw):
+                raise Malformed(f"the parameter {start[1]!r} is not closed before the next tag")
+            yield from self._argument(start[1].strip(), raw)
 
     def _argument(self, name: str, raw: str) -> Iterator[str]:
         tool = self._tools.get(self.name)
@@ -111,7 +121,7 @@ class HermesCall:
     def __init__(self, tools: dict[str, Tool]):
         self.name: str | None = None
         self.text = ""
-        self._at = 0  # what was given out as arguments
+        self._start = self._at = 0  # of what was given out as arguments: its bounds
         self._depth = 0
         self._in_string = self._escaped = self._over = False
 
@@ -126,7 +136,7 @@ class HermesCall:
                 self.name = schemas.loads(match[1])
             except ValueError:
                 return
-            self._at = match.end()
+            self._start = self._at = match.end()
         start = self._at
         while self._at < len(self.text) and not self._over:
             self._over = self._closes(self.text[self._at])
@@ -149,9 +159,14 @@ class HermesCall:
         arguments = call.get("arguments", {})
         if not isinstance(arguments, dict):
             raise Malformed(f'its "arguments" are {arguments!r}, not an object')
-        given = self.name is not None
-        self.name = call["name"]
-        return self.name, arguments, "" if given else json.dumps(arguments, ensure_ascii=False)
+        text = json.dumps(arguments, ensure_ascii=False)
+        if self.name is None:
+            self.name = call["name"]
+            return self.name, arguments, text
+        given = schemas.loads(self.text[self._start : self._at])
+        if self.name != call["name"] or json.dumps(given, ensure_ascii=False) != text:
+            raise Malformed('it has a "name" or "arguments" twice')
+        return self.name, arguments, ""
 
     def _closes(self, c: str) -> bool:
         """Whether a character ends the arguments."""

@@ -79,6 +79,9 @@ def _object(parameters: dict, name: str) -> dict:
             f"the parameters of tool {name!r} are of type "
             f"{found.get('type') if isinstance(found, dict) else found!r}: they must be an object"
         )
-    if found is not parameters:
-        found = {**found, **{k: v for k, v in parameters.items() if k in ("$defs", "definitions")}}
+    if "$ref" in found:
+        raise SettingError(
+            f"the parameters of tool {name!r} are {found['$ref']!r}, which cannot be followed: "
+            "write the object in its place"
+        )
     return {**found, "type": "object"}

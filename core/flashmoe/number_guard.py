@@ -1,0 +1,86 @@
+"""Keeps numbers of constrained JSON finite.
+
+A grammar lets a number go on for ever, and a weak model does: `"age": 99999999...` until
+max_tokens. A number takes at most `DIGITS` digits in a row; text and JSON strings take any.
+"""
+
+from __future__ import annotations
+
+import re
+
+from . import schemas
+from .call_grammars import holds_text
+from .tools import Tool
+
+#: More than a 128-bit integer or a float has.
+DIGITS = 40
+
+_FUNCTION = re.compile(r"<function=([^<>\n]+)>\n")
+_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n")
+_CLOSING = "\n</parameter>\n"
+
+
+class NumberGuard:
+    """Follows the text of a document, or of calls in one of the formats.
+
+    Args:
+        tools: given for the Coder format alone, whose values may be raw text.
+    """
+
+    def __init__(self, tools: dict[str, Tool] | None = None):
+        self._tools = tools
+        self._run = 0
+        self._in_string = self._escaped = False
+        # Of the Coder format: the text since the last tag, and what is open.
+        self._rest = ""
+        self._read = 0  # how much of it was followed
+        self._function = ""
+        self._open: str | None = None  # "json", "text", or None between parameters
+
+    @property
+    def full(self) -> bool:
+        """No digit may come next."""
+        return self._run >= DIGITS
+
+    def feed(self, text: str) -> None:
+        if self._tools is None:
+            self._json(text)
+        else:
+            self._rest += text
+            while self._tag():
+                pass
+            if self._open == "json":
+                self._json(self._rest[self._read :])
+            self._read = len(self._rest)
+
+    def _tag(self) -> bool:
+        """Go past the next tag, if it is there."""
+        if self._open is not None:
+            end = self._rest.find(_CLOSING, max(0, self._read - len(_CLOSING)))
+            if end < 0:
+                return False
+            self._open, self._rest = None, self._rest[end + len(_CLOSING) :]
+        elif match := _PARAMETER.search(self._rest):
+            self._open = "text" if self._is_text(match[1]) else "json"
+            self._rest = self._rest[match.end() - 1 :]
+        elif match := _FUNCTION.search(self._rest):
+            self._function, self._rest = match[1], self._rest[match.end() :]
+        else:
+            return False
+        self._run, self._in_string, self._escaped, self._read = 0, False, False, 0
+        return True
+
+    def _is_text(self, name: str) -> bool:
+        tool = self._tools.get(self._function)
+        if tool is None or name not in tool.parameters.get("properties", {}):
+            return True
+        return holds_text(schemas.parameter(tool.parameters, name))
+
+    def _json(self, text: str) -> None:
+        for c in text:
+            if self._in_string:
+                self._in_string = self._escaped or c != '"'
+                self._escaped = c == "\\" and not self._escaped
+            else:
+                self._in_string = c == '"'
+                self._run = self._run + 1 if c in "0123456789" else 0

@@ -1,0 +1,135 @@
+"""The checkpoints that the user has registered: a JSON file that all front ends share.
+
+    {"version": 1, "models": {"name": {"path": "/models/x", "aliases": ["y"]}}}
+
+Reading never raises: a file that is broken must not break every command that lists models.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import RegistryError
+
+log = logging.getLogger("flashmoe")
+
+#: The directory of the file, when it is not the platform's.
+ENV = "FLASHMOE_CONFIG"
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.:@+-]*(/[\w.:@+-]+)*")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A checkpoint directory under a name."""
+
+    name: str
+    path: Path
+    aliases: tuple[str, ...] = ()
+
+
+def file() -> Path:
+    """The registry's file."""
+    if ENV in os.environ:
+        directory = Path(os.environ[ENV])
+    elif sys.platform == "darwin":
+        directory = Path.home() / "Library" / "Application Support" / "flashmoe"
+    else:
+        base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+        directory = Path(base) / "flashmoe"
+    return directory / "models.json"
+
+
+def models() -> list[Registered]:
+    """The registered checkpoints, by name. Entries that cannot be are left out, with a warning."""
+    try:
+        found = _read()
+    except RegistryError as e:
+        log.warning("%s", e)
+        return []
+    models = []
+    for name, entry in sorted(found.items()):
+        try:
+            aliases = tuple(a for a in entry.get("aliases", ()) if is_name(a))
+            if not is_name(name):
+                raise ValueError
+            models.append(Registered(name, Path(entry["path"]), aliases))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            log.warning("%s: the entry of %r is not one: it is ignored", file(), name)
+    return models
+
+
+def is_name(name: object) -> bool:
+    """Whether a model may be called so: something to type, that no shell would change."""
+    return isinstance(name, str) and len(name) <= 100 and bool(_NAME.fullmatch(name))
+
+
+def add(name: str, path: Path, aliases: tuple[str, ...] = ()) -> Registered:
+    """Register a directory, in place of what had that name.
+
+    Raises:
+        RegistryError: a name cannot be one, or is another model's; the file cannot be changed.
+    """
+    found = _read()
+    for new in (name, *aliases):
+        if not is_name(new):
+            raise RegistryError(
+                f"{new!r} cannot be a name: use letters, digits and . _ - : @ + /, 100 at most"
+            )
+        for other in models():
+            if other.name != name and new in (other.name, *other.aliases):
+                raise RegistryError(
+                    f"{new!r} is taken by {other.name}, which is {other.path}: choose another "
+                    f"name, or run: flashmoe remove {other.name}"
+                )
+    found[name] = {"path": str(path.absolute()), "aliases": list(aliases)}
+    _write(found)
+    return Registered(name, path.absolute(), aliases)
+
+
+def remove(name: str) -> Registered:
+    """Forget the checkpoint of that name or alias. Its files stay.
+
+    Raises:
+        RegistryError: there is none, or the file cannot be changed.
+    """
+    for model in models():
+        if name in (model.name, *model.aliases):
+            found = _read()
+            del found[model.name]
+            _write(found)
+            return model
+    known = ", ".join(m.name for m in models()) or "none"
+    raise RegistryError(f"{name!r} is not registered; registered are: {known}")
+
+
+def _read() -> dict:
+    try:
+        found = json.loads(file().read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise RegistryError(
+            f"{file()} cannot be read ({e}): mend it, or remove it and register again"
+        ) from e
+    models = found.get("models") if isinstance(found, dict) else None
+    if not isinstance(models, dict):
+        raise RegistryError(f"{file()} holds no models: mend it, or remove it and register again")
+    return models
+
+
+def _write(models: dict) -> None:
+    try:
+        file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file().parent, delete=False) as f:
+            json.dump({"version": 1, "models": models}, f, indent=1)
+        os.replace(f.name, file())
+    except OSError as e:
+        raise RegistryError(f"{file()} cannot be written: {e}") from e
