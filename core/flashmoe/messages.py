@@ -70,7 +70,7 @@ def _text(content, index: int) -> str:
         if not isinstance(text, str):
             kind = block.get("type") if isinstance(block, dict) else type(block).__name__
             raise SettingError(
-                f"message {index} holds a block of type {kind!r}: these models take text only"
+                f"message {index} holds a block of type {_show(kind)}: these models take text only"
             )
         texts.append(text)
     return "".join(texts)

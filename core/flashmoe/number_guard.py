@@ -15,8 +15,7 @@ from .tools import Tool
 #: More than a 128-bit integer or a float has.
 DIGITS = 40
 
-_FUNCTION = re.compile(r"<function=([^<>\n]+)>\n")
-_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n")
+_TAG = re.compile(r"<(function|parameter)=([^<>\n]+)>\n")
 _CLOSING = "\n</parameter>\n"
 
 
@@ -60,11 +59,13 @@ class NumberGuard:
             if end < 0:
                 return False
             self._open, self._rest = None, self._rest[end + len(_CLOSING) :]
-        elif match := _PARAMETER.search(self._rest):
-            self._open = "text" if self._is_text(match[1]) else "json"
+        elif match := _TAG.search(self._rest):
+            if match[1] == "function":
+                self._function = match[2]
+            else:
+                self._open = "text" if self._is_text(match[2]) else "json"
+            # With the line end, which may start the closing tag.
             self._rest = self._rest[match.end() - 1 :]
-        elif match := _FUNCTION.search(self._rest):
-            self._function, self._rest = match[1], self._rest[match.end() :]
         else:
             return False
         self._run, self._in_string, self._escaped, self._read = 0, False, False, 0
