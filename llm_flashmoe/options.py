@@ -14,8 +14,8 @@ class Options(llm.Options):
 
     max_tokens: int | None = Field(
         default=None,
-        description="End the answer after so many tokens, thoughts included. Default: 4096, or what "
-        "is left of the context",
+        description="End the answer after so many tokens, thoughts included. "
+        "Default: 4096, or what is left of the context",
     )
     temperature: float | None = Field(
         default=None,

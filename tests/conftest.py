@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Prompt states of tests, and of the processes they start, stay out of the user's own.
 _CACHE = tempfile.TemporaryDirectory(prefix="flashmoe-tests-")
 os.environ["FLASHMOE_CACHE"] = _CACHE.name
+os.environ["FLASHMOE_CONFIG"] = f"{_CACHE.name}/config"
+os.environ["HF_HOME"] = f"{_CACHE.name}/hub"
 
 
 def pytest_report_header():

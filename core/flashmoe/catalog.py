@@ -1,7 +1,7 @@
 """Names that people type, and the checkpoints behind them. Imports nothing heavy.
 
-A name is the bundled demo, one that the user registered, or one of the catalogue, which is here once
-its checkpoint is: registered under any name, or downloaded into the cache of the Hugging Face hub.
+A name is the bundled demo, one that the user registered, or one of the catalogue. The latter is
+here once its checkpoint is: registered under any name, or in the cache of the Hugging Face hub.
 """
 
 from __future__ import annotations

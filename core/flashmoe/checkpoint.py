@@ -135,6 +135,19 @@ class Checkpoint:
         )
 
     @property
+    def expert_bits(self) -> float:
+        """Bits of an expert weight, 16 or 32 when unquantised; a mean where projections differ."""
+        bits = [
+            (32 if part.dtype == "F32" else 16)
+            if layer.quantization[part.projection] is None
+            else layer.quantization[part.projection].bits
+            for layer in self.expert_layers.values()
+            for part in layer.parts
+            if part.part == "weight"
+        ]
+        return sum(bits) / len(bits)
+
+    @property
     def dense_nbytes(self) -> int:
         return sum(t.nbytes for t in self.dense)
 

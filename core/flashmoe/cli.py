@@ -7,31 +7,49 @@ import sys
 
 import click
 
-from .catalog import find
+from . import cli_models
+from .catalog import find, model
 from .errors import FlashMoEError
 from .events import End, Reasoning, Text
 from .memory import format_size
+from .reader import IO_MODES
 from .requests import Request
 
 
-@click.group()
+class Commands(click.Group):
+    """A group whose user errors are one line."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except FlashMoEError as e:
+            raise click.ClickException(str(e)) from e
+
+
+@click.group(cls=Commands)
 @click.version_option(package_name="llm-flashmoe")
 def cli() -> None:
     """Run Mixture-of-Experts models that are larger than memory."""
 
 
+for command in cli_models.COMMANDS:
+    cli.add_command(command)
+
+
 @cli.command()
-@click.argument("model")
+@click.argument("name", metavar="MODEL")
 @click.argument("prompt", required=False)
 @click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
 @click.option("--slots", type=int, help="Experts kept in each layer, instead of --memory.")
 @click.option("--experts", type=int, help="Prune the router to its top K experts.")
 @click.option("--depth", type=int, default=8, show_default=True, help="Reads in flight.")
+@click.option("--io", type=click.Choice(IO_MODES), default="buffered", help="How experts are read.")
+@click.option("--think/--no-think", default=None, help="Think before the answer.")
 @click.option("--max-tokens", type=int, help="End the answer after so many tokens.")
 @click.option("--temperature", type=float, help="0 picks the likeliest token each time.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and the figures.")
-def run(model, prompt, memory, slots, experts, depth, max_tokens, temperature, seed, verbose):
+def run(name, prompt, memory, slots, experts, depth, io, verbose, **options):
     """Answer PROMPT with MODEL: a name, or the directory of an MLX checkpoint.
 
     Without PROMPT, the prompt is read from standard input.
@@ -40,31 +58,26 @@ def run(model, prompt, memory, slots, experts, depth, max_tokens, temperature, s
 
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    request = Request(
-        messages=[{"role": "user", "content": sys.stdin.read() if prompt is None else prompt}],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    try:
-        settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth}
-        with Engine(find(model), **settings) as engine:
-            for event in engine.stream(request):
-                if isinstance(event, Text):
-                    click.echo(event.text, nl=False)
-                elif isinstance(event, Reasoning):
-                    click.echo(click.style(event.text, dim=True), nl=False, err=True)
-            click.echo()
-    except FlashMoEError as e:
-        raise click.ClickException(str(e)) from e
-    if verbose and isinstance(event, End):
-        click.echo(figures(event), err=True)
+    content = sys.stdin.read() if prompt is None else prompt
+    request = Request(messages=[{"role": "user", "content": content}], **options)
+    experts = experts or model(name).experts
+    settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth, "io": io}
+    with Engine(find(name), **settings) as engine:
+        for event in engine.stream(request):
+            if isinstance(event, Text):
+                click.echo(event.text, nl=False)
+            elif isinstance(event, Reasoning):
+                click.echo(click.style(event.text, dim=True), nl=False, err=True)
+            elif verbose and isinstance(event, End):
+                click.echo("\n" + figures(event), err=True, nl=False)
+        click.echo()
 
 
 def figures(end) -> str:
     """What the last event says, in one line."""
     return (
-        f"{end.prompt_tokens} tokens of prompt in {end.prompt_seconds:.2f} s; "
+        f"{end.prompt_tokens} tokens of prompt ({end.cached_tokens} cached) in "
+        f"{end.prompt_seconds:.2f} s; "
         f"{end.generated_tokens} generated at {end.tokens_per_second:.1f} tokens/s; "
         f"K={end.experts} of {end.trained_experts}, {end.bits:g} bits; "
         f"hit rate {end.hit_rate:.1%}, {format_size(end.bytes_read)} read, "

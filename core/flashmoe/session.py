@@ -14,7 +14,6 @@ from mlx_lm.generate import wired_limit
 
 from . import footprint, grammars, memory
 from .chat import Prompt, Template
-from .checkpoint import Checkpoint
 from .constraint import Constraint, Matchers
 from .control import Control
 from .errors import Cancelled, SettingError
@@ -120,7 +119,7 @@ class Session:
                     seconds=seconds,
                     experts=k,
                     trained_experts=self.checkpoint.top_k,
-                    bits=expert_bits(self.checkpoint),
+                    bits=self.checkpoint.expert_bits,
                     hit_rate=streamed.hit_rate,
                     bytes_read=streamed.reads.bytes,
                     wait_seconds=streamed.reads.wait_seconds,
@@ -213,19 +212,6 @@ class Session:
         }
         penalty = request.repetition_penalty
         return Decoder(self.model, reading.cache, sampling, penalty, turn.prompt.tokens)
-
-
-def expert_bits(checkpoint: Checkpoint) -> float:
-    """Bits of an expert weight, 16 or 32 when unquantised; the mean where projections differ."""
-    bits = [
-        (32 if part.dtype == "F32" else 16)
-        if layer.quantization[part.projection] is None
-        else layer.quantization[part.projection].bits
-        for layer in checkpoint.expert_layers.values()
-        for part in layer.parts
-        if part.part == "weight"
-    ]
-    return sum(bits) / len(bits)
 
 
 def sampling_defaults(path: Path) -> dict[str, float]:

@@ -1,0 +1,65 @@
+"""How commands print: a table on a terminal, plain text in a pipe, JSON when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def table(records: list[dict], columns: list[str], *, as_json: bool, empty: str = "") -> None:
+    """Print records: as JSON all they hold, else the columns, tabs between them in a pipe.
+
+    Args:
+        empty: what to say, on stderr, when there are none.
+    """
+    if as_json:
+        click.echo(json.dumps(records, indent=2, ensure_ascii=False))
+        return
+    if not records and empty:
+        click.echo(empty, err=True)
+        return
+    rows = [[_cell(record.get(column)) for column in columns] for record in records]
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    from rich import box  # late: 50 ms
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(*columns, box=box.SIMPLE, pad_edge=False)
+    for row in rows:
+        view.add_row(*row)
+    Console().print(view)
+
+
+def record(found: dict, *, as_json: bool) -> None:
+    """Print one record, a line for each of its fields."""
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        click.echo(
+            f"{name:<{width}}  {_cell(value)}" if sys.stdout.isatty() else _line(name, value)
+        )
+
+
+def _line(name: str, value) -> str:
+    return f"{name}\t{_cell(value)}"
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
