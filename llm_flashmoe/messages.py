@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import llm
-from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart
+from llm.parts import Message, ReasoningPart, StreamEvent, TextPart, ToolCallPart, ToolResultPart
 
 from .errors import UserError
+
+# Of the metadata that a part of a message carries.
+_OURS, _ERROR = "flashmoe", "error"
 
 
 def engine_messages(messages: list[Message]) -> list[dict]:
@@ -30,13 +33,19 @@ def engine_messages(messages: list[Message]) -> list[dict]:
                 turn.setdefault("tool_calls", []).append(call)
             else:
                 raise _not_taken(part)
-        if turn == {"role": "assistant", "content": ""}:
-            # An answer that failed in `llm chat`: the question would fail each later turn too.
-            while found and found[-1]["role"] == "user":
-                found.pop()
+        if any(_ERROR in ((p.provider_metadata or {}).get(_OURS) or {}) for p in message.parts):
+            # The question, or what its tools returned, would make each later turn fail too.
+            while found and found[-1]["role"] != "system" and found.pop()["role"] != "user":
+                pass
         else:
             found.append(turn)
     return found
+
+
+def failure(error: str) -> StreamEvent:
+    """What stands for an answer that failed in `llm chat`: nothing to show, and a mark by which
+    `engine_messages` leaves out the question later."""
+    return StreamEvent(type="reasoning", chunk="", provider_metadata={_OURS: {_ERROR: error}})
 
 
 def engine_tools(tools) -> list[dict]:

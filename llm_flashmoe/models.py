@@ -16,7 +16,7 @@ from flashmoe import catalog
 from flashmoe.errors import FlashMoEError
 
 from .errors import UserError
-from .messages import engine_messages, engine_tools, schema_of
+from .messages import engine_messages, engine_tools, failure, schema_of
 from .options import OF_ENGINE, OF_REQUEST, Options
 from .progress import ProgressLine
 
@@ -90,6 +90,7 @@ class FlashMoE(_Base, llm.Model):
                     raise UserError(str(e)) from e
                 # `llm chat` handles no errors: raised, it would end the chat.
                 click.echo(f"Error: {e}", err=True)
+                yield failure(str(e))
 
 
 class AsyncFlashMoE(_Base, llm.AsyncModel):

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import llm
-import pexpect
 import pytest
 
 from flashmoe.catalog import DEMO
@@ -49,6 +48,12 @@ def test_continued_conversation_forgets(run_llm):
     assert first.returncode == 0, first.stderr
     second = run_llm("-c", "What is my name?", *greedy)
     assert "Emma" in second.stdout
+    details = [json.loads(e["token_details"] or "{}") for e in logs(run_llm)]
+    assert "cached_tokens" not in details[0]
+    cached = details[1]["cached_tokens"]
+    assert cached > 5, "a new process reads only the new turn"
+    first_prompt = logs(run_llm)[0]["input_tokens"]
+    assert first_prompt - cached == 7, "all but the template's tail"
     alone = run_llm("-m", DEMO, "What is my name?", *greedy)
     assert "Emma" not in alone.stdout
     tokens = [e["input_tokens"] for e in logs(run_llm)]
@@ -59,7 +64,8 @@ def test_options_of_a_response_are_ignored(run_llm):
     done = run_llm(
         *("-m", DEMO, "Count from one to ten.", "-o", "temperature", "0", "-o", "experts", "4"),
         *("-o", "max_tokens", "20", "-o", "stop", '["zebra", "e"]', "-o", "memory", "2GB"),
-        *("-o", "top_p", "0.9", "-o", "top_k", "5", "-o", "min_p", "0.1"),
+        *("-o", "top_p", "0.9", "-o", "top_k", "5", "-o", "min_p", "0.1", "-o", "io", "uncached"),
+        *("-o", "repetition_penalty", "1.1", "-o", "think", "0", "-o", "cache", "false"),
     )
     assert done.returncode == 0, done.stderr
     assert "e" not in done.stdout
@@ -78,6 +84,8 @@ def test_options_of_a_response_are_ignored(run_llm):
         (("memory", "lots"), ("'lots' is not a memory size", "8GB")),
         (("max_tokens", "0"), ("max_tokens=0", "1 or more")),
         (("stop", ""), ("stop string is empty",)),
+        (("io", "fast"), ("io='fast'", "buffered, uncached")),
+        (("thinking_budget", "-1"), ("thinking_budget=-1", "0 or more")),
     ],
 )
 def test_bad_option_ends_in_a_traceback(run_llm, options, words):
@@ -129,22 +137,6 @@ def test_interrupt_leaves_a_traceback_or_an_abort(tmp_path):
     assert "Traceback" not in errors
     assert "terminate called" not in errors
     assert time.perf_counter() - start < 10
-
-
-def test_chat_forgets_or_dies_of_an_error(tmp_path):
-    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "TERM": "dumb"}
-    options = ["-o", "temperature", "0", "-o", "max_tokens", "40"]
-    chat = pexpect.spawn(LLM, ["chat", "-m", DEMO, *options], env=env, encoding="utf8", timeout=60)
-    chat.expect("> ")
-    chat.sendline("My name is Emma.")
-    chat.expect("\r\n.*> ")
-    chat.sendline("What is my name?")
-    chat.expect("Emma")
-    chat.expect("> ")
-    chat.sendline("quit")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
 
 
 def test_seed_zero_is_no_seed():
@@ -236,19 +228,6 @@ def test_long_or_odd_model_name_is_a_traceback(run_llm):
         assert done.returncode == 1
         assert done.stderr.startswith("Error: "), done.stderr
         assert "Traceback" not in done.stderr
-
-
-def test_error_ends_the_chat_with_a_traceback(tmp_path):
-    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "TERM": "dumb"}
-    options = ["-o", "experts", "11"]
-    chat = pexpect.spawn(LLM, ["chat", "-m", DEMO, *options], env=env, encoding="utf8", timeout=60)
-    chat.expect("> ")
-    chat.sendline("Hello.")
-    chat.expect("Error: experts=11 is out of range")
-    chat.expect(pexpect.EOF)
-    assert "Traceback" not in chat.before
-    chat.close()
-    assert chat.exitstatus == 1
 
 
 def test_run_command_hides_its_memory_plan(run_llm):

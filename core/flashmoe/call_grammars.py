@@ -76,8 +76,6 @@ _UNREADABLE = (
 )
 _TEXT = {"type", "minLength", "maxLength", "pattern"}
 _ROOTS = {"$defs", "$schema"}
-_NOTES = {"title", "description", "default", "examples", "$comment", "deprecated"}
-_NOTES |= {"discriminator", *_ROOTS}
 
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
@@ -150,14 +148,14 @@ def _kinds(schema: dict | bool):
 def _union(schema: dict) -> list:
     """The alternatives of a schema that says nothing beside them."""
     for key in ("anyOf", "oneOf", "allOf"):
-        if schema.keys() - _NOTES == {key} and (key != "allOf" or len(schema[key]) == 1):
+        if schema.keys() - schemas.NOTES == {key} and (key != "allOf" or len(schema[key]) == 1):
             return schema[key]
     return []
 
 
 def _text(schema: dict) -> _Terminal:
     """The strings of a schema, as far as a regex can say."""
-    if schema.keys() - _NOTES - _TEXT:
+    if schema.keys() - schemas.NOTES - _TEXT:
         return _ANY_TEXT
     parts = []
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")

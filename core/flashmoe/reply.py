@@ -90,9 +90,11 @@ class Reply:
             # stop string does not meet them.
             self._held = self._held.lstrip("\n")
         if self.kind == "answer" and self._stop:
-            found = [self._held.find(s) for s in self._stop if s in self._held]
-            if found:
-                yield from self._release(min(found))
+            starts = {s: self._held.find(s) for s in self._stop if s in self._held}
+            if starts:
+                # The first to be complete, however the text comes in.
+                first = min(starts, key=lambda s: (starts[s] + len(s), starts[s]))
+                yield from self._release(starts[first])
                 self.stopped = True
                 return
         yield from self._release(len(self._held) - self._undecided())

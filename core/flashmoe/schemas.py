@@ -27,6 +27,9 @@ _DATA = {"enum", "const", "default", "examples"}
 _NAMED = {"properties", "patternProperties", "dependentSchemas", "dependencies"}
 _DEFINITIONS = {"$defs", "definitions"}
 _NAMED |= _DEFINITIONS
+#: Keywords that ask nothing of a value.
+NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "discriminator"}
+NOTES |= {"$schema", *_DEFINITIONS}
 
 
 @lru_cache(maxsize=256)
@@ -55,15 +58,17 @@ def check_schema(schema: dict | bool, what: str) -> None:
         raise SettingError(f"{what} is not JSON: {e}") from e
     if not isinstance(schema, dict | bool) or json.loads(text) != schema:
         raise SettingError(f"{what} is no JSON schema: it must be a dict whose keys are text")
-    for name in ("$schema", "$id", "$ref"):
-        if any(not isinstance(s.get(name, ""), str) for s in _subschemas(schema)):
-            raise SettingError(f"{what} is no valid JSON schema: {name} must be text")
     try:
+        for name in ("$schema", "$id", "$ref"):
+            if any(not isinstance(s.get(name, ""), str) for s in _subschemas(schema)):
+                raise SettingError(f"{what} is no valid JSON schema: {name} must be text")
         validator = _validator(text)
         validator.check_schema(schema)
     except SchemaError as e:
         place = "/".join(map(str, e.absolute_path)) or "its top"
-        raise SettingError(f"{what} is no valid JSON schema: at {place}: {e.message}") from e
+        raise SettingError(
+            f"{what} is no valid JSON schema: at {place}: {_short(e.message)}"
+        ) from e
     except RecursionError as e:
         raise SettingError(f"{what} is nested too deeply") from e
     if isinstance(validator, Draft3Validator):
@@ -211,13 +216,13 @@ def resolved(schema: dict | bool) -> dict | bool:
         if not isinstance(schema, dict) or not _is_pointer(schema.get("$ref")):
             break
         target = _target(root, schema["$ref"])
-        if not isinstance(target, dict | bool):
-            break
         rest = {k: v for k, v in schema.items() if k not in ("$ref", "description")}
-        if isinstance(target, dict):
-            schema = {**target, **rest, **{k: root[k] for k in _DEFINITIONS & root.keys()}}
-        else:
-            schema = target
+        if isinstance(target, bool) and not rest.keys() - NOTES:
+            return target
+        # Both may ask something under one keyword.
+        if not isinstance(target, dict) or (rest.keys() & target.keys()) - NOTES:
+            break
+        schema = {**target, **rest, **{k: root[k] for k in _DEFINITIONS & root.keys()}}
     return schema
 
 

@@ -94,6 +94,7 @@ class Session:
                 decoder = self._decoder(turn, reading)
                 forced = turn.constraint.start()[: turn.max_tokens]
                 logits = decoder.step([*reading.tail, *forced])
+                watch.entered = lambda layer: None
                 emit(self._all_read(turn.prompt, reading))
                 first = perf_counter()
                 turn.take(forced, forced=len(forced))

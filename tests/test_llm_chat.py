@@ -1,0 +1,131 @@
+"""`llm chat` on a pseudo-terminal, as people use it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from flashmoe.catalog import DEMO
+
+LLM = str(Path(sys.executable).parent / "llm")
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return os.environ | {"LLM_USER_PATH": str(tmp_path), "TERM": "dumb"}
+
+
+@pytest.fixture
+def open_chat(environment):
+    chats = []
+
+    def start(*args) -> pexpect.spawn:
+        command = ["chat", *args]
+        chats.append(pexpect.spawn(LLM, command, env=environment, encoding="utf8", timeout=60))
+        chats[-1].expect("to finish.*> ")
+        return chats[-1]
+
+    yield start
+    for chat in chats:
+        chat.close(force=True)
+
+
+def leave(chat) -> None:
+    chat.sendline("quit")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+GREEDY = ("-m", DEMO, "-o", "temperature", "0", "-o", "max_tokens", "40")
+
+
+def test_chat_forgets(open_chat, environment):
+    """Over several lines, after an interrupt, in the next process."""
+    chat = open_chat(*GREEDY)
+    chat.sendline("!multi")
+    chat.sendline("My name is Emma.")
+    chat.sendline("Please remember it.")
+    chat.sendline("!end")
+    chat.expect("\r\n[^>]*> $")
+    chat.sendline("What is my name?")
+    chat.expect("Emma")
+    chat.expect("> ")
+    leave(chat)
+    chat = open_chat("-c", *GREEDY)
+    chat.sendline("What is my name?")
+    chat.expect("Emma")
+    chat.expect("> ")
+    leave(chat)
+    logs = subprocess.run(
+        [LLM, "logs", "--json", "-n", "0"], env=environment, capture_output=True, text=True
+    )
+    entries = json.loads(logs.stdout)
+    assert len({e["conversation_id"] for e in entries}) == 1
+    cached = [json.loads(e["token_details"] or "{}").get("cached_tokens", 0) for e in entries]
+    assert cached[0] == 0
+    assert 0 < cached[1] < cached[2]
+
+
+def test_interrupt_ends_the_chat_or_is_late(open_chat, environment):
+    chat = open_chat("-m", DEMO, "-o", "temperature", "0", "-o", "stop", "never said")
+    chat.sendline("My name is Emma. Tell me a very long story about me.")
+    chat.expect("about me.\r\n")
+    chat.expect(r"[A-Z][a-z]+ [^\x1b\r]{25}")
+    chat.sendintr()
+    chat.expect("> ", timeout=10)
+    chat.sendline("What is my name?")
+    chat.expect("Emma")
+    chat.expect("> ")
+    leave(chat)
+    logs = subprocess.run(
+        [LLM, "logs", "--json", "-n", "0"], env=environment, capture_output=True, text=True
+    )
+    first, _ = json.loads(logs.stdout)
+    assert first["response_json"]["finish_reason"] == "cancelled"
+    assert len(first["response"]) >= 25
+
+
+def test_error_ends_the_chat(open_chat):
+    chat = open_chat(*GREEDY)
+    chat.sendline("My name is Emma.")
+    chat.expect("\r\n[^>]*> $")
+    chat.sendline("!multi")
+    for _ in range(60):
+        chat.sendline("word " * 80)
+    chat.sendline("!end")
+    chat.expect(r"Error: the prompt has \d+ tokens, and the context of this model is 4096")
+    chat.expect("> ")
+    chat.sendline("What is my name?")
+    chat.expect("Emma")
+    chat.expect("> ")
+    leave(chat)
+
+
+def test_every_error_is_a_traceback(open_chat):
+    chat = open_chat("-m", DEMO, "-o", "experts", "11")
+    for _ in range(2):
+        chat.sendline("Hello.")
+        chat.expect("Error: experts=11 is out of range")
+        chat.expect("> ")
+        assert "Traceback" not in chat.before
+    leave(chat)
+    chat = open_chat("-m", "qwen3.5-397b-flash")
+    chat.sendline("Hello.")
+    chat.expect("Error: qwen3.5-397b-flash is not on this disk: it takes about 224 GB")
+    chat.expect("hf download")
+    chat.expect("> ")
+    leave(chat)
+
+
+def test_thought_is_shown_as_the_answer(open_chat):
+    chat = open_chat(*GREEDY, "-o", "think", "1", "-o", "thinking_budget", "12")
+    chat.sendline("Why is the sky blue?")
+    chat.expect(re.escape("\x1b[2m") + "[A-Za-z]")
+    chat.expect("> ")
+    leave(chat)
