@@ -59,7 +59,8 @@ class _Base:
             **{name: getattr(options, name) for name in OF_REQUEST},
         )
         settings = {name: getattr(options, name) for name in OF_ENGINE}
-        settings["experts"] = settings["experts"] or self._model.experts
+        if settings["experts"] is None:
+            settings["experts"] = self._model.experts
         settings = {name: value for name, value in settings.items() if value is not None}
         return shared(catalog.find(self.model_id), **settings), request
 

@@ -60,7 +60,7 @@ def run(name, prompt, memory, slots, experts, depth, io, verbose, **options):
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     content = sys.stdin.read() if prompt is None else prompt
     request = Request(messages=[{"role": "user", "content": content}], **options)
-    experts = experts or model(name).experts
+    experts = model(name).experts if experts is None else experts
     settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth, "io": io}
     with Engine(find(name), **settings) as engine:
         for event in engine.stream(request):

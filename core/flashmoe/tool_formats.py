@@ -94,25 +94,25 @@ class CoderCall:
             self._at = end + len(tag)
             raw = self.text[start.end() : end]
             raw = raw if on_a_line else raw.removesuffix("\n")
-            if _UNCLOSED.search(raw) or (not on_a_line and "<parameter=" in raw):
-                raise Malformed(f"the parameter {start[1]!r} is not closed before the next tag")
-            yield from self._argument(start[1].strip(), raw)
+            open_ended = _UNCLOSED.search(raw) or (not on_a_line and "<parameter=" in raw)
+            yield self._argument(start[1].strip(), raw, bool(open_ended))
 
-    def _argument(self, name: str, raw: str) -> Iterator[str]:
+    def _argument(self, name: str, raw: str, open_ended: bool) -> str:
         tool = self._tools.get(self.name)
         schema: dict | bool = True
         if tool is not None and name in tool.parameters.get("properties", {}):
             schema = schemas.parameter(tool.parameters, name)
         value, wrong = schemas.typed(raw, schema)
+        # In JSON it stands between quotes.
+        if open_ended and (wrong is not None or isinstance(value, str)):
+            raise Malformed(f"the parameter {name!r} is not closed before the next tag")
         if wrong is not None:
             raise Malformed(f"the parameter {name!r} is {raw[:80]!r}: {wrong}")
         if name in self._arguments:
             raise Malformed(f"the parameter {name!r} is given twice")
         lead = ", " if self._arguments else "{"
         self._arguments[name] = value
-        yield f"{lead}{json.dumps(name, ensure_ascii=False)}: " + json.dumps(
-            value, ensure_ascii=False
-        )
+        return lead + ": ".join(json.dumps(v, ensure_ascii=False) for v in (name, value))
 
 
 class HermesCall:
