@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test docs lint setup clean
 .DEFAULT_GOAL = test
 
 # Anew when what is installed changed.
@@ -23,6 +23,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: setup
+	$(BIN)/python -m cogapp -r README.md
 
 lint: setup
 	$(BIN)/ruff check .

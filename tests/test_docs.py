@@ -1,6 +1,8 @@
 """The README says what is there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,36 @@ def test_command_is_not_documented(command):
 
 
 def test_python_example_fails(capsys):
-    """The example of the README, run with the demo model and fewer tokens."""
+    """The examples of the README, run with the demo model and fewer tokens."""
     from flashmoe.catalog import DEMO, find
 
-    block = README.split("mlx-lm's tools take it:")[1].split("|")[0]
-    code = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
-    assert code.startswith("import flashmoe")
-    code = code.replace("path/to/checkpoint", str(find(DEMO))).replace("=50", "=5")
-    exec(code, {})
+    section = README.split("## Use it from Python")[1].split("\n## ")[0]
+    first, second = (
+        "\n".join(line[4:] for line in part.splitlines() if line.startswith("    ") or not line)
+        for part in section.split("Chats, tools")
+    )
+    first = first.replace("path/to/checkpoint", str(find(DEMO))).replace("=50", "=5")
+    assert "import flashmoe" in first
+    exec(first, {})
     assert capsys.readouterr().out.strip()
+    assert "with Engine" in second
+    exec(second, {})
+    assert "End(finish_reason=" in capsys.readouterr().out
+
+
+def test_tables_of_the_readme_are_old(tmp_path):
+    """`make docs` writes them anew."""
+    path = tmp_path / "README.md"
+    path.write_text(README)
+    command = [sys.executable, "-m", "cogapp", "--check", "--diff", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_room_is_not_in_the_picture():
+    """docs/architecture.md and docs/engine.md name every module of the engine."""
+    root = Path(__file__).parent.parent
+    text = (root / "docs/architecture.md").read_text() + (root / "docs/engine.md").read_text()
+    for module in (root / "core/flashmoe").glob("*.py"):
+        if not module.stem.startswith("__"):
+            assert re.search(rf"\b{module.stem}\b", text), module.stem
