@@ -12,13 +12,15 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	@# Compiles the CPU kernels once, so that the first answer does not wait for it.
-	$(BIN)/flashmoe run flashmoe-demo "Hello." --max-tokens 2 > /dev/null
+	FLASHMOE_CACHE=$(VENV)/states $(BIN)/flashmoe run flashmoe-demo "Hello." --max-tokens 2 \
+		> /dev/null
 	touch $@
 
 setup: $(VENV)/installed
 
 demo: setup
-	LLM_USER_PATH=$(VENV)/llm $(BIN)/llm -m flashmoe-demo "What is a good breakfast?" \
+	LLM_USER_PATH=$(VENV)/llm FLASHMOE_CACHE=$(VENV)/states \
+		$(BIN)/llm -m flashmoe-demo "What is a good breakfast?" \
 		-o seed 3 -o max_tokens 200
 
 test: setup

@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from mlx_lm.utils import load_tokenizer
@@ -37,13 +38,21 @@ _DIRECTORIES = tempfile.TemporaryDirectory(prefix="flashmoe-qwen-")
 
 
 @lru_cache
-def tokenizer(template: str):
-    """mlx-lm's wrapper for the vocabulary with chat_templates/TEMPLATE.jinja of trl."""
+def tokenizer(template: str, vocabulary: str = "qwen"):
+    """mlx-lm's wrapper, with chat_templates/TEMPLATE.jinja of trl.
+
+    Args:
+        vocabulary: "qwen" takes ten seconds; "demo" none, for what the template alone decides.
+    """
     if not RANKS.exists() or not TEMPLATES.exists():
-        raise FileNotFoundError(f"{ASSETS} lacks the Qwen tokenizer and templates: run make setup")
-    directory = Path(_DIRECTORIES.name) / template
+        raise FileNotFoundError(
+            f"{ASSETS} lacks the Qwen tokenizer and templates: run `make setup`"
+        )
+    directory = Path(_DIRECTORIES.name) / f"{template}-{vocabulary}"
     directory.mkdir()
-    (directory / "tokenizer.json").write_text(_tokenizer_json())
+    demo = (find(DEMO) / "tokenizer.json").read_text()
+    text = _with_qwen_vocabulary(demo) if vocabulary == "qwen" else demo
+    (directory / "tokenizer.json").write_text(text)
     # No "tool_parser_type": mlx-lm finds it, as it does for a checkpoint of Qwen.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     config |= {"pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
@@ -53,8 +62,7 @@ def tokenizer(template: str):
     return load_tokenizer(directory)
 
 
-@lru_cache
-def _tokenizer_json() -> str:
+def _with_qwen_vocabulary(demo: str) -> str:
     """The demo's tokenizer splits text as Qwen3.5's does; only the vocabulary is another."""
     ranks = {}
     for line in RANKS.read_bytes().splitlines():
@@ -65,10 +73,10 @@ def _tokenizer_json() -> str:
     def written(token: bytes) -> str:
         return "".join(letters[b] for b in token)
 
-    merges = [
-        [written(half) for half in _halves(token, ranks)] for token in ranks if len(token) > 1
-    ]
-    whole = json.loads((find(DEMO) / "tokenizer.json").read_text())
+    merges = [_halves(token, ranks) for token in ranks if len(token) > 1]
+    # What no merge leads to is found whole or not at all.
+    merges = [[written(half) for half in halves] for halves in merges if len(halves) == 2]
+    whole = json.loads(demo)
     vocab = {written(token): rank for token, rank in ranks.items()}
     whole["model"] |= {"vocab": vocab, "merges": merges, "unk_token": None}
     like = whole["added_tokens"][0]
@@ -82,8 +90,9 @@ def _tokenizer_json() -> str:
 def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens that a token is merged from: what the merges of lower rank leave."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+    while True:
+        pairs = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
+        if not pairs or min(pairs) >= ranks[token]:
+            return parts
         at = pairs.index(min(pairs))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
