@@ -2,9 +2,10 @@
 
 Low-bit experts are known to break JSON; masks cannot. For each of `--count` random schemas the demo
 model, with experts of `--bits`, answers in JSON and calls a tool whose arguments have that schema:
-once constrained, once asked only (the schema is in the prompt both times). Prints one JSON line:
-completed outputs and how many of them are valid, steps of the model per generated token, refused
-schemas, answers cut short at `--max-tokens`.
+constrained (a JSON answer then without the schema in its prompt, so that all that fits comes from
+the grammar), and asked only, with the schema in the prompt. Prints one JSON line: how many outputs
+are valid, invalid, cut short at `--max-tokens`, how many schemas were refused, and steps of the
+model per generated token.
 
     python benchmarks/schemas.py --count 200 --bits 4 2
 """
@@ -131,7 +132,9 @@ def request_of(schema: dict, kind: str, seed: int, *, constrain: bool, max_token
     """Ask for JSON that fits a schema, or for a call of a tool with such arguments."""
     common = {"seed": seed, "max_tokens": max_tokens, "constrain": constrain}
     if kind == "schema":
-        text = f"Answer with JSON only, of this schema: {json.dumps(schema)}"
+        text = "Answer with a JSON document."
+        if not constrain:
+            text = f"Answer with JSON only, of this schema: {json.dumps(schema)}"
         wanted = {"type": "json_schema", "schema": schema}
         return Request([{"role": "user", "content": text}], response_format=wanted, **common)
     tool = {"name": "save", "description": "Save a record.", "parameters": schema}
