@@ -14,11 +14,11 @@ from llm.parts import StreamEvent
 
 from flashmoe import catalog
 from flashmoe.errors import FlashMoEError
+from flashmoe.show import ProgressLine
 
 from .errors import UserError
 from .messages import engine_messages, engine_tools, failure, schema_of
 from .options import OF_ENGINE, OF_REQUEST, Options
-from .progress import ProgressLine
 
 
 class _Base:

@@ -1,6 +1,7 @@
 """Conversations with the demo model: each turn reads only what is new, whatever kept the rest."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -246,3 +247,45 @@ def test_progress_is_lost_or_wrong(engine):
     assert all(1 <= e.layer <= e.layers == 8 or e.layer == 0 for e in progress)
     first = next(i for i, e in enumerate(events) if not isinstance(e, Progress))
     assert not any(isinstance(e, Progress) for e in events[first:])
+
+
+HERMES = """
+{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}
+{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for tool_call in message.tool_calls or [] %}
+{{- '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}
+{{- tool_call.arguments | tojson + '}\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+def test_calls_of_the_other_format_are_not_read(tmp_path):
+    """A template with Hermes calls: mlx-lm infers its format, and so do we."""
+    path = tmp_path / "hermes"
+    shutil.copytree(find(DEMO), path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    del config["tool_parser_type"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "chat_template.jinja").write_text(HERMES)
+    with Engine(path, slots=64) as engine:
+        messages = [user("What is the weather?")]
+        _, events, end = ask(engine, messages, tools=TOOLS, tool_choice="weather", max_tokens=200)
+        (call,) = [e for e in events if isinstance(e, ToolCall)]
+        assert call.text.startswith('{"name": "weather", "arguments": {"city": "')
+        assert call.error is None or "max_tokens" in call.error
+        pieces = [e.text for e in events if isinstance(e, ToolCallArguments)]
+        assert len(pieces) > 3
+        if call.error is None:
+            assert json.loads("".join(pieces)) == call.arguments
+            assert end.finish_reason == "tool_calls"
+        arguments = {"city": "Paris", "days": 3}
+        messages.append({"role": "assistant", "tool_calls": [{"name": "weather"}]})
+        messages[-1]["tool_calls"][0]["arguments"] = arguments
+        messages.append({"role": "tool", "content": "rain"})
+        _, _, again = ask(engine, messages, tools=TOOLS)
+        assert again.cached_tokens > 100

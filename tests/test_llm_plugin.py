@@ -12,6 +12,7 @@ import llm
 import pytest
 
 from flashmoe.catalog import DEMO
+from llm_flashmoe.errors import UserError
 from toys import write_toy
 
 STORY = "Tell me a short story about a cat."
@@ -88,13 +89,19 @@ def test_options_of_a_response_are_ignored(run_llm):
         (("thinking_budget", "-1"), ("thinking_budget=-1", "0 or more")),
     ],
 )
-def test_bad_option_ends_in_a_traceback(run_llm, options, words):
-    done = run_llm("-m", DEMO, "hello", "-o", *options)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: ")
-    assert "Traceback" not in done.stderr
+def test_bad_option_is_taken(options, words):
+    model = llm.get_model(DEMO)
+    with pytest.raises(UserError) as error:
+        model.prompt("hello", options=dict([options])).text()
     for word in words:
-        assert word in done.stderr
+        assert word in str(error.value)
+
+
+def test_bad_option_ends_in_a_traceback(run_llm):
+    done = run_llm("-m", DEMO, "hello", "-o", "experts", "0")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: experts=0")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

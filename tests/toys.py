@@ -3,11 +3,14 @@
 import copy
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import quantize_model, save_config
+
+from flashmoe.catalog import DEMO, find
 
 FAMILIES = ("qwen3_5_moe", "qwen3_next", "qwen3_moe")
 
@@ -102,6 +105,16 @@ def write_toy(
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     save_config(settings, directory / "config.json")
+    return directory
+
+
+def write_chat_toy(directory: Path, **config) -> Path:
+    """A toy with the demo's tokenizer and template: it chats nonsense, ten times faster."""
+    demo = find(DEMO)
+    config = {"vocab_size": 8192, "max_position_embeddings": 4096} | config
+    write_toy(directory, **config)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy2(demo / file, directory)
     return directory
 
 

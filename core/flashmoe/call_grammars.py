@@ -80,27 +80,27 @@ _ROOTS = {"$defs", "$schema"}
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
     """Lark rules for a raw value and its closing tag."""
-    raw, parts = [], []
+    texts, words, parts = [], [], []
     for kind, value in _kinds(schema):
-        if kind == "json":
-            parts.append(value)
-        else:
-            raw.append(_text(value) if kind == "text" else value)
-    words = [v for v in raw if not isinstance(v, _Terminal)]
-    if parts and len(words) == len(raw) and not any(isinstance(v, str) for v in words):
-        # true, false and null are JSON too.
+        {"text": texts, "literal": words, "json": parts}[kind].append(value)
+    strings = [v for v in words if isinstance(v, str)]
+    if parts and not (texts or strings):
         return f"{rule}: {rule}j {literal(_CLOSING)}\n{rule}j: {json_rule(schema)}\n"
-    if _ANY_TEXT in raw:
-        raw, parts = [_ANY_TEXT], []
-    # Lazy, and with the closing tag inside: the value ends at the first one.
     terminal = rule.upper()
-    body = " | ".join(v if isinstance(v, _Terminal) else literal(_written(v)) for v in raw)
-    if len(words) < len(raw):
-        body = f"({body}) & ~{_UNREADABLE}"
+    if texts:
+        # Next to JSON it is any text: the lexer would take the start of JSON for that of a text,
+        # and not come back.
+        raw = [_ANY_TEXT] if parts else [*map(_text, texts), *map(_word, words)]
+        body = f"({' | '.join(raw)}) & ~{_UNREADABLE}"
+        parts = []
+    else:
+        body = " | ".join(map(_word, strings if parts else words))
+    # Lazy, and with the closing tag inside: the value ends at the first one.
     rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {literal(_CLOSING)}\n"
     if not parts:
         return f"{rule}: {rule}t\n{rules}"
     roots = {k: p[k] for p in parts for k in _ROOTS & p.keys()}
+    parts += [{"const": v} for v in words if not isinstance(v, str)]
     rules += f"{rule}j: {json_rule({'anyOf': parts, **roots})}\n"
     return f"{rule}: {rule}t | {rule}j {literal(_CLOSING)}\n{rules}"
 
@@ -110,15 +110,11 @@ def holds_text(schema: dict | bool) -> bool:
     return any(k == "text" or (k == "literal" and isinstance(v, str)) for k, v in _kinds(schema))
 
 
-class _Terminal(str):
-    """A Lark expression, not the text of a value."""
+_ANY_TEXT = "/(?s:.*)/"
 
 
-_ANY_TEXT = _Terminal("/(?s:.*)/")
-
-
-def _written(value) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _word(value) -> str:
+    return literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _kinds(schema: dict | bool):
@@ -153,7 +149,7 @@ def _union(schema: dict) -> list:
     return []
 
 
-def _text(schema: dict) -> _Terminal:
+def _text(schema: dict) -> str:
     """The strings of a schema, as far as a regex can say."""
     if schema.keys() - schemas.NOTES - _TEXT:
         return _ANY_TEXT
@@ -166,7 +162,7 @@ def _text(schema: dict) -> _Terminal:
         searched = regex("|".join(_searched(p) for p in _alternatives(pattern)))
         if fault(f"start: P\nP: {searched}\n") is None:
             parts.append(searched)
-    return _Terminal(f"({' & '.join(parts)})") if parts else _ANY_TEXT
+    return f"({' & '.join(parts)})" if parts else _ANY_TEXT
 
 
 def _searched(pattern: str) -> str:

@@ -10,10 +10,11 @@ import click
 from . import cli_models
 from .catalog import find, model
 from .errors import FlashMoEError
-from .events import End, Reasoning, Text
+from .events import End, Progress, Reasoning, Text
 from .memory import format_size
 from .reader import IO_MODES
 from .requests import Request
+from .show import ProgressLine
 
 
 class Commands(click.Group):
@@ -62,8 +63,12 @@ def run(name, prompt, memory, slots, experts, depth, io, verbose, **options):
     request = Request(messages=[{"role": "user", "content": content}], **options)
     experts = model(name).experts if experts is None else experts
     settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth, "io": io}
-    with Engine(find(name), **settings) as engine:
+    with Engine(find(name), **settings) as engine, ProgressLine() as line:
         for event in engine.stream(request):
+            if isinstance(event, Progress):
+                line.show(event)
+                continue
+            line.close()
             if isinstance(event, Text):
                 click.echo(event.text, nl=False)
             elif isinstance(event, Reasoning):

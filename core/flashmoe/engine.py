@@ -30,6 +30,11 @@ class _Either:
         self._closed = threading.Event()
         self._event = event
 
+    @property
+    def closed(self) -> bool:
+        """Nobody reads the answer any more."""
+        return self._closed.is_set()
+
     def set(self) -> None:
         self._closed.set()
 
@@ -181,12 +186,13 @@ class Engine:
                     job.cancelled.set()
                 self._running = job
             try:
-                if session is None and not self._closed:
+                # Not for an answer that was dropped while it waited.
+                if session is None and not job.cancelled.closed:
                     # Late, and here: an MLX that cannot be imported is an answer too.
                     from .session import Session
 
                     session = Session(self.path, **self.settings)
-                if not self._closed:
+                if not job.cancelled.closed:
                     session.answer(job.request, self._emit_to(job), job.cancelled)
                 if self._closed:
                     job.put(RuntimeError(f"the engine of {self.path} was closed"))

@@ -13,6 +13,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -61,6 +62,7 @@ class PromptReader:
         self._model = model
         self._memory = memory
         self._store = store
+        self._identity = lru_cache(partial(state_identity, model.checkpoint))
 
     def read(self, prompt: Prompt, emit: Callable[[Event], None], *, keep: bool) -> Reading:
         """Read a prompt up to its last turn; `emit` takes the progress.
@@ -69,7 +71,7 @@ class PromptReader:
             keep: look for a kept state, and keep new ones.
         """
         model, tokens = self._model, prompt.tokens
-        identity = state_identity(model.checkpoint, model.experts)
+        identity = self._identity(model.experts)
         # The last token at least is left, for the logits.
         end = prompt.cuts[-1] if prompt.cuts else len(tokens) - 1
         end = end if len(tokens) - end <= PREFILL_TOKENS else len(tokens) - 1
