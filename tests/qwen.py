@@ -89,10 +89,14 @@ def _with_qwen_vocabulary(demo: str) -> str:
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens that a token is merged from: what the merges of lower rank leave."""
+    own = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        pairs = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
-        if not pairs or min(pairs) >= ranks[token]:
-            return parts
-        at = pairs.index(min(pairs))
+    pairs = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+    while pairs and (lowest := min(pairs)) < own:
+        at = pairs.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del pairs[at]
+        # Only its neighbours make other pairs now; this is most of the time that all takes.
+        for i in range(max(at - 1, 0), min(at + 1, len(pairs))):
+            pairs[i] = ranks.get(parts[i] + parts[i + 1], own)
+    return parts

@@ -254,7 +254,8 @@ HERMES = """
 {%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+{{- '\\n</tool_response><|im_end|>\\n' }}
 {%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
 {%- for tool_call in message.tool_calls or [] %}
 {{- '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}

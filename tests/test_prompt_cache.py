@@ -150,7 +150,17 @@ def damage(path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    "empty cut header flipped metadata unsigned foreign class".split() + ["other model"],
+    [
+        "empty",
+        "cut",
+        "header",
+        "flipped",
+        "metadata",
+        "unsigned",
+        "foreign",
+        "class",
+        "other model",
+    ],
 )
 def test_damaged_file_is_used_or_raises(store, caplog, how):
     store.put(NAME, state(100))

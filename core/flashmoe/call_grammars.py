@@ -64,6 +64,13 @@ def _coder(rule: str, tool: Tool) -> str:
         rules.append(f"{value}: {opening} {value}v\n")
         rules.append(_coder_value(f"{value}v", schemas.parameter(schema, name)))
         order.append(value if name in required else f"{value}?")
+    others = schema.get("additionalProperties", True)
+    if "properties" not in schema and others is not False:
+        # A tool that lists no parameters takes any.
+        rules.append(f'{rule}x: "<parameter=" {rule.upper()}N ">\\n" {rule}xv\n')
+        rules.append(f"{rule.upper()}N: /[^<>\\s]([^<>\\n]*[^<>\\s])?/\n")
+        rules.append(_coder_value(f"{rule}xv", others))
+        order.append(f"{rule}x*")
     head, tail = literal(f"\n<function={tool.name}>\n"), literal("</function>\n")
     return "".join([f"{rule}: {head} {' '.join(order)} {tail}\n", *rules])
 
@@ -76,6 +83,8 @@ _UNREADABLE = (
 )
 _TEXT = {"type", "minLength", "maxLength", "pattern"}
 _ROOTS = {"$defs", "$schema"}
+#: llguidance gives up on texts that must be several thousand characters long.
+_LONGEST_LOW = 1000
 
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
@@ -155,6 +164,9 @@ def _text(schema: dict) -> str:
         return _ANY_TEXT
     parts = []
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+    if high != "" and low > high:
+        raise SettingError(f"Unsatisfiable schema: minLength ({low}) is above maxLength ({high})")
+    low = min(low, _LONGEST_LOW)
     if low or high != "":
         parts.append(f"/(?s:.{{{low},{high}}})/")
     pattern = schema.get("pattern")

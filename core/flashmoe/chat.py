@@ -161,7 +161,7 @@ def _break_special_tokens(tokenizer, value):
     control token, and what follows could pose as another role. Cut at the seam, they cannot.
     """
     used = {c for text in _strings(value) for c in text}
-    seam = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)
+    seam = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in used)
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
     def broken(value):

@@ -107,8 +107,9 @@ class Constraint:
         self._bitmask = allocate_token_bitmask(1, matchers.width)
         self.finished = False
         self.demands = self._whole is not None
-        if self.demands:
-            matchers.new(self._whole)  # a grammar that is refused is refused before any work
+        for lark in (self._whole, self._call):
+            if lark is not None:
+                matchers.new(lark)  # what is refused is refused before any work
 
     def start(self) -> list[int]:
         """Tokens that follow the prompt without an alternative."""

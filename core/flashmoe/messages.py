@@ -46,7 +46,8 @@ def for_template(messages: list[dict]) -> list[dict]:
             failed = message.get("error") and not content.startswith("Error")
             content = f"Error: {content}" if failed else content
             _check_id(message.get("tool_call_id"), index)
-            found.append({**message, "role": role, "content": content})
+            kept = {k: message[k] for k in ("tool_call_id", "name") if k in message}
+            found.append({"role": role, "content": content, **kept})
         else:
             found.append({"role": role, "content": content})
     _check_end(found)

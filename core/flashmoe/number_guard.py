@@ -1,7 +1,9 @@
 """Keeps numbers of constrained JSON finite.
 
 A grammar lets a number go on for ever, and a weak model does: `"age": 99999999...` until
-max_tokens. A number takes at most `DIGITS` digits in a row; text and JSON strings take any.
+max_tokens. Here an integer has at most 40 digits, more than 128 bits; a decimal number 15 in all,
+so that reading it rounds it to no other one (83.99999999999999999 is 84 to a float, and no longer
+below 84); an exponent 3. Text and JSON strings have any.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from . import schemas
 from .call_grammars import holds_text
 from .tools import Tool
 
-#: More than a 128-bit integer or a float has.
-DIGITS = 40
+#: Digits of the parts of a number, by what was seen last.
+LIMITS = {"integer": 40, "fraction": 15, "exponent": 3}
 
 _TAG = re.compile(r"<(function|parameter)=([^<>\n]+)>\n")
 _CLOSING = "\n</parameter>\n"
@@ -28,7 +30,8 @@ class NumberGuard:
 
     def __init__(self, tools: dict[str, Tool] | None = None):
         self._tools = tools
-        self._run = 0
+        self._digits = 0
+        self._part = "integer"
         self._in_string = self._escaped = False
         # Of the Coder format: the text since the last tag, and what is open.
         self._rest = ""
@@ -39,7 +42,7 @@ class NumberGuard:
     @property
     def full(self) -> bool:
         """No digit may come next."""
-        return self._run >= DIGITS
+        return self._digits >= LIMITS[self._part]
 
     def feed(self, text: str) -> None:
         if self._tools is None:
@@ -68,7 +71,8 @@ class NumberGuard:
             self._rest = self._rest[match.end() - 1 :]
         else:
             return False
-        self._run, self._in_string, self._escaped, self._read = 0, False, False, 0
+        self._digits, self._part = 0, "integer"
+        self._in_string, self._escaped, self._read = False, False, 0
         return True
 
     def _is_text(self, name: str) -> bool:
@@ -82,6 +86,12 @@ class NumberGuard:
             if self._in_string:
                 self._in_string = self._escaped or c != '"'
                 self._escaped = c == "\\" and not self._escaped
-            else:
+            elif c in "0123456789":
+                self._digits += 1
+            elif c == "." and self._digits:
+                self._part = "fraction"
+            elif c in "eE" and self._digits:
+                self._digits, self._part = 0, "exponent"
+            elif c not in "+-":
                 self._in_string = c == '"'
-                self._run = self._run + 1 if c in "0123456789" else 0
+                self._digits, self._part = 0, "integer"
