@@ -25,8 +25,9 @@ def pytest_report_header():
 
 @pytest.fixture
 def run_llm(tmp_path, monkeypatch):
-    """Run the real `llm` with a user directory of its own; the finished process."""
+    """Run the real `llm` with directories of its own; the finished process."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
+    monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "states"))
 
     def run(*args, **kwargs) -> subprocess.CompletedProcess:
         command = [str(Path(sys.executable).parent / "llm"), *map(str, args)]

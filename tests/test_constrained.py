@@ -66,13 +66,13 @@ def test_random_schema_is_not_met(engine, two_bits, kind):
     """benchmarks/schemas.py runs 200 of them, and shows the rate without a grammar."""
     for which, which_engine in (("4 bits", engine), ("2 bits", two_bits)):
         counts = {"valid": 0, "cut short": 0}
-        for seed in range(1000, 1010):
+        for seed in range(1000, 1007):
             root = random_root(seed)
             request = request_of(root, kind, seed, constrain=True, max_tokens=80)
             found, _ = outcome(which_engine, request, root)
             assert found in counts, f"{found} at {which}, seed {seed}: {json.dumps(root)}"
             counts[found] += 1
-        assert counts["valid"] >= 5
+        assert counts["valid"] >= 4
 
 
 def test_two_bits_are_four(two_bits):

@@ -17,7 +17,8 @@ LLM = str(Path(sys.executable).parent / "llm")
 
 @pytest.fixture
 def environment(tmp_path):
-    return os.environ | {"LLM_USER_PATH": str(tmp_path), "TERM": "dumb"}
+    own = {"LLM_USER_PATH": str(tmp_path), "FLASHMOE_CACHE": str(tmp_path / "states")}
+    return os.environ | own | {"TERM": "dumb"}
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import llm
 import pytest
+from click.testing import CliRunner
 
 from flashmoe.catalog import DEMO
+from flashmoe.cli import cli
 from llm_flashmoe.errors import UserError
 from toys import write_toy
 
@@ -218,15 +220,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", list(BAD))
-def test_bad_checkpoint_is_a_traceback(run_llm, tmp_path, fault):
+def test_bad_checkpoint_is_a_traceback(tmp_path, fault):
     spoil, words = BAD[fault]
     path = write_toy(tmp_path / "toy", group_size=64, moe_intermediate_size=64)
     spoil(path)
-    done = run_llm("flashmoe", "run", path, "hello")
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: "), done.stderr
-    assert "Traceback" not in done.stderr
-    assert words in done.stderr
+    done = CliRunner().invoke(cli, ["run", str(path), "hello"])
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: "), done.output
+    assert "Traceback" not in done.output
+    assert words in done.output
 
 
 def test_long_or_odd_model_name_is_a_traceback(run_llm):
