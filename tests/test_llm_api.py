@@ -5,12 +5,14 @@ import json
 
 import llm
 import pytest
-from llm.parts import StreamEvent
+from llm.parts import Message, ReasoningPart, StreamEvent, ToolCallPart, ToolResultPart
 
 from flashmoe import engine as engine_module
 from flashmoe.catalog import DEMO
+from flashmoe.messages import for_template
 from llm_flashmoe import FlashMoE
 from llm_flashmoe.errors import UserError
+from llm_flashmoe.messages import engine_messages, failure
 
 GREEDY = {"temperature": 0.0, "max_tokens": 60}
 ADD = "What is 17 plus 25? Use the tool."
@@ -233,3 +235,33 @@ def test_string_of_the_command_line_is_refused(option, given, expected):
 
 def test_events_are_of_another_class(model):
     assert all(isinstance(e, StreamEvent) for e in model.prompt("Hi.", **GREEDY).stream_events())
+
+
+def test_parallel_calls_or_their_results_are_mixed(model):
+    """Two calls of one turn, with results in the other order, one of them an error."""
+    calls = [
+        ToolCallPart(name="add", arguments={"a": i, "b": 1}, tool_call_id=f"c{i}") for i in "12"
+    ]
+    results = [
+        ToolResultPart(name="add", output="three", tool_call_id="c2"),
+        ToolResultPart(name="add", output="broken", tool_call_id="c1", exception="ValueError"),
+    ]
+    found = engine_messages(
+        [
+            llm.user("Add."),
+            Message(role="assistant", parts=[ReasoningPart(text="Hm."), *calls]),
+            Message(role="tool", parts=results),
+        ]
+    )
+    assert [m["role"] for m in found] == ["user", "assistant", "tool", "tool"]
+    assert found[1]["reasoning_content"] == "Hm."
+    assert [c["id"] for c in found[1]["tool_calls"]] == ["c1", "c2"]
+    rendered = for_template(found)
+    assert [m["content"] for m in rendered[2:]] == ["Error: broken", "three"]
+
+
+def test_failed_question_stays_in_the_conversation():
+    mark = failure("too long").provider_metadata
+    failed = Message(role="assistant", parts=[ReasoningPart(text="", provider_metadata=mark)])
+    found = engine_messages([llm.system("Be kind."), llm.user("long"), failed, llm.user("short")])
+    assert [m["content"] for m in found] == ["Be kind.", "short"]

@@ -130,3 +130,17 @@ def test_thought_is_shown_as_the_answer(open_chat):
     chat.expect(re.escape("\x1b[2m") + "[A-Za-z]")
     chat.expect("> ")
     leave(chat)
+
+
+def test_tool_runs_without_the_approval(environment):
+    add = 'def add(a: int, b: int) -> int:\n    "Add two numbers."\n    return a + b'
+    command = ["chat", *GREEDY, "--functions", add, "--ta"]
+    chat = pexpect.spawn(LLM, command, env=environment, encoding="utf8", timeout=60)
+    chat.expect("to finish.*> ")
+    chat.sendline("What is 17 plus 25? Use the tool.")
+    chat.expect(r"add\(.*17.*25.*\)")
+    chat.expect("Approve tool call")
+    chat.sendline("y")
+    chat.expect("42")
+    chat.expect("> ")
+    leave(chat)
