@@ -3,10 +3,11 @@
 import importlib
 import inspect
 
+import llguidance
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils, tokenizer_utils, utils
-from mlx_lm.models import qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next, switch_layers
+from mlx_lm.models import cache, qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next, switch_layers
 from mlx_lm.models.activations import swiglu
 
 # `mlx_lm.generate` as an attribute is the function.
@@ -79,8 +80,42 @@ def test_generation_functions_moved():
         parameters(generate.generate_step)
     )
     assert {"temp", "top_p", "min_p", "top_k"} <= set(parameters(sample_utils.make_sampler))
-    for name in ("has_thinking", "think_start", "think_end", "rfind_think_start"):
+    for name in ("has_thinking", "think_start", "think_end", "think_start_tokens"):
         assert hasattr(tokenizer_utils.TokenizerWrapper, name)
+    for name in ("tool_call_start_tokens", "tool_call_end_tokens", "tool_parser", "detokenizer"):
+        assert hasattr(tokenizer_utils.TokenizerWrapper, name)
+    assert {"repetition_penalty", "repetition_context_size"} <= set(
+        parameters(sample_utils.make_logits_processors)
+    )
+    assert parameters(generate.wired_limit)[0] == "model"
+
+
+def test_prompt_caches_moved():
+    assert parameters(cache.save_prompt_cache) == ["file_name", "cache", "metadata"]
+    assert "return_metadata" in parameters(cache.load_prompt_cache)
+    for kind in (cache.KVCache, cache.ArraysCache):
+        assert isinstance(inspect.getattr_static(kind, "nbytes"), property)
+        assert isinstance(inspect.getattr_static(kind, "state"), property)
+
+
+@pytest.mark.parametrize("module", [qwen3_5, qwen3_next, qwen3_moe])
+def test_head_moved(module):
+    """StreamingMoE.next_logits applies it to the last row alone."""
+    text = source(getattr(module, "TextModel", None) or module.Model)
+    for line in (
+        "out = self.model(inputs, cache",
+        "if self.args.tie_word_embeddings:",
+        "out = self.model.embed_tokens.as_linear(out)",
+        "out = self.lm_head(out)",
+    ):
+        assert line in text, f"mlx-lm changed {module.__name__}: {line!r} is gone"
+
+
+def test_grammars_moved():
+    for name in ("grammar_from_lark", "validate_grammar_with_warnings", "compute_ff_tokens"):
+        assert hasattr(llguidance.LLMatcher, name)
+    for name in ("consume_token", "consume_tokens", "is_stopped", "is_error", "get_error"):
+        assert hasattr(llguidance.LLMatcher, name)
 
 
 def test_mlx_threads_moved():
