@@ -186,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--free", type=int, default=50, help="asked without a grammar too")
+    parser.add_argument("--kinds", nargs="+", default=["schema", "tool"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--max-tokens", type=int, default=250)
     args = parser.parse_args()
@@ -196,7 +197,7 @@ def main() -> None:
             if bits != 4:
                 path = requantise_experts(path, Path(scratch) / f"{bits}bit", bits)
             with Engine(path, slots=64, prompt_store=0) as engine:
-                for kind in ("schema", "tool"):
+                for kind in args.kinds:
                     name = f"{bits}bit {kind}"
                     seeds = range(args.count)
                     results[name] = run(engine, kind, seeds, args.free, args.max_tokens)
