@@ -288,6 +288,25 @@ def test_number_goes_on_for_ever(engine):
     assert call.error is None
 
 
+def test_forced_end_that_is_cut_off_looks_whole(engine):
+    """A regex has no schema to be checked against afterwards."""
+    wanted = {"type": "regex", "pattern": "(yes|no), and that is all there is to say about it"}
+    whole = ask(engine, response_format=wanted)[3]
+    for limit in (2, whole.generated_tokens - 1):
+        with pytest.raises(OutputError, match="cut short"):
+            ask(engine, response_format=wanted, max_tokens=limit)
+    end = ask(engine, response_format=wanted, max_tokens=whole.generated_tokens)[3]
+    assert end.finish_reason == "stop"
+
+
+def test_number_becomes_infinite(engine):
+    for seed in range(4):
+        wanted = schema({"type": "number"})
+        text = ask(engine, "1E444", response_format=wanted, temperature=1.5, seed=seed)[0]
+        assert abs(json.loads(text)) < 1e340
+        assert json.loads(text) not in (float("inf"), float("-inf"))
+
+
 def test_rounding_breaks_a_bound(engine):
     """Nines up to the last digit that a float has: it must not become the bound itself."""
     wanted = {"type": "number", "minimum": 83, "exclusiveMaximum": 84}
@@ -306,16 +325,16 @@ def guard(text: str, pieces: int = 1, tools=None) -> NumberGuard:
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 def test_guard_stops_text_or_misses_numbers(pieces):
     many = "1" * 40
-    assert guard(f'{{"a": {many}', pieces).full
-    assert not guard(f'{{"a": {many[1:]}', pieces).full
-    assert guard('{"a": -3.' + many[:14], pieces).full
-    assert not guard('{"a": -3.' + many[:13], pieces).full
-    assert guard('{"a": [3.1, 7, 0.5e-111', pieces).full
-    assert not guard('{"a": [3.1, 7, 0.5e-11', pieces).full
-    assert not guard('{"a": 3.11111111111111, "e1": 2', pieces).full
-    assert not guard(f'{{"a": "{many}', pieces).full
-    assert not guard(f'{{"a": "\\"{many}', pieces).full
-    assert guard(f'{{"a": "\\\\", "b": {many}', pieces).full
+    assert guard(f'{{"a": {many}', pieces).room == 0
+    assert guard(f'{{"a": {many[1:]}', pieces).room > 0
+    assert guard('{"a": -3.' + many[:14], pieces).room == 0
+    assert guard('{"a": -3.' + many[:13], pieces).room > 0
+    for exponent, room in (("", 2), ("1", 1), ("29", 1), ("30", 0), ("299", 0), ("-12", 1)):
+        assert guard('{"a": [3.1, 7, 0.5e' + exponent, pieces).room == room
+    assert guard('{"a": 3.11111111111111, "e1": 2', pieces).room > 0
+    assert guard(f'{{"a": "{many}', pieces).room > 0
+    assert guard(f'{{"a": "\\"{many}', pieces).room > 0
+    assert guard(f'{{"a": "\\\\", "b": {many}', pieces).room == 0
     number = {"type": ["integer", "null"]}
     text = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
     listed = {"type": "array", "items": {}}
@@ -327,8 +346,8 @@ def test_guard_stops_text_or_misses_numbers(pieces):
         start = f"<tool_call>\n<function=f>\n{before}<parameter={name}>\n"
         return guard(start + value, pieces, tools)
 
-    assert call("number", many).full
-    assert not call("text", many).full
-    assert call("listed", f'["x", {many}').full
-    assert not call("listed", f'["x{many}').full
-    assert not call("number", f"{many}\n</parameter>\n").full
+    assert call("number", many).room == 0
+    assert call("text", many).room > 0
+    assert call("listed", f'["x", {many}').room == 0
+    assert call("listed", f'["x{many}').room > 0
+    assert call("number", f"{many}\n</parameter>\n").room > 0

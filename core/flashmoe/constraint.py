@@ -19,6 +19,9 @@ from .number_guard import NumberGuard
 from .requests import Request
 from .tools import Tool
 
+#: More digits than one token has.
+_LONGEST_DIGITS = 20
+
 
 class Matchers:
     """Makes matchers for one tokenizer. The first one reads its vocabulary: seconds for a large
@@ -43,10 +46,10 @@ class Matchers:
 
     @property
     def digits(self) -> np.ndarray:
-        """(width,) bool: the tokens that start with a digit."""
+        """(width,) int: how many digits each token starts with."""
         if self._digits is None:
-            starts = (self._read.decode_bytes([i])[:1] for i in range(self.width))
-            self._digits = np.array([c.isdigit() for c in starts])
+            texts = [self._read.decode_bytes([i]) for i in range(self.width)]
+            self._digits = np.array([len(t) - len(t.lstrip(b"0123456789")) for t in texts])
         return self._digits
 
     def new(self, lark: str) -> LLMatcher:
@@ -123,8 +126,8 @@ class Constraint:
             fill_next_token_bitmask(self._matcher, self._bitmask, 0)
             bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
             allowed = bits[: logits.shape[-1]].astype(bool)
-            if self._guard is not None and self._guard.full:
-                shorter = allowed & ~self._matchers.digits
+            if self._guard is not None and self._guard.room < _LONGEST_DIGITS:
+                shorter = allowed & (self._matchers.digits <= self._guard.room)
                 allowed = shorter if shorter.any() else allowed
             return mx.where(mx.array(allowed)[None], logits, -mx.inf)
         banned = set()

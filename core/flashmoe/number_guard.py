@@ -3,7 +3,7 @@
 A grammar lets a number go on for ever, and a weak model does: `"age": 99999999...` until
 max_tokens. Here an integer has at most 40 digits, more than 128 bits; a decimal number 15 in all,
 so that reading it rounds it to no other one (83.99999999999999999 is 84 to a float, and no longer
-below 84); an exponent 3. Text and JSON strings have any.
+below 84); an exponent is at most 299, so that it is finite. Text and JSON strings have any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .call_grammars import holds_text
 from .tools import Tool
 
 #: Digits of the parts of a number, by what was seen last.
-LIMITS = {"integer": 40, "fraction": 15, "exponent": 3}
+LIMITS = {"integer": 40, "fraction": 15, "exponent": 2}
+_THIRD_DIGIT_UP_TO = 29
 
 _TAG = re.compile(r"<(function|parameter)=([^<>\n]+)>\n")
 _CLOSING = "\n</parameter>\n"
@@ -32,6 +33,7 @@ class NumberGuard:
         self._tools = tools
         self._digits = 0
         self._part = "integer"
+        self._exponent = ""
         self._in_string = self._escaped = False
         # Of the Coder format: the text since the last tag, and what is open.
         self._rest = ""
@@ -40,9 +42,11 @@ class NumberGuard:
         self._open: str | None = None  # "json", "text", or None between parameters
 
     @property
-    def full(self) -> bool:
-        """No digit may come next."""
-        return self._digits >= LIMITS[self._part]
+    def room(self) -> int:
+        """How many digits may come next, one after the other."""
+        if self._part == "exponent" and self._digits >= LIMITS[self._part]:
+            return int(self._digits == 2 and int(self._exponent) <= _THIRD_DIGIT_UP_TO)
+        return max(0, LIMITS[self._part] - self._digits)
 
     def feed(self, text: str) -> None:
         if self._tools is None:
@@ -88,10 +92,11 @@ class NumberGuard:
                 self._escaped = c == "\\" and not self._escaped
             elif c in "0123456789":
                 self._digits += 1
+                self._exponent += c
             elif c == "." and self._digits:
                 self._part = "fraction"
             elif c in "eE" and self._digits:
-                self._digits, self._part = 0, "exponent"
+                self._digits, self._part, self._exponent = 0, "exponent", ""
             elif c not in "+-":
                 self._in_string = c == '"'
                 self._digits, self._part = 0, "integer"

@@ -92,7 +92,7 @@ class Session:
                 turn.check()
                 reading = self._reader.read(turn.prompt, emit, keep=request.cache)
                 decoder = self._decoder(turn, reading)
-                forced = turn.constraint.start()[: turn.max_tokens]
+                forced = turn.within_limit(turn.constraint.start())
                 logits = decoder.step([*reading.tail, *forced])
                 watch.entered = lambda layer: None
                 emit(self._all_read(turn.prompt, reading))
@@ -175,7 +175,7 @@ class Session:
             token = decoder.pick(logits, turn.constraint.mask)
             if token in self.control.end:
                 return "stop"
-            new = [token, *turn.constraint.accept(token)][: turn.max_tokens - turn.generated]
+            new = turn.within_limit([token, *turn.constraint.accept(token)])
             turn.take(new, forced=len(new) - 1)
             # Nothing needs the state after the last token.
             if turn.over() is None:

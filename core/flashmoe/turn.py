@@ -18,7 +18,8 @@ from .requests import Request
 
 @dataclass
 class Turn:
-    """The counts are of generated tokens: all, those of the thought, those that were forced."""
+    """The counts are of generated tokens: all, those of the thought, those that were forced. cut:
+    max_tokens kept some of the forced ones out, so that the answer is not whole."""
 
     request: Request
     prompt: Prompt
@@ -31,6 +32,7 @@ class Turn:
     generated: int = 0
     thought: int = 0
     forced: int = 0
+    cut: bool = False
 
     def check(self) -> None:
         """Leave, when nobody waits for the answer any more."""
@@ -39,9 +41,17 @@ class Turn:
 
     def over(self) -> str | None:
         """Why no more tokens are needed: "stop" or "length"; None: they are."""
+        if self.cut:
+            return "length"
         if self.reply.stopped or self.constraint.finished:
             return "stop"
         return "length" if self.generated >= self.max_tokens else None
+
+    def within_limit(self, tokens: list[int]) -> list[int]:
+        """The tokens that max_tokens still lets through. What a grammar forced may be more."""
+        room = self.max_tokens - self.generated
+        self.cut = len(tokens) > room
+        return tokens[:room]
 
     def take(self, tokens: list[int], *, forced: int) -> None:
         """Emit the events of generated tokens, of which so many were forced."""
