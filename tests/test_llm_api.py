@@ -5,7 +5,7 @@ import json
 
 import llm
 import pytest
-from llm.parts import Message, ReasoningPart, StreamEvent, ToolCallPart, ToolResultPart
+from llm.parts import Message, ReasoningPart, ToolCallPart, ToolResultPart
 
 from flashmoe import engine as engine_module
 from flashmoe.catalog import DEMO
@@ -231,10 +231,6 @@ def test_figures_are_missing(model):
 )
 def test_string_of_the_command_line_is_refused(option, given, expected):
     assert getattr(FlashMoE.Options(**{option: given}), option) == expected
-
-
-def test_events_are_of_another_class(model):
-    assert all(isinstance(e, StreamEvent) for e in model.prompt("Hi.", **GREEDY).stream_events())
 
 
 def test_parallel_calls_or_their_results_are_mixed(model):

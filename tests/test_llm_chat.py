@@ -43,6 +43,11 @@ def leave(chat) -> None:
     assert chat.exitstatus == 0
 
 
+def logged(environment) -> list[dict]:
+    command = [LLM, "logs", "--json", "-n", "0"]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True).stdout)
+
+
 GREEDY = ("-m", DEMO, "-o", "temperature", "0", "-o", "max_tokens", "40")
 
 
@@ -63,10 +68,7 @@ def test_chat_forgets(open_chat, environment):
     chat.expect("Emma")
     chat.expect("> ")
     leave(chat)
-    logs = subprocess.run(
-        [LLM, "logs", "--json", "-n", "0"], env=environment, capture_output=True, text=True
-    )
-    entries = json.loads(logs.stdout)
+    entries = logged(environment)
     assert len({e["conversation_id"] for e in entries}) == 1
     cached = [json.loads(e["token_details"] or "{}").get("cached_tokens", 0) for e in entries]
     assert cached[0] == 0
@@ -84,10 +86,7 @@ def test_interrupt_ends_the_chat_or_is_late(open_chat, environment):
     chat.expect("Emma")
     chat.expect("> ")
     leave(chat)
-    logs = subprocess.run(
-        [LLM, "logs", "--json", "-n", "0"], env=environment, capture_output=True, text=True
-    )
-    first, _ = json.loads(logs.stdout)
+    first, _ = logged(environment)
     assert first["response_json"]["finish_reason"] == "cancelled"
     assert len(first["response"]) >= 25
 
