@@ -3,10 +3,15 @@
 import json
 import re
 
+import mlx.core as mx
 import pytest
+from mlx_lm.utils import load_tokenizer
 from schemas import outcome, random_root, requantise_experts, request_of
 
+from flashmoe import grammars
 from flashmoe.catalog import DEMO, find
+from flashmoe.constraint import Constraint, Matchers
+from flashmoe.control import Control
 from flashmoe.engine import Engine
 from flashmoe.errors import OutputError, SettingError
 from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallStart
@@ -351,3 +356,25 @@ def test_guard_stops_text_or_misses_numbers(pieces):
     assert call("listed", f'["x", {many}').room == 0
     assert call("listed", f'["x{many}').room > 0
     assert call("number", f"{many}\n</parameter>\n").room > 0
+
+
+@pytest.mark.parametrize("demands", [True, False])
+def test_answer_may_end_inside_the_thought_before_a_document(demands):
+    tokenizer = load_tokenizer(find(DEMO))
+    control = Control.of(tokenizer)
+    wanted = {"type": "regex", "pattern": "yes|no"} if demands else None
+    constraint = Constraint(
+        Matchers(tokenizer, control, len(tokenizer)),
+        control,
+        ([10], [11]),
+        Request([], response_format=wanted),
+        {},
+        grammars.document(wanted) if demands else None,
+        in_thought=True,
+    )
+    assert constraint.start() == []
+    logits = constraint.mask(mx.zeros((1, len(tokenizer))))[0].tolist()
+    for token in (*control.end, control.call_start):
+        assert (logits[token] == float("-inf")) == demands
+    assert logits[control.think_end] == 0
+    assert sum(x == 0 for x in logits) >= len(tokenizer) - 3

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import shutil
 
 import llm
 import pytest
 from llm.parts import Message, ReasoningPart, ToolCallPart, ToolResultPart
 
+from flashmoe import catalog, registry
 from flashmoe import engine as engine_module
 from flashmoe.catalog import DEMO
 from flashmoe.messages import for_template
@@ -261,3 +263,26 @@ def test_failed_question_stays_in_the_conversation():
     failed = Message(role="assistant", parts=[ReasoningPart(text="", provider_metadata=mark)])
     found = engine_messages([llm.system("Be kind."), llm.user("long"), failed, llm.user("short")])
     assert [m["content"] for m in found] == ["Be kind.", "short"]
+
+
+def test_flash_is_not_pruned_or_the_plain_name_is(tmp_path, monkeypatch):
+    """Both names of the catalogue, with the demo in the place of their checkpoint."""
+    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
+    path = tmp_path / "Qwen3.5-397B-A17B-4bit"
+    shutil.copytree(catalog.find(DEMO), path)
+    registry.add("mine", path)
+    found = {}
+    for name, options in (
+        ("qwen3.5-397b-flash", {}),
+        ("qwen3.5-397b", {}),
+        ("mine", {"experts": 6}),
+    ):
+        response = FlashMoE(catalog.model(name)).prompt("Hi.", max_tokens=2, **options)
+        response.text()
+        found[name] = response.response_json["experts"], response.resolved_model
+    engine_module.release(path)
+    assert found == {
+        "qwen3.5-397b-flash": (4, f"{path.name}@K=4"),
+        "qwen3.5-397b": (10, path.name),
+        "mine": (6, f"{path.name}@K=6"),
+    }
