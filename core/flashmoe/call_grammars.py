@@ -1,7 +1,8 @@
 """Grammars of tool calls, in the two formats that `tool_formats` reads.
 
 A parameter of the Coder format is raw text when its schema may be a string, and ends at the first
-closing tag. What a raw text cannot be held to here is checked when the call has been read.
+closing tag. What a raw text cannot be held to here is checked when the call has been read. Where
+it may be a constrained text or JSON, all that the grammar takes fits; not all that fits is taken.
 """
 
 from __future__ import annotations
@@ -96,14 +97,16 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     if parts and not (texts or strings):
         return f"{rule}: {rule}j {literal(_CLOSING)}\n{rule}j: {json_rule(schema)}\n"
     terminal = rule.upper()
-    if texts:
-        # Next to JSON it is any text: the lexer would take the start of JSON for that of a text,
-        # and not come back.
-        raw = [_ANY_TEXT] if parts else [*map(_text, texts), *map(_word, words)]
-        body = f"({' | '.join(raw)}) & ~{_UNREADABLE}"
-        parts = []
-    else:
-        body = " | ".join(map(_word, strings if parts else words))
+    written = [*map(_text, texts)]
+    if _ANY_TEXT in written:
+        # All that the others could be.
+        written, strings, words, parts = [_ANY_TEXT], [], [], []
+    body = " | ".join([*written, *map(_word, strings if parts else words)])
+    if written:
+        body = f"({body}) & ~{_UNREADABLE}"
+        # The lexer takes what may start a text for one, and does not come back to JSON.
+        starts = {_STARTS[p["type"]] for p in parts if p["type"] in _STARTS}
+        body += f" & ~/[{''.join(sorted(starts))}](?s:.*)/" if starts else ""
     # Lazy, and with the closing tag inside: the value ends at the first one.
     rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {literal(_CLOSING)}\n"
     if not parts:
@@ -120,6 +123,8 @@ def holds_text(schema: dict | bool) -> bool:
 
 
 _ANY_TEXT = "/(?s:.*)/"
+#: What JSON of a type starts with, where few texts do. Numbers are left to a text that may be one.
+_STARTS = {"array": "\\[", "object": "{"}
 
 
 def _word(value) -> str:
