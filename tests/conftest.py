@@ -34,3 +34,13 @@ def run_llm(tmp_path, monkeypatch):
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The demo model, with all of its experts in slots."""
+    from flashmoe.catalog import DEMO, find
+    from flashmoe.engine import Engine
+
+    with Engine(find(DEMO), slots=64) as engine:
+        yield engine

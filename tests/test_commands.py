@@ -36,6 +36,10 @@ def run(*args, code: int = 0) -> str:
     return done.output
 
 
+def here() -> list[str]:
+    return [m.name for m in catalog.models() if m.path is not None]
+
+
 def run_json(*args):
     return json.loads(run(*args, "--json"))
 
@@ -108,8 +112,8 @@ def test_remove_takes_the_files_or_leaves_the_name(toy):
     run("register", toy, "--alias", "t")
     assert str(toy) in run("remove", "t")
     assert (toy / "model.safetensors").exists()
-    assert DEMO in catalog.names()
-    assert "Toy-4bit" not in catalog.names()
+    assert DEMO in here()
+    assert "Toy-4bit" not in here()
     assert "'t' is not registered; registered are: none" in run("remove", "t", code=1)
     run("register", toy)
     assert run_json("remove", "Toy-4bit") == {"name": "Toy-4bit", "path": str(toy)}
@@ -166,7 +170,7 @@ def test_broken_registry_breaks_every_command(text, caplog):
     registry.file().parent.mkdir(parents=True)
     registry.file().write_text(text)
     with caplog.at_level(logging.WARNING, "flashmoe"):
-        assert catalog.names() == [DEMO]
+        assert here() == [DEMO]
     assert str(registry.file()) in caplog.text
     assert DEMO in run("list")
 
@@ -190,7 +194,7 @@ def test_entry_that_cannot_be_hides_the_others(toy):
 def test_registry_that_cannot_be_written_is_a_traceback(tmp_path, toy, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "file" / "config"))
-    assert catalog.names() == [DEMO]
+    assert here() == [DEMO]
     assert "cannot be" in run("register", toy, code=1)
 
 

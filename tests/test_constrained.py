@@ -21,12 +21,6 @@ from flashmoe.tools import read_tools
 
 
 @pytest.fixture(scope="module")
-def engine():
-    with Engine(find(DEMO), slots=64) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def two_bits(tmp_path_factory):
     path = requantise_experts(find(DEMO), tmp_path_factory.mktemp("low") / "demo", 2)
     with Engine(path, slots=64) as engine:
@@ -189,7 +183,9 @@ def test_tool_choice_is_not_kept(engine):
         assert [c.name for c in calls] == [name]
         assert [type(e) for e in events].count(ToolCallStart) == 1
     question = "What is 3 plus 4? Use the tool."
-    assert ask(engine, question, tools=[ADD])[1][0].arguments == {"a": 3, "b": 4}
+    _, (call,), _, end = ask(engine, question, tools=[ADD])
+    assert call.arguments == {"a": 3, "b": 4}
+    assert (end.generated_tokens, end.steps) == (25, 6), "the README says so"
     assert ask(engine, question, tools=[ADD], tool_choice="none")[1] == []
 
 

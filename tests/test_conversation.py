@@ -5,8 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine
 from flashmoe.events import End, Progress, Reasoning, Text, ToolCall, ToolCallArguments
@@ -19,12 +17,6 @@ TAIL = 7
 
 TOPICS = ["breakfast", "dogs", "rain", "music", "bread", "ships"]
 TOPICS += ["winter", "trees", "coffee", "books", "trains", "stars"]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine(find(DEMO), slots=64) as engine:
-        yield engine
 
 
 def ask(engine, messages, **options):

@@ -73,11 +73,6 @@ def models() -> list[Model]:
     return found
 
 
-def names() -> list[str]:
-    """The models that are here without a download."""
-    return [m.name for m in models() if m.path is not None]
-
-
 def model(name: str) -> Model:
     """What a name, an alias or the path of a checkpoint directory stands for.
 

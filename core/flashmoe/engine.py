@@ -23,7 +23,7 @@ from .events import End, Event
 from .requests import Request, check_request
 
 
-class _Either:
+class _Cancellation:
     """The two ways to cancel a job: its answer was closed, or the caller's event is set."""
 
     def __init__(self, event: threading.Event | None):
@@ -46,7 +46,7 @@ class _Either:
 class Job:
     request: Request
     put: Callable[[Event | BaseException], None]
-    cancelled: _Either
+    cancelled: _Cancellation
 
 
 class Answer(Iterator[Event]):
@@ -171,7 +171,7 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, put, cancel: threading.Event | None) -> Job:
-        job = Job(request, put, _Either(cancel))
+        job = Job(request, put, _Cancellation(cancel))
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the engine of {self.path} is closed")

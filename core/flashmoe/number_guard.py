@@ -49,6 +49,7 @@ class NumberGuard:
         return max(0, LIMITS[self._part] - self._digits)
 
     def feed(self, text: str) -> None:
+        """Follow the next piece of text, however it is cut."""
         if self._tools is None:
             self._json(text)
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .errors import SettingError
 
 #: Kinds of `Request.response_format`, and the key that holds what each needs.
-FORMATS = {
+RESPONSE_FORMATS = {
     "text": None,
     "json_object": None,
     "json_schema": "schema",
@@ -102,12 +102,12 @@ def _check_format(wanted: dict | None) -> None:
     if wanted is None:
         return
     kind = wanted.get("type") if isinstance(wanted, dict) else None
-    if kind not in FORMATS:
+    if kind not in RESPONSE_FORMATS:
         raise SettingError(
             f"response_format={wanted!r} is not known: give a dict whose type is one of "
-            f"{', '.join(FORMATS)}"
+            f"{', '.join(RESPONSE_FORMATS)}"
         )
-    key = FORMATS[kind]
+    key = RESPONSE_FORMATS[kind]
     kinds = (dict, bool) if key == "schema" else str
     if key is not None and not isinstance(wanted.get(key), kinds):
         raise SettingError(f"response_format of type {kind} needs its {key!r}, got {wanted!r}")
