@@ -28,10 +28,10 @@ demo: setup
 		-o seed 3 -o max_tokens 200
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 docs: setup
-	$(BIN)/python -m cogapp -r README.md
+	$(BIN)/python -m cogapp -r README.md docs/langchain.md
 
 lint: setup
 	$(BIN)/ruff check .

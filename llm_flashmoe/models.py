@@ -182,21 +182,7 @@ def report(response, end, path) -> None:
     name = catalog.DEMO if path == catalog.find(catalog.DEMO) else path.name
     pruned = f"@K={end.experts}" if end.experts != end.trained_experts else ""
     response.set_resolved_model(f"{name}{pruned}")
-    response.response_json = {
-        "finish_reason": end.finish_reason,
-        "tokens_per_second": round(end.tokens_per_second, 2),
-        "time_to_first_token": round(end.prompt_seconds, 3),
-        "experts": end.experts,
-        "trained_experts": end.trained_experts,
-        "bits": end.bits,
-        "hit_rate": round(end.hit_rate, 4),
-        "bytes_read": end.bytes_read,
-        "bytes_per_token": round(end.bytes_per_token),
-        "io_wait_seconds": round(end.wait_seconds, 3),
-        "steps": end.steps,
-        "peak_memory": end.peak_nbytes,
-        "path": str(path),
-    }
+    response.response_json = end.figures() | {"path": str(path)}
 
 
 def _in_chat() -> bool:

@@ -23,12 +23,18 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_wheel_installs_a_package_named_core(wheel):
     top = {name.split("/")[0] for name in wheel.namelist()}
-    assert {t for t in top if not t.endswith(".dist-info")} == {"flashmoe", "llm_flashmoe"}
+    packages = {t for t in top if not t.endswith(".dist-info")}
+    assert packages == {"flashmoe", "llm_flashmoe", "langchain_flashmoe"}
 
 
 @pytest.mark.parametrize(
     "name",
-    ["flashmoe/ops/kernels.py", "flashmoe/demo/model.safetensors", "flashmoe/demo/README.md"],
+    [
+        "flashmoe/ops/kernels.py",
+        "flashmoe/demo/model.safetensors",
+        "flashmoe/demo/README.md",
+        "langchain_flashmoe/py.typed",
+    ],
 )
 def test_wheel_lacks_a_file(wheel, name):
     assert name in wheel.namelist()
@@ -46,7 +52,10 @@ def test_versions_differ():
     assert re.search(r'^version = "(.+)"$', project, re.M)[1] == flashmoe.__version__
 
 
-@pytest.mark.parametrize("module", ["flashmoe", "flashmoe.engine", "flashmoe.cli", "llm_flashmoe"])
+@pytest.mark.parametrize(
+    "module",
+    ["flashmoe", "flashmoe.engine", "flashmoe.cli", "llm_flashmoe", "langchain_flashmoe"],
+)
 def test_import_pulls_in_mlx(module):
     code = (
         f"import sys, {module}\n"

@@ -103,6 +103,11 @@ class Template:
         tokens = self.encode(*text.split(seam))
         return Prompt(tokens, self._cuts(tokens), in_thought)
 
+    def text_tokens(self, text: str) -> list[int]:
+        """Tokens of a text as it stands in a message: no control tokens."""
+        seam, text = _break_special_tokens(self._tokenizer, text)
+        return self.encode(*text.split(seam))
+
     def encode(self, *pieces: str) -> list[int]:
         """Tokens of pieces of text, each encoded by itself."""
         # Halves of characters, as in bytes of another encoding, are joined or marked as lost.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from . import catalog, registry
+from .capabilities import chat_template as template_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, FlashMoEError
 from .memory import format_size
@@ -80,7 +80,7 @@ def info(name: str, as_json: bool) -> None:
         "bytes of a token's experts": len(checkpoint.expert_layers)
         * checkpoint.top_k
         * layer.expert_nbytes,
-        "chat template": _template(checkpoint.path) is not None,
+        "chat template": template_of(checkpoint.path) is not None,
     }
     if not as_json:
         for field in [f for f in found if "bytes" in f]:
@@ -95,7 +95,7 @@ def info(name: str, as_json: bool) -> None:
 def chat_template(name: str, as_json: bool) -> None:
     """Print the chat template of the model NAME, as its checkpoint has it."""
     path = catalog.find(name)
-    template = _template(path)
+    template = template_of(path)
     if template is None:
         raise CheckpointError(f"{path} has no chat template: download its chat_template.jinja")
     if as_json:
@@ -170,19 +170,3 @@ def _summary(model: catalog.Model) -> dict:
         "bits": checkpoint.expert_bits,
         "K": model.experts or checkpoint.top_k,
     }
-
-
-def _template(path: Path) -> str | None:
-    """The chat template among the files of a checkpoint."""
-    try:
-        return (path / "chat_template.jinja").read_text()
-    except (OSError, ValueError):
-        pass
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        try:
-            found = json.loads((path / name).read_text())["chat_template"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(found, str):
-            return found
-    return None

@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from time import monotonic
 
-from .errors import ReadError
+from .errors import ReadError, TimedOut
 from .events import End, Event
 from .requests import Request, check_request
 
@@ -49,11 +50,30 @@ class Job:
     cancelled: _Cancellation
 
 
+class _Deadline:
+    """When an answer must be whole, counted from now."""
+
+    def __init__(self, timeout: float | None):
+        self._timeout = timeout
+        self._end = None if timeout is None else monotonic() + timeout
+
+    def left(self) -> float | None:
+        """Seconds, or None for no limit."""
+        return None if self._end is None else max(0.0, self._end - monotonic())
+
+    def error(self) -> TimedOut:
+        return TimedOut(
+            f"the answer was not whole after timeout={self._timeout:g} seconds, in which others "
+            "may have been before it: raise timeout, or lower max_tokens"
+        )
+
+
 class Answer(Iterator[Event]):
     """The events of an answer, as they come. Closing it cancels what is still to come, as does
     dropping it. The last event is an End, unless an error is raised."""
 
-    def __init__(self, submit: Callable[[Callable], Job]):
+    def __init__(self, submit: Callable[[Callable], Job], timeout: float | None = None):
+        self._deadline = _Deadline(timeout)
         self._events: SimpleQueue = SimpleQueue()
         self._over = False
         self._job: Job | None = None
@@ -63,7 +83,10 @@ class Answer(Iterator[Event]):
         if self._over:
             raise StopIteration
         try:
-            event = self._events.get()
+            event = self._events.get(timeout=self._deadline.left())
+        except Empty:
+            self.close()
+            raise self._deadline.error() from None
         except BaseException:  # Ctrl-C
             self.close()
             raise
@@ -114,24 +137,35 @@ class Engine:
     def closed(self) -> bool:
         return self._closed
 
-    def stream(self, request: Request, cancel: threading.Event | None = None) -> Answer:
+    def stream(
+        self,
+        request: Request,
+        cancel: threading.Event | None = None,
+        timeout: float | None = None,
+    ) -> Answer:
         """Queue a request; the events of its answer.
 
         Args:
             cancel: when it is set, the answer ends within a token, with an End that says so.
+            timeout: seconds from now, time in the queue included, after which the answer is
+                cancelled and TimedOut raised.
 
         Raises:
             SettingError: at once, for a value that cannot be. Other errors, a FlashMoEError whose
                 text is for the user, are raised when the events are taken.
         """
         check_request(request)
-        return Answer(lambda put: self._submit(request, put, cancel))
+        return Answer(lambda put: self._submit(request, put, cancel), timeout)
 
     async def astream(
-        self, request: Request, cancel: threading.Event | None = None
+        self,
+        request: Request,
+        cancel: threading.Event | None = None,
+        timeout: float | None = None,
     ) -> AsyncIterator[Event]:
         """`stream` for asyncio: cancelling the task or closing the iterator cancels the answer."""
         check_request(request)
+        deadline = _Deadline(timeout)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue = asyncio.Queue()
 
@@ -144,7 +178,10 @@ class Engine:
         try:
             event = None
             while not isinstance(event, End):
-                event = await events.get()
+                try:
+                    event = await asyncio.wait_for(events.get(), deadline.left())
+                except asyncio.TimeoutError:
+                    raise deadline.error() from None
                 if isinstance(event, BaseException):
                     raise event
                 yield event

@@ -29,8 +29,21 @@ class SettingError(FlashMoEError, ValueError):
     """An option outside its range, such as K above the trained one."""
 
 
+class ContextError(SettingError):
+    """A prompt that is longer than the model's context."""
+
+
+class TimedOut(FlashMoEError, TimeoutError):
+    """An answer that was not whole in the time it had."""
+
+
 class OutputError(FlashMoEError):
-    """An answer that is not what was asked for: JSON cut short, or against its schema."""
+    """An answer that is not what was asked for: JSON cut short, or against its schema.
+
+    end: the `flashmoe.events.End` that the answer has instead, with its figures.
+    """
+
+    end = None
 
 
 class Cancelled(Exception):

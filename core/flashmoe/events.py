@@ -120,5 +120,22 @@ class End:
         tokens = self.prompt_tokens - self.cached_tokens + self.generated_tokens
         return self.bytes_read / tokens if tokens else 0.0
 
+    def figures(self) -> dict:
+        """What front ends record beside an answer, apart from token counts: rounded, JSON."""
+        return {
+            "finish_reason": self.finish_reason,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "time_to_first_token": round(self.prompt_seconds, 3),
+            "experts": self.experts,
+            "trained_experts": self.trained_experts,
+            "bits": self.bits,
+            "hit_rate": round(self.hit_rate, 4),
+            "bytes_read": self.bytes_read,
+            "bytes_per_token": round(self.bytes_per_token),
+            "io_wait_seconds": round(self.wait_seconds, 3),
+            "steps": self.steps,
+            "peak_memory": self.peak_nbytes,
+        }
+
 
 Event = Progress | Text | Reasoning | ToolCallStart | ToolCallArguments | ToolCall | End

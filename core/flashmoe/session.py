@@ -6,6 +6,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -16,7 +17,7 @@ from . import footprint, grammars, memory
 from .chat import Prompt, Template
 from .constraint import Constraint, Matchers
 from .control import Control
-from .errors import Cancelled, SettingError
+from .errors import Cancelled, ContextError, OutputError
 from .events import End, Event, Progress
 from .generation import Decoder
 from .loading import load
@@ -75,7 +76,8 @@ class Session:
         within a token.
 
         Raises:
-            SettingError: the request has a value that cannot be, or does not fit the context.
+            SettingError: the request has a value that cannot be.
+            ContextError: the prompt is longer than the context.
             OutputError: the answer is not what its format or tool_choice asks for.
             ReadError: an expert could not be read.
         """
@@ -103,35 +105,41 @@ class Session:
                 reason = "cancelled"
             finally:
                 watch.entered = lambda layer: None
-        seconds = perf_counter() - first
-        streamed = self.model.stats - before
+        end = End(
+            finish_reason=reason,
+            prompt_tokens=len(turn.prompt.tokens),
+            cached_tokens=reading.cached if reading else 0,
+            generated_tokens=turn.generated,
+            reasoning_tokens=turn.thought,
+            forced_tokens=turn.forced,
+            steps=decoder.steps if decoder else 0,
+            prompt_seconds=first - start,
+            seconds=perf_counter() - first,
+            experts=k,
+            trained_experts=self.checkpoint.top_k,
+            bits=self.checkpoint.expert_bits,
+            peak_nbytes=memory.peak(),
+            **self._streamed(before),
+        )
         try:
-            reason = turn.finish(reason)
-            emit(
-                End(
-                    finish_reason=reason,
-                    prompt_tokens=len(turn.prompt.tokens),
-                    cached_tokens=reading.cached if reading else 0,
-                    generated_tokens=turn.generated,
-                    reasoning_tokens=turn.thought,
-                    forced_tokens=turn.forced,
-                    steps=decoder.steps if decoder else 0,
-                    prompt_seconds=first - start,
-                    seconds=seconds,
-                    experts=k,
-                    trained_experts=self.checkpoint.top_k,
-                    bits=self.checkpoint.expert_bits,
-                    hit_rate=streamed.hit_rate,
-                    bytes_read=streamed.reads.bytes,
-                    wait_seconds=streamed.reads.wait_seconds,
-                    peak_nbytes=memory.peak(),
-                )
-            )
+            emit(replace(end, finish_reason=turn.finish(reason)))
+        except OutputError as e:
+            e.end = end
+            raise
         finally:
             # After the last event, so that nobody waits for the disk. Also when the answer
             # failed: its prompt was read.
             if reading is not None:
                 self._reader.store(reading)
+
+    def _streamed(self, before) -> dict:
+        """What the experts of this answer took, as End has it."""
+        streamed = self.model.stats - before
+        return {
+            "hit_rate": streamed.hit_rate,
+            "bytes_read": streamed.reads.bytes,
+            "wait_seconds": streamed.reads.wait_seconds,
+        }
 
     def close(self) -> None:
         """Free the prompt states and end the reader's threads."""
@@ -189,7 +197,7 @@ class Session:
     def _max_tokens(self, request: Request, prompt: list[int]) -> int:
         room = self.checkpoint.max_context - len(prompt)
         if room < 1:
-            raise SettingError(
+            raise ContextError(
                 f"the prompt has {len(prompt)} tokens, and the context of this model is "
                 f"{self.checkpoint.max_context}: shorten the prompt or start a new conversation"
             )

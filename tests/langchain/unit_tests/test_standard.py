@@ -1,0 +1,33 @@
+"""LangChain's own unit tests of a chat model."""
+
+import importlib
+
+import pytest
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from flashmoe.catalog import DEMO
+from langchain_flashmoe import ChatFlashMoE
+
+
+@pytest.fixture(autouse=True)
+def loadable(monkeypatch):
+    """LangChain loads only classes of its own list, in which no package of others is; its users name
+    the class: `load(dumped, allowed_objects=[ChatFlashMoE], ...)`. The suite cannot."""
+    load = importlib.import_module("langchain_core.load.load")
+    known = load._get_default_allowed_class_paths("all")
+    ours = {tuple(ChatFlashMoE.lc_id())}
+    monkeypatch.setitem(load._default_class_paths_cache, "all", known | ours)
+
+
+class TestChatFlashMoE(ChatModelUnitTests):
+    @property
+    def chat_model_class(self):
+        return ChatFlashMoE
+
+    @property
+    def chat_model_params(self):
+        return {"model": DEMO}
+
+    @property
+    def init_from_env_params(self):
+        return {"FLASHMOE_MODEL": DEMO}, {}, {"model": DEMO}
