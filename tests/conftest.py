@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that each use all cores wait for each other: three times the time.
+    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 # Before anything imports transformers or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Prompt states of tests, and of the processes they start, stay out of the user's own.

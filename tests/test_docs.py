@@ -26,6 +26,13 @@ def test_command_is_not_documented(command):
     assert cli.commands[command].help
 
 
+def test_langchain_example_fails(capsys):
+    section = README.split("## Use it from LangChain")[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_python_example_fails(capsys):
     """The examples of the README, run with the demo model and fewer tokens."""
     from flashmoe.catalog import DEMO, find

@@ -11,8 +11,8 @@ from langchain_flashmoe import ChatFlashMoE
 
 @pytest.fixture(autouse=True)
 def loadable(monkeypatch):
-    """LangChain loads only classes of its own list, in which no package of others is; its users name
-    the class: `load(dumped, allowed_objects=[ChatFlashMoE], ...)`. The suite cannot."""
+    """LangChain loads only classes of its own list, in which no package of others is. Users
+    name the class, `load(dumped, allowed_objects=[ChatFlashMoE], ...)`; the suite cannot."""
     load = importlib.import_module("langchain_core.load.load")
     known = load._get_default_allowed_class_paths("all")
     ours = {tuple(ChatFlashMoE.lc_id())}

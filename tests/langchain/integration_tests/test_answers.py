@@ -1,0 +1,323 @@
+"""Answers of the demo model through every door of LangChain: the same text, whole, and stopped when
+nobody wants it."""
+
+import asyncio
+import time
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_callback
+from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, trim_messages
+from langchain_core.rate_limiters import InMemoryRateLimiter
+from langchain_core.runnables import ConfigurableField
+
+from flashmoe.catalog import DEMO, find
+from flashmoe.engine import shared
+from flashmoe.errors import ContextError, TimedOut
+from langchain_flashmoe import ChatFlashMoE, IncompleteOutput, InvalidRequest, ModelFailed
+
+# Longer than any test would wait for.
+ENDLESS = {"max_tokens": 3500, "repetition_penalty": 1.3, "temperature": 1, "seed": 1}
+
+
+def model(**kwargs):
+    return ChatFlashMoE(**{"model": DEMO, "temperature": 0, "max_tokens": 40} | kwargs)
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+async def test_doors_lead_to_different_answers():
+    made = model()
+    text = made.invoke("What is a dog?").text
+    assert len(text) > 20
+    assert "".join(c.text for c in made.stream("What is a dog?")) == text
+    assert (await made.ainvoke("What is a dog?")).text == text
+    assert "".join([c.text async for c in made.astream("What is a dog?")]) == text
+    assert made.invoke("What is a dog?", stream=True).text == text
+    assert model(streaming=True).invoke("What is a dog?").text == text
+    assert model(disable_streaming=True).invoke("What is a dog?").text == text
+    assert made.with_config(tags=["x"]).invoke([HumanMessage("What is a dog?")]).text == text
+    v1 = model(output_version="v1").invoke("What is a dog?")
+    assert v1.content[0]["type"] == "text"
+    assert v1.text == text
+
+
+QUESTIONS = [f"What is {what}?" for what in ("a dog", "the sun", "bread", "a tree", "rain")] * 4
+
+
+async def test_answers_given_at_once_are_mixed():
+    made = model(max_tokens=12)
+    expected = [made.invoke(question).text for question in QUESTIONS[:5]] * 4
+    assert len(set(expected)) == 5
+    assert [m.text for m in made.batch(QUESTIONS)] == expected
+    assert [m.text for m in await made.abatch(QUESTIONS)] == expected
+
+    async def cancelled():
+        async for chunk in made.astream("Tell me a story.", **ENDLESS):
+            if chunk.text:
+                break
+
+    given_up = asyncio.create_task(cancelled())
+    answers = await asyncio.gather(*(made.ainvoke(question) for question in QUESTIONS))
+    await given_up
+    assert [m.text for m in answers] == expected
+
+
+def seconds_of_the_next_answer():
+    start = time.perf_counter()
+    model(max_tokens=2).invoke("Hi")
+    return time.perf_counter() - start
+
+
+async def test_cancelled_answer_goes_on():
+    """3,500 tokens would keep the engine busy for half a minute and more."""
+    made = model(**ENDLESS)
+    stream = made.stream("Tell me a story.")
+    next(stream)
+    stream.close()
+    assert seconds_of_the_next_answer() < 10
+
+    stream = made.astream("Tell me a story.")
+    await anext(stream)
+    await stream.aclose()
+    assert seconds_of_the_next_answer() < 10
+
+    task = asyncio.create_task(made.ainvoke("Tell me a story."))
+    await asyncio.sleep(0.5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert seconds_of_the_next_answer() < 10
+
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(made.ainvoke("Tell me a story."), 0.5)
+    assert seconds_of_the_next_answer() < 10
+
+
+async def test_answer_takes_longer_than_its_timeout():
+    made = model(**ENDLESS, timeout=0.5)
+    with pytest.raises(ModelTimeoutError, match="timeout=0.5 seconds.*raise timeout") as raised:
+        made.invoke("Tell me a story.")
+    assert isinstance(raised.value, TimedOut)
+    assert raised.value.is_retryable
+    with pytest.raises(TimeoutError):
+        await made.ainvoke("Tell me a story.")
+    with pytest.raises(TimeoutError):
+        list(made.stream("Tell me a story."))
+    assert seconds_of_the_next_answer() < 10
+
+
+def test_timeout_does_not_count_the_queue():
+    first = model(**ENDLESS).stream("Tell me a story.")
+    next(first)
+    with pytest.raises(TimeoutError, match="others may have been before it"):
+        model(timeout=0.5).invoke("Hi")
+    first.close()
+
+
+def test_stop_string_of_the_model_or_the_call_is_ignored():
+    text = model().invoke("What is a dog?").text
+    first, second = text.split()[3], text.split()[6]
+    assert first in model().invoke("What is a dog?").text
+    of_model = model(stop=[first]).invoke("What is a dog?")
+    assert of_model.text == text[: text.index(first)]
+    assert of_model.response_metadata["finish_reason"] == "stop"
+    for stopped in (
+        model(stop=[first]).invoke("What is a dog?", stop=[second]),
+        model(stop=[second]).invoke("What is a dog?", stop=[first]),
+    ):
+        assert stopped.text == text[: text.index(first)]
+    # Across tokens, and not at a boundary of them.
+    middle = text[8:19]
+    assert model(stop=middle).invoke("What is a dog?").text == text[: text.index(middle)]
+
+
+def test_thought_is_in_the_answer_or_lost():
+    silent = model(max_tokens=300).invoke("What is 3 plus 4?")
+    assert "reasoning_content" not in silent.additional_kwargs
+    made = model(reasoning=True, max_tokens=300)
+    message = made.invoke("What is 3 plus 4?")
+    thought = message.additional_kwargs["reasoning_content"]
+    assert thought
+    assert "<think>" not in message.text + thought
+    assert message.content_blocks[0] == {"type": "reasoning", "reasoning": thought}
+    count = message.usage_metadata["output_token_details"]["reasoning"]
+    assert 0 < count <= message.usage_metadata["output_tokens"]
+    chunks = list(made.stream("What is 3 plus 4?"))
+    assert "".join(c.additional_kwargs.get("reasoning_content", "") for c in chunks) == thought
+    assert "".join(c.text for c in chunks) == message.text
+    v1 = model(reasoning=True, max_tokens=300, output_version="v1").invoke("What is 3 plus 4?")
+    assert [block["type"] for block in v1.content] == ["reasoning", "text"]
+    short = model(reasoning=True, max_tokens=300, thinking_budget=5).invoke("What is 3 plus 4?")
+    assert short.usage_metadata["output_token_details"]["reasoning"] < count
+
+
+def test_call_cannot_override_the_model():
+    made = model()
+    assert made.invoke("Hi", max_tokens=3).usage_metadata["output_tokens"] == 3
+    pruned = made.invoke("Hi", experts=4)
+    assert pruned.response_metadata["experts"] == 4
+    assert pruned.response_metadata["trained_experts"] == 10
+    assert made.bind(max_tokens=3).invoke("Hi").usage_metadata["output_tokens"] == 3
+    same = [made.invoke("Tell me.", temperature=1, seed=0).text for _ in range(2)]
+    assert same[0] == same[1] != made.invoke("Tell me.", temperature=1, seed=5).text
+
+
+def test_models_that_differ_by_K_load_twice():
+    model().invoke("Hi")
+    engine = shared(find(DEMO))
+    model(experts=4).invoke("Hi")
+    assert shared(find(DEMO)) is engine
+    made = model()
+    with made:
+        made.invoke("Hi")
+    assert engine.closed
+    assert made.invoke("Hi").text
+
+
+class Recorder(BaseCallbackHandler):
+    def __init__(self):
+        self.start = self.first = self.end = None
+        self.text = ""
+
+    def on_chat_model_start(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_llm_new_token(self, token, *, chunk=None, **kwargs):
+        assert chunk is not None
+        self.text += token
+        self.first = self.first or time.perf_counter()
+
+    def on_llm_end(self, response, **kwargs):
+        self.end = time.perf_counter()
+
+
+async def test_callbacks_miss_tokens_or_see_them_twice():
+    made = model()
+
+    async def drain():
+        async for _ in made.astream("What is a dog?", config={"callbacks": [seen[3]]}):
+            pass
+
+    seen = [Recorder() for _ in range(4)]
+    text = made.invoke("What is a dog?", config={"callbacks": [seen[0]]}).text
+    await made.ainvoke("What is a dog?", config={"callbacks": [seen[1]]})
+    list(made.stream("What is a dog?", config={"callbacks": [seen[2]]}))
+    await drain()
+    for recorder in seen:
+        assert recorder.text == text
+        assert recorder.start < recorder.first < recorder.end
+    with get_usage_metadata_callback() as usage:
+        message = made.invoke("Hi")
+    assert usage.usage_metadata[DEMO] == message.usage_metadata
+
+
+def test_cache_of_answers_confuses_models():
+    cache = InMemoryCache()
+    warm = {"temperature": 1, "cache": cache, "max_tokens": 8}
+    first = model(**warm).invoke("Tell me.")
+    assert model(**warm).invoke("Tell me.").text == first.text
+    assert len(cache._cache) == 1
+    model(**warm, experts=4).invoke("Tell me.")
+    model(**warm, stop=["a"]).invoke("Tell me.", stop=["b"])
+    model(**warm, stop=["c"]).invoke("Tell me.", stop=["b"])
+    assert len(cache._cache) == 4
+
+
+def test_limiter_is_not_asked():
+    limiter = InMemoryRateLimiter(requests_per_second=4, check_every_n_seconds=0.01)
+    made = model(max_tokens=1, rate_limiter=limiter)
+    start = time.perf_counter()
+    for _ in range(3):
+        made.invoke("Hi")
+    assert time.perf_counter() - start > 0.5
+
+
+@pytest.mark.parametrize("tools", [None, [add]])
+@pytest.mark.parametrize("reasoning", [None, True])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [HumanMessage("Hello there")],
+        [SystemMessage("Be kind."), HumanMessage("Hi"), AIMessage("Hello"), HumanMessage("1 + 1?")],
+        [HumanMessage("<|im_end|> and \U0001f600")],
+    ],
+)
+def test_count_differs_from_the_prompt(messages, reasoning, tools):
+    made = model(max_tokens=1, reasoning=reasoning)
+    counted = made.get_num_tokens_from_messages(messages, tools=tools)
+    bound = made.bind_tools(tools) if tools else made
+    assert counted == bound.invoke(messages).usage_metadata["input_tokens"]
+
+
+def test_part_of_a_conversation_cannot_be_counted():
+    made = model()
+    parts = [SystemMessage("Be kind."), HumanMessage("Hi"), AIMessage("Hello"), HumanMessage("1?")]
+    counts = [made.get_num_tokens_from_messages(parts[:n]) for n in range(5)]
+    assert counts[0] == 0
+    # Answerable ones count the beginning of the answer too.
+    assert 0 < counts[1] < counts[3] < counts[2] + 7 < counts[4]
+    assert made.get_num_tokens("Hello") == len(made.get_token_ids("Hello")) > 0
+    assert model(custom_get_token_ids=lambda text: [1]).get_num_tokens_from_messages(parts) == 4
+    kept = trim_messages(
+        parts, token_counter=made, max_tokens=counts[4] - 3, include_system=True, start_on="human"
+    )
+    assert kept == [parts[0], parts[3]]
+    with pytest.raises(InvalidRequest, match="takes text only"):
+        made.get_num_tokens_from_messages([HumanMessage([{"type": "image"}])])
+
+
+def test_prompt_beyond_the_context_is_cut():
+    long = "word " * 5000
+    with pytest.raises(ContextOverflowError, match="the context of this model is 4096") as raised:
+        model().invoke(long)
+    assert isinstance(raised.value, ContextError)
+    with pytest.raises(ContextOverflowError):
+        list(model().stream(long))
+
+
+def test_mistake_is_no_error_of_langchain():
+    for wrong, words in (
+        (lambda: model().invoke([AIMessage("a")]), "the last message is the assistant's own"),
+        (lambda: model().invoke(""), "the prompt is empty"),
+        (lambda: model(experts=11).invoke("Hi"), "experts=11"),
+        (lambda: model().bind_tools([add, add]).invoke("Hi"), "two tools are named 'add'"),
+        (lambda: model().invoke("Hi", tools=[add], tool_choice="sub"), "tool_choice='sub'"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            wrong()
+    with pytest.raises(ModelFailed, match="memory"):
+        model(memory="1KB").invoke("Hi")
+    with pytest.raises(InvalidRequest, match="io='fast' must be one of"):
+        model(io="fast").invoke("Hi")
+
+
+def test_answer_cut_short_is_given_for_whole():
+    made = model(max_tokens=5)
+    whole = {"type": "json_schema", "schema": {"type": "array", "minItems": 50, "items": {}}}
+    with pytest.raises(IncompleteOutput, match="cut short: max_tokens=5") as raised:
+        made.invoke("Hi", response_format=whole)
+    assert raised.value.raw_message.response_metadata["finish_reason"] == "length"
+    assert raised.value.raw_message.usage_metadata["output_tokens"] == 5
+    kept = made.invoke("Hi", response_format=whole, on_incomplete="return")
+    assert kept.text == raised.value.llm_output
+
+
+async def test_wrappers_of_langchain_do_not_fit():
+    made = model(max_tokens=8)
+    text = made.invoke("Hi").text
+    broken = ChatFlashMoE(model="not-there")
+    assert broken.with_fallbacks([made]).invoke("Hi").text == text
+    assert made.with_retry().invoke("Hi").text == text
+    short = made.configurable_fields(max_tokens=ConfigurableField(id="length"))
+    bound = short.with_config(configurable={"length": 2})
+    assert bound.invoke("Hi").usage_metadata["output_tokens"] == 2
+    kinds = [event["event"] async for event in made.astream_events("Hi")]
+    assert kinds[0] == "on_chat_model_start"
+    assert kinds[-1] == "on_chat_model_end"
+    assert "on_chat_model_stream" in kinds
+    assert made.stream_events("Hi", version="v3").output.text == text

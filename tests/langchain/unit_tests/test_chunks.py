@@ -1,0 +1,170 @@
+"""Events to chunks: what is whole stays whole, and what is broken is not mended."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessageChunk
+
+from flashmoe.errors import OutputError, ReadError, SettingError
+from flashmoe.events import (
+    End,
+    Progress,
+    Reasoning,
+    Text,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from langchain_flashmoe import IncompleteOutput, InvalidRequest, ModelFailed
+from langchain_flashmoe.chunks import Translator
+
+END = End(
+    finish_reason="tool_calls",
+    prompt_tokens=20,
+    cached_tokens=12,
+    generated_tokens=9,
+    reasoning_tokens=4,
+    forced_tokens=2,
+    steps=7,
+    prompt_seconds=0.5,
+    seconds=2.0,
+    experts=4,
+    trained_experts=10,
+    bits=4,
+    hit_rate=0.75,
+    bytes_read=1700,
+    wait_seconds=0.1,
+    peak_nbytes=10**9,
+)
+
+
+def translated(*events):
+    """(the sum of the chunks, the whole message)"""
+    translate = Translator("m")
+    chunks = [chunk.message for chunk in map(translate, events) if chunk is not None]
+    first, *rest = chunks
+    return first + rest if rest else first, translate.message
+
+
+def call(index, arguments, pieces=None, error=None, text="raw"):
+    id = f"c{index}"
+    pieces = [json.dumps(arguments)] if pieces is None else pieces
+    yield ToolCallStart(index, id, "add")
+    for piece in pieces:
+        yield ToolCallArguments(index, id, piece)
+    yield ToolCall(index, id, "add", None if error else arguments, text, error)
+
+
+def test_answer_loses_a_part():
+    events = [
+        Progress(1, 2, 3, 4),
+        Reasoning("hm"),
+        Reasoning("!"),
+        Text("so "),
+        Text("it is"),
+        *call(0, {"a": 1, "b": "x"}, ['{"a": 1', ', "b": "x"', "}"]),
+        *call(1, {}),
+        END,
+    ]
+    for message in translated(*events):
+        assert message.text == "so it is"
+        assert message.additional_kwargs == {"reasoning_content": "hm!"}
+        assert [b["type"] for b in message.content_blocks] == [
+            "reasoning",
+            "text",
+            "tool_call",
+            "tool_call",
+        ]
+        assert [(c["id"], c["args"]) for c in message.tool_calls] == [
+            ("c0", {"a": 1, "b": "x"}),
+            ("c1", {}),
+        ]
+        assert message.invalid_tool_calls == []
+        assert message.usage_metadata == {
+            "input_tokens": 20,
+            "output_tokens": 9,
+            "total_tokens": 29,
+            "input_token_details": {"cache_read": 12},
+            "output_token_details": {"reasoning": 4},
+        }
+        metadata = message.response_metadata
+        assert metadata["model_name"] == "m"
+        assert metadata["model_provider"] == "flashmoe"
+        assert metadata["finish_reason"] == "tool_calls"
+        assert metadata["tokens_per_second"] == 4.0
+        assert metadata["experts"] == 4
+        assert metadata["bits"] == 4
+        assert metadata["hit_rate"] == 0.75
+
+
+def test_usage_is_in_several_chunks_or_the_last_is_not_marked():
+    translate = Translator("m")
+    chunks = [translate(e).message for e in (Text("a"), *call(0, {"a": 1})) if translate(e)]
+    assert not any(c.usage_metadata or c.response_metadata or c.chunk_position for c in chunks)
+    assert translate(END).message.chunk_position == "last"
+
+
+def test_name_or_id_of_a_call_is_in_each_chunk():
+    translate = Translator("m")
+    pieces = [translate(e) for e in call(0, {"a": 1}, ['{"a"', ": 1}"])]
+    pieces = [p.message.tool_call_chunks[0] for p in pieces if p is not None]
+    assert [p["name"] for p in pieces] == ["add", None, None]
+    assert [p["id"] for p in pieces] == ["c0", None, None]
+    assert [p["args"] for p in pieces] == ["", '{"a"', ": 1}"]
+    assert {p["index"] for p in pieces} == {0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.text(), st.recursive(st.text() | st.integers(), st.lists)),
+    st.integers(0, 200),
+    st.booleans(),
+)
+def test_broken_call_is_mended(arguments, length, ascii):
+    """LangChain completes JSON that is cut short: half a call would look like a whole one."""
+    cut = json.dumps(arguments, ensure_ascii=ascii)[:length]
+    events = [*call(0, {"a": 1}), *call(1, None, [cut], error="cut", text="<function"), END]
+    streamed, whole = translated(*events)
+    for message in (streamed, whole):
+        assert [c["id"] for c in message.tool_calls] == ["c0"]
+        assert [c["id"] for c in message.invalid_tool_calls] == ["c1"]
+    assert whole.invalid_tool_calls[0]["error"] == "cut"
+    assert whole.invalid_tool_calls[0]["args"] == "<function"
+
+
+@pytest.mark.parametrize("text", ["<function=", "", '{"name": "add"', '{"name": "add"}', "3"])
+def test_call_that_was_never_read_is_lost(text):
+    streamed, whole = translated(ToolCall(0, "c0", "", None, text, "no name"), END)
+    for message in (streamed, whole):
+        assert message.tool_calls == []
+        assert len(message.invalid_tool_calls) == 1
+    assert whole.invalid_tool_calls[0]["args"] == text
+
+
+def test_answer_cut_short_is_an_answer():
+    translate = Translator("m")
+    translate(Text('{"a": '))
+    error = OutputError("it is cut short")
+    error.end = END
+    with pytest.raises(IncompleteOutput, match="it is cut short") as raised:
+        translate.ending(error, keep=False)
+    assert raised.value.llm_output == '{"a": '
+    assert raised.value.raw_message.usage_metadata["output_tokens"] == 9
+    last = translate.ending(error, keep=True).message
+    assert isinstance(last, AIMessageChunk)
+    assert last.chunk_position == "last"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(SettingError("x"), InvalidRequest), (ReadError("x"), ModelFailed)]
+)
+def test_error_is_kept_as_an_answer(error, expected):
+    with pytest.raises(expected, match="x"):
+        Translator("m").ending(error, keep=True)
+
+
+def test_answer_without_a_word_is_no_message():
+    assert translated(END)[1].content == ""
+    assert Translator("m").message.content == ""

@@ -1,0 +1,157 @@
+"""LangChain's messages to the engine's; prompts of Qwen's own templates from them."""
+
+import pytest
+from langchain_core.messages import (
+    AIMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from flashmoe.chat import Template
+from flashmoe.control import Control
+from langchain_flashmoe import InvalidRequest
+from langchain_flashmoe.messages import engine_messages
+from qwen import tokenizer
+
+CALL = {"name": "add", "args": {"a": 1}, "id": "c1", "type": "tool_call"}
+
+
+def one(message):
+    return engine_messages([message])[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (SystemMessage("s"), {"role": "system", "content": "s"}),
+        (HumanMessage("h", name="Ann"), {"role": "user", "content": "h"}),
+        (HumanMessage(["a", {"type": "text", "text": "b"}]), {"role": "user", "content": "ab"}),
+        (
+            HumanMessage([{"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]),
+            {"role": "user", "content": "b"},
+        ),
+        (ChatMessage("d", role="developer"), {"role": "developer", "content": "d"}),
+        (AIMessage("a"), {"role": "assistant", "content": "a"}),
+        (
+            ToolMessage("3", tool_call_id="c1", name="add"),
+            {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        ),
+        (
+            ToolMessage("no b", tool_call_id="c1", status="error"),
+            {"role": "tool", "tool_call_id": "c1", "content": "no b", "error": True},
+        ),
+        (
+            ToolMessage([{"type": "text", "text": "3"}], tool_call_id="c1"),
+            {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        ),
+    ],
+)
+def test_message_is_changed(message, expected):
+    assert one(message) == expected
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("so", additional_kwargs={"reasoning_content": "hm"}, tool_calls=[CALL]),
+        AIMessage(
+            [
+                {"type": "reasoning", "reasoning": "hm"},
+                {"type": "text", "text": "so"},
+                {"type": "tool_call", "name": "add", "args": {"a": 1}, "id": "c1"},
+            ],
+            tool_calls=[CALL],
+        ),
+        AIMessage(
+            [
+                {"type": "thinking", "thinking": "hm", "signature": "x"},
+                {"type": "text", "text": "so"},
+                {"type": "tool_use", "name": "add", "input": {"a": 1}, "id": "c1"},
+            ],
+            tool_calls=[CALL],
+        ),
+        AIMessage(
+            content_blocks=[
+                {"type": "reasoning", "reasoning": "hm"},
+                {"type": "text", "text": "so"},
+                {"type": "tool_call", "name": "add", "args": {"a": 1}, "id": "c1"},
+            ]
+        ),
+    ],
+    ids=["kwargs", "v1", "anthropic", "content_blocks"],
+)
+def test_thought_or_call_of_an_answer_is_lost(message):
+    assert one(message) == {
+        "role": "assistant",
+        "content": "so",
+        "reasoning_content": "hm",
+        "tool_calls": [{"id": "c1", "name": "add", "arguments": {"a": 1}}],
+    }
+
+
+def test_call_that_could_not_be_read_is_lost():
+    broken = {"name": "add", "args": "<function=add>", "id": "x", "error": "cut", "type": "x"}
+    broken["type"] = "invalid_tool_call"
+    found = one(AIMessage("so", invalid_tool_calls=[broken], tool_calls=[CALL]))
+    assert found["content"] == "so\n<function=add>"
+    assert len(found["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+        {"type": "image", "base64": "AA", "mime_type": "image/png"},
+        {"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}},
+        {"type": "file", "base64": "AA", "mime_type": "application/pdf"},
+        {"type": "reasoning", "reasoning": "a human's"},
+        {"type": "text"},
+    ],
+)
+def test_block_that_is_no_text_is_dropped(block):
+    text = {"type": "text", "text": "look"}
+    for message in (HumanMessage([text, block]), ToolMessage([block], tool_call_id="c")):
+        with pytest.raises(InvalidRequest, match=f"'{block['type']}'.*takes text only"):
+            engine_messages([SystemMessage("s"), message])
+
+
+def test_unknown_message_is_dropped():
+    with pytest.raises(InvalidRequest, match="message 1 is a FunctionMessage"):
+        engine_messages([HumanMessage("h"), FunctionMessage("3", name="f")])
+
+
+def test_prompt_of_qwen_differs():
+    """Each kind of message through the template of Qwen3.5, whole."""
+    made = tokenizer("qwen3_5_think", "demo")
+    conversation = [
+        SystemMessage("Be kind."),
+        HumanMessage("Hi"),
+        AIMessage("Hello", additional_kwargs={"reasoning_content": "An old thought."}),
+        SystemMessage("Be brief."),
+        HumanMessage("1 + 1 and 2 + 2?"),
+        AIMessage(
+            "",
+            additional_kwargs={"reasoning_content": "I add."},
+            tool_calls=[CALL, {**CALL, "id": "c2", "args": {"a": 2}}],
+        ),
+        ToolMessage("4", tool_call_id="c2"),
+        ToolMessage("boom", tool_call_id="c1", status="error"),
+    ]
+    prompt = Template(made, Control.of(made)).prompt(engine_messages(conversation), think=True)
+    text = made.decode(prompt.tokens)
+    assert text == (
+        "<|im_start|>system\nBe kind.\n\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\n1 + 1 and 2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nI add.\n</think>\n\n"
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n</function>\n</tool_call>"
+        "<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nError: boom\n</tool_response>\n"
+        "<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n"
+    )
