@@ -168,6 +168,7 @@ def test_profile_of_a_bare_template_has_tools(tmp_path):
     assert not profile["reasoning_output"]
 
 
+@pytest.mark.filterwarnings("ignore:The function .load. is in beta")
 def test_dumped_model_is_another():
     made = model(temperature=0.5, stop=["a"], api_key="secret", experts=4)
     dumped = dumpd(made)
