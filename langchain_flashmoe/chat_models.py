@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from operator import itemgetter
-from pathlib import Path
 from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -13,27 +11,25 @@ from langchain_core.language_models import LangSmithParams, LanguageModelInput, 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils import from_env
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 from typing_extensions import Self
 
 from flashmoe import __version__, catalog
-from flashmoe.capabilities import capabilities, fingerprint
 from flashmoe.engine import Engine, release, shared
 from flashmoe.errors import FlashMoEError
 from flashmoe.requests import Request, check_request
 
 from .chunks import Translator
-from .errors import InvalidRequest, ModelNotFound, translated
+from .errors import InvalidRequest, translated
 from .messages import engine_messages
+from .models import find, identity, profile, tracing_params
 from .options import OF_REQUEST, Call, Options
-from .schemas import Schema, SchemaParser
-from .tools import engine_choice, engine_format, openai_tools
-
-# Options that decide what an answer is; the others decide how it comes.
-_OF_THE_ANSWER = tuple(n for n in Options.model_fields if n not in ("prompt_cache", "timeout"))
+from .schemas import Schema
+from .structured import SchemaParser, with_raw
+from .tools import engine_choice, engine_format, openai_tools, response_format
 
 
 class ChatFlashMoE(BaseChatModel, Options):
@@ -136,56 +132,19 @@ class ChatFlashMoE(BaseChatModel, Options):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        return self._identity(Call.of(self, None, {}))
-
-    def _identity(self, call: Call) -> dict[str, Any]:
-        """All that an answer depends on, but for its messages, tools and formats."""
-        found = {"model": call.model, "stop": call.stop, "version": __version__}
-        try:
-            path = catalog.find(call.model).resolve()
-            found |= {"path": str(path), "files": fingerprint(path)}
-        except (FlashMoEError, OSError):
-            pass  # said when it is asked for an answer
-        return found | {name: getattr(call, name) for name in _OF_THE_ANSWER}
+        return identity(Call.of(self, None, {}))
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The key of LangChain's cache. Its own has neither the files of the model nor, when a call
         has some, the stop strings of the constructor."""
-        own = self._identity(Call.of(self, stop, kwargs))
+        own = identity(Call.of(self, stop, kwargs))
         return str(sorted((kwargs | own | {"_type": self._llm_type}).items()))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        call = Call.of(self, stop, kwargs)
-        params = LangSmithParams(
-            ls_provider="flashmoe", ls_model_name=call.model, ls_model_type="chat"
-        )
-        if call.temperature is not None:
-            params["ls_temperature"] = call.temperature
-        if call.max_tokens is not None:
-            params["ls_max_tokens"] = call.max_tokens
-        if call.stop:
-            params["ls_stop"] = call.stop
-        return params
+        return tracing_params(Call.of(self, stop, kwargs))
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        able = capabilities(catalog.find(self.model))
-        kinds = ("image", "image_url", "pdf", "audio", "video")
-        return ModelProfile(
-            name=self.model,
-            open_weights=True,
-            max_input_tokens=able.context,
-            text_inputs=True,
-            text_outputs=True,
-            **{f"{kind}_inputs": False for kind in kinds},
-            **{f"{kind}_outputs": False for kind in ("image", "audio", "video")},
-            image_tool_message=False,
-            pdf_tool_message=False,
-            reasoning_output=able.thoughts,
-            tool_calling=able.tools,
-            tool_choice=able.tools,
-            tool_call_streaming=able.tools,
-            structured_output=True,
-        )
+        return profile(self.model)
 
     # Counting.
 
@@ -211,7 +170,7 @@ class ChatFlashMoE(BaseChatModel, Options):
     def _counter(self):
         from flashmoe.counting import counter
 
-        return counter(_find(self.model))
+        return counter(find(self.model))
 
     # Answers.
 
@@ -301,7 +260,7 @@ class ChatFlashMoE(BaseChatModel, Options):
         Raises:
             InvalidRequest, ModelNotFound
         """
-        path = _find(call.model)
+        path = find(call.model)
         tools = openai_tools(call.tools)
         # K belongs to the request, so that models that differ by it alone share one engine.
         experts = catalog.model(call.model).experts if call.experts is None else call.experts
@@ -398,30 +357,12 @@ class ChatFlashMoE(BaseChatModel, Options):
         if include_raw:
             kwargs.setdefault("on_incomplete", "return")
         if method == "function_calling":
-            model = self.bind_tools(
-                [described.tool],
-                tool_choice=described.name,
-                strict=strict,
-                parallel_tool_calls=False,
-                **kwargs,
-            )
-        elif described is None:
-            model = self._bound(response_format={"type": "json_object"}, **kwargs)
+            kwargs |= {"tool_choice": described.name, "parallel_tool_calls": False}
+            model = self.bind_tools([described.tool], strict=strict, **kwargs)
         else:
-            form = {"name": described.name, "schema": described.json}
-            model = self._bound(
-                response_format={"type": "json_schema", "json_schema": form}, **kwargs
-            )
+            model = self._bound(response_format=response_format(described), **kwargs)
         parser = SchemaParser(schema_=described, from_call=method == "function_calling")
-        if not include_raw:
-            return model | parser
-        parsed = RunnablePassthrough.assign(
-            parsed=itemgetter("raw") | parser, parsing_error=lambda _: None
-        )
-        unparsed = RunnablePassthrough.assign(parsed=lambda _: None)
-        return RunnableMap(raw=model) | parsed.with_fallbacks(
-            [unparsed], exception_key="parsing_error"
-        )
+        return with_raw(model, parser) if include_raw else model | parser
 
     def _bound(self, **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         ours = {k: v for k, v in kwargs.items() if k != "ls_structured_output_format"}
@@ -433,17 +374,10 @@ class ChatFlashMoE(BaseChatModel, Options):
     def close(self) -> None:
         """Free the memory of the checkpoint: of this model, and of all that share it. It is loaded
         again by the next call."""
-        release(_find(self.model))
+        release(find(self.model))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
-
-
-def _find(name: str) -> Path:
-    try:
-        return catalog.find(name)
-    except FlashMoEError as e:
-        raise ModelNotFound(str(e)) from e

@@ -1,5 +1,4 @@
-"""Schemas of structured output: pydantic 1 and 2, TypedDict, JSON schema, OpenAI functions; and
-the parser that makes answers what the schema describes."""
+"""Schemas of structured output: pydantic 1 and 2, TypedDict, JSON schema, OpenAI functions."""
 
 from __future__ import annotations
 
@@ -7,15 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_core.exceptions import OutputParserException
-from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
-from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.utils.function_calling import convert_to_json_schema
-from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
-
-from flashmoe import schemas
 
 from .errors import InvalidRequest
 
@@ -72,63 +64,3 @@ class Schema:
         if hasattr(self.cls, "model_validate"):
             return self.cls.model_validate(value)
         return self.cls.parse_obj(value)
-
-
-class SchemaParser(BaseCumulativeTransformOutputParser):
-    """The answer of a message, by its schema. While it streams, what there is of it.
-
-    Where LangChain's own parsers mend JSON that is cut short, or give None for a call that cannot
-    be read, this one raises.
-
-    Args:
-        schema: None: any JSON object.
-        from_call: the answer is the arguments of a call, not the text.
-    """
-
-    schema_: Schema | None = None
-    from_call: bool = False
-
-    @property
-    def _type(self) -> str:
-        return "flashmoe_schema"
-
-    def parse(self, text: str) -> Any:
-        return self.parse_result([ChatGeneration(message=AIMessage(text))])
-
-    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """
-        Raises:
-            OutputParserException: the answer is not whole, or does not fit.
-        """
-        message = result[0].message
-        under_way = isinstance(message, AIMessageChunk) and message.chunk_position != "last"
-        if partial and under_way:
-            try:
-                value = self._partial(message)
-                return None if value is None else self._made(value)
-            except ValueError:
-                return None
-        try:
-            return self._made(self._value(message))
-        except (ValueError, RecursionError) as e:
-            reason = message.response_metadata.get("finish_reason")
-            ending = f" (finish_reason: {reason})" if reason else ""
-            raise OutputParserException(
-                f"there is no valid answer{ending}: {e}", llm_output=message.text
-            ) from e
-
-    def _made(self, value: Any) -> Any:
-        return value if self.schema_ is None else self.schema_.make(value)
-
-    def _partial(self, message: AIMessage) -> Any:
-        if self.from_call:
-            return message.tool_calls[0]["args"] if message.tool_calls else None
-        return parse_partial_json(message.text) if message.text.strip() else None
-
-    def _value(self, message: AIMessage) -> Any:
-        if not self.from_call:
-            return schemas.loads(message.text)
-        if message.tool_calls:
-            return message.tool_calls[0]["args"]
-        broken = [call["error"] or call["args"] for call in message.invalid_tool_calls]
-        raise ValueError("; ".join(map(str, broken)) or f"no call, but {message.text[:200]!r}")

@@ -80,3 +80,10 @@ def engine_format(wanted: Any) -> dict | None:
     if isinstance(wanted, dict) and wanted.get("type") in ("json_object", "regex", "lark"):
         return wanted
     return {"type": "json_schema", "schema": Schema.of(wanted).json}
+
+
+def response_format(schema: Schema | None) -> dict:
+    """OpenAI's form of a schema; None: any JSON object."""
+    if schema is None:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": schema.name, "schema": schema.json}}

@@ -14,7 +14,8 @@ from typing_extensions import TypedDict
 
 from flashmoe.catalog import DEMO
 from langchain_flashmoe import ChatFlashMoE, InvalidRequest
-from langchain_flashmoe.schemas import Schema, SchemaParser
+from langchain_flashmoe.schemas import Schema
+from langchain_flashmoe.structured import SchemaParser
 
 
 class New(BaseModel):
