@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams, LanguageModelInput, ModelProfile
@@ -30,6 +30,9 @@ from .options import OF_REQUEST, Call, Options
 from .schemas import Schema
 from .structured import SchemaParser, with_raw
 from .tools import engine_choice, engine_format, openai_tools, response_format
+
+if TYPE_CHECKING:
+    from flashmoe.counting import Counter
 
 
 class ChatFlashMoE(BaseChatModel, Options):
@@ -161,16 +164,19 @@ class ChatFlashMoE(BaseChatModel, Options):
         can be answered, those of `usage_metadata["input_tokens"]`."""
         if self.custom_get_token_ids is not None:
             return super().get_num_tokens_from_messages(messages)
+        counted = engine_messages(messages), openai_tools(tools or [])
         try:
-            counted = engine_messages(messages), openai_tools(tools or [])
             return self._counter().count(*counted, think=self.reasoning)
         except FlashMoEError as e:
             raise translated(e) from e
 
-    def _counter(self):
+    def _counter(self) -> Counter:
         from flashmoe.counting import counter
 
-        return counter(find(self.model))
+        try:
+            return counter(find(self.model))
+        except FlashMoEError as e:
+            raise translated(e) from e
 
     # Answers.
 

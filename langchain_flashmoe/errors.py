@@ -42,6 +42,8 @@ class IncompleteOutput(exceptions.OutputParserException, exceptions.ModelError, 
 
 def translated(error: errors.FlashMoEError) -> Exception:
     """The error that LangChain's users expect for one of the engine, but for an OutputError."""
+    if isinstance(error, exceptions.LangChainException):
+        return error
     for ours, theirs in (
         (errors.ContextError, ContextOverflow),
         (errors.SettingError, InvalidRequest),

@@ -109,7 +109,7 @@ class Call(Options):
         return [] if value is None else value
 
     @classmethod
-    def of(cls, model: Options, stop: list[str] | None, overrides: dict[str, Any]) -> Call:
+    def of(cls, model: Options, stop: list[str] | str | None, overrides: dict[str, Any]) -> Call:
         """The options of a model with those of a call over them; stop strings of both.
 
         Raises:
@@ -117,7 +117,7 @@ class Call(Options):
         """
         own = {name: getattr(model, name) for name in (*Options.model_fields, "model", "stop")}
         given = {name: value for name, value in overrides.items() if name != "stop"}
-        stops = [*(own["stop"] or []), *(stop or [])]
+        stops = [*(own["stop"] or []), *([stop] if isinstance(stop, str) else stop or [])]
         try:
             return cls(**(own | given | {"stop": list(dict.fromkeys(stops))}))
         except ValidationError as e:

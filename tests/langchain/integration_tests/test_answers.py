@@ -15,7 +15,13 @@ from langchain_core.runnables import ConfigurableField
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import shared
 from flashmoe.errors import ContextError, TimedOut
-from langchain_flashmoe import ChatFlashMoE, IncompleteOutput, InvalidRequest, ModelFailed
+from langchain_flashmoe import (
+    ChatFlashMoE,
+    IncompleteOutput,
+    InvalidRequest,
+    ModelFailed,
+    ModelNotFound,
+)
 
 # Longer than any test would wait for.
 ENDLESS = {"max_tokens": 3500, "repetition_penalty": 1.3, "temperature": 1, "seed": 1}
@@ -131,6 +137,7 @@ def test_stop_string_of_the_model_or_the_call_is_ignored():
         model(stop=[second]).invoke("What is a dog?", stop=[first]),
     ):
         assert stopped.text == text[: text.index(first)]
+    assert model().invoke("What is a dog?", stop=first).text == of_model.text
     # Across tokens, and not at a boundary of them.
     middle = text[8:19]
     assert model(stop=middle).invoke("What is a dog?").text == text[: text.index(middle)]
@@ -267,6 +274,12 @@ def test_part_of_a_conversation_cannot_be_counted():
         parts, token_counter=made, max_tokens=counts[4] - 3, include_system=True, start_on="human"
     )
     assert kept == [parts[0], parts[3]]
+    with pytest.raises(InvalidRequest, match="two tools"):
+        made.get_num_tokens_from_messages(parts, tools=[add, add])
+    with pytest.raises(ModelNotFound):
+        ChatFlashMoE(model="not-there").get_num_tokens("Hi")
+    with pytest.raises(ModelNotFound):
+        ChatFlashMoE(model="not-there").get_num_tokens_from_messages(parts)
     with pytest.raises(InvalidRequest, match="takes text only"):
         made.get_num_tokens_from_messages([HumanMessage([{"type": "image"}])])
 
