@@ -1,0 +1,104 @@
+"""Calls of the model to requests of the engine: nothing that was asked for is lost on the way."""
+
+import pytest
+from langchain_core.messages import HumanMessage
+from pydantic import BaseModel
+
+from flashmoe import registry
+from flashmoe.catalog import DEMO, find
+from flashmoe.engine import release
+from flashmoe.requests import RANGES, Request
+from langchain_flashmoe import ChatFlashMoE
+from langchain_flashmoe.options import Call
+
+VALUES = {
+    "max_tokens": 7,
+    "temperature": 0.25,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.125,
+    "repetition_penalty": 1.5,
+    "seed": 0,
+    "thinking_budget": 0,
+    "experts": 4,
+}
+
+
+class Answer(BaseModel):
+    text: str
+
+
+@pytest.fixture(autouse=True)
+def no_engines():
+    yield
+    release()
+
+
+def request(model=None, stop=None, **kwargs):
+    model = model or ChatFlashMoE(model=DEMO)
+    return model._request(Call.of(model, stop, kwargs), [HumanMessage("Hi")])[1]
+
+
+def test_option_is_not_tested():
+    assert VALUES.keys() == RANGES.keys() | {"experts"}
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES.items())
+def test_option_is_lost(name, value):
+    expected = Request([{"role": "user", "content": "Hi"}], **{name: value})
+    assert request(**{name: value}) == expected
+    made = ChatFlashMoE(model=DEMO, **{name: value})
+    assert request(made) == expected
+    # None: as if it had not been given.
+    assert request(made, **{name: None}) == request()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"reasoning": False}, {"think": False}),
+        ({"reasoning": True}, {"think": True}),
+        ({"prompt_cache": False}, {"cache": False}),
+        ({"parallel_tool_calls": False}, {"parallel_tool_calls": False}),
+        ({"parallel_tool_calls": None}, {"parallel_tool_calls": True}),
+        ({"tool_choice": False}, {"tool_choice": "none"}),
+        ({"stop": ["a", "b"]}, {"stop": ("a", "b")}),
+        (
+            {"response_format": Answer},
+            {"response_format": {"type": "json_schema", "schema": Answer.model_json_schema()}},
+        ),
+    ],
+)
+def test_argument_is_lost(kwargs, expected):
+    stop = kwargs.pop("stop", None)
+    assert request(stop=stop, **kwargs) == Request([{"role": "user", "content": "Hi"}], **expected)
+
+
+def test_name_that_prunes_does_not(tmp_path, monkeypatch):
+    """qwen3.5-397b-flash is the checkpoint with K=4, here as a copy of the demo model."""
+    repo = tmp_path / "Qwen3.5-397B-A17B-4bit"
+    repo.mkdir()
+    for file in find(DEMO).iterdir():
+        (repo / file.name).symlink_to(file)
+    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
+    registry.add("big", repo)
+    flash = ChatFlashMoE(model="qwen3.5-397b-flash")
+    assert request(flash).experts == 4
+    assert request(flash, experts=6).experts == 6
+    assert request(ChatFlashMoE(model="qwen3.5-397b")).experts is None
+    assert flash.profile["max_input_tokens"] == 4096
+
+
+def test_answer_of_a_schema_may_be_several_calls():
+    made = ChatFlashMoE(model=DEMO)
+    chain = made.with_structured_output(Answer, method="function_calling")
+    assert chain.first.kwargs["parallel_tool_calls"] is False
+    assert chain.first.kwargs["tool_choice"] == "Answer"
+
+
+def test_memory_or_io_is_lost():
+    made = ChatFlashMoE(model=DEMO, memory="1GB", io="uncached")
+    engine, _ = made._request(Call.of(made, None, {}), [HumanMessage("Hi")])
+    assert engine.settings == {"memory": "1GB", "io": "uncached"}
+    bare = ChatFlashMoE(model=DEMO)
+    assert bare._request(Call.of(bare, None, {}), [HumanMessage("Hi")])[0].settings == {}
