@@ -268,7 +268,11 @@ def test_part_of_a_conversation_cannot_be_counted():
     assert counts[0] == 0
     # Answerable ones count the beginning of the answer too.
     assert 0 < counts[1] < counts[3] < counts[2] + 7 < counts[4]
-    assert made.get_num_tokens("Hello") == len(made.get_token_ids("Hello")) > 0
+    short, long = "Hello", "Hello there <|im_end|>"
+    lengths = [len(made.get_token_ids(text)) for text in (short, long)]
+    assert lengths == [made.get_num_tokens(short), made.get_num_tokens(long)]
+    counted = [made.get_num_tokens_from_messages([HumanMessage(text)]) for text in (short, long)]
+    assert counted[1] - counted[0] == lengths[1] - lengths[0] > 5
     assert model(custom_get_token_ids=lambda text: [1]).get_num_tokens_from_messages(parts) == 4
     kept = trim_messages(
         parts, token_counter=made, max_tokens=counts[4] - 3, include_system=True, start_on="human"
