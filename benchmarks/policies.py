@@ -1,0 +1,134 @@
+"""Slot policies for one layer, without bytes: what `replay.py` compares.
+
+Each has `access(experts)`: how many of one token's K experts it missed; all are resident then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Sequence
+from math import inf
+
+from flashmoe.slots import Slots
+
+
+class Aged:
+    """flashmoe's own: frequency that halves every `half_life` tokens. With a very long one it is
+    plain LFU."""
+
+    def __init__(self, num_slots: int, num_experts: int, half_life: float = 128.0):
+        self.slots = Slots(num_slots, num_experts, half_life)
+
+    def access(self, experts: Sequence[int]) -> int:
+        missing = [e for e in experts if self.slots.lookup(e) is None]
+        self.slots.touch(dict.fromkeys(experts, 1), 1)
+        for expert in missing:
+            self.slots.take(expert, experts)
+        return len(missing)
+
+
+class LRU:
+    """The one that was used longest ago leaves."""
+
+    def __init__(self, num_slots: int, num_experts: int):
+        self.num_slots = num_slots
+        self.resident: OrderedDict[int, None] = OrderedDict()
+
+    def access(self, experts: Sequence[int]) -> int:
+        missing = [e for e in experts if e not in self.resident]
+        for expert in experts:
+            self.resident.pop(expert, None)
+            self.resident[expert] = None
+        while len(self.resident) > self.num_slots:
+            self.resident.popitem(last=False)
+        return len(missing)
+
+
+class S3FIFO:
+    """A small queue that most leave again, a main one for those that came back, and the names of
+    those that left (Yang et al., SOSP 2023)."""
+
+    def __init__(self, num_slots: int, num_experts: int, small: float = 0.1):
+        self.num_slots = num_slots
+        self.small_limit = max(1, int(num_slots * small))
+        self.small: deque[int] = deque()
+        self.main: deque[int] = deque()
+        self.ghost: OrderedDict[int, None] = OrderedDict()
+        self.uses: dict[int, int] = {}
+
+    def access(self, experts: Sequence[int]) -> int:
+        missing = [e for e in experts if e not in self.uses]
+        for expert in experts:
+            if expert in self.uses:
+                self.uses[expert] = min(3, self.uses[expert] + 1)
+        for expert in missing:
+            while len(self.uses) >= self.num_slots:
+                self._evict(experts)
+            if self.ghost.pop(expert, inf) is None:
+                self.main.append(expert)
+            else:
+                self.small.append(expert)
+            self.uses[expert] = 0
+        return len(missing)
+
+    def _evict(self, pinned: Collection[int]) -> None:
+        """One that no token needs now leaves. There is one: slots are K at least."""
+        while True:
+            settled = any(expert not in pinned for expert in self.main)
+            from_small = self.small and (len(self.small) > self.small_limit or not settled)
+            queue = self.small if from_small else self.main
+            expert = queue.popleft()
+            if expert in pinned or self.uses[expert] > 0:
+                if expert not in pinned and not from_small:
+                    self.uses[expert] -= 1
+                self.main.append(expert)
+                continue
+            del self.uses[expert]
+            if from_small:
+                self.ghost[expert] = None
+                if len(self.ghost) > self.num_slots:
+                    self.ghost.popitem(last=False)
+            return
+
+
+class Pinned:
+    """A hot set that never leaves takes `share` of the slots, `Aged` has the others."""
+
+    def __init__(self, num_slots: int, num_experts: int, hot: Sequence[int], share: float = 0.5):
+        at_least = min(num_slots, 12)
+        kept = max(0, min(int(num_slots * share), num_slots - at_least))
+        self.hot = set(hot[:kept])
+        self.others = Aged(num_slots - len(self.hot), num_experts)
+
+    def access(self, experts: Sequence[int]) -> int:
+        return self.others.access([e for e in experts if e not in self.hot])
+
+
+class Clairvoyant:
+    """The one whose next use is furthest away leaves: no policy can miss less. Needs the future."""
+
+    def __init__(self, num_slots: int, future: Sequence[Sequence[int]]):
+        self.num_slots = num_slots
+        self.next: dict[int, deque[int]] = {}
+        for step, experts in enumerate(future):
+            for expert in experts:
+                self.next.setdefault(expert, deque()).append(step)
+        self.resident: set[int] = set()
+
+    def access(self, experts: Sequence[int]) -> int:
+        missing = [e for e in experts if e not in self.resident]
+        for expert in experts:
+            self.next[expert].popleft()
+        self.resident.update(missing)
+        for _ in range(len(self.resident) - self.num_slots):
+            self.resident.remove(max(self.resident - set(experts), key=self._next_use))
+        return len(missing)
+
+    def _next_use(self, expert: int) -> float:
+        return self.next[expert][0] if self.next[expert] else inf
+
+
+def hottest(steps: Sequence[Sequence[int]]) -> list[int]:
+    """The experts of some steps, most used first."""
+    counts = Counter(expert for experts in steps for expert in experts)
+    return [expert for expert, _ in counts.most_common()]
