@@ -15,6 +15,7 @@ bandwidth of the disk. Ends with one JSON line.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from statistics import median
 CGROUPS = Path("/sys/fs/cgroup/memory")
 
 
-def run(path: Path, memory: int, tokens: int, k: int | None) -> dict:
+def run(path: Path, memory: int, tokens: int, k: int | None, io: str) -> dict:
     import mlx.core as mx
     import numpy as np
     from mlx_lm.models.cache import make_prompt_cache
@@ -35,7 +36,7 @@ def run(path: Path, memory: int, tokens: int, k: int | None) -> dict:
 
     checkpoint = Checkpoint.open(path)
     start = time.perf_counter()
-    model = load_streaming(checkpoint, memory=memory, experts=k)
+    model = load_streaming(checkpoint, memory=memory, experts=k, io=io)
     found = {"load_seconds": round(time.perf_counter() - start, 2)}
     print(model.plan.describe(), file=sys.stderr)
     cache = make_prompt_cache(model)
@@ -46,12 +47,16 @@ def run(path: Path, memory: int, tokens: int, k: int | None) -> dict:
 
     step(drawn[:2].tolist())
     before, times = model.stats, []
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = usage.ru_utime + usage.ru_stime
     for token in drawn[2:].tolist():
         start = time.perf_counter()
         step([token])
         times.append(time.perf_counter() - start)
     stats = model.stats - before
-    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    counters = Path("/proc/self/io").read_text().splitlines()
+    disk = dict(line.split(": ") for line in counters)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     return found | {
         "experts": model.experts,
         "slots": model.plan.slots_per_layer,
@@ -60,7 +65,8 @@ def run(path: Path, memory: int, tokens: int, k: int | None) -> dict:
         "bytes_per_token": stats.reads.bytes // len(times),
         "read_gb_s": round(stats.reads.bytes / sum(times) / 1e9, 3),
         "wait_share": round(stats.reads.wait_seconds / sum(times), 3),
-        "disk_bytes": int(io["read_bytes"]),
+        "disk_bytes": int(disk["read_bytes"]),
+        "cpu_ms_per_token": round(1e3 * (usage.ru_utime + usage.ru_stime - cpu) / len(times), 1),
         "peak_rss": peak(),
     }
 
@@ -72,10 +78,11 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.8, help="budget / limit")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--k", type=int)
+    parser.add_argument("--io", default="buffered")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
-        print(json.dumps(run(args.path, args.memory, args.tokens, args.k)))
+        print(json.dumps(run(args.path, args.memory, args.tokens, args.k, args.io)))
         return
     size = sum(f.stat().st_size for f in args.path.glob("*.safetensors"))
     limit = int(size * args.fraction)
@@ -87,7 +94,7 @@ def main() -> None:
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")
         command = [sys.executable, __file__, str(args.path), "--tokens", str(args.tokens)]
-        command += ["--memory", str(int(limit * args.share))]
+        command += ["--memory", str(int(limit * args.share)), "--io", args.io]
         command += ["--k", str(args.k)] if args.k else []
         process = subprocess.Popen(
             command,

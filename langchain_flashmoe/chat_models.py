@@ -102,7 +102,7 @@ class ChatFlashMoE(BaseChatModel, Options):
     """Peak memory of the process, such as "8GB". `None`: what the machine can spare."""
 
     io: str | None = None
-    """How experts are read: see `flashmoe.reader.IO_MODES`."""
+    """How experts are read: "buffered", "uncached" or "direct", see `flashmoe.io_modes`."""
 
     streaming: bool = False
     """Stream inside `invoke`, so that callbacks see each token as a chunk of a stream."""

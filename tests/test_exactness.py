@@ -10,6 +10,7 @@ import flashmoe
 from flashmoe import ops
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.io_modes import IO_MODES
 from flashmoe.loading import load_streaming
 from oracle import load_resident, logits, same
 from toys import write_toy
@@ -74,8 +75,8 @@ def demo_resident(demo):
     return load_resident(demo.path)
 
 
-def check(checkpoint, resident, slots, length, chunk, vocab):
-    model = load_streaming(checkpoint, slots=slots)
+def check(checkpoint, resident, slots, length, chunk, vocab, io="buffered"):
+    model = load_streaming(checkpoint, slots=slots, io=io)
     tokens = prompt(length, vocab)
     try:
         streamed = logits(model, tokens, chunk)
@@ -100,6 +101,11 @@ def test_streamed_logits_differ_from_resident(toy, resident, length, chunk):
 @pytest.mark.parametrize("slots", [12, 30, 64])
 def test_streamed_demo_differs_from_resident(demo, demo_resident, slots, length, chunk):
     check(demo, demo_resident, slots, length, chunk, 8192)
+
+
+@pytest.mark.parametrize("io", [mode for mode in IO_MODES if mode != "buffered"])
+def test_way_of_reading_changes_a_bit(toy, resident, io):
+    check(toy, resident, toy.top_k + 2, 64, 20, toy.text_config["vocab_size"], io)
 
 
 @pytest.mark.parametrize("experts", [1, 2])

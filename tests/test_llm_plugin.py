@@ -87,7 +87,7 @@ def test_options_of_a_response_are_ignored(run_llm):
         (("memory", "lots"), ("'lots' is not a memory size", "8GB")),
         (("max_tokens", "0"), ("max_tokens=0", "1 or more")),
         (("stop", ""), ("stop string is empty",)),
-        (("io", "fast"), ("io='fast'", "buffered, uncached")),
+        (("io", "fast"), ("io='fast'", "buffered, uncached, direct")),
         (("thinking_budget", "-1"), ("thinking_budget=-1", "0 or more")),
     ],
 )

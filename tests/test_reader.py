@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from flashmoe import reader as reader_module
 from flashmoe.errors import ReadError
+from flashmoe.io_modes import IO_MODES
 from flashmoe.reader import FileIdentity, Reader, ReadRequest, ReadStats
 
 SIZE = 3_000_017
@@ -44,9 +45,14 @@ def shard(tmp_path):
     return path
 
 
+@pytest.fixture(params=list(IO_MODES))
+def io(request):
+    return request.param
+
+
 @pytest.fixture
-def reader():
-    with Reader(depth=3) as reader:
+def reader(io):
+    with Reader(depth=3, io=io) as reader:
         yield reader
 
 
@@ -463,32 +469,73 @@ def pages_in_cache(path) -> int:
     return sum(b & 1 for b in found.raw)
 
 
-@linux
-@pytest.mark.parametrize("known", [True, False])
-def test_uncached_bytes_differ_or_stay_in_the_page_cache(tmp_path, known):
-    """With the flag of new kernels, and where it is not known."""
+@pytest.fixture
+def cold_file(tmp_path):
     path = tmp_path / "experts"
-    path.write_bytes(os.urandom(8 << 20))
+    path.write_bytes(os.urandom((8 << 20) + 77))
     with open(path, "rb") as f:
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if pages_in_cache(path):
         pytest.skip("this file system keeps all files in memory")
-    expected = None
-    for io in ("uncached", "buffered"):
-        buffers = [bytearray(1 << 20) for _ in range(8)]
-        requests = [ReadRequest(path, i << 20, b, 0, i) for i, b in enumerate(buffers)]
-        with Reader(4, io=io) as reader:
-            if not known:
-                reader._pool._flags = 0
-            reader.submit(requests).wait()
-            expected = expected or buffers
-            assert buffers == expected
-            held = pages_in_cache(path)
-            assert held < 100 if io == "uncached" else held == 2048
-    assert b"".join(expected) == path.read_bytes()
+    return path
+
+
+@linux
+@pytest.mark.parametrize("io", ["buffered", "uncached", "uncached without the flag", "direct"])
+def test_bytes_stay_in_the_page_cache_or_do_not(cold_file, io):
+    """The flag: RWF_DONTCACHE, which old kernels do not know."""
+    buffers = [bytearray(1 << 20) for _ in range(8)]
+    requests = [ReadRequest(cold_file, (i << 20) + 77, b, 0, i) for i, b in enumerate(buffers)]
+    with Reader(4, io=io.split()[0]) as reader:
+        if "without" in io:
+            reader._pool.io.flags = 0
+        reader.submit(requests).wait()
+        assert len(getattr(reader._pool.io, "direct", ())) == (io == "direct")
+        held = pages_in_cache(cold_file)
+    assert b"".join(buffers) == cold_file.read_bytes()[77:]
+    # A range that ends inside a folio of the cache may leave it there.
+    least, most = {"buffered": (2049, 2049), "direct": (0, 0)}.get(io, (0, 300))
+    assert least <= held <= most
+
+
+@linux
+def test_direct_range_is_not_the_one_that_was_asked_for(cold_file):
+    """At both sides of blocks, of the bounce buffer, and at the end of the file."""
+    content = cold_file.read_bytes()
+    starts = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, (1 << 20) + 5, len(content) - 4100]
+    sizes = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 9]
+    direct = IO_MODES["direct"]()
+    fd = direct.open(cold_file)
+    try:
+        for start in starts:
+            for size in sizes:
+                buffer = bytearray(size)
+                done = direct.read(fd, buffer, start)
+                assert done == len(content[start : start + size])
+                assert buffer[:done] == content[start : start + size]
+        assert direct.read(fd, bytearray(9), len(content)) == 0
+        assert direct.direct == {fd}
+    finally:
+        os.close(fd)
+
+
+@linux
+def test_file_that_cannot_be_read_directly_is_not_read(cold_file):
+    """Some file systems open such a file, and refuse to read it."""
+    direct = IO_MODES["direct"]()
+    buffer = bytearray(9)
+    fd = os.open(cold_file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        direct.direct.add(fd)
+        direct._read_aligned = lambda *args: os.preadv(fd, [bytearray(9)], 1)  # not aligned
+        assert direct.read(fd, buffer, 0) == 9
+        assert buffer == cold_file.read_bytes()[:9]
+        assert direct.direct == set()
+    finally:
+        os.close(fd)
 
 
 def test_unknown_io_mode_is_taken():
-    with pytest.raises(ValueError, match="io is 'fast', must be one of buffered, uncached"):
+    with pytest.raises(ValueError, match="io is 'fast', must be one of buffered, uncached, direct"):
         Reader(io="fast")

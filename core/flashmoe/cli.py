@@ -11,8 +11,8 @@ from . import cli_models
 from .catalog import find, model
 from .errors import FlashMoEError
 from .events import End, Progress, Reasoning, Text
+from .io_modes import IO_MODES
 from .memory import format_size
-from .reader import IO_MODES
 from .requests import Request
 from .show import ProgressLine
 

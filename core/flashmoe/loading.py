@@ -14,8 +14,9 @@ from . import ops
 from .checkpoint import Checkpoint
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import prompt_cache_nbytes, working_nbytes
+from .io_modes import IO_MODES
 from .models import FAMILIES, StreamingMoE, check_experts
-from .reader import IO_MODES, Reader
+from .reader import Reader
 
 log = logging.getLogger("flashmoe")
 
@@ -76,7 +77,7 @@ def load(
         path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
         memory, slots, experts, prompt_cache: see `plan_memory`.
         depth: how many reads may be in flight at the drive.
-        io: how experts are read, one of `flashmoe.reader.IO_MODES`.
+        io: how experts are read, one of `flashmoe.io_modes.IO_MODES`.
 
     Returns:
         (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools

@@ -7,9 +7,7 @@ caller's: between `submit` and the end of `Pending.wait` they belong to the read
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import sys
 import threading
 import weakref
 from collections import deque
@@ -22,19 +20,11 @@ from time import perf_counter
 from typing import Any
 
 from .errors import ReadError
+from .io_modes import IO_MODES, Buffered
 
 # The ranges of one submit go to the threads in jobs of at least this many bytes. A hand-over costs
 # some 15 us, a small read less: a 7 MB expert makes six jobs, a tiny one a single job.
 _JOB_NBYTES = 1 << 18
-
-
-#: How bytes get from the drive into buffers. buffered: through the page cache, which keeps them.
-#: uncached: the page cache does not keep them (RWF_DONTCACHE of Linux 6.14, or dropped after the
-#: read; F_NOCACHE on macOS). For slots that hold most of what is used again.
-IO_MODES = ("buffered", "uncached")
-
-_RWF_DONTCACHE = 0x80
-_F_NOCACHE = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +124,7 @@ class Reader:
     or until the Reader is garbage and the reads that were submitted have ended.
 
     identities: what the files must be when they are opened. A file that is not named here must stay
-    what it was at its first read. io: one of IO_MODES.
+    what it was at its first read. io: one of `flashmoe.io_modes.IO_MODES`.
     """
 
     def __init__(
@@ -147,7 +137,7 @@ class Reader:
             raise ValueError(f"depth is {depth}, must be 1 or more")
         if io not in IO_MODES:
             raise ValueError(f"io is {io!r}, must be one of {', '.join(IO_MODES)}")
-        self._pool = _Pool(depth, identities or {}, uncached=io == "uncached")
+        self._pool = _Pool(depth, identities or {}, IO_MODES[io]())
         self._stop = weakref.finalize(self, self._pool.to_each, None)
         # At exit the system closes the files, and a thread that waits does no harm.
         self._stop.atexit = False
@@ -210,15 +200,13 @@ class Reader:
 class _Pool:
     """What the threads of a Reader share: jobs, open files, counters."""
 
-    def __init__(self, depth: int, identities: Mapping[Path, FileIdentity], *, uncached: bool):
+    def __init__(self, depth: int, identities: Mapping[Path, FileIdentity], io: Buffered):
         self.queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self.lock = threading.Lock()  # guards what follows, and the fields of each Pending
         self.stats = ReadStats()
         self._depth = self._threads_left = depth
         self._identities = identities
-        self._uncached = uncached
-        # Until a file system says that it does not know the flag.
-        self._flags = _RWF_DONTCACHE if uncached and sys.platform == "linux" else 0
+        self.io = io
         self._files_lock = threading.Lock()
         # Descriptor, and what the file must be.
         self._files: dict[Path, tuple[int, FileIdentity]] = {}
@@ -275,13 +263,7 @@ class _Pool:
         nbytes = memoryview(buffer).nbytes
         try:
             fd, identity = self._files.get(request.path) or self._open(request.path)
-            done = got = self._preadv(fd, buffer, request.start)
-            while done < nbytes and got:
-                rest = memoryview(buffer).cast("B")[done:]
-                got = self._preadv(fd, rest, request.start + done)
-                done += got
-            if self._uncached and not self._flags and sys.platform == "linux":
-                os.posix_fadvise(fd, request.start, nbytes, os.POSIX_FADV_DONTNEED)
+            done = self.io.read(fd, buffer, request.start)
             # After the read, so that bytes of a changed file never pass as good ones.
             change = identity.change(fd)
         except FileNotFoundError as e:
@@ -307,23 +289,11 @@ class _Pool:
             )
         return nbytes
 
-    def _preadv(self, fd: int, buffer: Any, start: int) -> int:
-        if self._flags:
-            try:
-                return os.preadv(fd, [buffer], start, self._flags)
-            except OSError as e:
-                if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                self._flags = 0  # an older kernel, or a file system without it
-        return os.preadv(fd, [buffer], start)
-
     def _open(self, path: Path) -> tuple[int, FileIdentity]:
         with self._files_lock:
             file = self._files.get(path)
             if file is None:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if self._uncached and sys.platform == "darwin":
-                    fcntl.fcntl(fd, _F_NOCACHE, 1)
+                fd = self.io.open(path)
                 file = self._files[path] = fd, self._identities.get(path) or FileIdentity.of(fd)
             return file
 

@@ -1,0 +1,142 @@
+"""How bytes get from a drive into buffers. Knows files, not experts.
+
+    buffered   through the page cache, which keeps them
+    uncached   through the page cache, which does not keep them (RWF_DONTCACHE of Linux 6.14, or
+               dropped after the read; F_NOCACHE on macOS)
+    direct     past the page cache (O_DIRECT), through an aligned buffer of each thread, which costs
+               a copy and saves the work of the cache. Where the system has none, as uncached
+
+The last two are for slots that hold most of what is used again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_RWF_DONTCACHE = 0x80
+_F_NOCACHE = 48
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+# What drives ask of addresses, offsets and lengths: 512 or 4096.
+_ALIGNMENT = 4096
+_BOUNCE_NBYTES = 1 << 20
+
+
+class Buffered:
+    """Opens files and reads ranges of them. Several threads may use one."""
+
+    def open(self, path: Path) -> int:
+        """The descriptor of a file; who asks closes it."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, fd: int, buffer: Any, start: int) -> int:
+        """Fill `buffer` from the byte `start` on; how many there were, fewer at the file's end."""
+        nbytes = memoryview(buffer).nbytes
+        done = got = self._preadv(fd, buffer, start)
+        while done < nbytes and got:
+            rest = memoryview(buffer).cast("B")[done:]
+            got = self._preadv(fd, rest, start + done)
+            done += got
+        return done
+
+    def _preadv(self, fd: int, buffer: Any, start: int) -> int:
+        return os.preadv(fd, [buffer], start)
+
+
+class Uncached(Buffered):
+    """flags: of preadv; 0 from when a file system says that it does not know them."""
+
+    def __init__(self):
+        self.flags = _RWF_DONTCACHE if sys.platform == "linux" else 0
+
+    def open(self, path: Path) -> int:
+        fd = super().open(path)
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, _F_NOCACHE, 1)
+        return fd
+
+    def read(self, fd: int, buffer: Any, start: int) -> int:
+        done = super().read(fd, buffer, start)
+        if not self.flags and sys.platform == "linux":
+            os.posix_fadvise(fd, start, memoryview(buffer).nbytes, os.POSIX_FADV_DONTNEED)
+        return done
+
+    def _preadv(self, fd: int, buffer: Any, start: int) -> int:
+        if self.flags:
+            try:
+                return os.preadv(fd, [buffer], start, self.flags)
+            except OSError as e:
+                if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self.flags = 0  # an older kernel, or a file system without it
+        return super()._preadv(fd, buffer, start)
+
+
+class Direct(Uncached):
+    """direct: the descriptors that are open so; others are read as `Uncached` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.direct: set[int] = set()
+        self._of_thread = threading.local()
+
+    def open(self, path: Path) -> int:
+        if not _O_DIRECT:
+            return super().open(path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return super().open(path)  # a file system without it
+        self.direct.add(fd)
+        return fd
+
+    def read(self, fd: int, buffer: Any, start: int) -> int:
+        if fd not in self.direct:
+            return super().read(fd, buffer, start)
+        try:
+            return self._read_aligned(fd, buffer, start)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+        # It was opened so, and cannot be read so.
+        self.direct.discard(fd)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
+        return super().read(fd, buffer, start)
+
+    def _read_aligned(self, fd: int, buffer: Any, start: int) -> int:
+        """Whole blocks go to the bounce buffer; the bytes that were asked for, from there."""
+        bounce, blocks = self._bounce()
+        wanted = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)
+        done = 0
+        while done < wanted.size:
+            first = (start + done) // _ALIGNMENT * _ALIGNMENT
+            skip = start + done - first
+            length = min(_BOUNCE_NBYTES, -(-(skip + wanted.size - done) // _ALIGNMENT) * _ALIGNMENT)
+            got = os.preadv(fd, [blocks[:length]], first)
+            usable = min(got - skip, wanted.size - done)
+            if usable <= 0:
+                break  # the end of the file
+            # Not by slices of memoryviews: they hold the interpreter's lock.
+            np.copyto(wanted[done : done + usable], bounce[skip : skip + usable])
+            done += usable
+        return done
+
+    def _bounce(self) -> tuple[np.ndarray, memoryview]:
+        """The aligned buffer of this thread, in two views."""
+        if not hasattr(self._of_thread, "bounce"):
+            blocks = memoryview(mmap.mmap(-1, _BOUNCE_NBYTES))
+            self._of_thread.bounce = np.frombuffer(blocks, np.uint8), blocks
+        return self._of_thread.bounce
+
+
+IO_MODES = {"buffered": Buffered, "uncached": Uncached, "direct": Direct}
