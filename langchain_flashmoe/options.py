@@ -60,7 +60,7 @@ class Options(BaseModel):
     def _refuse_unknown(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        known = {name for f, field in cls.model_fields.items() for name in (f, field.alias) if name}
+        known = cls.model_fields.keys()
         for name in values.keys() - known:
             near = get_close_matches(str(name), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"

@@ -18,7 +18,8 @@ from .schemas import Schema
 
 
 def with_raw(model: Runnable, parser: Runnable) -> Runnable:
-    """The chain of both whose answers are {"raw", "parsed", "parsing_error"}."""
+    """The chain of both whose answers are {"raw", "parsed", "parsing_error"}. Errors of the parser
+    are the latter; errors of the model are raised."""
     parsed = RunnablePassthrough.assign(
         parsed=itemgetter("raw") | parser, parsing_error=lambda _: None
     )
@@ -33,7 +34,7 @@ class SchemaParser(BaseCumulativeTransformOutputParser):
     be read, this one raises.
 
     Args:
-        schema: None: any JSON object.
+        schema_: None: any JSON object.
         from_call: the answer is the arguments of a call, not the text.
     """
 

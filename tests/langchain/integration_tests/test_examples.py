@@ -18,7 +18,8 @@ EXPECTED = {
     "A chain: prompt, model, parser": "dog",
     "Streaming": "'input_token_details': {'cache_read': ",
     "Async": "given up, and the model is free again",
-    "An agent with tools": "{'cache_read': 165}",
+    "An agent with tools": "{'input_tokens': 192, 'output_tokens': 4, 'total_tokens': 196, "
+    "'input_token_details': {'cache_read': 165}",
     "Structured extraction": "mood='",
     "Retrieval (RAG) with an in-memory vector store": "The library opens at nine",
     "Batch": "tree",
