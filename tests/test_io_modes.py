@@ -4,9 +4,10 @@ import ctypes
 import os
 import sys
 
+import numpy as np
 import pytest
 
-from flashmoe.io_modes import IO_MODES
+from flashmoe.io_modes import BLOCK, IO_MODES
 from flashmoe.reader import Reader, ReadRequest
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -59,8 +60,16 @@ def test_bytes_stay_in_the_page_cache_or_do_not(cold_file, io):
     assert least <= held <= most
 
 
+def lying_as(start: int, size: int) -> np.ndarray:
+    """A buffer that lies in its blocks as `size` bytes from `start` on do in a file's."""
+    raw = np.zeros(size + BLOCK, np.uint8)
+    skip = (start - raw.ctypes.data) % BLOCK
+    return raw[skip : skip + size]
+
+
 @linux
-def test_direct_range_is_not_the_one_that_was_asked_for(cold_file):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_direct_range_is_not_the_one_that_was_asked_for(cold_file, in_place):
     """At both sides of blocks, of the bounce buffer, and at the end of the file."""
     content = cold_file.read_bytes()
     starts = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, (1 << 20) + 5, len(content) - 4100]
@@ -70,12 +79,36 @@ def test_direct_range_is_not_the_one_that_was_asked_for(cold_file):
     try:
         for start in starts:
             for size in sizes:
-                buffer = bytearray(size)
+                buffer = lying_as(start + (not in_place) * 64, size)
                 done = direct.read(fd, buffer, start)
                 assert done == len(content[start : start + size])
-                assert buffer[:done] == content[start : start + size]
+                assert buffer[:done].tobytes() == content[start : start + size]
         assert direct.read(fd, bytearray(9), len(content)) == 0
         assert direct.direct == {fd}
+    finally:
+        os.close(fd)
+
+
+@linux
+def test_neighbours_of_a_buffer_are_written(cold_file):
+    """A drive fills whole blocks; the slots of a bank lie side by side."""
+    content = cold_file.read_bytes()
+    direct = IO_MODES["direct"]()
+    fd = direct.open(cold_file)
+    try:
+        for start, size in [
+            (72, 3 * BLOCK),
+            (72, BLOCK - 72),
+            (4000, 200),
+            (0, 5),
+            (90, 2 * BLOCK),
+        ]:
+            room = lying_as(start, size + BLOCK)
+            room[size:] = 7
+            assert direct.read(fd, room[:size], start) == size
+            assert room[:size].tobytes() == content[start : start + size]
+            assert (room[size:] == 7).all()
+            assert (room.base[: (start - room.base.ctypes.data) % BLOCK] == 0).all()
     finally:
         os.close(fd)
 

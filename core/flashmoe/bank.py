@@ -7,12 +7,14 @@ loops. On a GPU they are MLX arrays, written through a host view of the same mem
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .checkpoint import ExpertLayer
+from .io_modes import BLOCK
 from .reader import ReadRequest
 
 if TYPE_CHECKING:
@@ -51,9 +53,10 @@ class ExpertBank:
                 self._arrays[key] = array
                 self._bytes[key] = np.array(raw, copy=False).reshape(num_slots, part.nbytes)
             else:
-                # np.empty: pages are taken when the first expert is read into them. Zeros would
-                # cost seconds a GB here, and no slot is used before it was read.
-                self._bytes[key] = np.empty((num_slots, part.nbytes), np.uint8)
+                # Where experts are whole blocks, every slot lies in blocks as its bytes do in the
+                # file, so that a drive can write into it.
+                stack = _pages(num_slots * part.nbytes, part.start % BLOCK)
+                self._bytes[key] = stack.reshape(num_slots, part.nbytes)
         self._packed: dict[str, Packed] = {}
 
     def requests(self, expert: int, slot: int) -> list[ReadRequest]:
@@ -117,3 +120,13 @@ class ExpertBank:
             quantization.group_size,
             NAMES[dtype],
         )
+
+
+def _pages(nbytes: int, phase: int) -> np.ndarray:
+    """`nbytes` of memory, (nbytes,) uint8, from `phase` bytes after the start of a page on.
+
+    The system gives its pages when they are first written."""
+    pages = mmap.mmap(-1, phase + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer faults, and fewer pieces for the drive
+    return np.frombuffer(pages, np.uint8)[phase:]

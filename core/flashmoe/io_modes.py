@@ -3,8 +3,9 @@
     buffered   through the page cache, which keeps them
     uncached   through the page cache, which does not keep them (RWF_DONTCACHE of Linux 6.14, or
                dropped after the read; F_NOCACHE on macOS)
-    direct     past the page cache (O_DIRECT), through an aligned buffer of each thread, which costs
-               a copy and saves the work of the cache. Where the system has none, as uncached
+    direct     past the page cache (O_DIRECT): the drive writes into the buffer itself, if the buffer
+               lies in its blocks as the range lies in the file's (see `BLOCK`), else into an aligned
+               buffer of each thread, from which it is copied. Where there is none, as uncached
 
 The last two are for slots that hold most of what is used again.
 """
@@ -25,8 +26,9 @@ import numpy as np
 _RWF_DONTCACHE = 0x80
 _F_NOCACHE = 48
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-# What drives ask of addresses, offsets and lengths: 512 or 4096.
-_ALIGNMENT = 4096
+#: What drives ask of addresses, offsets and lengths, in bytes: some ask for 512. A buffer whose
+#: address is, modulo this, the offset of its bytes in the file is read without a copy.
+BLOCK = 4096
 _BOUNCE_NBYTES = 1 << 20
 
 
@@ -118,10 +120,12 @@ class Direct(Uncached):
         bounce, blocks = self._bounce()
         wanted = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)
         done = 0
+        if (wanted.__array_interface__["data"][0] - start) % BLOCK == 0:
+            done = self._read_in_place(fd, wanted, start)
         while done < wanted.size:
-            first = (start + done) // _ALIGNMENT * _ALIGNMENT
+            first = (start + done) // BLOCK * BLOCK
             skip = start + done - first
-            length = min(_BOUNCE_NBYTES, -(-(skip + wanted.size - done) // _ALIGNMENT) * _ALIGNMENT)
+            length = min(_BOUNCE_NBYTES, -(-(skip + wanted.size - done) // BLOCK) * BLOCK)
             got = os.preadv(fd, [blocks[:length]], first)
             usable = min(got - skip, wanted.size - done)
             if usable <= 0:
@@ -129,6 +133,23 @@ class Direct(Uncached):
             # Not by slices of memoryviews: they hold the interpreter's lock.
             np.copyto(wanted[done : done + usable], bounce[skip : skip + usable])
             done += usable
+        return done
+
+    def _read_in_place(self, fd: int, wanted: np.ndarray, start: int) -> int:
+        """One read: the blocks that `wanted` has whole arrive there, the two at its ends, which it
+        shares with its neighbours, in the bounce buffer. Returns how many of its bytes are there
+        without a gap."""
+        bounce, blocks = self._bounce()
+        skip = start % BLOCK
+        head = min(-start % BLOCK, wanted.size)
+        tail = (wanted.size - head) % BLOCK
+        end = wanted.size - tail
+        ends = [blocks[:BLOCK]] if head else [], [blocks[BLOCK : 2 * BLOCK]] if tail else []
+        got = os.preadv(fd, [*ends[0], wanted[head:end], *ends[1]], start - skip)
+        done = max(0, min(got - skip, wanted.size))
+        np.copyto(wanted[:head], bounce[skip : skip + head])
+        if done > end:
+            np.copyto(wanted[end:done], bounce[BLOCK : BLOCK + done - end])
         return done
 
     def _bounce(self) -> tuple[np.ndarray, memoryview]:
