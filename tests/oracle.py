@@ -33,11 +33,11 @@ class ResidentSwitch(nn.Module):
         work.run({int(e): np.flatnonzero(chosen == e) for e in np.unique(chosen)})
         return work.result().reshape(*indices.shape, -1)
 
-    def start(self, x, indices):
-        result = self(x, indices)
+    def start(self, inputs):
+        results = [self(x, indices) for x, indices in inputs]
 
         class Done:
-            finish = staticmethod(lambda: result)
+            finish = staticmethod(lambda: iter(results))
 
         return Done
 

@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import PROJECTIONS, Checkpoint, Quantization
 from flashmoe.errors import CheckpointError, ReadError
-from flashmoe.footprint import RUNTIME_NBYTES, working_nbytes
+from flashmoe.footprint import RUNTIME_NBYTES, lasting_nbytes
 from flashmoe.model_config import (
     BITS,
     FIELDS,
@@ -763,7 +763,7 @@ def opens_to_a_size_or_is_refused(directory):
     with contextlib.suppress(CheckpointError):
         checkpoint = Checkpoint.open(directory)
         for on_gpu in (False, True):
-            assert working_nbytes(checkpoint, on_gpu=on_gpu) >= RUNTIME_NBYTES
+            assert lasting_nbytes(checkpoint, on_gpu=on_gpu) >= RUNTIME_NBYTES
 
 
 def test_opening_reads_more_than_headers(tmp_path):

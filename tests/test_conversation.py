@@ -9,7 +9,7 @@ from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine
 from flashmoe.events import End, Progress, Reasoning, Text, ToolCall, ToolCallArguments
 from flashmoe.events import ToolCallStart as Start
-from flashmoe.footprint import PREFILL_TOKENS
+from flashmoe.footprint import PIECE_TOKENS
 from flashmoe.requests import Request
 
 #: Tokens of "<|im_start|>assistant\n<think>\n\n</think>\n\n" with the demo's tokenizer.
@@ -228,14 +228,14 @@ def test_thinking_budget_is_ignored_or_ends_the_answer(engine):
 
 
 def test_progress_is_lost_or_wrong(engine, monkeypatch):
-    monkeypatch.setattr("flashmoe.generation.REPORT_SECONDS", 0)
+    monkeypatch.setattr("flashmoe.prefill.REPORT_SECONDS", 0)
     long = " ".join(f"Number {i} is {i * i}." for i in range(150))
     _, events, end = ask(engine, [user(long)], max_tokens=4)
     progress = [e for e in events if isinstance(e, Progress)]
     done = [e.done for e in progress]
     assert done == sorted(done)
     assert {e.total for e in progress} == {end.prompt_tokens}
-    assert done[-1] == end.prompt_tokens > PREFILL_TOKENS * 2
+    assert done[-1] == end.prompt_tokens > PIECE_TOKENS * 2
     assert {e.layer for e in progress} == set(range(9)), "each layer, and the end of a chunk"
     assert {e.layers for e in progress} == {8}
     first = next(i for i, e in enumerate(events) if not isinstance(e, Progress))

@@ -51,7 +51,7 @@ def test_widened_weights_are_larger_than_planned(tmp_path, kind):
             total += array.astype(mx.float32).nbytes - array.nbytes
     assert (total > 0) == ("dtype" not in kind)
     assert footprint.widened_nbytes(checkpoint) == total
-    cpu, gpu = (footprint.working_nbytes(checkpoint, on_gpu=on_gpu) for on_gpu in (False, True))
+    cpu, gpu = (footprint.lasting_nbytes(checkpoint, on_gpu=on_gpu) for on_gpu in (False, True))
     assert cpu - gpu == total
 
 
@@ -61,7 +61,8 @@ def test_plan_grows_with_a_context_that_nobody_uses(tmp_path, family):
     sizes = []
     for tokens in (256, 512, footprint.PLANNED_CONTEXT, 2**20):
         checkpoint = edited(toy, max_position_embeddings=tokens)
-        sizes.append((footprint.cache_nbytes(checkpoint), footprint.prefill_nbytes(checkpoint)))
+        prompt = footprint.prompt_nbytes(checkpoint, 2, on_gpu=True)
+        sizes.append((footprint.cache_nbytes(checkpoint), prompt))
     (short, _), (longer, _), *planned = sizes
     assert sizes == sorted(sizes)
     assert planned[0] == planned[1]

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, save_prompt_cache
 
 from flashmoe.chat import Prompt
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.footprint import PREFILL_TOKENS
+from flashmoe.footprint import PIECE_TOKENS
 from flashmoe.loading import load_streaming
 from flashmoe.prompt_cache import PromptCache, key, nbytes
 from flashmoe.prompt_store import PromptStore
@@ -257,15 +257,14 @@ def prompt_of(count: int, cuts: tuple[int, ...], seed: int = 0) -> Prompt:
 
 
 def answer_logits(model, reading, steps: int = 5) -> list[np.ndarray]:
-    found, new = [], reading.tail
+    found, logits = [], reading.logits
     for _ in range(steps):
-        logits = model.next_logits(new, reading.cache)
         found.append(np.array(logits.astype(mx.float32)))
-        new = [int(found[-1].argmax())]
+        logits = model.next_logits([int(found[-1].argmax())], reading.cache)
     return found
 
 
-LONG = PREFILL_TOKENS + 150
+LONG = PIECE_TOKENS + 150
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -320,13 +319,14 @@ def test_state_of_other_settings_is_found(tmp_path):
 def test_progress_does_not_add_up(tmp_path):
     path = write_toy(tmp_path / "toy", max_position_embeddings=4096)
     model = load_streaming(Checkpoint.open(path), slots=7)
+    model.room.for_prompt = lambda *args: PIECE_TOKENS + 1
     reader = PromptReader(model, PromptCache(10**9), None)
     events = []
     reader.read(prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
     whole = [e for e in events if e.layer == e.layers]
-    assert [e.done for e in whole] == [PREFILL_TOKENS, LONG]
+    assert [e.done for e in whole] == [PIECE_TOKENS, LONG + 40]
     assert {(e.total, e.layers) for e in events} == {(LONG + 40, 4)}
     events.clear()
     reader.read(prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
-    assert events == []
+    assert [e.done for e in events] == [40]
     model.close()

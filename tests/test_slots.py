@@ -44,6 +44,28 @@ class Model:
         )
 
 
+def test_resize_takes_the_wrong_expert_or_slot():
+    slots = Slots(4, 9, half_life=1.0)
+    for expert, uses in [(5, 3), (6, 1), (7, 2)]:
+        slots.touch({expert: uses}, 0)
+        slots.take(expert, ())
+    where = slots.residents
+    assert slots.resize(3, ()) == [3], "the free slot first"
+    assert slots.residents == where
+    assert slots.resize(2, {6}) == [where[7]], "the lowest score that is not pinned"
+    assert slots.lookup(7) is None
+    assert slots.resize(1, {5, 6}) == []
+    assert slots.num_slots == 2, "nobody could leave"
+    assert slots.resize(1, ()) == [where[6]]
+    assert slots.take(8, {5}) is None
+    assert slots.resize(4, ()) == []
+    assert {slots.take(e, {5}) for e in (6, 7, 8)} == {0, 1, 2, 3} - {where[5]}
+    assert slots.take(4, ()) == where[6], "6 and 8 have the lowest score, 6 for longer"
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f"num_slots is {wrong}, must be 1..4"):
+            slots.resize(wrong, ())
+
+
 experts = st.integers(0, NUM_EXPERTS - 1)
 counts = st.dictionaries(experts, st.integers(0, 3), max_size=5)
 

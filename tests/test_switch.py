@@ -69,7 +69,7 @@ def test_interrupted_call_leaves_half_read_slots(path):
     model = load_streaming(checkpoint, slots=5)
     x = mx.random.normal((4, 64))
     for layer in model._blocks:
-        layer.switch_mlp.start(x, mx.array([[0, 1, 2]] * 4))
+        layer.switch_mlp.start([(x, mx.array([[0, 1, 2]] * 4))])
     assert same(logits(model, tokens, 7), expected)
 
 
@@ -78,7 +78,7 @@ def test_interrupted_call_whose_reads_failed_spoils_the_next_one(path):
     model = load_streaming(Checkpoint.open(path), slots=5)
     os.rename(path / "model.safetensors", path / "away")
     x = mx.ones((1, 64))
-    first_switch(model).start(x, mx.array([[0, 1, 2]]))
+    first_switch(model).start([(x, mx.array([[0, 1, 2]]))])
     os.rename(path / "away", path / "model.safetensors")
     out = first_switch(model)(x, mx.array([[0, 1, 2]]))
     assert np.isfinite(np.array(out)).all()

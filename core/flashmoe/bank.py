@@ -1,7 +1,8 @@
 """The memory of one layer's slots: for each part of an expert, one stacked array `(slots, ...)`.
 
 The reader writes an expert's bytes into its slot; ops index experts by slot. The stacks are
-allocated once and never move. On the CPU they are numpy arrays, because the CPU ops are numba
+allocated once and never move; `release` gives the memory of a slot back to the system until it is
+written again. On the CPU they are numpy arrays, because the CPU ops are numba
 loops. On a GPU they are MLX arrays, written through a host view of the same memory.
 """
 
@@ -44,6 +45,7 @@ class ExpertBank:
         self.on_gpu = on_gpu
         self._arrays: dict[tuple[str, str], mx.array] = {}
         self._bytes: dict[tuple[str, str], np.ndarray] = {}
+        self._pages: list[tuple[mmap.mmap, int, int]] = []
         for part in layer.parts:
             key = (part.projection, part.part)
             if on_gpu:
@@ -55,7 +57,10 @@ class ExpertBank:
             else:
                 # Where experts are whole blocks, every slot lies in blocks as its bytes do in the
                 # file, so that a drive can write into it.
-                stack = _pages(num_slots * part.nbytes, part.start % BLOCK)
+                phase = part.start % BLOCK
+                pages = _pages(phase + num_slots * part.nbytes)
+                self._pages.append((pages, phase, part.nbytes))
+                stack = np.frombuffer(pages, np.uint8)[phase:]
                 self._bytes[key] = stack.reshape(num_slots, part.nbytes)
         self._packed: dict[str, Packed] = {}
 
@@ -71,6 +76,15 @@ class ExpertBank:
             )
             for part in self.layer.parts
         ]
+
+    def release(self, slot: int) -> None:
+        """Give the pages of a slot to the system; what it held is lost. CPU only."""
+        for pages, phase, nbytes in self._pages:
+            # Those that it shares with its neighbours stay.
+            start = -(-(phase + slot * nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+            stop = (phase + (slot + 1) * nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < stop:
+                pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def packed(self, projection: str) -> Packed:
         """The stack of one projection for the numba ops. CPU only."""
@@ -122,11 +136,9 @@ class ExpertBank:
         )
 
 
-def _pages(nbytes: int, phase: int) -> np.ndarray:
-    """`nbytes` of memory, (nbytes,) uint8, from `phase` bytes after the start of a page on.
-
-    The system gives its pages when they are first written."""
-    pages = mmap.mmap(-1, phase + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _pages(nbytes: int) -> mmap.mmap:
+    """Memory whose pages the system gives when they are first written."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)  # fewer faults, and fewer pieces for the drive
-    return np.frombuffer(pages, np.uint8)[phase:]
+    return pages

@@ -6,12 +6,18 @@ budget that is kept is worth more than a few more slots.
 
 from .checkpoint import Checkpoint
 
-#: Tokens of a prompt that go through the model at one time. More tokens per chunk means that each
-#: expert is read once for more of them, and more memory for their activations.
-PREFILL_TOKENS = 512
+#: Tokens of a piece of a prompt, which goes through attention at one time. It settles bits.
+PIECE_TOKENS = 512
 
-#: Tokens of context that memory is kept for; a longer one grows past the plan.
+#: Tokens of context that memory is kept for where slots cannot give way to a prompt, and in the
+#: cache of prompts that were read.
 PLANNED_CONTEXT = 8192
+
+#: The same where they can.
+LEAST_CONTEXT = 2048
+
+#: Tokens of a prompt that share the reads of experts where slots cannot give way.
+GPU_SWEEP = 2048
 
 #: Tokenizer, compiled kernels, and what allocators keep: measured 0.2 GB on Linux.
 RUNTIME_NBYTES = 256 * 2**20
@@ -22,10 +28,20 @@ MIN_PROMPT_CACHE_NBYTES = 32 * 2**20
 _F32 = 4
 
 
-def working_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
-    """Bytes for widened weights, caches, prefill activations and the runtime."""
-    widened = 0 if on_gpu else widened_nbytes(checkpoint)
-    return widened + cache_nbytes(checkpoint) + prefill_nbytes(checkpoint) + RUNTIME_NBYTES
+def lasting_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
+    """Bytes for widened weights and the runtime."""
+    return RUNTIME_NBYTES + (0 if on_gpu else widened_nbytes(checkpoint))
+
+
+def prompt_nbytes(checkpoint: Checkpoint, experts: int, *, on_gpu: bool) -> int:
+    """Bytes that are planned for the prompt under way and its cache. experts: K."""
+    context, sweep = (PLANNED_CONTEXT, GPU_SWEEP) if on_gpu else (LEAST_CONTEXT, PIECE_TOKENS)
+    sweep = min(checkpoint.max_context, sweep)
+    return (
+        cache_nbytes(checkpoint, context)
+        + piece_nbytes(checkpoint, sweep, context, experts)
+        + sweep * swept_nbytes(checkpoint, experts)
+    )
 
 
 def widened_nbytes(checkpoint: Checkpoint) -> int:
@@ -40,10 +56,11 @@ def widened_nbytes(checkpoint: Checkpoint) -> int:
     )
 
 
-def cache_nbytes(checkpoint: Checkpoint) -> int:
-    """Keys, values and recurrent states of one conversation of the planned length, float32."""
+def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
+    """Keys, values and recurrent states of one conversation of so many tokens, float32."""
     config = checkpoint.text_config
-    tokens = min(checkpoint.max_context, PLANNED_CONTEXT)
+    # mlx-lm takes room for 256 tokens at a time.
+    tokens = min(checkpoint.max_context, -(-context // 256) * 256)
     # Every so many layers one has full attention; the others keep a recurrent state.
     interval = 1 if checkpoint.model_type == "qwen3_moe" else config["full_attention_interval"]
     full = checkpoint.num_layers // interval
@@ -65,16 +82,23 @@ def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
     return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
 
 
-def prefill_nbytes(checkpoint: Checkpoint) -> int:
-    """Activations of one chunk: expert outputs, hidden states and attention scores, float32."""
+def piece_nbytes(checkpoint: Checkpoint, tokens: int, context: int, experts: int) -> int:
+    """Activations of one piece of a prompt while it goes through a layer, float32.
+
+    tokens: of the prompt. context: that its attention sees. experts: K.
+    """
     config = checkpoint.text_config
-    tokens = min(checkpoint.max_context, PREFILL_TOKENS)
-    context = min(checkpoint.max_context, PLANNED_CONTEXT)
-    # Expert outputs, the same weighted, and the sums.
-    experts = 3 * checkpoint.top_k * config["hidden_size"]
-    # Projections of one layer and their copies: measured about 16 hidden states.
-    hidden = 16 * config["hidden_size"]
-    scores = 2 * config["num_attention_heads"] * context
+    context = min(checkpoint.max_context, context)
+    # Projections of one layer and their copies: measured about 16 hidden states. Scores twice.
+    # Expert outputs as they are weighted and summed.
+    each = (16 + 2 * experts) * config["hidden_size"]
+    each += 2 * config["num_attention_heads"] * context
     # One expert's matrix, dequantised.
     matrix = config["hidden_size"] * config["moe_intermediate_size"]
-    return _F32 * (tokens * (experts + hidden + scores) + matrix)
+    return _F32 * (min(tokens, PIECE_TOKENS) * each + matrix)
+
+
+def swept_nbytes(checkpoint: Checkpoint, experts: int) -> int:
+    """Bytes that a sweep holds of each token: the outputs of its K experts, and hidden states
+    before and after its norm and from the shared expert, float32."""
+    return _F32 * (experts + 4) * checkpoint.text_config["hidden_size"]

@@ -3,8 +3,8 @@
     buffered   through the page cache, which keeps them
     uncached   through the page cache, which does not keep them (RWF_DONTCACHE of Linux 6.14, or
                dropped after the read; F_NOCACHE on macOS)
-    direct     past the page cache (O_DIRECT): the drive writes into the buffer itself, if the buffer
-               lies in its blocks as the range lies in the file's (see `BLOCK`), else into an aligned
+    direct     past the page cache (O_DIRECT): the drive writes into the buffer itself, if that lies
+               in its blocks as the range lies in the file's (see `BLOCK`), else into an aligned
                buffer of each thread, from which it is copied. Where there is none, as uncached
 
 The last two are for slots that hold most of what is used again.

@@ -13,7 +13,7 @@ from . import memory as memory_module
 from . import ops
 from .checkpoint import Checkpoint
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
-from .footprint import prompt_cache_nbytes, working_nbytes
+from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
 from .io_modes import IO_MODES
 from .models import FAMILIES, StreamingMoE, check_experts
 from .reader import Reader
@@ -48,16 +48,21 @@ def plan_memory(
     if memory is not None and slots is not None:
         raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
     k = check_experts(experts, checkpoint)
+    gpu = ops.on_gpu()
+    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu)
     held = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
     return memory_module.plan(
         budget=None if memory is None else memory_module.parse_size(memory),
         slots=slots,
         base=memory_module.resident(),
         dense=checkpoint.dense_nbytes,
-        working=working_nbytes(checkpoint, on_gpu=ops.on_gpu()) + held,
+        working=lasting_nbytes(checkpoint, on_gpu=gpu) + held + passing,
         layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
         num_experts=checkpoint.num_experts,
         minimum=min(k + PREFILL_SLOTS, checkpoint.num_experts),
+        passing=passing,
+        # The stacks of MLX arrays on a GPU cannot give memory back.
+        elastic=slots is None and not gpu,
     )
 
 

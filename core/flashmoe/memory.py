@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path, PurePosixPath
 
@@ -87,7 +87,8 @@ class Plan:
 
     budget: what the process may hold at its peak. resident: what it held before loading.
     working: prefill scratch and KV cache. slot_nbytes: one slot in each of the `num_layers` MoE
-    layers, summed.
+    layers, summed. passing: the part of `working` that only a prompt takes, while it is read.
+    least_slots, most_slots: of a layer; between them slots give way to prompts and come back.
     """
 
     budget: int
@@ -97,6 +98,14 @@ class Plan:
     slots_per_layer: int
     num_layers: int
     slot_nbytes: int
+    passing: int = 0
+    least_slots: int = 0
+    most_slots: int = 0
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of slots may change while the model is loaded."""
+        return self.least_slots < self.most_slots
 
     @property
     def slots_nbytes(self) -> int:
@@ -131,6 +140,8 @@ def plan(
     layer_slot_nbytes: list[int],
     num_experts: int,
     minimum: int,
+    passing: int = 0,
+    elastic: bool = False,
 ) -> Plan:
     """Split `budget` (bytes), giving to slots what nothing else needs; every layer gets as many.
 
@@ -139,6 +150,8 @@ def plan(
         they are taken as asked, whatever the machine has.
     base: bytes the process holds already. layer_slot_nbytes: bytes of one slot of each MoE layer.
     minimum: the fewest slots per layer the model can run with.
+    passing: the part of working that only a prompt takes. elastic: slots may be made fewer and more
+        after loading, within the budget.
     Raises `BudgetError`, which says how much is needed.
     """
     minimum = min(minimum, num_experts)
@@ -146,7 +159,8 @@ def plan(
     fixed = base + dense + working
 
     def with_slots(count: int, budget: int) -> Plan:
-        return Plan(budget, base, dense, working, count, len(layer_slot_nbytes), slot_nbytes)
+        layers = len(layer_slot_nbytes)
+        return Plan(budget, base, dense, working, count, layers, slot_nbytes, passing)
 
     if slots is not None:
         if slots < minimum:
@@ -162,7 +176,7 @@ def plan(
             raise BudgetError(
                 f"memory {format_size(budget)} is too small for {slots} slots per layer, which "
                 f"need {format_size(needed.total)} ({needed.parts()}); pass "
-                f'memory="{_round_up(needed.total)}" or more, or fewer slots'
+                f'memory="{round_up(needed.total)}" or more, or fewer slots'
             )
         return needed
 
@@ -176,13 +190,17 @@ def plan(
         least = with_slots(minimum, budget)
         raise BudgetError(
             f"{named} too small: this model needs at least {format_size(least.total)} "
-            f'({least.parts()}); pass memory="{_round_up(least.total)}" or more, or fewer experts '
+            f'({least.parts()}); pass memory="{round_up(least.total)}" or more, or fewer experts '
             "with experts=K"
         )
-    return with_slots(min(fits, num_experts), budget)
+    found = with_slots(min(fits, num_experts), budget)
+    if not elastic:
+        return found
+    most = min((budget - fixed + passing) // slot_nbytes, num_experts)
+    return replace(found, least_slots=minimum, most_slots=most)
 
 
-def _round_up(nbytes: int) -> str:
+def round_up(nbytes: int) -> str:
     """A short size that `parse_size` reads as `nbytes` or a little more."""
     size, unit = (10**9, "GB") if nbytes >= 10**9 else (10**6, "MB")
     return f"{(Decimal(nbytes) / size).quantize(Decimal('0.1'), ROUND_CEILING)}{unit}"

@@ -7,6 +7,7 @@ top K. Embedding, attention, caches, masks and the head are mlx-lm's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from .bank import ExpertBank
 from .checkpoint import Checkpoint
 from .errors import SettingError
 from .reader import Reader, ReadStats
+from .room import Room
 from .switch import StreamingSwitchGLU, Watch
 
 
@@ -38,22 +40,31 @@ class SharedExpertBlock(qwen3_next.Qwen3NextSparseMoeBlock):
     """The MoE block of qwen3_next and qwen3_5_moe."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        indices, scores = route(self, x)
-        call = self.switch_mlp.start(x, indices)
-        shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return next(self.sweep([x]))
+
+    def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
+        """The block applied to pieces of a prompt, whose experts are read once for all of them."""
+        routed = [route(self, x) for x in xs]
+        call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
+        shared = [mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x) for x in xs]
         # Let it run while the reads are in flight.
         mx.async_eval(shared)
-        y = call.finish()
-        return (y * scores[..., None]).sum(axis=-2) + shared
+        for y, (_, scores), s in zip(call.finish(), routed, shared, strict=True):
+            yield (y * scores[..., None]).sum(axis=-2) + s
 
 
 class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
     """The MoE block of qwen3_moe, which has no shared expert."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        indices, scores = route(self, x)
-        y = self.switch_mlp(x, indices)
-        return (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+        return next(self.sweep([x]))
+
+    def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
+        """The block applied to pieces of a prompt, whose experts are read once for all of them."""
+        routed = [route(self, x) for x in xs]
+        call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
+        for y, (_, scores) in zip(call.finish(), routed, strict=True):
+            yield (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,12 +94,14 @@ class StreamingMoE:
         plan: how the memory was split.
         reader: the reader that all layers share.
         watch: its check is called between experts.
+        room: how many slots there are now.
     """
 
     checkpoint: Checkpoint
     plan: memory_module.Plan
     reader: Reader
     watch: Watch
+    room: Room
     block: type[nn.Module]
 
     def sanitize(self, weights: dict) -> dict:
@@ -101,12 +114,16 @@ class StreamingMoE:
         self.checkpoint, self.plan, self.reader = checkpoint, plan, reader
         self.watch = Watch()
         module = ops.pick()
+        slots = max(plan.slots_per_layer, plan.most_slots)
         for index, layer in checkpoint.expert_layers.items():
             block = self.layers[index].mlp
-            bank = ExpertBank(layer, plan.slots_per_layer, on_gpu=ops.on_gpu())
+            bank = ExpertBank(layer, slots, on_gpu=ops.on_gpu())
             block.switch_mlp = StreamingSwitchGLU(bank, reader, module, self.watch)
             # In place: the block keeps its router and its shared expert under mlx-lm's names.
             block.__class__ = self.block
+        switches = [block.switch_mlp for block in self._blocks]
+        self.room = Room(checkpoint, plan, switches)
+        self.watch.between = self.room.look
 
     @property
     def experts(self) -> int:
@@ -142,27 +159,27 @@ class StreamingMoE:
             reads=self.reader.stats,
         )
 
-    def read(self, tokens: list[int], cache: list) -> mx.array:
-        """Take tokens into the prompt cache: their hidden states (1, tokens, hidden)."""
-        return self._text.model(mx.array([tokens]), cache)
-
     def next_logits(self, tokens: list[int], cache: list) -> mx.array:
         """Take tokens into the prompt cache: the logits (1, vocabulary) after the last one.
 
         mlx-lm's own call computes those of all the tokens; here the head sees one row.
         """
-        last = self.read(tokens, cache)[:, -1:]
-        if self._text.args.tie_word_embeddings:
-            return self._text.model.embed_tokens.as_linear(last)[:, 0]
-        return self._text.lm_head(last)[:, 0]
+        return self.logits(self.text.model(mx.array([tokens]), cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""
+        last = hidden[:, -1:]
+        if self.text.args.tie_word_embeddings:
+            return self.text.model.embed_tokens.as_linear(last)[:, 0]
+        return self.text.lm_head(last)[:, 0]
 
     def close(self) -> None:
         """End the reader's threads. The model cannot be used after that."""
         self.reader.close()
 
     @property
-    def _text(self) -> nn.Module:
-        # qwen3_5_moe nests its text model.
+    def text(self) -> nn.Module:
+        """mlx-lm's language model, which qwen3_5_moe nests."""
         return getattr(self, "language_model", self)
 
     @property

@@ -14,11 +14,11 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
 from . import footprint, grammars, memory
-from .chat import Prompt, Template
+from .chat import Template
 from .constraint import Constraint, Matchers
 from .control import Control
 from .errors import Cancelled, ContextError, OutputError
-from .events import End, Event, Progress
+from .events import End, Event
 from .generation import Decoder
 from .loading import load
 from .models import check_experts
@@ -92,15 +92,13 @@ class Session:
             k = self.model.experts
             try:
                 turn.check()
-                reading = self._reader.read(turn.prompt, emit, keep=request.cache)
-                decoder = self._decoder(turn, reading)
                 forced = turn.within_limit(turn.constraint.start())
-                logits = decoder.step([*reading.tail, *forced])
+                reading = self._reader.read(turn.prompt, emit, keep=request.cache, forced=forced)
                 watch.entered = lambda layer: None
-                emit(self._all_read(turn.prompt, reading))
                 first = perf_counter()
                 turn.take(forced, forced=len(forced))
-                reason = self._decode(turn, decoder, logits)
+                decoder = self._decoder(turn, reading, forced)
+                reason = self._decode(turn, decoder, reading.logits)
             except Cancelled:
                 reason = "cancelled"
             finally:
@@ -190,10 +188,6 @@ class Session:
                 logits = decoder.step(new)
         return reason
 
-    def _all_read(self, prompt: Prompt, reading: Reading) -> Progress:
-        total, layers = len(prompt.tokens) - reading.cached, len(self.model.layers)
-        return Progress(total, total, layers, layers)
-
     def _max_tokens(self, request: Request, prompt: list[int]) -> int:
         room = self.checkpoint.max_context - len(prompt)
         if room < 1:
@@ -204,7 +198,7 @@ class Session:
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         return min(room, wanted)
 
-    def _decoder(self, turn: Turn, reading: Reading) -> Decoder:
+    def _decoder(self, turn: Turn, reading: Reading, forced: list[int]) -> Decoder:
         request = turn.request
 
         def value(name, off):
@@ -220,7 +214,8 @@ class Session:
             "min_p": value("min_p", 0.0),
         }
         penalty = request.repetition_penalty
-        return Decoder(self.model, reading.cache, sampling, penalty, turn.prompt.tokens)
+        history = [*turn.prompt.tokens, *forced]
+        return Decoder(self.model, reading.cache, sampling, penalty, history)
 
 
 def sampling_defaults(path: Path) -> dict[str, float]:

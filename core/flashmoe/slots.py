@@ -19,6 +19,7 @@ class Slots:
     """The table of one layer: at most `num_slots` of its `num_experts` experts are resident.
 
     Attributes:
+        num_slots: slots in use; `resize` changes it. capacity: slots there are.
         evictions: experts that had to leave for another one since the start.
     """
 
@@ -27,13 +28,14 @@ class Slots:
             raise ValueError(f"num_slots is {num_slots}, must be 1..{num_experts} (num_experts)")
         if not 0 < half_life < inf:
             raise ValueError(f"half_life is {half_life} tokens, must be positive and finite")
-        self.num_slots = num_slots
+        self.num_slots = self.capacity = num_slots
         self.num_experts = num_experts
         self.half_life = half_life
         self.evictions = 0
         self._slot_of: dict[int, int] = {}
         self._expert_in: list[int | None] = [None] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
+        self._closed: list[int] = []
         # A use weighs 2**_exponent instead of all older ones being halved at each step; _exponent
         # grows by tokens / half_life. _key holds the count of the expert in each slot once more:
         # min() of a flat list of floats is what makes take() cheap.
@@ -119,8 +121,34 @@ class Slots:
         self._expert_in[slot] = None
         self._free.append(slot)
 
+    def resize(self, num_slots: int, pinned: Collection[int]) -> list[int]:
+        """Use another number of slots; the slots that are in use no more.
+
+        When there are fewer, the resident experts with the lowest scores leave, as in `take`; as
+        long as that would take one in `pinned`, more slots than wanted stay in use.
+        """
+        if not 1 <= num_slots <= self.capacity:
+            raise ValueError(f"num_slots is {num_slots}, must be 1..{self.capacity} (capacity)")
+        while self.num_slots < num_slots:
+            slot = self._closed.pop()
+            self._key[slot] = 0.0
+            self._free.append(slot)
+            self.num_slots += 1
+        closed = len(self._closed)
+        while self.num_slots > num_slots:
+            if not self._free:
+                victim = self._victim(pinned)
+                if victim is None:
+                    break
+                self.drop(victim)
+            slot = self._free.pop()
+            self._key[slot] = inf  # never the lowest
+            self._closed.append(slot)
+            self.num_slots -= 1
+        return self._closed[closed:]
+
     def _victim(self, pinned: Collection[int]) -> int | None:
-        """Only called when every slot holds an expert."""
+        """Only called when every slot in use holds an expert."""
         keys = self._key.copy()
         for expert in pinned:
             slot = self._slot_of.get(expert)

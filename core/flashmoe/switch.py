@@ -4,6 +4,8 @@ It takes the place of mlx-lm's `SwitchGLU`. One call: look at the router's choic
 of the experts that are not resident, compute the resident ones meanwhile, then compute each of
 the others when it has landed. A call of many tokens (prefill) is the same, expert by expert: each
 expert of the union is read once, and as many reads are in flight as there are slots to take them.
+A call may have several inputs, the pieces of a prompt: they share the reads, and the bits of each
+are those that it would have alone.
 
 Why a slot may be overwritten: `finish` returns when all experts of the call were computed, and
 the next call of this layer needs its router evaluated, which depends on that result. So no
@@ -13,7 +15,7 @@ pending computation reads a slot when `Slots.take` gives it away, except those i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,11 +44,13 @@ class Watch:
     Attributes:
         check: called with nothing; what it raises ends the call.
         entered: called with the index of each layer whose experts are next.
+        between: called with nothing, between two layers.
     """
 
     def __init__(self):
         self.check: Callable[[], None] = lambda: None
         self.entered: Callable[[int], None] = lambda layer: None
+        self.between: Callable[[], None] = lambda: None
 
 
 class StreamingSwitchGLU(nn.Module):
@@ -74,10 +78,14 @@ class StreamingSwitchGLU(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x: (..., hidden), indices: (..., top_k) -> (..., top_k, hidden)."""
-        return self.start(x, indices).finish()
+        return next(self.start([(x, indices)]).finish())
 
-    def start(self, x: mx.array, indices: mx.array) -> Call:
-        """Start the reads that this call needs. Evaluates x and indices."""
+    def start(self, inputs: Sequence[tuple[mx.array, mx.array]]) -> Call:
+        """Start the reads that a call needs. Evaluates the inputs.
+
+        inputs: x (..., hidden) and indices (..., top_k) of each piece.
+        """
+        self._watch.between()
         self._watch.entered(self._bank.layer.layer)
         for expert, pending in list(self._loading.items()):
             # Left by a call that did not finish. If the read failed and the expert is needed
@@ -88,7 +96,7 @@ class StreamingSwitchGLU(nn.Module):
             else:
                 with suppress(ReadError):
                     self.landed(expert)
-        return Call(self, x, indices)
+        return Call(self, inputs)
 
     def load(self, expert: int, pinned: set[int]) -> bool:
         """Start to read an expert, if a slot can be had without evicting a pinned expert."""
@@ -116,6 +124,11 @@ class StreamingSwitchGLU(nn.Module):
             del self._loading[expert]
         return self._slots.lookup(expert)
 
+    def resize(self, num_slots: int) -> None:
+        """Use another number of slots; not during a call. Memory of slots out of use is freed."""
+        for slot in self._slots.resize(num_slots, self._loading):
+            self._bank.release(slot)
+
     def _forget(self, expert: int) -> None:
         if self._slots.lookup(expert) is not None:
             self._slots.drop(expert)
@@ -125,30 +138,35 @@ class StreamingSwitchGLU(nn.Module):
 class Call:
     """One call of a StreamingSwitchGLU, between its `start` and its `finish`."""
 
-    def __init__(self, switch: StreamingSwitchGLU, x: mx.array, indices: mx.array):
+    def __init__(self, switch: StreamingSwitchGLU, inputs: Sequence[tuple[mx.array, mx.array]]):
         self._switch = switch
-        self._shape = (*indices.shape, x.shape[-1])
-        top_k = indices.shape[-1]
-        x = x.reshape(-1, x.shape[-1])
-        mx.eval(x, indices)
-        chosen = np.array(indices).reshape(-1)
-        order = np.argsort(chosen, kind="stable")
-        experts, first = np.unique(chosen[order], return_index=True)
-        self._pairs = dict(zip(experts.tolist(), np.split(order, first[1:]), strict=True))
-        switch._slots.touch({e: p.size for e, p in self._pairs.items()}, tokens=x.shape[0])
+        self._shapes = [(*indices.shape, x.shape[-1]) for x, indices in inputs]
+        mx.eval(inputs)
+        rows = [x.reshape(-1, x.shape[-1]) for x, _ in inputs]
+        self._works = [
+            switch._ops.Work(switch._bank, x, indices.shape[-1])
+            for x, (_, indices) in zip(rows, inputs, strict=True)
+        ]
+        # Expert -> its pairs in each input that has any: (number of the input, pairs).
+        self._pairs: dict[int, list[tuple[int, np.ndarray]]] = {}
+        for i, (_, indices) in enumerate(inputs):
+            for expert, pairs in _by_expert(indices):
+                self._pairs.setdefault(expert, []).append((i, pairs))
+        counts = {e: sum(p.size for _, p in pairs) for e, pairs in self._pairs.items()}
+        switch._slots.touch(counts, tokens=sum(len(x) for x in rows))
 
-        resident = [e for e in self._pairs if switch._slots.lookup(e) is not None]
-        self._ready: list[int] = resident
-        self._missing = deque(e for e in self._pairs if switch._slots.lookup(e) is None)
+        # In the order of the file, whichever piece needs them first.
+        experts = sorted(self._pairs)
+        self._ready = [e for e in experts if switch._slots.lookup(e) is not None]
+        self._missing = deque(e for e in experts if switch._slots.lookup(e) is None)
         self._landing: deque[int] = deque()
-        self._pinned = set(resident)
+        self._pinned = set(self._ready)
         switch.stats.needed += len(self._pairs)
         switch.stats.loaded += len(self._missing)
-        self._work = switch._ops.Work(switch._bank, x, top_k)
         self._load_ahead()
 
-    def finish(self) -> mx.array:
-        """Compute all experts of the call. (..., top_k, hidden)
+    def finish(self) -> Iterator[mx.array]:
+        """Compute all experts of the call, then give (..., top_k, hidden) of each input in turn.
 
         Raises:
             ReadError: an expert could not be read.
@@ -162,12 +180,23 @@ class Call:
                     not switch._ops.AS_THEY_LAND or switch._loading[self._landing[0]].done()
                 ):
                     self._ready.append(self._landing.popleft())
-            self._work.run({switch.landed(e): self._pairs[e] for e in self._ready})
+            self._run({e: switch.landed(e) for e in self._ready})
             # Computed experts may be evicted from here on.
             self._pinned.difference_update(self._ready)
             self._ready = []
             self._load_ahead()
-        return self._work.result().reshape(self._shape)
+        self._works.reverse()  # each result is dropped when the next one is asked for
+        return (self._works.pop().result().reshape(shape) for shape in self._shapes)
+
+    def _run(self, slots: dict[int, int]) -> None:
+        """Compute the pairs of resident experts: expert -> slot."""
+        mine: list[dict[int, np.ndarray]] = [{} for _ in self._works]
+        for expert, slot in slots.items():
+            for i, pairs in self._pairs[expert]:
+                mine[i][slot] = pairs
+        for work, experts in zip(self._works, mine, strict=True):
+            if experts:
+                work.run(experts)
 
     def _load_ahead(self) -> None:
         """Start as many of the missing experts' reads as there are slots to take them."""
@@ -175,3 +204,11 @@ class Call:
             expert = self._missing.popleft()
             self._pinned.add(expert)
             self._landing.append(expert)
+
+
+def _by_expert(indices: mx.array) -> Iterator[tuple[int, np.ndarray]]:
+    """The pairs of each expert that a router chose, by expert. See `flashmoe.ops` for pairs."""
+    chosen = np.array(indices).reshape(-1)
+    order = np.argsort(chosen, kind="stable")
+    experts, first = np.unique(chosen[order], return_index=True)
+    return zip(experts.tolist(), np.split(order, first[1:]), strict=True)
