@@ -105,21 +105,6 @@ print(before, during, resident(), peak())
     assert during - (1 << 20) <= most <= during + (10 << 20)
 
 
-@pytest.fixture
-def own_cgroup():
-    """A new v1 memory group below that of this process, so that outer limits go on to hold."""
-    text = Path("/proc/self/cgroup").read_text() if sys.platform == "linux" else ""
-    paths = [line.split(":memory:")[1] for line in text.splitlines() if ":memory:" in line]
-    path = paths[0] if paths else ""
-    group = Path("/sys/fs/cgroup/memory" + path) / f"flashmoe-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as e:
-        pytest.skip(f"no writable v1 memory cgroup here: {e}")
-    yield group
-    group.rmdir()
-
-
 def test_a_real_cgroup_limit_is_overlooked(own_cgroup):
     limit = 300 << 20
     (own_cgroup / "memory.limit_in_bytes").write_text(str(limit))
