@@ -102,7 +102,8 @@ class ChatFlashMoE(BaseChatModel, Options):
     """Peak memory of the process, such as "8GB". `None`: what the machine can spare."""
 
     io: str | None = None
-    """How experts are read: "buffered", "uncached" or "direct", see `flashmoe.io_modes`."""
+    """How experts are read: "buffered", "uncached" or "direct", see `flashmoe.io_modes`. `None`: as
+    `flashmoe bench disk` found, or direct."""
 
     streaming: bool = False
     """Stream inside `invoke`, so that callbacks see each token as a chunk of a stream."""

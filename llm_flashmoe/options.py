@@ -58,7 +58,7 @@ class Options(llm.Options):
     io: str | None = Field(
         default=None,
         description='How experts are read: "buffered" leaves them in the page cache too, '
-        '"uncached" and "direct" do not. Default: buffered',
+        '"uncached" and "direct" do not. Default: what `flashmoe bench disk` found, or direct',
     )
     cache: bool | None = Field(
         default=None,

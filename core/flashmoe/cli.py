@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from . import cli_models
+from . import cli_bench, cli_models
 from .catalog import find, model
 from .errors import FlashMoEError
 from .events import End, Progress, Reasoning, Text
@@ -33,7 +33,7 @@ def cli() -> None:
     """Run Mixture-of-Experts models that are larger than memory."""
 
 
-for command in cli_models.COMMANDS:
+for command in (*cli_models.COMMANDS, cli_bench.bench):
     cli.add_command(command)
 
 
@@ -43,8 +43,8 @@ for command in cli_models.COMMANDS:
 @click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
 @click.option("--slots", type=int, help="Experts kept in each layer, instead of --memory.")
 @click.option("--experts", type=int, help="Prune the router to its top K experts.")
-@click.option("--depth", type=int, default=8, show_default=True, help="Reads in flight.")
-@click.option("--io", type=click.Choice(IO_MODES), default="buffered", help="How experts are read.")
+@click.option("--depth", type=int, help="Reads in flight. Default: as `bench disk` found, or 8.")
+@click.option("--io", type=click.Choice(IO_MODES), help="How experts are read. Default: the same.")
 @click.option("--think/--no-think", default=None, help="Think before the answer.")
 @click.option("--max-tokens", type=int, help="End the answer after so many tokens.")
 @click.option("--temperature", type=float, help="0 picks the likeliest token each time.")

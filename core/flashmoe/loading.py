@@ -12,6 +12,7 @@ from mlx_lm.utils import load_config, load_model, load_tokenizer
 from . import memory as memory_module
 from . import ops
 from .checkpoint import Checkpoint
+from .drives import drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
 from .io_modes import IO_MODES
@@ -72,8 +73,8 @@ def load(
     memory: str | int | None = None,
     slots: int | None = None,
     experts: int | None = None,
-    depth: int = 8,
-    io: str = "buffered",
+    depth: int | None = None,
+    io: str | None = None,
     prompt_cache: int | None = 0,
 ):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
@@ -81,8 +82,11 @@ def load(
     Args:
         path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
         memory, slots, experts, prompt_cache: see `plan_memory`.
-        depth: how many reads may be in flight at the drive.
-        io: how experts are read, one of `flashmoe.io_modes.IO_MODES`.
+        depth: how many reads may be in flight at the drive. None: what `flashmoe bench disk` found,
+            or 8.
+        io: how experts are read, one of `flashmoe.io_modes.IO_MODES`. None: what `flashmoe bench
+            disk` found, or the default of `flashmoe.drives`; "buffered" where all experts fit into
+            slots, so that the next process finds them in the page cache.
 
     Returns:
         (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools
@@ -111,21 +115,27 @@ def load_streaming(
     memory: str | int | None = None,
     slots: int | None = None,
     experts: int | None = None,
-    depth: int = 8,
-    io: str = "buffered",
+    depth: int | None = None,
+    io: str | None = None,
     prompt_cache: int | None = 0,
 ) -> StreamingMoE:
     """`load` without the tokenizer, from an open checkpoint."""
-    if depth < 1:
+    if depth is not None and depth < 1:
         raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
-    if io not in IO_MODES:
+    if io is not None and io not in IO_MODES:
         raise SettingError(f"io={io!r} must be one of {', '.join(IO_MODES)}")
     plan = plan_memory(
         checkpoint, memory=memory, slots=slots, experts=experts, prompt_cache=prompt_cache
     )
     log.info("%s: %s", checkpoint.path.name, plan.describe())
     model_class, args_class = FAMILIES[checkpoint.model_type]
-    reader = Reader(depth, checkpoint.identities, io)
+    drive = drive_of(checkpoint.path)
+    if io is None:
+        all_fit = max(plan.slots_per_layer, plan.most_slots) == checkpoint.num_experts
+        io = "buffered" if all_fit else drive.io
+    depth = drive.depth if depth is None else depth
+    log.info("io=%s, depth=%d, split=%d", io, depth, drive.split)
+    reader = Reader(depth, checkpoint.identities, io, drive.split)
 
     def build(args):
         model = model_class(args)

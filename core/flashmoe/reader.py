@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from .errors import ReadError
-from .io_modes import IO_MODES, Buffered
+from .io_modes import BLOCK, IO_MODES, Buffered
 
 # The ranges of one submit go to the threads in jobs of at least this many bytes. A hand-over costs
 # some 15 us, a small read less: a 7 MB expert makes six jobs, a tiny one a single job.
@@ -124,7 +124,8 @@ class Reader:
     or until the Reader is garbage and the reads that were submitted have ended.
 
     identities: what the files must be when they are opened. A file that is not named here must stay
-    what it was at its first read. io: one of `flashmoe.io_modes.IO_MODES`.
+    what it was at its first read. io: one of `flashmoe.io_modes.IO_MODES`. split: ranges of more
+    bytes are cut into pieces of so many, for several threads; 0: none is.
     """
 
     def __init__(
@@ -132,11 +133,15 @@ class Reader:
         depth: int = 8,
         identities: Mapping[Path, FileIdentity] | None = None,
         io: str = "buffered",
+        split: int = 0,
     ):
         if depth < 1:
             raise ValueError(f"depth is {depth}, must be 1 or more")
+        if split and split < BLOCK:
+            raise ValueError(f"split is {split} bytes, must be 0, or {BLOCK} or more")
         if io not in IO_MODES:
             raise ValueError(f"io is {io!r}, must be one of {', '.join(IO_MODES)}")
+        self._split = split
         self._pool = _Pool(depth, identities or {}, IO_MODES[io]())
         self._stop = weakref.finalize(self, self._pool.to_each, None)
         # At exit the system closes the files, and a thread that waits does no harm.
@@ -157,6 +162,8 @@ class Reader:
 
     def submit(self, requests: Sequence[ReadRequest]) -> Pending:
         """Start the reads, usually the ranges of one expert. Errors come from `Pending.wait`."""
+        if self._split:
+            requests = [piece for r in requests for piece in _pieces(r, self._split)]
         jobs = list(_jobs(requests))
         pending = Pending(self._pool, len(jobs))
         with self._pool.lock:
@@ -296,6 +303,17 @@ class _Pool:
                 fd = self.io.open(path)
                 file = self._files[path] = fd, self._identities.get(path) or FileIdentity.of(fd)
             return file
+
+
+def _pieces(request: ReadRequest, nbytes: int) -> Iterator[ReadRequest]:
+    """Cut a request at blocks of the file, so that no block is read for two pieces."""
+    whole = memoryview(request.buffer).cast("B")
+    done = 0
+    while done < whole.nbytes:
+        end = (request.start + done + nbytes) // BLOCK * BLOCK - request.start
+        end = min(end, whole.nbytes)
+        yield replace(request, start=request.start + done, buffer=whole[done:end])
+        done = end
 
 
 def _jobs(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:

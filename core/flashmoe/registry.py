@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import user_files
 from .errors import RegistryError
 
 log = logging.getLogger("flashmoe")
-
-#: The directory of the file, when it is not the platform's.
-ENV = "FLASHMOE_CONFIG"
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.:@+-]*(/[\w.:@+-]+)*")
 
@@ -37,14 +32,7 @@ class Registered:
 
 def file() -> Path:
     """The registry's file."""
-    if ENV in os.environ:
-        directory = Path(os.environ[ENV])
-    elif sys.platform == "darwin":
-        directory = Path.home() / "Library" / "Application Support" / "flashmoe"
-    else:
-        base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        directory = Path(base) / "flashmoe"
-    return directory / "models.json"
+    return user_files.directory() / "models.json"
 
 
 def models() -> list[Registered]:
@@ -127,9 +115,6 @@ def _read() -> dict:
 
 def _write(models: dict) -> None:
     try:
-        file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file().parent, delete=False) as f:
-            json.dump({"version": 1, "models": models}, f, indent=1)
-        os.replace(f.name, file())
+        user_files.write_json(file(), {"version": 1, "models": models})
     except OSError as e:
         raise RegistryError(f"{file()} cannot be written: {e}") from e

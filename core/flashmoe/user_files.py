@@ -1,0 +1,29 @@
+"""Where the user's settings lie, and how a file of them is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+#: The directory of settings, when it is not the platform's.
+ENV = "FLASHMOE_CONFIG"
+
+
+def directory() -> Path:
+    """The directory of settings; it may not exist."""
+    if ENV in os.environ:
+        return Path(os.environ[ENV])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "flashmoe"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "flashmoe"
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Put `content` in place of a file at once. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as f:
+        json.dump(content, f, indent=1)
+    os.replace(f.name, file)
