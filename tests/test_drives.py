@@ -30,7 +30,7 @@ def flashmoe(*args):
     return CliRunner().invoke(cli, list(map(str, args)))
 
 
-@given(start=st.integers(0, 10**5), size=st.integers(1, 10**5), nbytes=st.integers(1, 10**5))
+@given(start=st.integers(0, 10**5), size=st.integers(1, 10**5), nbytes=st.integers(BLOCK, 10**5))
 def test_pieces_lose_or_repeat_a_byte(start, size, nbytes):
     buffer = np.zeros(size, np.uint8)
     at = start
@@ -40,9 +40,14 @@ def test_pieces_lose_or_repeat_a_byte(start, size, nbytes):
         assert view.nbytes >= 1
         np.frombuffer(view, np.uint8)[:] += 1
         at += view.nbytes
-        assert at % BLOCK == 0 or at == start + size or nbytes < BLOCK
+        assert at % BLOCK == 0 or at == start + size
     assert at == start + size
     assert (buffer == 1).all()
+
+
+def test_split_below_a_block_passes():
+    with pytest.raises(ValueError, match="split is 4095 bytes, must be 0, or 4096 or more"):
+        Reader(2, split=BLOCK - 1)
 
 
 @pytest.mark.parametrize("io", IO_MODES)
@@ -77,7 +82,6 @@ def test_drive_is_forgotten_or_mixed_up(tmp_path):
     + [
         json.dumps({"drives": {"KEY": entry}})
         for entry in (
-            None,
             7,
             {"io": "fast"},
             {"io": "direct", "depth": 0},
