@@ -1,0 +1,128 @@
+"""Would it pay to read the next layer's experts before its router was asked?
+
+    python benchmarks/lookahead.py flashmoe-demo --slots 30
+    python benchmarks/lookahead.py /tmp/synth397 --memory 3.2GB
+
+While a layer waits for its experts, the router of the next one looks at this layer's state: what it
+would pick, and is not resident, is read behind this layer's own reads. The physics: the disk is
+idle while attention and the tail of the expert block are computed, so right guesses are free there;
+a wrong guess costs the time of its bytes, and the slot of an expert that may be needed.
+
+Each number of guesses a layer runs for some tokens in turn; figures are of all rounds. right: share
+of the guessed experts that the next layer picked. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from statistics import median
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from flashmoe.catalog import find
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.loading import load_streaming
+from flashmoe.models import SharedExpertBlock, route
+
+
+class Ahead:
+    """Guesses experts of the layer that follows each one."""
+
+    def __init__(self, model):
+        self.guesses = 0
+        self.counts = defaultdict(lambda: [0, 0])  # guesses a layer -> guessed, right
+        self._next, self._guessed = {}, {}
+        layers = model.layers
+        for layer, following in zip(layers, layers[1:], strict=False):
+            scale = (
+                following.post_attention_layernorm.weight / layer.post_attention_layernorm.weight
+            )
+            self._next[id(layer.mlp)] = following.mlp, scale
+
+    def sweep(self, block, xs):
+        """SharedExpertBlock.sweep, and the guess after its reads were started."""
+        routed = [route(block, x) for x in xs]
+        call = block.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
+        decoding = len(xs) == 1 and xs[0].size == xs[0].shape[-1]
+        if decoding and self.guesses:
+            self._check(block, routed[0][0])
+            self._guess(block, xs[0])
+        shared = [mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x) for x in xs]
+        mx.async_eval(shared)
+        for y, (_, scores), s in zip(call.finish(), routed, shared, strict=True):
+            yield (y * scores[..., None]).sum(axis=-2) + s
+
+    def _check(self, block, indices):
+        guessed = self._guessed.pop(id(block), ())
+        picked = set(np.array(indices).ravel().tolist())
+        self.counts[self.guesses][0] += len(guessed)
+        self.counts[self.guesses][1] += len(picked.intersection(guessed))
+
+    def _guess(self, block, x):
+        if id(block) not in self._next:
+            return
+        following, scale = self._next[id(block)]
+        switch = following.switch_mlp
+        scores = np.array(following.gate(x * scale)).ravel()
+        likely = np.argsort(-scores)[: following.top_k].tolist()
+        missing = [e for e in likely if switch._slots.lookup(e) is None][: self.guesses]
+        self._guessed[id(following)] = missing
+        for expert in missing:
+            switch.load(expert, set(likely))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--memory")
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--guesses", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--tokens", type=int, default=10, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    checkpoint = Checkpoint.open(find(args.model))
+    model = load_streaming(checkpoint, memory=args.memory, slots=args.slots, prompt_cache=None)
+    ahead = Ahead(model)
+    SharedExpertBlock.sweep = lambda block, xs: ahead.sweep(block, xs)
+    model.room.for_decoding(args.tokens * args.rounds * len(args.guesses))
+    cache = make_prompt_cache(model)
+    drawn = random.Random(3)
+    token, taken = 1, defaultdict(list)
+    loaded = defaultdict(int)
+    for turn in range(args.rounds + 1):
+        for n in args.guesses:
+            ahead.guesses = n
+            before = model.stats.reads.bytes
+            for _ in range(args.tokens):
+                start = time.perf_counter()
+                logits = model.next_logits([token], cache)
+                mx.eval(logits, [c.state for c in cache])
+                if turn:  # the first round fills the slots
+                    taken[n].append(time.perf_counter() - start)
+                # Of a real model, its own text; sampled, or it repeats itself.
+                likely = np.argsort(-np.array(logits[0]))[:5].tolist()
+                token = drawn.choice(likely)
+            if turn:
+                loaded[n] += model.stats.reads.bytes - before
+    rows = []
+    for n in args.guesses:
+        guessed, right = ahead.counts[n]
+        rows.append(
+            {
+                "guesses": n,
+                "right": round(right / guessed, 3) if guessed else None,
+                "ms": round(1e3 * median(taken[n]), 2),
+                "mb_a_token": round(loaded[n] / len(taken[n]) / 1e6, 2),
+            }
+        )
+        print(rows[-1])
+    result = {"benchmark": "lookahead", "model": args.model, "slots": model.room.slots}
+    print(json.dumps(result | {"experts": model.experts, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
