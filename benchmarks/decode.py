@@ -53,7 +53,7 @@ def moe_blocks(model):
     return [layer.mlp for layer in model.layers if hasattr(layer.mlp, "switch_mlp")]
 
 
-def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
+def run_flashmoe(path: Path, ks: list[int], count: int, activations: str) -> dict:
     from flashmoe.checkpoint import Checkpoint
     from flashmoe.loading import load_streaming
     from flashmoe.memory import peak
@@ -61,7 +61,7 @@ def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
     checkpoint = Checkpoint.open(path)
     vocab = checkpoint.text_config["vocab_size"]
     start = time.perf_counter()
-    model = load_streaming(checkpoint, slots=checkpoint.num_experts)
+    model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     for block in moe_blocks(model):
         switch = block.switch_mlp
         for expert in range(checkpoint.num_experts):
@@ -73,7 +73,7 @@ def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
     seconds_a_token(model, tokens[: PROMPT + 2])  # compiles
     for k in ks:
         with model.pruned_to(k):
-            found[f"float32_k{k}"] = seconds_a_token(model, tokens)
+            found[f"{activations}_k{k}"] = seconds_a_token(model, tokens)
     assert model.stats.loaded == 0, "an expert was not resident"
     found["dense_bytes"] = checkpoint.dense_nbytes
     found["expert_bytes"] = next(iter(checkpoint.expert_layers.values())).expert_nbytes

@@ -11,6 +11,7 @@ from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from . import memory as memory_module
 from . import ops
+from .activations import check_activations
 from .checkpoint import Checkpoint
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import prompt_cache_nbytes, working_nbytes
@@ -69,6 +70,7 @@ def load(
     experts: int | None = None,
     depth: int = 8,
     io: str = "buffered",
+    activations: str = "float32",
     prompt_cache: int | None = 0,
 ):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
@@ -78,6 +80,8 @@ def load(
         memory, slots, experts, prompt_cache: see `plan_memory`.
         depth: how many reads may be in flight at the drive.
         io: how experts are read, one of `flashmoe.io_modes.IO_MODES`.
+        activations: "float32", or "int8" on a CPU: faster, not exact. See
+            `flashmoe.activations`.
 
     Returns:
         (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools
@@ -95,6 +99,7 @@ def load(
         experts=experts,
         depth=depth,
         io=io,
+        activations=activations,
         prompt_cache=prompt_cache,
     )
     return model, tokenizer
@@ -108,6 +113,7 @@ def load_streaming(
     experts: int | None = None,
     depth: int = 8,
     io: str = "buffered",
+    activations: str = "float32",
     prompt_cache: int | None = 0,
 ) -> StreamingMoE:
     """`load` without the tokenizer, from an open checkpoint."""
@@ -115,6 +121,7 @@ def load_streaming(
         raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
     if io not in IO_MODES:
         raise SettingError(f"io={io!r} must be one of {', '.join(IO_MODES)}")
+    check_activations(activations, ops.pick())
     plan = plan_memory(
         checkpoint, memory=memory, slots=slots, experts=experts, prompt_cache=prompt_cache
     )
@@ -124,7 +131,7 @@ def load_streaming(
 
     def build(args):
         model = model_class(args)
-        model.stream_from(checkpoint, plan, reader)
+        model.stream_from(checkpoint, plan, reader, activations)
         return model
 
     try:

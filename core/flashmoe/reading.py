@@ -62,7 +62,9 @@ class PromptReader:
         self._model = model
         self._memory = memory
         self._store = store
-        self._identity = lru_cache(partial(state_identity, model.checkpoint))
+        self._identity = lru_cache(
+            partial(state_identity, model.checkpoint, activations=model.activations)
+        )
 
     def read(self, prompt: Prompt, emit: Callable[[Event], None], *, keep: bool) -> Reading:
         """Read a prompt up to its last turn; `emit` takes the progress.
@@ -110,15 +112,15 @@ class PromptReader:
         return None, 0
 
 
-def state_identity(checkpoint: Checkpoint, experts: int) -> str:
-    """What a state depends on besides its tokens: the weights, K, and the code that computes."""
+def state_identity(checkpoint: Checkpoint, experts: int, activations: str = "float32") -> str:
+    """What a state depends on besides its tokens: the weights, K, and what computes."""
     files = {
         file.name: (identity.nbytes, identity.mtime_ns)
         for file, identity in checkpoint.identities.items()
     }
     tensors = [(t.name, t.dtype, t.shape, t.start) for t in checkpoint.tensors.values()]
     packages = [version(name) for name in ("llm-flashmoe", "mlx", "mlx-lm", "numba")]
-    maths = (ops.pick().__name__, PREFILL_TOKENS, platform.machine())
+    maths = (ops.pick().__name__, activations, PREFILL_TOKENS, platform.machine())
     text = json.dumps(
         [STATE_VERSION, checkpoint.config, sorted(files.items()), tensors, experts, packages, maths]
     )
