@@ -77,7 +77,7 @@ class Packed:
             if width % self.group_size:
                 raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(S, out, in)"""
         slots, height, row_bytes = self.weight.shape
