@@ -77,9 +77,7 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
         model: a `StreamingMoE` with its dense weights, evaluated or not.
         head: its output projection when that is a layer of its own, None when tied.
     """
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in _ROUTERS:
-            module.activations = model.activations
+    for path, module in model.named_modules():
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             # The scales of quantised layers stay as they are: the kernels widen them exactly.
             for name, value in list(module.items()):
@@ -87,5 +85,8 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
                     module[name] = value.astype(mx.float32)
         if type(module) in _CLASSES:
             module.__class__ = _CLASSES[type(module)]
+        quantised = isinstance(module, dense.QuantizedLinear | dense.QuantizedEmbedding)
+        if quantised and path.rpartition(".")[2] not in _ROUTERS:
+            module.activations = model.activations
     if isinstance(head, dense.QuantizedLinear):
         head.__class__ = dense.Head

@@ -49,6 +49,8 @@ class Packed:
         when unquantised.
     bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
     dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
+    activations: "float32", or "int8": products of up to MATVEC_ROWS rows round x, where
+        `int8.supports` the format.
 
     value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
     Keep the object: it holds what each call needs of these arrays.
