@@ -1,7 +1,7 @@
 """Decode speed with all experts resident, against stock mlx-lm on the same machine.
 
     python benchmarks/synth.py /tmp/synth397 --layers 4 --experts 512
-    python benchmarks/decode.py /tmp/synth397
+    python benchmarks/decode.py /tmp/synth397 [--activations float32 int8]
 
 The physics: a token at K experts a layer moves the dense weights and K experts through the cores
 once. For the 397B geometry (4 bits, group 64) an expert is 7.08 MB and the dense weights of four
@@ -9,9 +9,9 @@ layers some 0.3 GB, so at B GB/s of memory bandwidth a token cannot take less th
 
     (dense + layers * K * 7.08 MB) / B.
 
-The two do not fit into memory side by side, so each round runs one process for flashmoe and one
-for stock mlx-lm, in turn; the figures are medians over the rounds. Stock runs in the checkpoint's
-own bf16 and cast to float32; flashmoe computes in float32. Ends with one JSON line.
+They do not fit into memory side by side, so each round runs one process for each of flashmoe's
+activations and one for stock mlx-lm, in turn; the figures are medians over the rounds. Stock runs
+in the checkpoint's own bf16 and cast to float32. Ends with one JSON line.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def moe_blocks(model):
     return [layer.mlp for layer in model.layers if hasattr(layer.mlp, "switch_mlp")]
 
 
-def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
+def run_flashmoe(path: Path, ks: list[int], count: int, activations: str) -> dict:
     from flashmoe.checkpoint import Checkpoint
     from flashmoe.loading import load_streaming
     from flashmoe.memory import peak
@@ -61,7 +61,7 @@ def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
     checkpoint = Checkpoint.open(path)
     vocab = checkpoint.text_config["vocab_size"]
     start = time.perf_counter()
-    model = load_streaming(checkpoint, slots=checkpoint.num_experts)
+    model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     for block in moe_blocks(model):
         switch = block.switch_mlp
         for expert in range(checkpoint.num_experts):
@@ -73,7 +73,7 @@ def run_flashmoe(path: Path, ks: list[int], count: int) -> dict:
     seconds_a_token(model, tokens[: PROMPT + 2])  # compiles
     for k in ks:
         with model.pruned_to(k):
-            found[f"float32_k{k}"] = seconds_a_token(model, tokens)
+            found[f"k{k}"] = seconds_a_token(model, tokens)
     assert model.stats.loaded == 0, "an expert was not resident"
     found["dense_bytes"] = checkpoint.dense_nbytes
     found["expert_bytes"] = next(iter(checkpoint.expert_layers.values())).expert_nbytes
@@ -101,6 +101,7 @@ def run_stock(path: Path, ks: list[int], count: int) -> dict:
 
 
 def child(path: Path, which: str, ks: list[int], count: int) -> dict:
+    """The figures of one process. which: "stock", or flashmoe's activations."""
     command = [sys.executable, __file__, str(path), "--only", which, "--tokens", str(count)]
     command += ["--k", *map(str, ks)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -115,32 +116,37 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[4, 10])
     parser.add_argument("--tokens", type=int, default=30, help="decode steps of flashmoe")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["flashmoe", "stock"], help=argparse.SUPPRESS)
+    parser.add_argument("--activations", nargs="+", default=["float32"], help="of flashmoe")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        run = run_flashmoe if args.only == "flashmoe" else run_stock
-        print(json.dumps(run(args.path, args.k, args.tokens)))
+        given = args.path, args.k, args.tokens
+        found = run_stock(*given) if args.only == "stock" else run_flashmoe(*given, args.only)
+        print(json.dumps(found))
         return
     rounds = []
     for i in range(args.rounds):
-        rounds.append({w: child(args.path, w, args.k, args.tokens) for w in ("flashmoe", "stock")})
+        every = (*args.activations, "stock")
+        rounds.append({which: child(args.path, which, args.k, args.tokens) for which in every})
         print(f"round {i + 1}: {rounds[-1]}", flush=True)
-    ours = rounds[0]["flashmoe"]
-    result = {"benchmark": "decode", "rounds": args.rounds, "peak_bytes": ours["peak_bytes"]}
-    for k in args.k:
-        fast = median(r["flashmoe"][f"float32_k{k}"] for r in rounds)
-        moved = ours["dense_bytes"] + ours["layers"] * k * ours["expert_bytes"]
-        row = {"ms": round(1000 * fast, 2), "weights_gb_s": round(moved / fast / 1e9, 2)}
-        for dtype in ("bfloat16", "float32"):
-            pairs = [(r["stock"][f"{dtype}_k{k}"], r["flashmoe"][f"float32_k{k}"]) for r in rounds]
-            row[f"stock_{dtype}_ms"] = round(1000 * median(s for s, _ in pairs), 1)
-            row[f"times_faster_than_{dtype}"] = round(median(s / f for s, f in pairs), 1)
-        result[f"k{k}"] = row
-        print(
-            f"K={k}: {row['ms']} ms a token, {row['weights_gb_s']} GB/s of weights; stock bf16 "
-            f"{row['stock_bfloat16_ms']} ms ({row['times_faster_than_bfloat16']}x), float32 "
-            f"{row['stock_float32_ms']} ms ({row['times_faster_than_float32']}x)"
-        )
+    result = {"benchmark": "decode", "rounds": args.rounds}
+    for name in args.activations:
+        ours = rounds[0][name]
+        result[name] = {"peak_bytes": ours["peak_bytes"]}
+        for k in args.k:
+            fast = median(r[name][f"k{k}"] for r in rounds)
+            moved = ours["dense_bytes"] + ours["layers"] * k * ours["expert_bytes"]
+            row = {"ms": round(1000 * fast, 2), "weights_gb_s": round(moved / fast / 1e9, 2)}
+            for dtype in ("bfloat16", "float32"):
+                pairs = [(r["stock"][f"{dtype}_k{k}"], r[name][f"k{k}"]) for r in rounds]
+                row[f"stock_{dtype}_ms"] = round(1000 * median(s for s, _ in pairs), 1)
+                row[f"times_faster_than_{dtype}"] = round(median(s / f for s, f in pairs), 1)
+            result[name][f"k{k}"] = row
+            print(
+                f"{name}, K={k}: {row['ms']} ms a token, {row['weights_gb_s']} GB/s of weights; "
+                f"stock bf16 {row['stock_bfloat16_ms']} ms ({row['times_faster_than_bfloat16']}x), "
+                f"float32 {row['stock_float32_ms']} ms ({row['times_faster_than_float32']}x)"
+            )
     print(json.dumps(result))
 
 

@@ -3,8 +3,9 @@
 A token reads each weight of its experts once and uses it for one multiply-add, so decoding cannot
 go faster than memory: the bound is bytes of weights (with scales and biases) / read bandwidth. 4
 bits of weight cost about 3/16 of a 512-bit instruction to mask, convert and add, so with few cores
-the bound is arithmetic instead. Prefill uses each weight for R rows: there the packed kernels meet
-BLAS on unpacked tiles, and the crossover decides which one `matmul` takes.
+the bound is arithmetic instead; with x rounded to int8 it is memory again. Prefill uses each weight
+for R rows: there the packed kernels meet BLAS on unpacked tiles, and the crossover decides which
+one `matmul` takes.
 
 Experts are walked through `--gib` of memory, far above the caches. Rounds alternate between all
 kernels and the plain read of memory, because a shared machine drifts; figures are medians. The
@@ -13,6 +14,7 @@ last line is JSON.
     python benchmarks/kernels.py [--gib 1] [--rounds 7]
 """
 
+import dataclasses
 import json
 import time
 from collections import defaultdict
@@ -103,16 +105,21 @@ def main(gib: float, rounds: int) -> None:
     calls = {"read memory": (lambda: read(pool), pool.nbytes)}
     up = stack(noise, EXPERT, HIDDEN)
     down = stack(noise, HIDDEN, EXPERT)
+    cases = {}
     for pairs in (1, 4, 10):
-        calls[f"gate_up 4-bit K={pairs}"] = decode((up, up), pairs)
-        calls[f"matvec 4-bit {HIDDEN}->{EXPERT} K={pairs}"] = decode((up,), pairs)
-        calls[f"matvec 4-bit {EXPERT}->{HIDDEN} K={pairs}"] = decode((down,), pairs)
-    calls[f"matvec 4-bit {HIDDEN}->{DENSE}"] = decode((stack(noise, DENSE, HIDDEN),), 1)
+        cases[f"gate_up 4-bit K={pairs}"] = (up, up), pairs
+        cases[f"matvec 4-bit {HIDDEN}->{EXPERT} K={pairs}"] = (up,), pairs
+        cases[f"matvec 4-bit {EXPERT}->{HIDDEN} K={pairs}"] = (down,), pairs
+    cases[f"matvec 4-bit {HIDDEN}->{DENSE}"] = (stack(noise, DENSE, HIDDEN),), 1
     for bits in (2, 3, 5, 6, 8, 16):
         name = "bf16" if bits == 16 else f"{bits}-bit"
-        calls[f"matvec {name} {HIDDEN}->{EXPERT} K=4"] = decode(
-            (stack(noise, EXPERT, HIDDEN, bits),), 4
-        )
+        w = stack(noise, EXPERT, HIDDEN, bits)
+        cases[f"matvec {name} {HIDDEN}->{EXPERT} K=4"] = (w,), 4
+    for name, (stacks, pairs) in cases.items():
+        calls[name] = decode(stacks, pairs)
+        rounded = [dataclasses.replace(w, activations="int8") for w in stacks]
+        if rounded[0].rounds_x:
+            calls[f"{name} int8"] = decode(rounded, pairs)
     tile = np.empty((EXPERT, HIDDEN), np.float32)
     calls["dequantize 4-bit"] = lambda: kernels.dequantize(up, 0, tile), size(up)
 
@@ -134,7 +141,7 @@ def main(gib: float, rounds: int) -> None:
 
     speeds = {key: total / medians[key] / 1e9 for key, (_, total) in calls.items()}
     for name, speed in speeds.items():
-        print(f"{name:34} {speed:6.1f} GB/s {100 * speed / speeds['read memory']:5.0f} %")
+        print(f"{name:38} {speed:6.1f} GB/s {100 * speed / speeds['read memory']:5.0f} %")
     print(f"\nmatmul {HIDDEN}->{EXPERT}, ms:  rows  packed    BLAS")
     table = []
     for rows in sorted({rows for rows, _ in prefill}):

@@ -49,9 +49,9 @@ class ChatFlashMoE(BaseChatModel, Options):
         experts: K, to prune the router: faster, not exact.
         temperature, max_tokens, seed, reasoning, ...: see the fields.
 
-        Nothing is loaded before the first call. Models of the same checkpoint, `memory` and `io`
-        share one engine, which answers one request after the other; `close` frees it. Arguments
-        that are not known are refused.
+        Nothing is loaded before the first call. Models of the same checkpoint, `memory`, `io` and
+        `activations` share one engine, which answers one request after the other; `close` frees it.
+        Arguments that are not known are refused.
 
     Instantiate:
         from langchain_flashmoe import ChatFlashMoE
@@ -104,6 +104,9 @@ class ChatFlashMoE(BaseChatModel, Options):
     io: str | None = None
     """How experts are read: "buffered", "uncached" or "direct", see `flashmoe.io_modes`. `None`: as
     `flashmoe bench disk` found, or direct."""
+
+    activations: str | None = None
+    """"float32", or "int8" on a CPU: faster, not exact; see `flashmoe.activations`."""
 
     streaming: bool = False
     """Stream inside `invoke`, so that callbacks see each token as a chunk of a stream."""
@@ -287,7 +290,7 @@ class ChatFlashMoE(BaseChatModel, Options):
             check_request(request)
         except FlashMoEError as e:
             raise translated(e) from e
-        settings = {"memory": self.memory, "io": self.io}
+        settings = {"memory": self.memory, "io": self.io, "activations": self.activations}
         settings = {name: value for name, value in settings.items() if value is not None}
         return shared(path, **settings), request
 

@@ -42,14 +42,14 @@ class ResidentSwitch(nn.Module):
         return Done
 
 
-def load_resident(path) -> StreamingMoE:
+def load_resident(path, activations: str = "float32") -> StreamingMoE:
     checkpoint = Checkpoint.open(path)
     weights = {}
     for file in checkpoint.files:
         weights |= mx.load(str(file))
-    model = load_streaming(checkpoint, slots=checkpoint.num_experts)
+    model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     for index, layer in checkpoint.expert_layers.items():
-        bank = ExpertBank(layer, layer.num_experts, on_gpu=ops.on_gpu())
+        bank = ExpertBank(layer, layer.num_experts, on_gpu=ops.on_gpu(), activations=activations)
         for expert in range(layer.num_experts):
             for part, request in zip(layer.parts, bank.requests(expert, expert), strict=True):
                 stack = weights[f"{layer.prefix}.{part.projection}.{part.part}"]

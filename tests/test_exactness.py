@@ -75,8 +75,8 @@ def demo_resident(demo):
     return load_resident(demo.path)
 
 
-def check(checkpoint, resident, slots, length, chunk, vocab, io="buffered"):
-    model = load_streaming(checkpoint, slots=slots, io=io)
+def check(checkpoint, resident, slots, length, chunk, vocab, **settings):
+    model = load_streaming(checkpoint, slots=slots, **settings)
     tokens = prompt(length, vocab)
     try:
         streamed = logits(model, tokens, chunk)
@@ -105,7 +105,34 @@ def test_streamed_demo_differs_from_resident(demo, demo_resident, slots, length,
 
 @pytest.mark.parametrize("io", [mode for mode in IO_MODES if mode != "buffered"])
 def test_way_of_reading_changes_a_bit(toy, resident, io):
-    check(toy, resident, toy.top_k + 2, 64, 20, toy.text_config["vocab_size"], io)
+    check(toy, resident, toy.top_k + 2, 64, 20, toy.text_config["vocab_size"], io=io)
+
+
+@on_cpu
+@pytest.mark.parametrize(("length", "chunk"), [(7, 7), (64, 20)])
+def test_rounded_activations_depend_on_slots(toy, length, chunk):
+    resident = load_resident(toy.path, "int8")
+    vocab = toy.text_config["vocab_size"]
+    for slots in (toy.top_k + 2, toy.num_experts):
+        check(toy, resident, slots, length, chunk, vocab, activations="int8")
+
+
+@on_cpu
+def test_rounded_activations_are_the_default_or_nothing(demo, demo_resident):
+    """They change the logits of the demo model, and by little; the router is not rounded."""
+    model = load_streaming(demo, slots=64, activations="int8")
+    tokens = prompt(20, 8192)
+    exact, found = (logits(m, tokens, 20, decode=0)[0] for m in (demo_resident, model))
+    assert 0 < np.abs(found - exact).mean() < 0.2
+    rounds = {
+        name.rpartition(".")[2]: module.activations
+        for name, module in model.named_modules()
+        if hasattr(module, "activations") and hasattr(module, "bits")
+    }
+    model.close()
+    routers = {"gate": "float32", "shared_expert_gate": "float32"}
+    assert {k: v for k, v in rounds.items() if v == "float32"} == routers
+    assert {"q_proj", "down_proj", "in_proj_qkv", "out_proj"} <= rounds.keys()
 
 
 @pytest.mark.parametrize("experts", [1, 2])

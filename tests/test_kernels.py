@@ -162,6 +162,7 @@ def stacks():
     """Formats that fill vectors differently; slot 4 has the bytes of slot 1."""
     made = [affine((5, 37, 320), b, 64, "bfloat16")[0] for b in (3, 4)]
     made.append(plain((5, 37, 75), "bfloat16")[0])
+    made.append(dataclasses.replace(affine((5, 37, 320), 4, 64, "bfloat16")[0], activations="int8"))
     for w in made:
         for array in (w.weight, w.scales, w.biases):
             if array is not None:

@@ -69,11 +69,13 @@ def test_options_of_a_response_are_ignored(run_llm):
         *("-o", "max_tokens", "20", "-o", "stop", '["zebra", "e"]', "-o", "memory", "2GB"),
         *("-o", "top_p", "0.9", "-o", "top_k", "5", "-o", "min_p", "0.1", "-o", "io", "uncached"),
         *("-o", "repetition_penalty", "1.1", "-o", "think", "0", "-o", "cache", "false"),
+        *("-o", "activations", "int8"),
     )
     assert done.returncode == 0, done.stderr
     assert "e" not in done.stdout
     (entry,) = logs(run_llm)
     assert entry["response_json"]["experts"] == 4
+    assert entry["response_json"]["activations"] == "int8"
     assert entry["options_json"]["memory"] == "2GB"
 
 
@@ -88,6 +90,7 @@ def test_options_of_a_response_are_ignored(run_llm):
         (("max_tokens", "0"), ("max_tokens=0", "1 or more")),
         (("stop", ""), ("stop string is empty",)),
         (("io", "fast"), ("io='fast'", "buffered, uncached, direct")),
+        (("activations", "int4"), ("activations='int4'", "float32, int8")),
         (("thinking_budget", "-1"), ("thinking_budget=-1", "0 or more")),
     ],
 )

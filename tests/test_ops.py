@@ -95,6 +95,15 @@ def test_ops_of_another_device_are_picked(monkeypatch):
         ops.pick()
 
 
+def test_ops_without_rounded_activations_take_them(monkeypatch, tmp_path):
+    checkpoint = Checkpoint.open(write_toy(tmp_path / "toy"))
+    with pytest.raises(SettingError, match="activations='int4' must be one of float32, int8"):
+        load_streaming(checkpoint, slots=5, activations="int4")
+    monkeypatch.setenv(ops.ENV, "reference")
+    with pytest.raises(SettingError, match="'int8' is for the CPU.*'reference'"):
+        load_streaming(checkpoint, slots=5, activations="int8")
+
+
 def test_reference_cannot_be_selected(monkeypatch, tmp_path):
     path = write_toy(tmp_path / "toy")
     tokens = mx.array([[1, 2, 3, 4, 5]])

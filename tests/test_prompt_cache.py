@@ -309,6 +309,7 @@ def test_state_of_other_settings_is_found(tmp_path):
     checkpoint = Checkpoint.open(path)
     assert state_identity(checkpoint, 3) == state_identity(Checkpoint.open(path), 3)
     assert state_identity(checkpoint, 3) != state_identity(checkpoint, 2)
+    assert state_identity(checkpoint, 3) != state_identity(checkpoint, 3, "int8")
     other = Checkpoint.open(write_toy(tmp_path / "other", top_k=3, seed=1))
     assert state_identity(checkpoint, 3) != state_identity(other, 3)
     time.sleep(0.01)

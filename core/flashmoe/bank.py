@@ -37,12 +37,21 @@ class ExpertBank:
         layer: shapes, dtypes and file ranges of the layer's experts.
         num_slots: how many experts fit at one time.
         on_gpu: hold the stacks as MLX arrays for GPU ops, not as numpy arrays.
+        activations: what `packed` gives: see `flashmoe.activations`.
     """
 
-    def __init__(self, layer: ExpertLayer, num_slots: int, *, on_gpu: bool):
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        num_slots: int,
+        *,
+        on_gpu: bool,
+        activations: str = "float32",
+    ):
         self.layer = layer
         self.num_slots = num_slots
         self.on_gpu = on_gpu
+        self.activations = activations
         self._arrays: dict[tuple[str, str], mx.array] = {}
         self._bytes: dict[tuple[str, str], np.ndarray] = {}
         self._pages: list[tuple[mmap.mmap, int, int]] = []
@@ -133,6 +142,7 @@ class ExpertBank:
             quantization.bits,
             quantization.group_size,
             NAMES[dtype],
+            self.activations,
         )
 
 

@@ -8,6 +8,7 @@ import sys
 import click
 
 from . import cli_bench, cli_models
+from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
 from .events import End, Progress, Reasoning, Text
@@ -45,12 +46,18 @@ for command in (*cli_models.COMMANDS, cli_bench.bench):
 @click.option("--experts", type=int, help="Prune the router to its top K experts.")
 @click.option("--depth", type=int, help="Reads in flight. Default: as `bench disk` found, or 8.")
 @click.option("--io", type=click.Choice(IO_MODES), help="How experts are read. Default: the same.")
+@click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="float32",
+    help="int8: faster on a CPU, not exact.",
+)
 @click.option("--think/--no-think", default=None, help="Think before the answer.")
 @click.option("--max-tokens", type=int, help="End the answer after so many tokens.")
 @click.option("--temperature", type=float, help="0 picks the likeliest token each time.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and the figures.")
-def run(name, prompt, memory, slots, experts, depth, io, verbose, **options):
+def run(name, prompt, memory, slots, experts, depth, io, activations, verbose, **options):
     """Answer PROMPT with MODEL: a name, or the directory of an MLX checkpoint.
 
     Without PROMPT, the prompt is read from standard input.
@@ -63,6 +70,7 @@ def run(name, prompt, memory, slots, experts, depth, io, verbose, **options):
     request = Request(messages=[{"role": "user", "content": content}], **options)
     experts = model(name).experts if experts is None else experts
     settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth, "io": io}
+    settings["activations"] = activations
     with Engine(find(name), **settings) as engine, ProgressLine() as line:
         for event in engine.stream(request):
             if isinstance(event, Progress):
@@ -84,7 +92,8 @@ def figures(end) -> str:
         f"{end.prompt_tokens} tokens of prompt ({end.cached_tokens} cached) in "
         f"{end.prompt_seconds:.2f} s; "
         f"{end.generated_tokens} generated at {end.tokens_per_second:.1f} tokens/s; "
-        f"K={end.experts} of {end.trained_experts}, {end.bits:g} bits; "
+        f"K={end.experts} of {end.trained_experts}, {end.bits:g} bits, "
+        f"{end.activations} activations; "
         f"hit rate {end.hit_rate:.1%}, {format_size(end.bytes_read)} read, "
         f"{end.wait_seconds:.2f} s waited for the disk; peak {format_size(end.peak_nbytes)}"
     )

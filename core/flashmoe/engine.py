@@ -117,8 +117,8 @@ class Engine:
 
     Args:
         path: the checkpoint directory.
-        settings: memory, experts, slots, depth as in `flashmoe.load`; prompt_cache, prompt_store
-            and prompt_store_path as in `flashmoe.session.Session`.
+        settings: memory, experts, slots, depth, io, activations as in `flashmoe.load`;
+            prompt_cache, prompt_store and prompt_store_path as in `flashmoe.session.Session`.
     """
 
     def __init__(self, path: str | Path, **settings):

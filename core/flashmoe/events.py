@@ -86,6 +86,7 @@ class End:
         seconds: from the first token to the last.
         experts: K in use; trained_experts: the K of training.
         bits: of the expert weights, 16 or 32 when they are not quantised.
+        activations: "float32" or "int8", see `flashmoe.activations`.
         hit_rate: share of the needed experts that were resident, 0..1.
         bytes_read: expert bytes read from disk.
         wait_seconds: time that computing stood still for the disk.
@@ -104,6 +105,7 @@ class End:
     experts: int
     trained_experts: int
     bits: float
+    activations: str
     hit_rate: float
     bytes_read: int
     wait_seconds: float
@@ -129,6 +131,7 @@ class End:
             "experts": self.experts,
             "trained_experts": self.trained_experts,
             "bits": self.bits,
+            "activations": self.activations,
             "hit_rate": round(self.hit_rate, 4),
             "bytes_read": self.bytes_read,
             "bytes_per_token": round(self.bytes_per_token),

@@ -11,6 +11,7 @@ from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from . import memory as memory_module
 from . import ops
+from .activations import check_activations
 from .checkpoint import Checkpoint
 from .drives import drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
@@ -75,6 +76,7 @@ def load(
     experts: int | None = None,
     depth: int | None = None,
     io: str | None = None,
+    activations: str = "float32",
     prompt_cache: int | None = 0,
 ):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
@@ -87,6 +89,8 @@ def load(
         io: how experts are read, one of `flashmoe.io_modes.IO_MODES`. None: what `flashmoe bench
             disk` found, or the default of `flashmoe.drives`; "buffered" where all experts fit into
             slots, so that the next process finds them in the page cache.
+        activations: "float32", or "int8" on a CPU: faster, not exact. See
+            `flashmoe.activations`.
 
     Returns:
         (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools
@@ -104,6 +108,7 @@ def load(
         experts=experts,
         depth=depth,
         io=io,
+        activations=activations,
         prompt_cache=prompt_cache,
     )
     return model, tokenizer
@@ -117,6 +122,7 @@ def load_streaming(
     experts: int | None = None,
     depth: int | None = None,
     io: str | None = None,
+    activations: str = "float32",
     prompt_cache: int | None = 0,
 ) -> StreamingMoE:
     """`load` without the tokenizer, from an open checkpoint."""
@@ -124,6 +130,7 @@ def load_streaming(
         raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
     if io is not None and io not in IO_MODES:
         raise SettingError(f"io={io!r} must be one of {', '.join(IO_MODES)}")
+    check_activations(activations, ops.pick())
     plan = plan_memory(
         checkpoint, memory=memory, slots=slots, experts=experts, prompt_cache=prompt_cache
     )
@@ -139,7 +146,7 @@ def load_streaming(
 
     def build(args):
         model = model_class(args)
-        model.stream_from(checkpoint, plan, reader)
+        model.stream_from(checkpoint, plan, reader, activations)
         return model
 
     try:

@@ -95,6 +95,7 @@ class StreamingMoE:
         reader: the reader that all layers share.
         watch: its check is called between experts.
         room: how many slots there are now.
+        activations: see `flashmoe.activations`.
     """
 
     checkpoint: Checkpoint
@@ -102,6 +103,7 @@ class StreamingMoE:
     reader: Reader
     watch: Watch
     room: Room
+    activations: str
     block: type[nn.Module]
 
     def sanitize(self, weights: dict) -> dict:
@@ -109,15 +111,22 @@ class StreamingMoE:
         dense = {t.name for t in self.checkpoint.dense}
         return super().sanitize({k: v for k, v in weights.items() if k in dense})
 
-    def stream_from(self, checkpoint: Checkpoint, plan: memory_module.Plan, reader: Reader) -> None:
+    def stream_from(
+        self,
+        checkpoint: Checkpoint,
+        plan: memory_module.Plan,
+        reader: Reader,
+        activations: str,
+    ) -> None:
         """Replace the expert blocks, before the weights are loaded."""
         self.checkpoint, self.plan, self.reader = checkpoint, plan, reader
+        self.activations = activations
         self.watch = Watch()
         module = ops.pick()
         slots = max(plan.slots_per_layer, plan.most_slots)
         for index, layer in checkpoint.expert_layers.items():
             block = self.layers[index].mlp
-            bank = ExpertBank(layer, slots, on_gpu=ops.on_gpu())
+            bank = ExpertBank(layer, slots, on_gpu=ops.on_gpu(), activations=activations)
             block.switch_mlp = StreamingSwitchGLU(bank, reader, module, self.watch)
             # In place: the block keeps its router and its shared expert under mlx-lm's names.
             block.__class__ = self.block

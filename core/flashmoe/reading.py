@@ -64,7 +64,9 @@ class PromptReader:
         self._model = model
         self._memory = memory
         self._store = store
-        self._identity = lru_cache(partial(state_identity, model.checkpoint))
+        self._identity = lru_cache(
+            partial(state_identity, model.checkpoint, activations=model.activations)
+        )
 
     def read(
         self,
@@ -124,15 +126,15 @@ class PromptReader:
         return None, 0
 
 
-def state_identity(checkpoint: Checkpoint, experts: int) -> str:
-    """What a state depends on besides its tokens: the weights, K, and the code that computes."""
+def state_identity(checkpoint: Checkpoint, experts: int, activations: str = "float32") -> str:
+    """What a state depends on besides its tokens: the weights, K, and what computes."""
     files = {
         file.name: (identity.nbytes, identity.mtime_ns)
         for file, identity in checkpoint.identities.items()
     }
     tensors = [(t.name, t.dtype, t.shape, t.start) for t in checkpoint.tensors.values()]
     packages = [version(name) for name in ("llm-flashmoe", "mlx", "mlx-lm", "numba")]
-    maths = (ops.pick().__name__, PIECE_TOKENS, platform.machine())
+    maths = (ops.pick().__name__, activations, PIECE_TOKENS, platform.machine())
     text = json.dumps(
         [STATE_VERSION, checkpoint.config, sorted(files.items()), tensors, experts, packages, maths]
     )

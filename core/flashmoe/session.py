@@ -37,7 +37,7 @@ class Session:
     """One model.
 
     Args:
-        path, memory, slots, experts, depth: as `flashmoe.load`.
+        path, memory, slots, experts, depth, io, activations: as `flashmoe.load`.
         prompt_cache: bytes of prompt states in memory, or a size such as "1GB"; 0: none. None: as
             many as one conversation of the planned length takes.
         prompt_store: the same on disk.
@@ -116,6 +116,7 @@ class Session:
             experts=k,
             trained_experts=self.checkpoint.top_k,
             bits=self.checkpoint.expert_bits,
+            activations=self.model.activations,
             peak_nbytes=memory.peak(),
             **self._streamed(before),
         )

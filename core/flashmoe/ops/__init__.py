@@ -1,7 +1,8 @@
 """The maths of the expert block. One definition (`reference`), several speeds; `pick` chooses.
 
-An ops module has `prepare(model, head)`, which readies the dense layers of a loaded model, and
-one class, `Work`: the expert block of one layer for one call of the model.
+An ops module has `ACTIVATIONS`, the values of that setting which it computes with;
+`prepare(model, head)`, which readies the dense layers of a loaded model; and one class, `Work`:
+the expert block of one layer for one call of the model.
 
     work = ops.Work(bank, x, top_k)   # x: (tokens, hidden), evaluated
     work.run({slot: pairs, ...})      # experts that are resident now; any split into calls

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 #: Each expert is computed as soon as it has landed, while the others are still being read.
 AS_THEY_LAND = True
 
+#: Values of the setting that these ops have. See `flashmoe.activations`.
+ACTIVATIONS = ("float32", "int8")
+
 #: Pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
 PAIRS_AT_ONCE = 512
+
+# Rounded activations must not change which experts are picked more than the hidden state does.
+_ROUTERS = ("gate", "shared_expert_gate")
 
 _CLASSES = {
     nn.QuantizedLinear: dense.QuantizedLinear,
@@ -68,10 +74,10 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
     """Let the model's layers compute through the kernels; its other weights go to float32.
 
     Args:
-        model: an mlx-lm model with its dense weights, evaluated or not.
+        model: a `StreamingMoE` with its dense weights, evaluated or not.
         head: its output projection when that is a layer of its own, None when tied.
     """
-    for module in model.modules():
+    for path, module in model.named_modules():
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             # The scales of quantised layers stay as they are: the kernels widen them exactly.
             for name, value in list(module.items()):
@@ -79,5 +85,8 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
                     module[name] = value.astype(mx.float32)
         if type(module) in _CLASSES:
             module.__class__ = _CLASSES[type(module)]
+        quantised = isinstance(module, dense.QuantizedLinear | dense.QuantizedEmbedding)
+        if quantised and path.rpartition(".")[2] not in _ROUTERS:
+            module.activations = model.activations
     if isinstance(head, dense.QuantizedLinear):
         head.__class__ = dense.Head

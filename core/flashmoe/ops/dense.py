@@ -23,6 +23,8 @@ _NAMES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float32"}
 
 
 class QuantizedLinear(nn.QuantizedLinear):
+    activations = "float32"
+
     def __call__(self, x: mx.array) -> mx.array:
         rows = host(x)[0].reshape(-1, x.shape[-1])
         return mx.array(project(self, rows).reshape(*x.shape[:-1], -1))
@@ -40,7 +42,9 @@ class Head(QuantizedLinear):
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """In float32, also as a tied head."""
+    """In float32, or by the kernels as a tied head."""
+
+    activations = "float32"
 
     def __call__(self, x: mx.array) -> mx.array:
         # mlx would dequantise, and so round, in the dtype of the scales.
@@ -95,7 +99,7 @@ def packed(layer: nn.Module) -> Packed:
             views[name] = parts[name] if dtype == "float32" else parts[name].view(mx.uint16)
         mx.eval(views)
         arrays = [np.array(v, copy=False)[None] for v in views.values()]
-        layer._packed = Packed(*arrays, layer.bits, layer.group_size, dtype)
+        layer._packed = Packed(*arrays, layer.bits, layer.group_size, dtype, layer.activations)
     return layer._packed
 
 

@@ -7,6 +7,8 @@ thread takes heads, and each row of a state stays in the cache while the tokens 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import gated_delta as mlx_lm_gated_delta
@@ -43,15 +45,15 @@ def _normalise(x, eps, factor):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, state, out):
-    """All tokens of a sequence. state (H, Dv, Dk) is updated, out (T, H, Dv) written.
+def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, before, after, out):
+    """All tokens of a sequence: state before (H, Dv, Dk) to state after, and out (T, H, Dv).
 
     x: (taps - 1 + T, channels), queries, keys and values of all heads in turn; w: (channels, taps);
     a, b: (T, H); z: (T, H, Dv); decay: exp(A_log), and dt_bias: (H,); norm: (Dv,).
     No value depends on another head, so the split over threads changes no bit.
     """
     tokens, heads, rows = z.shape
-    width = state.shape[2]
+    width = before.shape[2]
     scale = np.float32(1) / np.sqrt(np.float32(width))
     for head in prange(heads):
         key_head = head // (heads // key_heads)
@@ -72,7 +74,8 @@ def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, state, o
             g[t] = np.exp(-decay[head] * step)
             beta[t] = np.float32(1) / (np.float32(1) + np.exp(-b[t, head]))
         for row in range(rows):
-            s = state[head, row]
+            s = after[head, row]
+            s[:] = before[head, row]
             for t in range(tokens):
                 memory = np.float32(0)
                 for j in range(width):
@@ -109,13 +112,12 @@ class _GatedDeltaNet:
             before = np.zeros((batch, keep, mixed.shape[2]), np.float32)
         x = np.concatenate([before, mixed], axis=1)
         if cache is not None and cache[1] is not None:
-            # A copy: arrays of MLX never change, and a snapshot of the cache may hold this one.
-            state = host(cache[1])[0].copy()
+            (state,) = host(cache[1])
         else:
             state = np.zeros((batch, *self._state_shape), np.float32)
-        w, decay, dt_bias, norm = host(
-            self.conv1d.weight.squeeze(-1), mx.exp(self.A_log), self.dt_bias, self.norm.weight
-        )
+        # Another array: those of MLX never change, and a snapshot of the cache may hold this one.
+        after = np.empty_like(state)
+        w, decay, dt_bias, norm = self._weights
         z = z.reshape(batch, tokens, self.num_v_heads, self.head_v_dim)
         out = np.empty_like(z)
         expected = (batch, keep, mixed.shape[2]), (batch, *self._state_shape)
@@ -132,13 +134,20 @@ class _GatedDeltaNet:
             sequence = x[i], w, a[i], b[i], z[i]
             weights = decay, dt_bias, norm, eps, qk_eps, self.num_k_heads
             with launching:
-                _heads(*sequence, *weights, state[i], out[i])
+                _heads(*sequence, *weights, state[i], after[i], out[i])
         if cache is not None:
             cache[0] = mx.array(x[:, -keep:])
-            cache[1] = mx.array(state)
+            cache[1] = mx.array(after)
             cache.advance(tokens)
         y = project(self.out_proj, out.reshape(batch * tokens, -1))
         return mx.array(y.reshape(inputs.shape))
+
+    @cached_property
+    def _weights(self) -> list[np.ndarray]:
+        """Taps (channels, taps), decay (H,), dt_bias (H,) and norm (Dv,) as `_heads` has them."""
+        return host(
+            self.conv1d.weight.squeeze(-1), mx.exp(self.A_log), self.dt_bias, self.norm.weight
+        )
 
     @property
     def _state_shape(self) -> tuple[int, int, int]:

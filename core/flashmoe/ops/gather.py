@@ -19,6 +19,7 @@ AS_THEY_LAND = False
 GATHER_PAIRS = 64
 
 
+ACTIVATIONS = reference.ACTIVATIONS
 prepare = reference.prepare
 
 

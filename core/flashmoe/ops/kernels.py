@@ -16,7 +16,9 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .unpack import BITS, GROUP_SIZES, SIZES, arrange, arrangement, block_kernel
+from . import int8
+from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
+from .vectors import SIZES
 
 # GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads
 # and from BLAS. Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
@@ -47,6 +49,8 @@ class Packed:
         when unquantised.
     bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
     dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
+    activations: "float32", or "int8": products of up to MATVEC_ROWS rows round x, where
+        `int8.supports` the format.
 
     value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
     Keep the object: it holds what each call needs of these arrays.
@@ -58,6 +62,7 @@ class Packed:
     bits: int
     group_size: int
     dtype: str
+    activations: str = "float32"
 
     def __post_init__(self):
         affine = self.bits in BITS and self.group_size in GROUP_SIZES and self.dtype in SIZES
@@ -74,11 +79,16 @@ class Packed:
             if width % self.group_size:
                 raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(S, out, in)"""
         slots, height, row_bytes = self.weight.shape
         return slots, height, row_bytes * 8 // self.bits
+
+    @property
+    def rounds_x(self) -> bool:
+        """Whether products of few rows round x to int8."""
+        return self.activations == "int8" and int8.supports(self.bits, self.group_size)
 
     @cached_property
     def place(self) -> tuple[int, ...]:
@@ -90,8 +100,16 @@ class Packed:
             scale_row = n * SIZES[self.dtype]
         return *parts, self.weight.shape[2], scale_row, n
 
+    @property
+    def reads(self) -> tuple[int, int, bool]:
+        """What the order of x in memory depends on."""
+        return self.bits, self.group_size, self.rounds_x
+
     def kernel(self, op: str) -> int:
         """Address of a kernel for this format. See `block_kernel`."""
+        if op == "dot" and self.rounds_x:
+            how = int8.instruction()
+            return int8.dot_kernel(self.bits, self.group_size, self.dtype, how).address
         return block_kernel(op, self.bits, self.group_size, self.dtype).address
 
 
@@ -164,6 +182,8 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     """x (R, in) as the kernels of w read it: (R, ...)."""
     if not w.group_size:
         return x
+    if w.rounds_x:
+        return int8.quantised(x, w.bits, w.group_size)
     index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
     # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
     raw = np.empty(len(x) * index.size + 16, np.float32)
@@ -187,7 +207,7 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
     xs = _arranged(gate, x)
     first, second = (gate.kernel("dot"), *gate.place, _address(xs), xs.strides[0]), _NONE
     if up is not None:
-        ys = xs if (up.bits, up.group_size) == (gate.bits, gate.group_size) else _arranged(up, x)
+        ys = xs if up.reads == gate.reads else _arranged(up, x)
         second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 AS_THEY_LAND = True
 
 
+#: Values of the setting that these ops have. See `flashmoe.activations`.
+ACTIVATIONS = ("float32",)
+
+
 def project(x: mx.array, weight, scales, biases, quantization: Quantization | None) -> mx.array:
     """x @ W.T for one expert. x: (rows, in); weight: (out, in), packed when quantised."""
     if quantization is None:

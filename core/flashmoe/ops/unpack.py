@@ -20,13 +20,27 @@ from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from .vectors import (
+    F32,
+    I32,
+    I64,
+    SIZES,
+    add_product,
+    constants,
+    floats,
+    load,
+    offset,
+    pointer,
+    prefetch,
+    spread,
+    store_sum,
+    zeros,
+)
+
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _LANES = 16
-_AHEAD = 2048  # bytes; the CPU's own prefetch stops at each page: this gave 1.4 times the speed
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 @cache
@@ -96,81 +110,6 @@ def arrange(x, index, factor, sums, out):
             out[r, sums[b]] = total
 
 
-def _constants(values):
-    return ir.Constant(ir.VectorType(_I32, len(values)), [int(v) for v in values])
-
-
-def _pointer(builder, address, element, count):
-    return builder.inttoptr(address, ir.VectorType(element, count).as_pointer())
-
-
-def _load(builder, address, element, count):
-    return builder.load(_pointer(builder, address, element, count), align=1)
-
-
-def _offset(builder, address, index, size):
-    return builder.add(address, builder.mul(index, _I64(size)))
-
-
-def _floats(builder, address, count, dtype):
-    """`count` stored values from an address on, widened exactly to float32."""
-    if dtype == "float32":
-        return _load(builder, address, _F32, count)
-    ints, floats = ir.VectorType(_I32, count), ir.VectorType(_F32, count)
-
-    def every(value):
-        return _constants([value] * count)
-
-    raw = builder.zext(_load(builder, address, ir.IntType(16), count), ints)
-    if dtype == "bfloat16":
-        return builder.bitcast(builder.shl(raw, every(16)), floats)
-    # By integers: without F16C, LLVM calls a library function for fpext that numba does not have.
-    size = builder.and_(raw, every(0x7FFF))
-    sign = builder.shl(builder.xor(raw, size), every(16))
-    low, high = every(112 << 23), every(224 << 23)  # the exponent's bias; that of inf and nan
-    finite = builder.icmp_unsigned("<", size, every(0x7C00))
-    normal = builder.add(builder.shl(size, every(13)), builder.select(finite, low, high))
-    tiny = builder.fmul(builder.sitofp(size, floats), ir.Constant(floats, [2.0**-24] * count))
-    is_tiny = builder.icmp_unsigned("<", size, every(0x400))
-    bits = builder.select(is_tiny, builder.bitcast(tiny, ints), normal)
-    return builder.bitcast(builder.or_(bits, sign), floats)
-
-
-def _add_product(builder, total, a, b):
-    """total + a * b, one instruction where the CPU has it. Nothing else may be reordered."""
-    product = builder.fmul(a, b, flags=("contract",))
-    return product if total is None else builder.fadd(total, product, flags=("contract",))
-
-
-def _spread(builder, vector, lanes):
-    """Lane i of the result is lane lanes[i] of the vector."""
-    return builder.shuffle_vector(vector, vector, _constants(lanes))
-
-
-def _prefetch(builder, address):
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    ahead = builder.inttoptr(builder.add(address, _I64(_AHEAD)), byte)
-    builder.call(function, [ahead, _I32(0), _I32(3), _I32(1)])  # to read, to all caches, data
-
-
-def _total(builder, count):
-    """A zeroed vector sum. LLVM keeps it in registers."""
-    zero = ir.Constant(ir.VectorType(_F32, count), [0.0] * count)
-    return cgutils.alloca_once_value(builder, zero)
-
-
-def _store_sum(builder, totals, out):
-    sums = []
-    for total in map(builder.load, totals):
-        kind = ir.FunctionType(_F32, [_F32, total.type])
-        name = f"llvm.vector.reduce.fadd.v{total.type.count}f32"
-        function = cgutils.get_or_insert_function(builder.module, kind, name)
-        sums.append(builder.call(function, [_F32(0), total], fastmath=("reassoc",)))
-    builder.store(builder.fadd(*sums), builder.inttoptr(out, _F32.as_pointer()))
-
-
 def _affine_dot(builder, form, w, scales, biases, x, n, out):
     bits, group_size, dtype = form
     mask, _, _ = pieces(bits)
@@ -178,56 +117,56 @@ def _affine_dot(builder, form, w, scales, biases, x, n, out):
 
     def step(group, count, lanes, total):
         """Add `count` groups, as whole vectors of `lanes` words."""
-        scale = _floats(builder, _offset(builder, scales, group, SIZES[dtype]), count, dtype)
-        bias = _floats(builder, _offset(builder, biases, group, SIZES[dtype]), count, dtype)
+        scale = floats(builder, offset(builder, scales, group, SIZES[dtype]), count, dtype)
+        bias = floats(builder, offset(builder, biases, group, SIZES[dtype]), count, dtype)
         value = builder.load(total)
         for first in range(0, count * words, lanes):
             word = range(first, first + lanes)
-            offset = builder.add(builder.mul(group, _I64(4 * words)), _I64(4 * first))
-            at = builder.add(w, offset)
-            _prefetch(builder, at)
-            q = _load(builder, at, _I32, lanes)
-            dot, at = None, _offset(builder, x, offset, len(mask) + 1)
+            skip = builder.add(builder.mul(group, I64(4 * words)), I64(4 * first))
+            at = builder.add(w, skip)
+            prefetch(builder, at)
+            q = load(builder, at, I32, lanes)
+            dot, at = None, offset(builder, x, skip, len(mask) + 1)
             for k, numbers in enumerate(mask):
                 place = builder.lshr if k == len(mask) - 1 else builder.and_
-                piece = place(q, _constants([numbers[m % bits] for m in word]))
-                factor = _load(builder, at, _F32, lanes)
-                dot = _add_product(builder, dot, builder.sitofp(piece, factor.type), factor)
-                at = builder.add(at, _I64(4 * lanes))
+                piece = place(q, constants([numbers[m % bits] for m in word]))
+                factor = load(builder, at, F32, lanes)
+                dot = add_product(builder, dot, builder.sitofp(piece, factor.type), factor)
+                at = builder.add(at, I64(4 * lanes))
             group_of = [m // words for m in word]
-            value = _add_product(builder, value, _spread(builder, scale, group_of), dot)
-            sums = _load(builder, at, _F32, lanes)
-            value = _add_product(builder, value, _spread(builder, bias, group_of), sums)
+            value = add_product(builder, value, spread(builder, scale, group_of), dot)
+            sums = load(builder, at, F32, lanes)
+            value = add_product(builder, value, spread(builder, bias, group_of), sums)
         builder.store(value, total)
 
     many = _step_words(bits, group_size) // words
-    body, rest = _total(builder, _LANES), _total(builder, words)
-    whole = builder.mul(builder.udiv(n, _I64(many)), _I64(many))
-    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(many)) as (group, _):
+    body, rest = zeros(builder, _LANES), zeros(builder, words)
+    whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(many)) as (group, _):
         step(group, many, _LANES, body)
-    with cgutils.for_range_slice(builder, whole, n, _I64(1)) as (group, _):
+    with cgutils.for_range_slice(builder, whole, n, I64(1)) as (group, _):
         step(group, 1, words, rest)
-    _store_sum(builder, (body, rest), out)
+    store_sum(builder, (body, rest), out)
 
 
 def _plain_dot(builder, form, w, scales, biases, x, n, out):
     _, _, dtype = form
 
     def step(i, lanes, total):
-        at = _offset(builder, w, i, SIZES[dtype])
-        _prefetch(builder, at)
-        values = _floats(builder, at, lanes, dtype)
-        factor = _load(builder, _offset(builder, x, i, 4), _F32, lanes)
-        builder.store(_add_product(builder, builder.load(total), values, factor), total)
+        at = offset(builder, w, i, SIZES[dtype])
+        prefetch(builder, at)
+        values = floats(builder, at, lanes, dtype)
+        factor = load(builder, offset(builder, x, i, 4), F32, lanes)
+        builder.store(add_product(builder, builder.load(total), values, factor), total)
 
     many = 2 * _LANES
-    body, rest = _total(builder, many), _total(builder, 1)
-    whole = builder.mul(builder.udiv(n, _I64(many)), _I64(many))
-    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(many)) as (i, _):
+    body, rest = zeros(builder, many), zeros(builder, 1)
+    whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(many)) as (i, _):
         step(i, many, body)
-    with cgutils.for_range_slice(builder, whole, n, _I64(1)) as (i, _):
+    with cgutils.for_range_slice(builder, whole, n, I64(1)) as (i, _):
         step(i, 1, rest)
-    _store_sum(builder, (body, rest), out)
+    store_sum(builder, (body, rest), out)
 
 
 def _affine_unpack(builder, form, w, scales, biases, x, n, out):
@@ -238,22 +177,22 @@ def _affine_unpack(builder, form, w, scales, biases, x, n, out):
     after = [min(word + 1, bits - 1) for word in words]
     missing = [32 - b % 32 if b % 32 + bits > 32 else 31 for b in bit]
     with cgutils.for_range(builder, n) as loop:
-        scale = _floats(builder, _offset(builder, scales, loop.index, SIZES[dtype]), 1, dtype)
-        bias = _floats(builder, _offset(builder, biases, loop.index, SIZES[dtype]), 1, dtype)
+        scale = floats(builder, offset(builder, scales, loop.index, SIZES[dtype]), 1, dtype)
+        bias = floats(builder, offset(builder, biases, loop.index, SIZES[dtype]), 1, dtype)
         for part in range(group_size // 32):
-            block = builder.add(builder.mul(loop.index, _I64(group_size // 32)), _I64(part))
-            raw = _load(builder, _offset(builder, w, block, 4 * bits), _I32, bits)
-            q = builder.lshr(_spread(builder, raw, words), _constants([b % 32 for b in bit]))
+            block = builder.add(builder.mul(loop.index, I64(group_size // 32)), I64(part))
+            raw = load(builder, offset(builder, w, block, 4 * bits), I32, bits)
+            q = builder.lshr(spread(builder, raw, words), constants([b % 32 for b in bit]))
             if 32 % bits:
-                high = builder.shl(_spread(builder, raw, after), _constants(missing))
+                high = builder.shl(spread(builder, raw, after), constants(missing))
                 q = builder.or_(q, high)
-            q = builder.and_(q, _constants([(1 << bits) - 1] * 32))
-            q = builder.sitofp(q, ir.VectorType(_F32, 32))
-            zeros = [0] * 32
-            value = _add_product(
-                builder, _spread(builder, bias, zeros), _spread(builder, scale, zeros), q
+            q = builder.and_(q, constants([(1 << bits) - 1] * 32))
+            q = builder.sitofp(q, ir.VectorType(F32, 32))
+            every = [0] * 32
+            value = add_product(
+                builder, spread(builder, bias, every), spread(builder, scale, every), q
             )
-            target = _pointer(builder, _offset(builder, out, block, 128), _F32, 32)
+            target = pointer(builder, offset(builder, out, block, 128), F32, 32)
             builder.store(value, target, align=1)
 
 
@@ -261,14 +200,14 @@ def _plain_unpack(builder, form, w, scales, biases, x, n, out):
     dtype = form[2]
 
     def step(at, lanes):
-        value = _floats(builder, _offset(builder, w, at, SIZES[dtype]), lanes, dtype)
-        target = _pointer(builder, _offset(builder, out, at, 4), _F32, lanes)
+        value = floats(builder, offset(builder, w, at, SIZES[dtype]), lanes, dtype)
+        target = pointer(builder, offset(builder, out, at, 4), F32, lanes)
         builder.store(value, target, align=1)
 
-    whole = builder.and_(n, _I64(-_LANES))
-    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(_LANES)) as (at, _):
+    whole = builder.and_(n, I64(-_LANES))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(_LANES)) as (at, _):
         step(at, _LANES)
-    with cgutils.for_range_slice(builder, whole, n, _I64(1)) as (at, _):
+    with cgutils.for_range_slice(builder, whole, n, I64(1)) as (at, _):
         step(at, 1)
 
 

@@ -33,6 +33,7 @@ END = End(
     experts=4,
     trained_experts=10,
     bits=4,
+    activations="float32",
     hit_rate=0.75,
     bytes_read=1700,
     wait_seconds=0.1,

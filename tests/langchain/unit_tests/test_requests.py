@@ -96,9 +96,10 @@ def test_answer_of_a_schema_may_be_several_calls():
     assert chain.first.kwargs["tool_choice"] == "Answer"
 
 
-def test_memory_or_io_is_lost():
-    made = ChatFlashMoE(model=DEMO, memory="1GB", io="uncached")
+def test_setting_of_the_engine_is_lost():
+    settings = {"memory": "1GB", "io": "uncached", "activations": "int8"}
+    made = ChatFlashMoE(model=DEMO, **settings)
     engine, _ = made._request(Call.of(made, None, {}), [HumanMessage("Hi")])
-    assert engine.settings == {"memory": "1GB", "io": "uncached"}
+    assert engine.settings == settings
     bare = ChatFlashMoE(model=DEMO)
     assert bare._request(Call.of(bare, None, {}), [HumanMessage("Hi")])[0].settings == {}
