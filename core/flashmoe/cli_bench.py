@@ -10,7 +10,6 @@ import click
 from . import drives
 from .catalog import find
 from .checkpoint import Checkpoint
-from .disk_bench import Measured, probe
 from .errors import SettingError
 from .memory import format_size
 from .show import json_option, record
@@ -31,6 +30,8 @@ def bench() -> None:
 @json_option
 def disk(name: str, seconds: float, keep: bool, as_json: bool) -> None:
     """Find how the experts of MODEL are read fastest from its drive, and remember it."""
+    from .disk_bench import Measured, probe  # late: MLX
+
     checkpoint = Checkpoint.open(find(name))
     experts = checkpoint.num_experts * sum(
         layer.expert_nbytes for layer in checkpoint.expert_layers.values()
