@@ -72,7 +72,8 @@ def plot(path: Path, budgets: list[float], rows: dict[str, dict]) -> None:
     hits = axes.twinx()
     hits.plot(budgets, [row["hit_rate"] for row in rows.values()], "x", color="grey")
     hits.set(ylabel="hit rate (x)", ylim=(0, 1.05))
-    axes.set(xlabel="memory budget, GB", ylabel="tokens/s", title="Speed against memory", ylim=(0,))
+    axes.set(xlabel="memory budget, GB", ylabel="tokens/s", title="Speed against memory")
+    axes.set_ylim(bottom=0)
     runs.save(figure, axes, path)
 
 

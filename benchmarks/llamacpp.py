@@ -1,18 +1,18 @@
 """llama.cpp on the GGUF twin of synth.py's model: what streaming is compared with.
 
     python benchmarks/synth_gguf.py OUT.gguf --layers 4 --experts 256
-    python benchmarks/llamacpp.py OUT.gguf                  # all in memory
+    python benchmarks/llamacpp.py OUT.gguf --warm           # all in memory
     python benchmarks/llamacpp.py OUT.gguf --limit 4GB      # mapped, in a memory cgroup
 
 Needs llama-cpp-python (0.3.36 or later; built with CMAKE_ARGS=-DGGML_NATIVE=ON it uses all that the
 processor has) in the interpreter that runs it, or in the one given by --python; no flashmoe.
 
-The tokens are forced, so the routing is random and each token needs new experts. The first pass
-starts from a cold page cache; the second gives the same tokens to the same process, with empty
-caches of the model. Without a limit the second is the speed of memory: dense weights and K experts
-a layer, once through the cores for each token. With one, the experts that the page cache dropped
-come back by page faults, with what the kernel reads ahead around them: `disk_bytes_per_token`
-beside the K experts that were needed says how much of it was for nothing.
+The tokens are forced, so the routing is random and each token needs new experts. The cold pass
+starts from an empty page cache; the warm one gives the same tokens to the same process, with empty
+caches of the model. Without a limit that is the speed of memory: dense weights and K experts a
+layer, once through the cores for each token. With one, the experts that the page cache dropped come
+back by page faults, with what the kernel reads ahead around them (read_ahead_kb of the drive):
+`disk_bytes_per_token` beside the K experts that were needed says how much of it was for nothing.
 
 Weights that are repacked for the processor are a copy in memory, which would not fit under a limit:
 repacking is off there. Ends with one JSON line.
@@ -103,7 +103,7 @@ def child(args: argparse.Namespace) -> dict:
     ids = runs.tokens(args.tokens, args.prompt + args.steps, vocab, args.seed)
     found = {"version": api.__version__, "system": api.llama_print_system_info().decode()}
     found["load_seconds"] = round(loaded, 2)
-    for name in ("cold", "warm"):
+    for name in ("cold", "warm") if args.warm else ("cold",):
         found[name] = measure(api, context, ids[: args.prompt], ids[args.prompt :])
     raw.append(disk.bandwidth(ranges, args.depth, args.raw_seconds))
     if None not in raw:
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded")
     parser.add_argument("--tokens", type=Path, help="ids between white space; else random ones")
+    parser.add_argument("--warm", action="store_true", help="a second pass in the same process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=8, help="of the raw reads of the disk")
     parser.add_argument("--raw-seconds", type=float, default=2.0)

