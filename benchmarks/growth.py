@@ -88,7 +88,7 @@ def main() -> None:
     cases = {}
     for budget in args.budgets:
         room = runs.nbytes(args.room)
-        limit = "none" if room is None else runs.nbytes(budget) + room
+        limit = None if room is None else runs.nbytes(budget) + room
         cases[budget] = streaming.base_case(args, memory=budget, limit=limit)
     found = runs.alternated(cases, args.rounds, lambda case: streaming.run_case(args, case))
     rows = expect(found)

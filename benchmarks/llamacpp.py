@@ -89,6 +89,7 @@ def measure(api, context, prompt: list[int], forced: list[int]) -> dict:
         "disk_bytes_per_token": usage["disk_bytes"] // len(forced),
         "cpu_ms_per_token": round(1e3 * usage["cpu"] / len(forced), 1),
         "major_faults_per_token": round(usage["faults"] / len(forced), 1),
+        "cores_of_others": usage["others"],
     }
 
 

@@ -27,12 +27,13 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def nbytes(text: str) -> int | None:
+def nbytes(size: str | int | None) -> int | None:
     """Bytes of a size such as "4GB" (4 * 10**9) or "800MB"; of "none", None."""
+    if size in (None, "none"):
+        return None
+    text = str(size)
     match = re.fullmatch(r"([0-9.]+)(GB|MB|)", text)
     if match is None:
-        if text == "none":
-            return None
         raise SystemExit(f"{text!r} is no size: write 4GB, 800MB, bytes or none")
     return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "": 1}[match[2]])
 
@@ -106,7 +107,7 @@ def _join(group: Path) -> None:
 
 
 class Usage:
-    """What this process used since this was made."""
+    """What this process used since this was made, and what others took meanwhile."""
 
     def __init__(self):
         self._before = self._now()
@@ -116,14 +117,24 @@ class Usage:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         lines = Path("/proc/self/io").read_text().splitlines()
         disk = dict(line.split(": ") for line in lines)
+        # user, nice, system, idle, iowait, irq, softirq, steal: of all cores.
+        ticks = np.array(Path("/proc/stat").read_text().split()[1:9], float)
+        busy = (ticks.sum() - ticks[3:5].sum()) / os.sysconf("SC_CLK_TCK")
         cpu = usage.ru_utime + usage.ru_stime
-        return np.array([perf_counter(), cpu, usage.ru_majflt, int(disk["read_bytes"])])
+        return np.array([perf_counter(), cpu, busy, usage.ru_majflt, int(disk["read_bytes"])])
 
     def so_far(self) -> dict:
-        """Seconds, seconds of all its cores, pages that it waited for a disk for, and the bytes
-        that the disk gave for it, read ahead or not."""
-        seconds, cpu, faults, disk = self._now() - self._before
-        return {"seconds": seconds, "cpu": cpu, "faults": int(faults), "disk_bytes": int(disk)}
+        """seconds; cpu: seconds of cores; others: cores that all else took, on average (near 0 on
+        an idle machine, whose figures can be trusted); faults: pages that it waited for a disk for;
+        disk_bytes: what the disk gave for it, read ahead or not."""
+        seconds, cpu, busy, faults, disk = self._now() - self._before
+        return {
+            "seconds": seconds,
+            "cpu": cpu,
+            "others": round(max(0.0, busy - cpu) / seconds, 2),
+            "faults": int(faults),
+            "disk_bytes": int(disk),
+        }
 
 
 def swapped() -> int:

@@ -11,7 +11,7 @@ may set memory, k, io, depth, limit, or any other argument of `load_streaming` b
 A run loads the model, reads a prompt by the project's own prefill, and decodes tokens that are
 given, so that each run computes the same:
 
-    cold    the first pass: slots and page cache are empty
+    cold    the first pass: slots and page cache are empty, the compiled kernels come from disk
     warm    (--warm) the same tokens once more in the same process, with a new prompt cache: slots
             hold what the first pass left, the page cache what the limit let it keep
 
@@ -27,6 +27,7 @@ What it says of a pass, and the physics of each:
     hit_rate                  random tokens through random routers hit at slots / experts, whatever
                               the policy; real routing is more uneven and hits more often.
                               expected_hit_rate: this routing replayed through the slots alone
+    cores_of_others           cores that other processes took: trust figures when it is near 0
     disk_share                bytes_per_token / step / raw: 1 when the disk never rests
     raw_gb_s                  what the disk gives for the same reads when nothing is computed (see
                               disk.py), in the same process before loading and after the passes
@@ -44,7 +45,7 @@ from statistics import mean, median
 import disk
 import runs
 
-DEFAULTS = {"memory": None, "k": None, "io": "buffered", "depth": 8, "limit": "none"}
+DEFAULTS = {"memory": None, "k": None, "io": "buffered", "depth": 8, "limit": None}
 
 
 def parse_case(text: str, base: dict) -> dict:
@@ -54,8 +55,20 @@ def parse_case(text: str, base: dict) -> dict:
         name, found, value = setting.partition("=")
         if not found:
             raise SystemExit(f"{setting!r} is no setting: write name=value")
-        case[name] = int(value) if value.lstrip("-").isdigit() else value
+        case[name] = _value(value)
     return case
+
+
+def _value(text: str) -> object:
+    words = {"none": None, "true": True, "false": False}
+    if text in words:
+        return words[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def load(path: Path, case: dict):
@@ -118,6 +131,7 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
         "compute_ms": round(1e3 * (mean(seconds) - mean(waits)), 2),
         "cpu_ms": round(1e3 * usage["cpu"] / steps, 1),
         "major_faults": usage["faults"],
+        "cores_of_others": usage["others"],
     }
 
 
@@ -165,7 +179,7 @@ def run_case(args: argparse.Namespace, case: dict) -> dict:
     command += ["--seed", str(args.seed), "--raw-seconds", str(args.raw_seconds)]
     command += ["--tokens", str(args.tokens)] if args.tokens else []
     command += ["--warm"] if args.warm else []
-    return runs.run(command, limit=runs.nbytes(str(case["limit"])), keep=args.keep_cache)
+    return runs.run(command, limit=runs.nbytes(case["limit"]), keep=args.keep_cache)
 
 
 def plot(path: Path, cases: dict[str, dict], which: str) -> None:
