@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], parents=[streaming.options()]
     )
-    parser.add_argument("--budgets", nargs="+", default=["2.5GB", "3GB", "4GB", "6GB", "10GB"])
+    parser.add_argument("--budgets", nargs="+", default=["3GB", "4GB", "6GB", "8GB", "10GB"])
     parser.add_argument("--room", default="1GB", help="limit of the cgroup - budget, or none")
     parser.set_defaults(prompt=128, warm=False)
     args = parser.parse_args()
