@@ -73,7 +73,7 @@ def test_streaming_does_not_add_up(small, tmp_path):
     expert = next(iter(Checkpoint.open(small).expert_layers.values())).expert_nbytes
     for name, k in (("io=direct depth=3", K), ("k=2", 2)):
         case = result["cases"][name]
-        assert case["experts"], case["slots"] == (k, SLOTS)
+        assert (case["experts"], case["slots"]) == (k, SLOTS)
         for which in ("cold", "warm"):
             found = case[which]
             assert found["tokens_per_second"] > 0
