@@ -1,0 +1,253 @@
+"""Streams a checkpoint in a process that may hold only a part of it, and says where time goes.
+
+    python benchmarks/synth.py /tmp/synth --layers 4 --experts 256
+    python benchmarks/streaming.py /tmp/synth --limit 4GB --memory 3.2GB --rounds 5 \\
+        --case io=buffered --case io=uncached --case "io=direct depth=16"
+
+Each case runs in a process of its own, in a cgroup with the limit (page cache counts too), after
+the page cache was dropped; the cases take turns, and figures are medians over the rounds. A case
+may set memory, k, io, depth, limit, or any other argument of `load_streaming` by its name.
+
+A run loads the model, reads a prompt by the project's own prefill, and decodes tokens that are
+given, so that each run computes the same:
+
+    cold    the first pass: slots and page cache are empty, the compiled kernels come from disk
+    warm    (--warm) the same tokens once more in the same process, with a new prompt cache: slots
+            hold what the first pass left, the page cache what the limit let it keep
+
+What it says of a pass, and the physics of each:
+
+    time_to_first_token       seconds for the prompt and one step. The prompt needs each expert that
+                              any of its tokens chose: union_bytes, once. prefill_bytes above that
+                              is what was read again for a later chunk
+    tokens_per_second         1 / median step (and of the mean step). A step costs compute_ms (dense
+                              weights and K experts a layer through the cores; slower while reads
+                              take the same cores) and wait_ms, when it had nothing to compute
+    bytes_per_token           layers * K * (1 - hit_rate) * bytes of an expert
+    hit_rate                  random tokens through random routers hit at slots / experts, whatever
+                              the policy; real routing is more uneven and hits more often.
+                              expected_hit_rate: this routing replayed through the slots alone
+    cores_of_others           cores that other processes took: trust figures when it is near 0
+    disk_share                bytes_per_token / step / raw: 1 when the disk never rests
+    raw_gb_s                  what the disk gives for the same reads when nothing is computed (see
+                              disk.py), in the same process before loading and after the passes
+
+Tokens come from a file of ids, or are drawn. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+
+import disk
+import runs
+
+DEFAULTS = {"memory": None, "k": None, "io": "buffered", "depth": 8, "limit": None}
+
+
+def parse_case(text: str, base: dict) -> dict:
+    """Settings such as "io=direct depth=16" over those of the command line."""
+    case = dict(base)
+    for setting in text.split():
+        name, found, value = setting.partition("=")
+        if not found:
+            raise SystemExit(f"{setting!r} is no setting: write name=value")
+        case[name] = _value(value)
+    return case
+
+
+def _value(text: str) -> object:
+    words = {"none": None, "true": True, "false": False}
+    if text in words:
+        return words[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def load(path: Path, case: dict):
+    from flashmoe.checkpoint import Checkpoint
+    from flashmoe.loading import load_streaming
+
+    settings = {k: v for k, v in case.items() if k not in ("limit", "k")}
+    return load_streaming(Checkpoint.open(path), experts=case["k"], **settings)
+
+
+def measure(model, prompt: list[int], forced: list[int]) -> dict:
+    """One pass: the prompt, then token by token."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    from routing import Routing
+
+    from flashmoe.prefill import prefill, split
+
+    expert_nbytes = next(iter(model.checkpoint.expert_layers.values())).expert_nbytes
+    cache = make_prompt_cache(model)
+    seconds, waits = [], []
+
+    def step(token: int) -> None:
+        waited, start = model.stats.reads.wait_seconds, time.perf_counter()
+        mx.eval(model.next_logits([token], cache), [c.state for c in cache])
+        seconds.append(time.perf_counter() - start)
+        waits.append(model.stats.reads.wait_seconds - waited)
+
+    with Routing() as routing:
+        before, start = model.stats, time.perf_counter()
+        limit = model.room.for_prompt(len(prompt), len(prompt), model.experts)
+        for _ in prefill(model, split(prompt, []), cache, limit=limit):
+            pass
+        took = time.perf_counter() - start
+        read, union = model.stats - before, routing.distinct() * expert_nbytes
+        # As an engine does, for this answer.
+        model.room.for_decoding(len(prompt) + len(forced))
+        step(forced[0])
+        first = time.perf_counter() - start
+        del seconds[:], waits[:]
+        before, used = model.stats, runs.Usage()
+        for token in forced[1:]:
+            step(token)
+        usage, stats = used.so_far(), model.stats - before
+    steps = len(seconds)
+    expected = routing.expected(model.room.slots, model.checkpoint.num_experts, len(prompt) + 1)
+    return {
+        "time_to_first_token": round(first, 3),
+        "prefill_tokens_per_second": round(len(prompt) / took, 2),
+        "prefill_bytes": read.reads.bytes,
+        "union_bytes": union,
+        "prefill_wait_share": round(read.reads.wait_seconds / took, 3),
+        "tokens_per_second": round(1 / median(seconds), 3),
+        "tokens_per_second_mean": round(1 / mean(seconds), 3),
+        "hit_rate": round(stats.hit_rate, 4),
+        "expected_hit_rate": round(expected, 4),
+        "bytes_per_token": stats.reads.bytes // steps,
+        "disk_bytes_per_token": usage["disk_bytes"] // steps,
+        "read_gb_s": round(stats.reads.bytes / sum(seconds) / 1e9, 3),
+        "wait_ms": round(1e3 * mean(waits), 2),
+        "compute_ms": round(1e3 * (mean(seconds) - mean(waits)), 2),
+        "cpu_ms": round(1e3 * usage["cpu"] / steps, 1),
+        "major_faults": usage["faults"],
+        "cores_of_others": usage["others"],
+    }
+
+
+def child(args: argparse.Namespace, case: dict) -> dict:
+    """What one process measures: the disk, one or two passes, the disk again."""
+
+    def raw() -> float | None:
+        return disk.bandwidth(disk.experts(args.path), case["depth"], args.raw_seconds)
+
+    speeds = [raw()]
+    from flashmoe.memory import peak
+
+    start = time.perf_counter()
+    model = load(args.path, case)
+    found = {"load_seconds": round(time.perf_counter() - start, 2)}
+    print(model.plan.describe(), file=sys.stderr)
+    vocab = model.checkpoint.text_config["vocab_size"]
+    ids = runs.tokens(args.tokens, args.prompt + args.steps + 1, vocab, args.seed)
+    for name in ("cold", "warm") if args.warm else ("cold",):
+        found[name] = measure(model, ids[: args.prompt], ids[args.prompt :])
+    layers = model.checkpoint.expert_layers.values()
+    found |= {
+        "experts": model.experts,
+        "needed_bytes": model.experts * sum(layer.expert_nbytes for layer in layers),
+        "slots": model.room.slots,
+        "peak_rss": peak(),
+        "swapped": runs.swapped(),
+    }
+    model.close()
+    speeds.append(raw())
+    if None not in speeds:
+        before, after = (round(speed / 1e9, 3) for speed in speeds)
+        found |= {"raw_gb_s_before": before, "raw_gb_s_after": after}
+        found["raw_gb_s"] = round((before + after) / 2, 3)
+        for name in ("cold", "warm") if args.warm else ("cold",):
+            share = found[name]["read_gb_s"] / found["raw_gb_s"]
+            found[name]["disk_share"] = round(share, 3)
+    return found
+
+
+def run_case(args: argparse.Namespace, case: dict) -> dict:
+    """`child` in a process of its own, under the limit of the case."""
+    command = [sys.executable, __file__, str(args.path), "--child", json.dumps(case)]
+    command += ["--prompt", str(args.prompt), "--steps", str(args.steps)]
+    command += ["--seed", str(args.seed), "--raw-seconds", str(args.raw_seconds)]
+    command += ["--tokens", str(args.tokens)] if args.tokens else []
+    command += ["--warm"] if args.warm else []
+    return runs.run(command, limit=runs.nbytes(case["limit"]), keep=args.keep_cache)
+
+
+def plot(path: Path, cases: dict[str, dict], which: str) -> None:
+    """A bar for each case: where a step goes, beside the least that its reads would take."""
+    figure, axes = runs.figure()
+    passes = [case[which] for case in cases.values()]
+    compute = [p["compute_ms"] for p in passes]
+    names = [f"{n}\n{p['tokens_per_second']} tokens/s" for n, p in zip(cases, passes, strict=True)]
+    axes.bar(names, compute, 0.5, label="computing")
+    axes.bar(names, [p["wait_ms"] for p in passes], 0.5, compute, label="waiting for the disk")
+    for place, case in enumerate(cases.values()):
+        if "raw_gb_s" in case:
+            least = case[which]["bytes_per_token"] / case["raw_gb_s"] / 1e6
+            label = None if place else "missed bytes / raw bandwidth"
+            axes.hlines(least, place - 0.35, place + 0.35, "black", "dashed", label=label)
+    axes.set(ylabel="ms a token", title="Where a decode step goes")
+    runs.save(figure, axes, path)
+
+
+def options() -> argparse.ArgumentParser:
+    """Those that growth.py and timeline.py have too."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("path", type=Path, help="an MLX checkpoint")
+    parser.add_argument("--k", type=int, help="experts a token, instead of the trained number")
+    parser.add_argument("--io", default=DEFAULTS["io"])
+    parser.add_argument("--depth", type=int, default=DEFAULTS["depth"], help="reads in flight")
+    parser.add_argument(
+        "--setting", action="append", default=[], help="name=value, given to load_streaming"
+    )
+    parser.add_argument("--prompt", type=int, default=512, help="tokens read before decoding")
+    parser.add_argument("--steps", type=int, default=32, help="tokens decoded after the first one")
+    parser.add_argument("--tokens", type=Path, help="ids between white space; else random ones")
+    parser.add_argument("--seed", type=int, default=2, help="of random tokens")
+    parser.add_argument("--raw-seconds", type=float, default=2.0)
+    parser.add_argument("--keep-cache", action="store_true", help="do not drop the page cache")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--plot", type=Path, help="SVG file; needs matplotlib")
+    return parser
+
+
+def base_case(args: argparse.Namespace, **more) -> dict:
+    """The settings of the command line."""
+    base = DEFAULTS | {"k": args.k, "io": args.io, "depth": args.depth} | more
+    return parse_case(" ".join(args.setting), base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[options()])
+    parser.add_argument("--limit", default="none", help="of the cgroup, such as 4GB")
+    parser.add_argument("--memory", help="budget given to flashmoe, such as 3.2GB")
+    parser.add_argument("--case", action="append", help='settings such as "io=direct depth=16"')
+    parser.add_argument("--warm", action="store_true", help="a second pass in the same process")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args, json.loads(args.child))))
+        return
+    base = base_case(args, memory=args.memory, limit=args.limit)
+    cases = {text: parse_case(text, base) for text in args.case or [f"io={args.io}"]}
+    found = runs.alternated(cases, args.rounds, lambda case: run_case(args, case))
+    if args.plot:
+        plot(args.plot, found, "warm" if args.warm else "cold")
+    size = sum(f.stat().st_size for f in args.path.glob("*.safetensors"))
+    result = {"benchmark": "streaming", "checkpoint": size, "rounds": args.rounds}
+    result |= {"prompt": args.prompt, "steps": args.steps, "settings": base, "cases": found}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
