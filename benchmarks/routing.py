@@ -27,11 +27,11 @@ class Routing:
         self._start = start = StreamingSwitchGLU.start
         calls = self._calls
 
-        def recorded(switch, x, indices):
-            call = start(switch, x, indices)  # evaluates the indices
-            calls.setdefault(id(switch), []).append(
-                np.array(indices).reshape(-1, indices.shape[-1])
-            )
+        def recorded(switch, inputs):
+            call = start(switch, inputs)  # evaluates the indices
+            for _, indices in inputs:
+                chosen = np.array(indices).reshape(-1, indices.shape[-1])
+                calls.setdefault(id(switch), []).append(chosen)
             return call
 
         StreamingSwitchGLU.start = recorded

@@ -58,7 +58,7 @@ def needs(model, tokens, context):
     k, checkpoint = model.experts, model.checkpoint
     return (
         footprint.cache_nbytes(checkpoint, context)
-        + footprint.piece_nbytes(checkpoint, tokens, context, k)
+        + footprint.piece_nbytes(checkpoint, tokens, context, k, on_gpu=False)
         + min(tokens, footprint.PIECE_TOKENS) * footprint.swept_nbytes(checkpoint, k)
     )
 

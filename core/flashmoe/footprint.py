@@ -9,15 +9,16 @@ from .checkpoint import Checkpoint
 #: Tokens of a piece of a prompt, which goes through attention at one time. It settles bits.
 PIECE_TOKENS = 512
 
-#: Tokens of context that memory is kept for where slots cannot give way to a prompt, and in the
-#: cache of prompts that were read.
+#: Tokens of context that memory is kept for, in the plan and in the cache of prompts that were
+#: read. A longer one grows past the plan, or takes memory from slots where they can give way.
 PLANNED_CONTEXT = 8192
-
-#: The same where they can.
-LEAST_CONTEXT = 2048
 
 #: Tokens of a prompt that share the reads of experts where slots cannot give way.
 GPU_SWEEP = 2048
+
+#: Queries whose attention scores are in memory at one time on the CPU, for all the heads that share
+#: their keys.
+BLOCK_QUERIES = 128
 
 #: Tokenizer, compiled kernels, and what allocators keep: measured 0.2 GB on Linux.
 RUNTIME_NBYTES = 256 * 2**20
@@ -35,11 +36,11 @@ def lasting_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
 
 def prompt_nbytes(checkpoint: Checkpoint, experts: int, *, on_gpu: bool) -> int:
     """Bytes that are planned for the prompt under way and its cache. experts: K."""
-    context, sweep = (PLANNED_CONTEXT, GPU_SWEEP) if on_gpu else (LEAST_CONTEXT, PIECE_TOKENS)
-    sweep = min(checkpoint.max_context, sweep)
+    context = PLANNED_CONTEXT
+    sweep = min(checkpoint.max_context, GPU_SWEEP if on_gpu else PIECE_TOKENS)
     return (
         cache_nbytes(checkpoint, context)
-        + piece_nbytes(checkpoint, sweep, context, experts)
+        + piece_nbytes(checkpoint, sweep, context, experts, on_gpu=on_gpu)
         + sweep * swept_nbytes(checkpoint, experts)
     )
 
@@ -82,20 +83,27 @@ def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
     return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
 
 
-def piece_nbytes(checkpoint: Checkpoint, tokens: int, context: int, experts: int) -> int:
+def piece_nbytes(
+    checkpoint: Checkpoint, tokens: int, context: int, experts: int, *, on_gpu: bool
+) -> int:
     """Activations of one piece of a prompt while it goes through a layer, float32.
 
     tokens: of the prompt. context: that its attention sees. experts: K.
     """
     config = checkpoint.text_config
-    context = min(checkpoint.max_context, context)
-    # Projections of one layer and their copies: measured about 16 hidden states. Scores twice.
-    # Expert outputs as they are weighted and summed.
+    context, tokens = min(checkpoint.max_context, context), min(tokens, PIECE_TOKENS)
+    # Projections of one layer and their copies: measured about 16 hidden states. Expert outputs as
+    # they are weighted and summed.
     each = (16 + 2 * experts) * config["hidden_size"]
-    each += 2 * config["num_attention_heads"] * context
+    heads = config["num_attention_heads"]
+    if on_gpu:
+        scores = 2 * heads * tokens * context
+    else:
+        shared = heads // config["num_key_value_heads"]
+        scores = shared * min(tokens, BLOCK_QUERIES) * context
     # One expert's matrix, dequantised.
     matrix = config["hidden_size"] * config["moe_intermediate_size"]
-    return _F32 * (min(tokens, PIECE_TOKENS) * each + matrix)
+    return _F32 * (tokens * each + scores + matrix)
 
 
 def swept_nbytes(checkpoint: Checkpoint, experts: int) -> int:

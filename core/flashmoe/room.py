@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from time import monotonic
 
-from . import memory
+from . import memory, ops
 from .checkpoint import Checkpoint
 from .errors import ContextError
 from .footprint import PIECE_TOKENS, cache_nbytes, piece_nbytes, swept_nbytes
@@ -42,6 +42,7 @@ class Room:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, switches: Sequence[StreamingSwitchGLU]):
         self._checkpoint = checkpoint
         self._plan = plan
+        self._on_gpu = ops.on_gpu()
         self._switches = switches
         self.slots = plan.slots_per_layer
         # What is taken for as long as the model is loaded, and what a prompt takes besides.
@@ -62,7 +63,7 @@ class Room:
         plan = self._plan
         each = swept_nbytes(self._checkpoint, experts)
         fixed = cache_nbytes(self._checkpoint, context)
-        fixed += piece_nbytes(self._checkpoint, tokens, context, experts)
+        fixed += piece_nbytes(self._checkpoint, tokens, context, experts, on_gpu=self._on_gpu)
         if not plan.elastic:
             return max(PIECE_TOKENS, (plan.passing - fixed) // each)
         budget, least = self._budget(), min(tokens, PIECE_TOKENS)

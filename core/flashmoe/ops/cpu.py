@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 
-from . import dense, gated_delta, glu, kernels
+from . import attention, dense, gated_delta, glu, kernels
 from .host import host
 
 if TYPE_CHECKING:
@@ -32,10 +32,13 @@ PAIRS_AT_ONCE = 512
 _ROUTERS = ("gate", "shared_expert_gate")
 
 _CLASSES = {
+    nn.Linear: dense.Linear,
     nn.QuantizedLinear: dense.QuantizedLinear,
     nn.QuantizedEmbedding: dense.QuantizedEmbedding,
     qwen3_next.Qwen3NextMLP: dense.NextMLP,
     qwen3_moe.MLP: dense.MLP,
+    qwen3_next.Qwen3NextAttention: attention.NextAttention,
+    qwen3_moe.Attention: attention.Attention,
     qwen3_5.GatedDeltaNet: gated_delta.GatedDeltaNet,
     qwen3_next.Qwen3NextGatedDeltaNet: gated_delta.NextGatedDeltaNet,
 }
@@ -83,7 +86,8 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
             for name, value in list(module.items()):
                 if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
                     module[name] = value.astype(mx.float32)
-        if type(module) in _CLASSES:
+        # An unquantised head stays lazy, as `Head` does.
+        if type(module) in _CLASSES and not (module is head and type(module) is nn.Linear):
             module.__class__ = _CLASSES[type(module)]
         quantised = isinstance(module, dense.QuantizedLinear | dense.QuantizedEmbedding)
         if quantised and path.rpartition(".")[2] not in _ROUTERS:

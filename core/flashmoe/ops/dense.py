@@ -1,4 +1,4 @@
-"""mlx's quantised layers and mlx-lm's MLP on the CPU, in float32, by the numba kernels.
+"""mlx's linear layers and mlx-lm's MLP on the CPU, in float32, by the numba kernels or BLAS.
 
 Instances become one of these classes in place (`module.__class__ = ...`): they keep their weights
 under mlx-lm's names, and only their forward changes. A kernel needs evaluated arrays, so each call
@@ -20,6 +20,14 @@ from .kernels import Packed
 HEAD_TILE = 8192
 
 _NAMES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float32"}
+
+
+class Linear(nn.Linear):
+    """By BLAS: MLX's own product on x86 is scalar."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = host(x)[0].reshape(-1, x.shape[-1])
+        return mx.array(project(self, rows).reshape(*x.shape[:-1], -1))
 
 
 class QuantizedLinear(nn.QuantizedLinear):
