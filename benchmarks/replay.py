@@ -19,6 +19,7 @@ import argparse
 import gzip
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -117,6 +118,31 @@ def uneven(layers: Sequence[Layer], warm: int, slots: int, experts: int, least: 
     return hit_rate(layers, warm, lambda layer: Aged(next(sizes), experts))
 
 
+def warm_start(layers: Sequence[Layer], learn: int, slots: int, experts: int, first: int) -> dict:
+    """Experts read in the `first` tokens after `learn`: from nothing, with the frequencies of the
+    tokens before, and with their hottest experts in the slots too, which are `before` reads."""
+
+    def misses(counts: bool, fill: bool) -> int:
+        total = 0
+        for layer in layers:
+            policy, seen = Aged(slots, experts), layer[:learn]
+            if counts:
+                policy.slots.touch(Counter(e for step in seen for e in step), 0)
+            for expert in hottest(seen)[:slots] if fill else ():
+                policy.slots.take(expert, ())
+            total += sum(policy.access(step) for step in layer[learn : learn + first])
+        return total
+
+    return {
+        "slots": slots,
+        "tokens": first,
+        "cold": misses(False, False),
+        "frequencies": misses(True, False),
+        "experts": misses(True, True),
+        "before": slots * len(layers),
+    }
+
+
 def curves(layers: Sequence[Layer], experts: int, warm: int, sizes: Sequence[int]) -> dict:
     """name -> the hit rate for each number of slots."""
     k = len(layers[0][0])
@@ -167,6 +193,11 @@ def main() -> None:
     sizes = [8, 12, 16, 24, 32, 48, 64, 96]
     trace = curves(layers, experts, warm, sizes)
     result = {"30b trace": {"k": len(layers[0][0]), "slots": sizes, "hit_rate": trace}}
+    result["30b warm start"] = [
+        warm_start(layers, warm, slots, experts, first)
+        for slots in (16, 32)
+        for first in (8, 32, len(layers[0]) - warm)
+    ]
     if args.plot:
         args.plot.mkdir(parents=True, exist_ok=True)
         title = f"Qwen3-30B-A3B, real routing, K={len(layers[0][0])} of {experts} experts"

@@ -50,3 +50,11 @@ def test_trace_is_misread():
     assert {len(layer) for layer in layers} == {156}
     assert layers[0][0] == [49, 19, 58, 29, 16, 70]
     assert replay.slots_of(48e9, 60, 512) == 96
+
+
+def test_warm_start_saves_more_than_it_reads():
+    layers, prompt, experts = replay.read_trace(replay.TRACES / "qwen3-30b-a3b.route.csv.gz")
+    found = replay.warm_start(layers, 90, 16, experts, 20)
+    assert found["experts"] < found["frequencies"] <= found["cold"]
+    assert found["cold"] <= found["experts"] + found["before"]
+    assert found["before"] == 16 * 47
