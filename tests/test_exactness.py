@@ -10,7 +10,7 @@ import flashmoe
 from flashmoe import ops
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.io_modes import IO_MODES
+from flashmoe.io_modes import IO_MODES, Direct
 from flashmoe.loading import load_streaming
 from oracle import load_resident, logits, same
 from toys import write_toy
@@ -133,6 +133,22 @@ def test_rounded_activations_are_the_default_or_nothing(demo, demo_resident):
     routers = {"gate": "float32", "shared_expert_gate": "float32"}
     assert {k: v for k, v in rounds.items() if v == "float32"} == routers
     assert {"q_proj", "down_proj", "in_proj_qkv", "out_proj"} <= rounds.keys()
+
+
+def test_drive_that_writes_into_slots_changes_a_bit(tmp_path, monkeypatch):
+    """Experts of whole blocks, as those of real models are; the other toys' go through a copy."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 12}
+    toy = Checkpoint.open(write_toy(tmp_path, bits=None, **sizes))
+    in_place, read = [], Direct._read_in_place
+
+    def counted(*args):
+        in_place.append(read(*args))
+        return in_place[-1]
+
+    monkeypatch.setattr(Direct, "_read_in_place", counted)
+    vocab = toy.text_config["vocab_size"]
+    model = check(toy, load_resident(tmp_path), toy.top_k + 2, 64, 20, vocab, io="direct")
+    assert sum(in_place) == model.stats.reads.bytes > 0
 
 
 @pytest.mark.parametrize("experts", [1, 2])

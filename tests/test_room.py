@@ -154,7 +154,7 @@ for line in sys.stdin:
     model.room.for_decoding(1)
     found = 0
     cache = make_prompt_cache(model)
-    for token in range(150):
+    for token in range(70):
         model.room._next_look = 0
         out = np.array(model.next_logits([token], cache).astype(mx.float32))
         found = zlib.crc32(out.tobytes(), found)
@@ -196,6 +196,16 @@ def test_process_dies_when_another_one_takes_memory(path, own_cgroup):
         assert same_bits == bits
         taker.communicate("\n")
         assert go(model)[0] == EXPERTS
+        # The limit follows what is used, down to where slots have given way.
+        limits = []
+        for _ in range(4):
+            used = int((own_cgroup / "memory.usage_in_bytes").read_text())
+            limits.append(used + 5 * MB)
+            (own_cgroup / "memory.limit_in_bytes").write_text(str(limits[-1]))
+            slots, _, same_bits = go(model)
+            assert same_bits == bits
+        assert slots < EXPERTS
+        assert limits[-1] < limits[0] - 20 * MB
     finally:
         model.stdin.close()
         model.wait(60)
