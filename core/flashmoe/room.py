@@ -21,8 +21,8 @@ from .switch import StreamingSwitchGLU
 
 log = logging.getLogger("flashmoe")
 
-#: Seconds between two looks at the memory that the system has: each takes some 0.2 ms.
-LOOK_SECONDS = 0.1
+#: Seconds between two looks at the memory that the system has: each takes some 1 ms.
+LOOK_SECONDS = 0.25
 
 #: The share of what this process may hold that is left for others.
 RESERVE = 0.03
