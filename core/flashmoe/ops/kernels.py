@@ -71,11 +71,11 @@ class Packed:
                 f"no CPU kernel for {self.bits} bits, group size {self.group_size}, {self.dtype}"
             )
         slots, height, width = self.shape
-        _check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
+        check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
         stored = np.float32 if self.dtype == "float32" else np.uint16
         for name in ("scales", "biases") if affine else ():
             shape = slots, height, width // self.group_size
-            _check(name, getattr(self, name), stored, shape)
+            check(name, getattr(self, name), stored, shape)
             if width % self.group_size:
                 raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
 
@@ -93,7 +93,7 @@ class Packed:
     @cached_property
     def place(self) -> tuple[int, ...]:
         """(weight, scales, biases: addresses; weight, scale bytes of a row; groups or inputs)"""
-        parts = map(_address, (self.weight, self.scales, self.biases))
+        parts = map(address, (self.weight, self.scales, self.biases))
         n, scale_row = self.shape[2], 0
         if self.group_size:
             n //= self.group_size
@@ -113,11 +113,11 @@ class Packed:
         return block_kernel(op, self.bits, self.group_size, self.dtype).address
 
 
-def _address(array: np.ndarray | None) -> int:
+def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
 
 
-def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+def check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the kernels, which know addresses only, can use this array."""
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(
@@ -127,7 +127,7 @@ def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) ->
 
 
 @intrinsic
-def _call(typingctx, kernel, w, scales, biases, x, height, n, out):
+def call(typingctx, kernel, w, scales, biases, x, height, n, out):
     """Call the kernel at an address. So `_launch`, slow to compile, is compiled once for all."""
 
     def codegen(context, builder, signature, args):
@@ -162,13 +162,13 @@ def _launch(first, second, slots, rows, limits, height, out, row):
         to = (p * height + start) * row
         at, skip = w + line * w_row, line * s_row
         xs = x + rows[p] * x_row
-        _call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
+        call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
         if kernel2 != 0:
             up = np.empty(_BLOCK, np.float32)
             at, skip = w2 + line * w_row2, line * s_row2
             xs = x2 + rows[p] * x_row2
             into = up.ctypes.data
-            _call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
+            call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
             for i in range(count):
                 gate = out[to + i]
                 out[to + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
@@ -187,7 +187,7 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
     # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
     raw = np.empty(len(x) * index.size + 16, np.float32)
-    start = -_address(raw) % 64 // 4
+    start = -address(raw) % 64 // 4
     out = raw[start : start + raw.size - 16].reshape(len(x), index.size)
     arrange(x, index, factor, sums, out)
     return out
@@ -195,20 +195,20 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
 
 def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
     for w in (gate,) if up is None else (gate, up):
-        _check("x", x, np.float32, (len(x), w.shape[2]))
-        _check("out", out, np.float32, (slots.size, w.shape[1]))
-    _check("slots", slots, np.int64, (slots.size,))
-    _check("rows", rows, np.int64, (slots.size,))
+        check("x", x, np.float32, (len(x), w.shape[2]))
+        check("out", out, np.float32, (slots.size, w.shape[1]))
+    check("slots", slots, np.int64, (slots.size,))
+    check("rows", rows, np.int64, (slots.size,))
     if len(x) > slots.size:  # arrange only the rows that are used
         used, rows = np.unique(rows, return_inverse=True)
         for row in used[(used < 0) | (used >= len(x))]:
             raise IndexError(f"row {row} of {len(x)}")
         x = x[used]
     xs = _arranged(gate, x)
-    first, second = (gate.kernel("dot"), *gate.place, _address(xs), xs.strides[0]), _NONE
+    first, second = (gate.kernel("dot"), *gate.place, address(xs), xs.strides[0]), _NONE
     if up is not None:
         ys = xs if up.reads == gate.reads else _arranged(up, x)
-        second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
+        second = up.kernel("dot"), *up.place, address(ys), ys.strides[0]
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
     with launching:
@@ -259,7 +259,7 @@ def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
 
 def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
     """out = W[slot] in float32. out: (out, in) float32. Errors as in `matvec`."""
-    _check("out", out, np.float32, w.shape[1:])
+    check("out", out, np.float32, w.shape[1:])
     _unpack(w, slot, 0, out)
 
 
@@ -273,8 +273,8 @@ def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
     if count <= MATVEC_ROWS:
         matvec(w, np.full(count, slot), x, np.arange(count), out)
         return
-    _check("x", x, np.float32, (count, w.shape[2]))
-    _check("out", out, np.float32, (count, height))
+    check("x", x, np.float32, (count, w.shape[2]))
+    check("out", out, np.float32, (count, height))
     tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
     for start in range(0, height, _TILE):
         part = tile[: height - start]
