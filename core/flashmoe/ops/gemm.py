@@ -12,26 +12,25 @@ from functools import cache
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import cfunc, njit, prange, types
+from numba import cfunc, config, njit, prange, types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from . import kernels
-from .kernels import Packed, address, call, check
-from .unpack import block_kernel
-from .vectors import F32, I64, SIZES, add_product, load, offset, pointer, shuffle, zeros
+from .kernels import Packed, address, aligned, call, check, launching, matvec
+from .vectors import F32, I64, SIZES, add_product, load, pointer, shuffle, zeros
 
 _DEPTH = 1024  # inputs of a piece: whole groups
+_ROW = _DEPTH + 16  # values from one row of a piece to the next: not all of one set of a cache
 _BLOCK = 16  # matrix rows of a task
+_LANES = 16  # inputs are padded to so many: the widest vector of `_lanes`
 _HIGH, _WIDE = 3, 4  # rows of x and matrix rows of a tile: its sums fill the 16 registers of AVX2
 
 
 @cache
-def lanes() -> int:
-    """Of a sum. Features are part of the key of numba's cache on disk."""
+def _lanes() -> int:
+    """Of the vector of a sum. The features are part of the key of numba's cache on disk."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return 16 if "+avx512f" in features.split(",") else 8
 
@@ -69,7 +68,7 @@ def _tile(typingctx, high, width, w, x, out, depth):
         with cgutils.for_range_slice(builder, I64(0), depth, I64(width_)) as (k, _):
 
             def vector(base, row):
-                at = builder.add(base, builder.add(builder.mul(k, I64(4)), I64(row * 4 * _DEPTH)))
+                at = builder.add(base, builder.add(builder.mul(k, I64(4)), I64(row * 4 * _ROW)))
                 return load(builder, at, F32, width_)
 
             xs = [vector(x, r) for r in rows]
@@ -92,7 +91,7 @@ def product_kernel(width: int) -> CFunc:
     """Add to out (rows, _BLOCK) the product of a piece of x and a piece of a block of matrix rows.
 
     Arguments, all int64: w, x, out (addresses), height (matrix rows), rows (of x), depth (inputs).
-    Rows of w and x are _DEPTH values apart. width: see `lanes`.
+    Rows of w and x are _ROW values apart. width: see `_lanes`.
     """
 
     @cfunc(types.void(*[types.int64] * 7), cache=True)
@@ -100,10 +99,10 @@ def product_kernel(width: int) -> CFunc:
         r = 0
         while r < rows:
             left = rows - r
-            x_at, to = x + r * (4 * _DEPTH), out + r * (4 * _BLOCK)
+            x_at, to = x + r * (4 * _ROW), out + r * (4 * _BLOCK)
             high = _HIGH if left == 3 or left > 4 else min(left, 2)
             for c in range(0, height, _WIDE):
-                w_at, into = w + c * (4 * _DEPTH), to + 4 * c
+                w_at, into = w + c * (4 * _ROW), to + 4 * c
                 if high == 3:
                     _tile(3, width, w_at, x_at, into, depth)
                 elif high == 2:
@@ -117,111 +116,97 @@ def product_kernel(width: int) -> CFunc:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _launch(multiply, first, second, line, x, width, rows, height, scratch, out):
-    """out (rows, height) = x @ first.T, or silu(x @ first.T) * (x @ second.T); by matrix rows.
+    """out (rows, height) = x @ first.T or, where second has a kernel, its silu * (x @ second.T).
 
-    first, second: (kernel, *place, weight and scale bytes of a piece, groups or inputs of a piece);
-    see Packed. line: the first matrix row in the stack. x: the address of `_pieces`.
-    scratch: for each thread.
+    multiply: address of `product_kernel`. first, second: see `_operand`. line: of the stack, where
+    the matrix begins. x: address of `_pieces`. width: inputs. scratch: (threads, values).
     """
     blocks = (height + _BLOCK - 1) // _BLOCK
+    size = rows * _BLOCK
+    glu = second[0] != 0
     for task in prange(blocks):
         mine = scratch[numba.get_thread_id()]
-        start = task * _BLOCK
-        count = min(_BLOCK, height - start)
-        size = rows * _BLOCK
+        mine[: 2 * size] = 0
         base = mine.ctypes.data
         piece = base + 8 * size
-        mine[: 2 * size] = 0
-        for which in range(2 if second[0] != 0 else 1):
-            kernel, w, scales, biases, w_row, s_row, n, w_step, s_step, step = (
-                second if which else first
-            )
+        start = task * _BLOCK
+        count = min(_BLOCK, height - start)
+        for which in range(2 if glu else 1):
+            operand = second if which else first
+            kernel, w, scales, biases, w_row, s_row, n, w_step, s_step, step = operand
             for part in range((n + step - 1) // step):
-                skip = part * s_step
+                todo = min(step, n - part * step)
                 for i in range(count):
                     at = line + start + i
-                    scale = at * s_row + skip
-                    call(
-                        kernel,
-                        w + at * w_row + part * w_step,
-                        scales + scale,
-                        biases + scale,
-                        0,
-                        1,
-                        min(step, n - part * step),
-                        piece + i * (4 * _DEPTH),
-                    )
-                depth = min(_DEPTH, width - part * _DEPTH)
-                xs = x + part * rows * (4 * _DEPTH)
-                call(multiply, piece, xs, base + 4 * which * size, count, rows, depth, 0)
+                    to, skip = piece + i * (4 * _ROW), at * s_row + part * s_step
+                    from_ = w + at * w_row + part * w_step
+                    call(kernel, from_, scales + skip, biases + skip, 0, 1, todo, to)
+                inputs = min(_DEPTH, width - part * _DEPTH)
+                depth = (inputs + _LANES - 1) // _LANES * _LANES
+                for i in range(count if inputs < depth else 0):
+                    end = 2 * size + i * _ROW
+                    mine[end + inputs : end + depth] = 0  # an old nan here would meet a zero of x
+                xs, to = x + part * rows * (4 * _ROW), base + 4 * which * size
+                call(multiply, piece, xs, to, count, rows, depth, 0)
         for r in range(rows):
             for i in range(count):
                 value = mine[r * _BLOCK + i]
-                if second[0] != 0:
+                if glu:
                     up = mine[size + r * _BLOCK + i]
                     value = value / (np.float32(1) + np.exp(-value)) * up
                 out[r, start + i] = value
 
 
-_NONE = (0,) * 10
-
-
-def aligned(*shape: int) -> np.ndarray:
-    """Zeros in float32 that start at a cache line: a vector load across two lines costs two."""
-    size = int(np.prod(shape))
-    raw = np.zeros(size + 16, np.float32)
-    start = -address(raw) % 64 // 4
-    return raw[start : start + size].reshape(shape)
+_NONE = (0,) * 10  # no second operand
 
 
 def _pieces(x: np.ndarray) -> np.ndarray:
-    """x (R, in) as (pieces, R, _DEPTH), the last filled up with zeros."""
+    """x (R, in) as (pieces, R, _ROW); after the last input, zeros up to a whole vector."""
     count, width = x.shape
-    out = aligned(-(-width // _DEPTH), count, _DEPTH)
+    out = aligned(-(-width // _DEPTH), count, _ROW)
     for i, piece in enumerate(out):
         part = x[:, i * _DEPTH : (i + 1) * _DEPTH]
-        piece[:, : part.shape[1]] = part
+        inputs = part.shape[1]
+        piece[:, :inputs] = part
+        piece[:, inputs : inputs + _LANES] = 0
     return out
 
 
 def _operand(w: Packed) -> tuple[int, ...]:
-    unit = w.group_size or 1
-    kernel = block_kernel("unpack", w.bits, w.group_size, w.dtype).address
-    scale_step = _DEPTH // unit * SIZES[w.dtype] if w.group_size else 0
-    return kernel, *w.place, _DEPTH * w.bits // 8, scale_step, _DEPTH // unit
+    """(kernel, *place; weight bytes, scale bytes, groups or inputs of a piece); see Packed."""
+    step, scales = _DEPTH, 0
+    if w.group_size:
+        step //= w.group_size
+        scales = step * SIZES[w.dtype]
+    return w.kernel("unpack"), *w.place, _DEPTH * w.bits // 8, scales, step
 
 
-def _product(gate: Packed, up: Packed | None, slot: int, x: np.ndarray, out: np.ndarray) -> None:
-    for w in (gate,) if up is None else (gate, up):
-        check("x", x, np.float32, (len(x), w.shape[2]))
-        check("out", out, np.float32, (len(x), w.shape[1]))
-        if not 0 <= slot < w.shape[0]:
-            raise IndexError(f"slot {slot} of {w.shape[0]}")
+def product(w: Packed, slot: int, x: np.ndarray, out: np.ndarray, up: Packed | None = None) -> None:
+    """out = x @ W[slot].T; with up, silu(x @ W[slot].T) * (x @ up[slot].T). In float32.
+
+    x: (R, in) float32. out: (R, out) float32. silu(g) = g * sigmoid(g). The formats of w and up may
+    differ. Errors as in `kernels.matvec`.
+    """
+    for matrix in (w,) if up is None else (w, up):
+        check("x", x, np.float32, (len(x), matrix.shape[2]))
+        check("out", out, np.float32, (len(x), matrix.shape[1]))
+        if not 0 <= slot < matrix.shape[0]:
+            raise IndexError(f"slot {slot} of {matrix.shape[0]}")
     rows, height = out.shape
-    xs = _pieces(x)
-    width = -(-x.shape[1] // lanes()) * lanes()  # the rest is zeros
-    scratch = aligned(numba.config.NUMBA_NUM_THREADS, 2 * rows * _BLOCK + _BLOCK * _DEPTH)
+    multiply, first = product_kernel(_lanes()).address, _operand(w)
     second = _NONE if up is None else _operand(up)
-    multiply = product_kernel(lanes()).address
-    line = slot * height
-    with kernels.launching:
-        _launch(
-            multiply, _operand(gate), second, line, address(xs), width, rows, height, scratch, out
-        )
+    line, pieces = slot * height, _pieces(x)
+    # For each thread: sums of both products, and a piece of the matrix rows.
+    scratch = aligned(config.NUMBA_NUM_THREADS, 2 * rows * _BLOCK + _BLOCK * _ROW)
+    at, shape = (line, address(pieces)), (x.shape[1], rows, height)
+    with launching:
+        _launch(multiply, first, second, *at, *shape, scratch, out)
 
 
 def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
-    """out = x @ W[slot].T. x: (R, in) float32, out: (R, out) float32. Errors as in `matvec`.
-
-    Up to MATVEC_ROWS rows are bit for bit `kernels.matvec`.
-    """
+    """out = x @ W[slot].T, as `product`; up to `w.matvec_rows` rows as `kernels.matvec`."""
     count = len(x)
-    if count <= kernels.MATVEC_ROWS:
-        kernels.matvec(w, np.full(count, slot), x, np.arange(count), out)
+    if count <= w.matvec_rows:
+        matvec(w, np.full(count, slot), x, np.arange(count), out)
     else:
-        _product(w, None, slot, x, out)
-
-
-def gate_up(gate: Packed, up: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
-    """out = silu(x @ gate[slot].T) * (x @ up[slot].T), for any number of rows."""
-    _product(gate, up, slot, x, out)
+        product(w, slot, x, out)

@@ -10,6 +10,7 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from llvmlite import ir
@@ -30,12 +31,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 #: Held by each parallel launch: numba's portable threading layer dies of two at one time.
 launching = threading.Lock()
 
-#: Up to so many rows of x for one matrix, packed weights beat unpacking for BLAS.
-MATVEC_ROWS = 20
+#: Up to so many rows of x for one matrix, a product over packed weights for each row is faster than
+#: `gemm`, which unpacks them once for all rows; and where x is rounded to int8.
+MATVEC_ROWS, INT8_ROWS = 2, 20
 
-# Matrix rows that are unpacked for BLAS at once, 16 MB at 4096 inputs. BLAS has threads of its own
-# that spin as well: smaller tiles change hands more often, and took up to twice as long.
-_TILE = 1024
 _BLOCK = 16  # matrix rows of one task
 
 
@@ -49,7 +48,7 @@ class Packed:
         when unquantised.
     bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
     dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
-    activations: "float32", or "int8": products of up to MATVEC_ROWS rows round x, where
+    activations: "float32", or "int8": products of up to INT8_ROWS rows round x, where
         `int8.supports` the format.
 
     value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
@@ -90,6 +89,11 @@ class Packed:
         """Whether products of few rows round x to int8."""
         return self.activations == "int8" and int8.supports(self.bits, self.group_size)
 
+    @property
+    def matvec_rows(self) -> int:
+        """Up to so many rows of x, `matvec` is faster than `gemm`."""
+        return INT8_ROWS if self.rounds_x else MATVEC_ROWS
+
     @cached_property
     def place(self) -> tuple[int, ...]:
         """(weight, scales, biases: addresses; weight, scale bytes of a row; groups or inputs)"""
@@ -115,6 +119,14 @@ class Packed:
 
 def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def aligned(*shape: int) -> np.ndarray:
+    """New float32 from a line of 64 bytes on: a vector load that crosses lines costs two."""
+    size = prod(shape)
+    raw = np.empty(size + 16, np.float32)
+    start = -address(raw) % 64 // 4
+    return raw[start : start + size].reshape(shape)
 
 
 def check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
@@ -185,10 +197,7 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     if w.rounds_x:
         return int8.quantised(x, w.bits, w.group_size)
     index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
-    # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
-    raw = np.empty(len(x) * index.size + 16, np.float32)
-    start = -address(raw) % 64 // 4
-    out = raw[start : start + raw.size - 16].reshape(len(x), index.size)
+    out = aligned(len(x), index.size)
     arrange(x, index, factor, sums, out)
     return out
 
@@ -244,39 +253,12 @@ def gate_up(
     _pairs(gate, up, slots, x, rows, out)
 
 
-def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
-    """out (rows, in) = the matrix rows from `start` on."""
-    if not 0 <= slot < w.shape[0]:
-        raise IndexError(f"slot {slot} of {w.shape[0]}")
-    weight, scales, biases, w_row, s_row, n = w.place
-    line = slot * w.shape[1] + start
-    at = weight + line * w_row, scales + line * s_row, biases + line * s_row
-    first = w.kernel("unpack"), *at, w_row, s_row, n, 0, 0
-    one = np.zeros(1, np.int64)
-    with launching:
-        _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), out.shape[1])
-
-
 def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
     """out = W[slot] in float32. out: (out, in) float32. Errors as in `matvec`."""
     check("out", out, np.float32, w.shape[1:])
-    _unpack(w, slot, 0, out)
-
-
-def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
-    """out = x @ W[slot].T. x: (R, in) float32, out: (R, out) float32. Errors as in `matvec`.
-
-    Up to MATVEC_ROWS rows are bit for bit `matvec`; more go through unpacked tiles and BLAS, where
-    the bits of a row depend on R.
-    """
-    count, height = len(x), w.shape[1]
-    if count <= MATVEC_ROWS:
-        matvec(w, np.full(count, slot), x, np.arange(count), out)
-        return
-    check("x", x, np.float32, (count, w.shape[2]))
-    check("out", out, np.float32, (count, height))
-    tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
-    for start in range(0, height, _TILE):
-        part = tile[: height - start]
-        _unpack(w, slot, start, part)
-        np.matmul(x, part.T, out=out[:, start : start + _TILE])
+    if not 0 <= slot < w.shape[0]:
+        raise IndexError(f"slot {slot} of {w.shape[0]}")
+    first, zero = (w.kernel("unpack"), *w.place, 0, 0), np.zeros(1, np.int64)
+    flat, limits = out.reshape(-1), (w.shape[0], 1)
+    with launching:
+        _launch(first, _NONE, zero + slot, zero, limits, len(out), flat, out.shape[1])
