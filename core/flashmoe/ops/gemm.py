@@ -1,11 +1,13 @@
-"""Products of many rows with matrices as they lie in an MLX checkpoint: unpacked once for all rows.
+"""Products of many rows of x with one packed matrix, which is unpacked once for all of them.
 
-A task takes some matrix rows. It unpacks a piece of them into memory that stays in the CPU's
-first caches, multiplies all rows of x by it, and goes on to the next piece.
+A task takes some matrix rows. It unpacks a piece of them, `_DEPTH` inputs, into memory that stays
+in the CPU's second cache, multiplies all rows of x by it, and goes on to the next piece. The
+product keeps a tile of sums in registers, each a vector along the inputs: so nothing is transposed.
 
-(matrix row, row of x) is summed in one fixed order: by pieces of `_DEPTH` inputs, in each piece by
-lanes of one vector. The bits of a result do not depend on the number of rows, on where a row lies
-in the call, on threads, or on the slot. They differ from those of `kernels.matvec`.
+(matrix row, row of x) is summed in one fixed order in every tile: the lanes of one vector over a
+piece, then across its lanes, then piece after piece. So the bits of a result depend on its two rows
+alone: not on how many rows a call has or in which order, on threads, or on the slot. They differ
+from those of `kernels.matvec`.
 """
 
 from functools import cache

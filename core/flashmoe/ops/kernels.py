@@ -1,5 +1,7 @@
 """Matrix products on the CPU with matrices as they lie in an MLX checkpoint; numpy in and out.
 
+Here each row of x meets the packed weights; `gemm` multiplies many rows by one matrix.
+
 The result of a row does not depend by a single bit on the number of threads, on the other pairs of
 the call, or on the slot: each (matrix row, row of x) is summed in one fixed order by one thread.
 
@@ -21,8 +23,8 @@ from . import int8
 from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
 from .vectors import SIZES
 
-# GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads
-# and from BLAS. Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
+# GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads.
+# Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
 # expert ran at a third of its speed on a virtual machine. So many rounds, about 0.4 ms, bridge the
 # launches of a layer but not a read. OpenMP looks at this when numba first launches.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -31,9 +33,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
 #: Held by each parallel launch: numba's portable threading layer dies of two at one time.
 launching = threading.Lock()
 
-#: Up to so many rows of x for one matrix, a product over packed weights for each row is faster than
-#: `gemm`, which unpacks them once for all rows; and where x is rounded to int8.
-MATVEC_ROWS, INT8_ROWS = 2, 20
+#: Up to so many rows of x for one matrix, `matvec` is faster than `gemm.product`, which unpacks the
+#: weights once for all rows.
+MATVEC_ROWS = 2
+
+#: The same where x is rounded to int8.
+INT8_ROWS = 20
 
 _BLOCK = 16  # matrix rows of one task
 
