@@ -27,6 +27,7 @@ _DEPTH = 1024  # inputs of a piece: whole groups
 _ROW = _DEPTH + 16  # values from one row of a piece to the next: not all of one set of a cache
 _BLOCK = 16  # matrix rows of a task
 _LANES = 16  # inputs are padded to so many: the widest vector of `_lanes`
+_CHUNK = 48  # rows of x whose piece stays in the second cache while a block's rows pass
 _HIGH, _WIDE = 3, 4  # rows of x and matrix rows of a tile: its sums fill the 16 registers of AVX2
 
 
@@ -98,20 +99,21 @@ def product_kernel(width: int) -> CFunc:
 
     @cfunc(types.void(*[types.int64] * 7), cache=True)
     def multiply(w, x, out, height, rows, depth, _):
-        r = 0
-        while r < rows:
-            left = rows - r
-            x_at, to = x + r * (4 * _ROW), out + r * (4 * _BLOCK)
-            high = _HIGH if left == 3 or left > 4 else min(left, 2)
+        for first in range(0, rows, _CHUNK):
+            last = min(first + _CHUNK, rows)
             for c in range(0, height, _WIDE):
-                w_at, into = w + c * (4 * _ROW), to + 4 * c
-                if high == 3:
-                    _tile(3, width, w_at, x_at, into, depth)
-                elif high == 2:
-                    _tile(2, width, w_at, x_at, into, depth)
-                else:
-                    _tile(1, width, w_at, x_at, into, depth)
-            r += high
+                w_at, r = w + c * (4 * _ROW), first
+                while r < last:
+                    x_at, to = x + r * (4 * _ROW), out + r * (4 * _BLOCK) + 4 * c
+                    left = last - r
+                    high = _HIGH if left == 3 or left > 4 else min(left, 2)
+                    if high == 3:
+                        _tile(3, width, w_at, x_at, to, depth)
+                    elif high == 2:
+                        _tile(2, width, w_at, x_at, to, depth)
+                    else:
+                        _tile(1, width, w_at, x_at, to, depth)
+                    r += high
 
     return multiply
 
