@@ -39,5 +39,5 @@ def many_rows(gate: Packed, up: Packed, down: Packed, slot: int, x: np.ndarray) 
 
 
 def few(matrices: Sequence[Packed]) -> int:
-    """Up to so many rows for one slot, `few_rows` is faster than `many_rows`."""
+    """Up to so many rows for one slot go through `few_rows`."""
     return min(w.matvec_rows for w in matrices)

@@ -37,7 +37,8 @@ launching = threading.Lock()
 #: weights once for all rows.
 MATVEC_ROWS = 2
 
-#: The same where x is rounded to int8.
+#: Up to so many rows are rounded to int8, where that is asked for: more are a prompt. Integers
+#: would be faster for any number of them.
 INT8_ROWS = 20
 
 _BLOCK = 16  # matrix rows of one task
@@ -96,7 +97,7 @@ class Packed:
 
     @property
     def matvec_rows(self) -> int:
-        """Up to so many rows of x, `matvec` is faster than `gemm`."""
+        """Up to so many rows of x for one matrix go through `matvec`."""
         return INT8_ROWS if self.rounds_x else MATVEC_ROWS
 
     @cached_property
