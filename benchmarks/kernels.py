@@ -4,8 +4,9 @@ A token reads each weight of its experts once and uses it for one multiply-add, 
 go faster than memory: the bound is bytes of weights (with scales and biases) / read bandwidth. 4
 bits of weight cost about 3/16 of a 512-bit instruction to mask, convert and add, so with few cores
 the bound is arithmetic instead; with x rounded to int8 it is memory again. Prefill uses each weight
-for R rows: there the packed kernels meet BLAS on unpacked tiles, and the crossover decides which
-one `matmul` takes.
+for R rows: there a product over packed weights for each row meets `gemm`, which unpacks them once
+for all, and the crossover decides which one `matmul` takes. The bound is arithmetic; beside them
+stands BLAS on a matrix that is unpacked into memory first.
 
 Experts are walked through `--gib` of memory, far above the caches. Rounds alternate between all
 kernels and the plain read of memory, because a shared machine drifts; figures are medians. The
@@ -23,10 +24,11 @@ import click
 import numba
 import numpy as np
 
-from flashmoe.ops import kernels
+from flashmoe.ops import gemm, kernels
 
 HIDDEN, EXPERT, DENSE = 4096, 1024, 12288  # Qwen3.5-397B-A17B
 GROUP = 64
+WAYS = ("packed", "int8", "unpacked", "BLAS")
 
 
 @numba.njit(parallel=True, nogil=True, fastmath=True)
@@ -82,16 +84,23 @@ def seconds(call, repeat: int) -> list[float]:
     return taken
 
 
-def multiply(matvec_rows: int, w, x, out):
-    """`matmul` with its crossover at `matvec_rows`, on a fresh matrix at each call."""
-    slot = 0
+def multiply(way: str, w, x, out):
+    """One of WAYS to multiply several rows, on a fresh matrix at each call."""
+    slot, rows = 0, np.arange(len(x))
+    tile = np.empty(w.shape[1:], np.float32)
+    if way == "int8":
+        w = dataclasses.replace(w, activations="int8")
 
     def call():
         nonlocal slot
         slot = (slot + 1) % w.shape[0]
-        kept, kernels.MATVEC_ROWS = kernels.MATVEC_ROWS, matvec_rows
-        kernels.matmul(w, slot, x, out)
-        kernels.MATVEC_ROWS = kept
+        if way == "unpacked":
+            gemm.product(w, slot, x, out)
+        elif way == "BLAS":
+            kernels.dequantize(w, slot, tile)
+            np.matmul(x, tile.T, out=out)
+        else:
+            kernels.matvec(w, np.full(len(x), slot), x, rows, out)
 
     return call
 
@@ -123,18 +132,20 @@ def main(gib: float, rounds: int) -> None:
     tile = np.empty((EXPERT, HIDDEN), np.float32)
     calls["dequantize 4-bit"] = lambda: kernels.dequantize(up, 0, tile), size(up)
 
-    prefill = {}
-    for rows in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64):
+    prefill, blas = {}, {}
+    for rows in (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 40, 64, 128, 512):
         x, out = np.ones((rows, HIDDEN), np.float32), np.empty((rows, EXPERT), np.float32)
-        prefill[rows, "packed"] = multiply(rows, up, x, out)
-        prefill[rows, "BLAS"] = multiply(0, up, x, out)
+        for way in WAYS:
+            part = blas if way == "BLAS" else prefill
+            part[rows, way] = multiply(way, up, x, out)
 
     taken = defaultdict(list)
-    # Decode first: the threads of BLAS spin for a while after a call and slow what comes next.
-    for part in ({key: call for key, (call, _) in calls.items()}, prefill):
+    # BLAS last: its threads spin for a while after a call and slow what comes next.
+    for part in ({key: call for key, (call, _) in calls.items()}, prefill, blas):
         for turn in range(rounds + 1):
             for key, call in part.items():
-                took = seconds(call, 1 if key == "read memory" else 10)
+                long = key == "read memory" or key[0] in (128, 512)
+                took = seconds(call, 1 if long else 10)
                 if turn:  # the first one compiles
                     taken[key] += took
     medians = {key: float(np.median(took)) for key, took in taken.items()}
@@ -142,13 +153,13 @@ def main(gib: float, rounds: int) -> None:
     speeds = {key: total / medians[key] / 1e9 for key, (_, total) in calls.items()}
     for name, speed in speeds.items():
         print(f"{name:38} {speed:6.1f} GB/s {100 * speed / speeds['read memory']:5.0f} %")
-    print(f"\nmatmul {HIDDEN}->{EXPERT}, ms:  rows  packed    BLAS")
+    print(f"\nmatmul {HIDDEN}->{EXPERT}, GFLOPS: rows " + " ".join(f"{way:>8}" for way in WAYS))
     table = []
     for rows in sorted({rows for rows, _ in prefill}):
-        line = [1e3 * medians[rows, way] for way in ("packed", "BLAS")]
-        table.append([rows, *line])
-        print(f"{rows:29} " + " ".join(f"{ms:7.2f}" for ms in line))
-    result = {"threads": numba.get_num_threads(), "gb_per_s": speeds, "matmul_ms": table}
+        speed = [2e-9 * rows * HIDDEN * EXPERT / medians[rows, way] for way in WAYS]
+        table.append([rows, *speed])
+        print(f"{rows:31} " + " ".join(f"{s:8.1f}" for s in speed))
+    result = {"threads": numba.get_num_threads(), "gb_per_s": speeds, "matmul_gflops": table}
     print(json.dumps(result, default=float))
 
 

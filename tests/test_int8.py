@@ -178,7 +178,7 @@ def test_other_weights_are_rounded():
         assert not rounded(w).rounds_x
         np.testing.assert_array_equal(multiply(rounded(w), 1, x), multiply(w, 1, x))
     w, _ = affine((2, 9, 128), 4, 64, "bfloat16")
-    x = normal(kernels.MATVEC_ROWS + 1, 128)
+    x = normal(kernels.INT8_ROWS + 1, 128)
     np.testing.assert_array_equal(multiply(rounded(w), 1, x), multiply(w, 1, x))
     assert (multiply(rounded(w), 1, x[:-1]) != multiply(w, 1, x[:-1])).any()
 

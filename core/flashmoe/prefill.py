@@ -3,7 +3,8 @@
 A sweep takes several pieces through one layer before the next layer begins, so each expert is read
 once for all of them: a prompt of 4,096 tokens needs most experts of every layer, and would read
 them all eight times if each piece of 512 tokens went through the whole model alone. A piece goes
-through attention and through its experts as if it were alone, so the split of a prompt into pieces
+through attention and through its experts as if it were alone: attention rounds by the size of a
+piece, and experts by how many of its tokens they have. So the split of a prompt into pieces
 settles every bit of what comes out, and the split of pieces into sweeps none.
 """
 

@@ -9,8 +9,9 @@ the expert block of one layer for one call of the model.
     y = work.result()                 # (tokens, top_k, hidden)
 
 A pair is one (token, choice) of the router, numbered token * top_k + choice. The bits of a pair's
-result depend on its expert and on the pairs of that expert in this call. They do not depend on
-slots or on how the experts are split into `run` calls: that is what makes streaming exact.
+result depend on its expert and on the pairs of that expert in this call (of the numba kernels: on
+whether they are few). They do not depend on slots or on how the experts are split into `run`
+calls: that is what makes streaming exact.
 """
 
 import os

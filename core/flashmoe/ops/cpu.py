@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 
-from . import attention, dense, gated_delta, glu, kernels
+from . import attention, dense, gated_delta, glu
 from .host import host
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Work:
 
     def run(self, experts: dict[int, np.ndarray]) -> None:
         """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
-        few = {s: p for s, p in experts.items() if p.size <= kernels.MATVEC_ROWS}
+        most = glu.few(self.matrices)
+        few = {s: p for s, p in experts.items() if p.size <= most}
         if few:
             slots = np.repeat(np.fromiter(few, np.int64), [p.size for p in few.values()])
             pairs = np.concatenate(list(few.values()))

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_moe, qwen3_next
 
-from . import glu, kernels
+from . import gemm, glu
 from .host import host
 from .kernels import Packed
 
@@ -78,7 +78,7 @@ class _MLP:
         matrices = [packed(layer) for layer in layers]
         rows = host(x)[0].reshape(-1, x.shape[-1])
         count = rows.shape[0]
-        if count <= kernels.MATVEC_ROWS:
+        if count <= glu.few(matrices):
             y = glu.few_rows(*matrices, np.zeros(count, np.int64), rows, np.arange(count))
         else:
             y = glu.many_rows(*matrices, 0, rows)
@@ -118,7 +118,7 @@ def project(layer: nn.Module, x: np.ndarray) -> np.ndarray:
     else:
         matrix = packed(layer)
         y = np.empty((x.shape[0], matrix.weight.shape[1]), np.float32)
-        kernels.matmul(matrix, 0, x, y)
+        gemm.matmul(matrix, 0, x, y)
     return y + host(layer.bias)[0] if "bias" in layer else y
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from . import kernels
+from . import gemm, kernels
 from .kernels import Packed
 
 
@@ -24,13 +26,18 @@ def few_rows(
 
 
 def many_rows(gate: Packed, up: Packed, down: Packed, slot: int, x: np.ndarray) -> np.ndarray:
-    """All rows of x through the matrices in one slot: (R, in) -> (R, in) float32."""
+    """All rows of x through the matrices in one slot: (R, in) -> (R, in) float32.
+
+    The bits of a row do not depend on the other rows, nor on how many they are; they differ from
+    those of `few_rows`.
+    """
     h = np.empty((x.shape[0], gate.weight.shape[1]), np.float32)
-    u = np.empty_like(h)
     y = np.empty_like(x)
-    kernels.matmul(gate, slot, x, h)
-    kernels.matmul(up, slot, x, u)
-    h *= 1 / (1 + np.exp(-h))
-    h *= u
-    kernels.matmul(down, slot, h, y)
+    gemm.product(gate, slot, x, h, up)
+    gemm.product(down, slot, h, y)
     return y
+
+
+def few(matrices: Sequence[Packed]) -> int:
+    """Up to so many rows for one slot go through `few_rows`."""
+    return min(w.matvec_rows for w in matrices)

@@ -1,5 +1,7 @@
 """Matrix products on the CPU with matrices as they lie in an MLX checkpoint; numpy in and out.
 
+Here each row of x meets the packed weights; `gemm` multiplies many rows by one matrix.
+
 The result of a row does not depend by a single bit on the number of threads, on the other pairs of
 the call, or on the slot: each (matrix row, row of x) is summed in one fixed order by one thread.
 
@@ -10,6 +12,7 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from llvmlite import ir
@@ -20,8 +23,8 @@ from . import int8
 from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
 from .vectors import SIZES
 
-# GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads
-# and from BLAS. Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
+# GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads.
+# Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
 # expert ran at a third of its speed on a virtual machine. So many rounds, about 0.4 ms, bridge the
 # launches of a layer but not a read. OpenMP looks at this when numba first launches.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -30,12 +33,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
 #: Held by each parallel launch: numba's portable threading layer dies of two at one time.
 launching = threading.Lock()
 
-#: Up to so many rows of x for one matrix, packed weights beat unpacking for BLAS.
-MATVEC_ROWS = 20
+#: Up to so many rows of x for one matrix, `matvec` is faster than `gemm.product`, which unpacks the
+#: weights once for all rows.
+MATVEC_ROWS = 2
 
-# Matrix rows that are unpacked for BLAS at once, 16 MB at 4096 inputs. BLAS has threads of its own
-# that spin as well: smaller tiles change hands more often, and took up to twice as long.
-_TILE = 1024
+#: Up to so many rows are rounded to int8, where that is asked for: more are a prompt. Integers
+#: would be faster for any number of them.
+INT8_ROWS = 20
+
 _BLOCK = 16  # matrix rows of one task
 
 
@@ -49,7 +54,7 @@ class Packed:
         when unquantised.
     bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
     dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
-    activations: "float32", or "int8": products of up to MATVEC_ROWS rows round x, where
+    activations: "float32", or "int8": products of up to INT8_ROWS rows round x, where
         `int8.supports` the format.
 
     value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
@@ -71,11 +76,11 @@ class Packed:
                 f"no CPU kernel for {self.bits} bits, group size {self.group_size}, {self.dtype}"
             )
         slots, height, width = self.shape
-        _check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
+        check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
         stored = np.float32 if self.dtype == "float32" else np.uint16
         for name in ("scales", "biases") if affine else ():
             shape = slots, height, width // self.group_size
-            _check(name, getattr(self, name), stored, shape)
+            check(name, getattr(self, name), stored, shape)
             if width % self.group_size:
                 raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
 
@@ -90,10 +95,15 @@ class Packed:
         """Whether products of few rows round x to int8."""
         return self.activations == "int8" and int8.supports(self.bits, self.group_size)
 
+    @property
+    def matvec_rows(self) -> int:
+        """Up to so many rows of x for one matrix go through `matvec`."""
+        return INT8_ROWS if self.rounds_x else MATVEC_ROWS
+
     @cached_property
     def place(self) -> tuple[int, ...]:
         """(weight, scales, biases: addresses; weight, scale bytes of a row; groups or inputs)"""
-        parts = map(_address, (self.weight, self.scales, self.biases))
+        parts = map(address, (self.weight, self.scales, self.biases))
         n, scale_row = self.shape[2], 0
         if self.group_size:
             n //= self.group_size
@@ -113,11 +123,19 @@ class Packed:
         return block_kernel(op, self.bits, self.group_size, self.dtype).address
 
 
-def _address(array: np.ndarray | None) -> int:
+def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
 
 
-def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+def aligned(*shape: int) -> np.ndarray:
+    """New float32 from a line of 64 bytes on: a vector load that crosses lines costs two."""
+    size = prod(shape)
+    raw = np.empty(size + 16, np.float32)
+    start = -address(raw) % 64 // 4
+    return raw[start : start + size].reshape(shape)
+
+
+def check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the kernels, which know addresses only, can use this array."""
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(
@@ -127,7 +145,7 @@ def _check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) ->
 
 
 @intrinsic
-def _call(typingctx, kernel, w, scales, biases, x, height, n, out):
+def call(typingctx, kernel, w, scales, biases, x, height, n, out):
     """Call the kernel at an address. So `_launch`, slow to compile, is compiled once for all."""
 
     def codegen(context, builder, signature, args):
@@ -162,13 +180,13 @@ def _launch(first, second, slots, rows, limits, height, out, row):
         to = (p * height + start) * row
         at, skip = w + line * w_row, line * s_row
         xs = x + rows[p] * x_row
-        _call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
+        call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
         if kernel2 != 0:
             up = np.empty(_BLOCK, np.float32)
             at, skip = w2 + line * w_row2, line * s_row2
             xs = x2 + rows[p] * x_row2
             into = up.ctypes.data
-            _call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
+            call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
             for i in range(count):
                 gate = out[to + i]
                 out[to + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
@@ -185,30 +203,27 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     if w.rounds_x:
         return int8.quantised(x, w.bits, w.group_size)
     index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
-    # A vector load that crosses a cache line costs two: start at a line of 64 bytes.
-    raw = np.empty(len(x) * index.size + 16, np.float32)
-    start = -_address(raw) % 64 // 4
-    out = raw[start : start + raw.size - 16].reshape(len(x), index.size)
+    out = aligned(len(x), index.size)
     arrange(x, index, factor, sums, out)
     return out
 
 
 def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
     for w in (gate,) if up is None else (gate, up):
-        _check("x", x, np.float32, (len(x), w.shape[2]))
-        _check("out", out, np.float32, (slots.size, w.shape[1]))
-    _check("slots", slots, np.int64, (slots.size,))
-    _check("rows", rows, np.int64, (slots.size,))
+        check("x", x, np.float32, (len(x), w.shape[2]))
+        check("out", out, np.float32, (slots.size, w.shape[1]))
+    check("slots", slots, np.int64, (slots.size,))
+    check("rows", rows, np.int64, (slots.size,))
     if len(x) > slots.size:  # arrange only the rows that are used
         used, rows = np.unique(rows, return_inverse=True)
         for row in used[(used < 0) | (used >= len(x))]:
             raise IndexError(f"row {row} of {len(x)}")
         x = x[used]
     xs = _arranged(gate, x)
-    first, second = (gate.kernel("dot"), *gate.place, _address(xs), xs.strides[0]), _NONE
+    first, second = (gate.kernel("dot"), *gate.place, address(xs), xs.strides[0]), _NONE
     if up is not None:
         ys = xs if up.reads == gate.reads else _arranged(up, x)
-        second = up.kernel("dot"), *up.place, _address(ys), ys.strides[0]
+        second = up.kernel("dot"), *up.place, address(ys), ys.strides[0]
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
     with launching:
@@ -244,39 +259,12 @@ def gate_up(
     _pairs(gate, up, slots, x, rows, out)
 
 
-def _unpack(w: Packed, slot: int, start: int, out: np.ndarray) -> None:
-    """out (rows, in) = the matrix rows from `start` on."""
-    if not 0 <= slot < w.shape[0]:
-        raise IndexError(f"slot {slot} of {w.shape[0]}")
-    weight, scales, biases, w_row, s_row, n = w.place
-    line = slot * w.shape[1] + start
-    at = weight + line * w_row, scales + line * s_row, biases + line * s_row
-    first = w.kernel("unpack"), *at, w_row, s_row, n, 0, 0
-    one = np.zeros(1, np.int64)
-    with launching:
-        _launch(first, _NONE, one, one, (1, 1), len(out), out.reshape(-1), out.shape[1])
-
-
 def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
     """out = W[slot] in float32. out: (out, in) float32. Errors as in `matvec`."""
-    _check("out", out, np.float32, w.shape[1:])
-    _unpack(w, slot, 0, out)
-
-
-def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray) -> None:
-    """out = x @ W[slot].T. x: (R, in) float32, out: (R, out) float32. Errors as in `matvec`.
-
-    Up to MATVEC_ROWS rows are bit for bit `matvec`; more go through unpacked tiles and BLAS, where
-    the bits of a row depend on R.
-    """
-    count, height = len(x), w.shape[1]
-    if count <= MATVEC_ROWS:
-        matvec(w, np.full(count, slot), x, np.arange(count), out)
-        return
-    _check("x", x, np.float32, (count, w.shape[2]))
-    _check("out", out, np.float32, (count, height))
-    tile = np.empty((min(_TILE, height), x.shape[1]), np.float32)
-    for start in range(0, height, _TILE):
-        part = tile[: height - start]
-        _unpack(w, slot, start, part)
-        np.matmul(x, part.T, out=out[:, start : start + _TILE])
+    check("out", out, np.float32, w.shape[1:])
+    if not 0 <= slot < w.shape[0]:
+        raise IndexError(f"slot {slot} of {w.shape[0]}")
+    first, zero = (w.kernel("unpack"), *w.place, 0, 0), np.zeros(1, np.int64)
+    flat, limits = out.reshape(-1), (w.shape[0], 1)
+    with launching:
+        _launch(first, _NONE, zero + slot, zero, limits, len(out), flat, out.shape[1])

@@ -181,7 +181,9 @@ def _affine_unpack(builder, form, w, scales, biases, x, n, out):
         bias = floats(builder, offset(builder, biases, loop.index, SIZES[dtype]), 1, dtype)
         for part in range(group_size // 32):
             block = builder.add(builder.mul(loop.index, I64(group_size // 32)), I64(part))
-            raw = load(builder, offset(builder, w, block, 4 * bits), I32, bits)
+            at = offset(builder, w, block, 4 * bits)
+            prefetch(builder, at)
+            raw = load(builder, at, I32, bits)
             q = builder.lshr(spread(builder, raw, words), constants([b % 32 for b in bit]))
             if 32 % bits:
                 high = builder.shl(spread(builder, raw, after), constants(missing))
@@ -200,7 +202,9 @@ def _plain_unpack(builder, form, w, scales, biases, x, n, out):
     dtype = form[2]
 
     def step(at, lanes):
-        value = floats(builder, offset(builder, w, at, SIZES[dtype]), lanes, dtype)
+        source = offset(builder, w, at, SIZES[dtype])
+        prefetch(builder, source)
+        value = floats(builder, source, lanes, dtype)
         target = pointer(builder, offset(builder, out, at, 4), F32, lanes)
         builder.store(value, target, align=1)
 

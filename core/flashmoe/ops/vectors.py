@@ -63,9 +63,14 @@ def add_product(builder, total, a, b):
     return product if total is None else builder.fadd(total, product, flags=("contract",))
 
 
+def shuffle(builder, a, b, lanes):
+    """Lane i of the result is lane lanes[i] of a, followed by those of b."""
+    return builder.shuffle_vector(a, b, constants(lanes))
+
+
 def spread(builder, vector, lanes):
     """Lane i of the result is lane lanes[i] of the vector."""
-    return builder.shuffle_vector(vector, vector, constants(lanes))
+    return shuffle(builder, vector, vector, lanes)
 
 
 def prefetch(builder, address):
