@@ -24,20 +24,24 @@ class ResidentSwitch(nn.Module):
         super().__init__()
         self.bank = bank
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def _work(self, x: mx.array, indices: mx.array):
         top_k = indices.shape[-1]
         flat = x.reshape(-1, x.shape[-1])
         mx.eval(flat, indices)
         chosen = np.array(indices).reshape(-1)
         work = ops.pick().Work(self.bank, flat, top_k)
         work.run({int(e): np.flatnonzero(chosen == e) for e in np.unique(chosen)})
-        return work.result().reshape(*indices.shape, -1)
+        return work
 
     def start(self, inputs):
-        results = [self(x, indices) for x, indices in inputs]
+        works = [self._work(x, indices) for x, indices in inputs]
 
         class Done:
-            finish = staticmethod(lambda: iter(results))
+            @staticmethod
+            def finish(scores):
+                for work, s in zip(works, scores, strict=True):
+                    flat = s.reshape(-1, s.shape[-1])
+                    yield work.combined(flat).reshape(*s.shape[:-1], -1)
 
         return Done
 

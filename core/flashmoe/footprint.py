@@ -92,9 +92,9 @@ def piece_nbytes(
     """
     config = checkpoint.text_config
     context, tokens = min(checkpoint.max_context, context), min(tokens, PIECE_TOKENS)
-    # Projections of one layer and their copies: measured about 16 hidden states. Expert outputs as
-    # they are weighted and summed.
-    each = (16 + 2 * experts) * config["hidden_size"]
+    # Projections of one layer and their copies: measured about 16 hidden states. On a GPU, expert
+    # outputs as they are weighted and summed.
+    each = (16 + (2 * experts if on_gpu else 0)) * config["hidden_size"]
     heads = config["num_attention_heads"]
     if on_gpu:
         scores = 2 * heads * tokens * context

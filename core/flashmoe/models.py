@@ -49,8 +49,8 @@ class SharedExpertBlock(qwen3_next.Qwen3NextSparseMoeBlock):
         shared = [mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x) for x in xs]
         # Let it run while the reads are in flight.
         mx.async_eval(shared)
-        for y, (_, scores), s in zip(call.finish(), routed, shared, strict=True):
-            yield (y * scores[..., None]).sum(axis=-2) + s
+        for y, s in zip(call.finish([scores for _, scores in routed]), shared, strict=True):
+            yield y + s
 
 
 class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
@@ -63,8 +63,8 @@ class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
         """The block applied to pieces of a prompt, whose experts are read once for all of them."""
         routed = [route(self, x) for x in xs]
         call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
-        for y, (_, scores) in zip(call.finish(), routed, strict=True):
-            yield (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+        for x, y in zip(xs, call.finish([scores for _, scores in routed]), strict=True):
+            yield y.astype(x.dtype)
 
 
 @dataclass(frozen=True)

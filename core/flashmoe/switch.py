@@ -165,8 +165,11 @@ class Call:
         switch.stats.loaded += len(self._missing)
         self._load_ahead()
 
-    def finish(self) -> Iterator[mx.array]:
-        """Compute all experts of the call, then give (..., top_k, hidden) of each input in turn.
+    def finish(self, scores: Sequence[mx.array] | None = None) -> Iterator[mx.array]:
+        """Compute all experts of the call, then give the result of each input in turn.
+
+        That is (..., hidden), the sum of its experts weighted by scores (..., top_k); without
+        scores (..., top_k, hidden).
 
         Raises:
             ReadError: an expert could not be read.
@@ -186,7 +189,12 @@ class Call:
             self._ready = []
             self._load_ahead()
         self._works.reverse()  # each result is dropped when the next one is asked for
-        return (self._works.pop().result().reshape(shape) for shape in self._shapes)
+        if scores is None:
+            return (self._works.pop().result().reshape(shape) for shape in self._shapes)
+        return (
+            self._works.pop().combined(s.reshape(-1, s.shape[-1])).reshape(*s.shape[:-1], -1)
+            for s in scores
+        )
 
     def _run(self, slots: dict[int, int]) -> None:
         """Compute the pairs of resident experts: expert -> slot."""

@@ -7,6 +7,7 @@ the expert block of one layer for one call of the model.
     work = ops.Work(bank, x, top_k)   # x: (tokens, hidden), evaluated
     work.run({slot: pairs, ...})      # experts that are resident now; any split into calls
     y = work.result()                 # (tokens, top_k, hidden)
+    y = work.combined(scores)         # or: (tokens, hidden), weighted by scores (tokens, top_k)
 
 A pair is one (token, choice) of the router, numbered token * top_k + choice. The bits of a pair's
 result depend on its expert and on the pairs of that expert in this call (of the numba kernels: on

@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
+from numba import njit, prange
 
-from . import attention, dense, gated_delta, glu
+from . import attention, dense, gated_delta, glu, kernels
 from .host import host
 
 if TYPE_CHECKING:
@@ -72,6 +73,25 @@ class Work:
     def result(self) -> mx.array:
         """(tokens, top_k, hidden), float32."""
         return mx.array(self.y.reshape(self.x.shape[0], self.top_k, -1))
+
+    def combined(self, scores: mx.array) -> mx.array:
+        """The sum over a token's choices, each times its score: (tokens, hidden), float32."""
+        out = np.empty_like(self.x)
+        with kernels.launching:
+            _weigh(self.y, *host(scores), out)
+        return mx.array(out)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _weigh(y, scores, out):
+    """out (T, D) = the sum over k, in their order, of scores (T, K) * y (T * K, D)."""
+    tokens, top_k = scores.shape
+    for t in prange(tokens):
+        out[t] = 0
+        for k in range(top_k):
+            score = scores[t, k]
+            for d in range(out.shape[1]):
+                out[t, d] += score * y[t * top_k + k, d]
 
 
 def prepare(model: nn.Module, head: nn.Module | None) -> None:

@@ -66,6 +66,10 @@ class Work:
         y = mx.concatenate(self._outputs)[mx.array(order)]
         return y.reshape(self.x.shape[0], self.top_k, -1)
 
+    def combined(self, scores: mx.array) -> mx.array:
+        """The sum over a token's choices, each times its score: (tokens, hidden)."""
+        return (self.result() * scores[..., None]).sum(axis=-2)
+
     def _expert(self, slot: int, x: mx.array) -> mx.array:
         quantization = self.bank.layer.quantization
 
