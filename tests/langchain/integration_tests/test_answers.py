@@ -23,7 +23,7 @@ from langchain_flashmoe import (
     ModelNotFound,
 )
 
-# Longer than any test would wait for: all tokens are as likely, and one of thousands ends an answer.
+# Longer than any test would wait for: all tokens are as likely, one of thousands ends an answer.
 ENDLESS = {"max_tokens": 3500, "temperature": 100, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
 
 
