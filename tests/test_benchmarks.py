@@ -1,5 +1,6 @@
 """The benchmarks of whole models run, and what they say adds up. No speed is asserted."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from timeline import Span
 from flashmoe.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parent.parent
+# matplotlib comes with the group of benchmarks, not with that of tests.
+PLOTS = importlib.util.find_spec("matplotlib") is not None
 SMALL = {
     "HIDDEN": 128,
     "EXPERT": 64,
@@ -60,6 +63,10 @@ def run(script: str, *arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def plotting(picture: Path) -> list:
+    return ["--plot", picture] if PLOTS else []
+
+
 def test_streaming_does_not_add_up(small, tmp_path):
     ids = tmp_path / "ids"
     ids.write_text("\n".join(map(str, np.random.default_rng(0).integers(0, 64, 30))))
@@ -67,9 +74,9 @@ def test_streaming_does_not_add_up(small, tmp_path):
     result = run(
         "streaming.py", small, "--tokens", ids, "--prompt", 20, "--warm",
         "--setting", f"slots={SLOTS}", "--case", "io=direct depth=3", "--case", "k=2",
-        "--plot", picture,
+        *plotting(picture),
     )  # fmt: skip
-    assert picture.read_text().count("waiting for the disk") > 0
+    assert not PLOTS or picture.read_text().count("waiting for the disk") > 0
     expert = next(iter(Checkpoint.open(small).expert_layers.values())).expert_nbytes
     for name, k in (("io=direct depth=3", K), ("k=2", 2)):
         case = result["cases"][name]
@@ -100,10 +107,10 @@ def test_growth_does_not_run(small, tmp_path):
     picture = tmp_path / "growth.svg"
     result = run(
         "growth.py", small, "--budgets", "700MB", "900MB", "--room", "none", "--prompt", 4,
-        "--plot", picture,
+        *plotting(picture),
     )  # fmt: skip
     assert set(result["budgets"]) == {"700MB", "900MB"}
-    assert picture.stat().st_size > 1000
+    assert not PLOTS or picture.stat().st_size > 1000
 
 
 def budget(slots: int, seconds: float, hits: float) -> dict:
@@ -130,13 +137,13 @@ def test_growth_expects_something_else():
 def test_timeline_does_not_run(small, tmp_path):
     picture = tmp_path / "timeline.svg"
     result = run(
-        "timeline.py", small, "--setting", f"slots={SLOTS}", "--prompt", 4, "--plot", picture
+        "timeline.py", small, "--setting", f"slots={SLOTS}", "--prompt", 4, *plotting(picture)
     )
     token = result["token_ms"]
     assert sum(token[kind] for kind in timeline.KINDS) == pytest.approx(token["step"], abs=0.1)
     assert 0 < token["disk"] <= token["step"]
     assert token["experts"] > 0
-    assert "reader 1" in picture.read_text()
+    assert not PLOTS or "reader 1" in picture.read_text()
 
 
 def test_timeline_counts_a_moment_twice():

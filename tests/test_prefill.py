@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from flashmoe import ops
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.loading import load_streaming
 from flashmoe.prefill import prefill, split
@@ -52,7 +53,9 @@ def test_sweep_changes_a_bit(path, slots):
         mx.eval(expected, [c.state for c in cache])
     model = load_streaming(Checkpoint.open(path), slots=slots)
     ours, _ = answer(model, pieces, 1)
-    np.testing.assert_allclose(ours[0][0], np.array(expected[0, -1]), atol=1e-5, rtol=0)
+    # In bfloat16 on a GPU.
+    whole = np.array(expected[0, -1].astype(mx.float32))
+    np.testing.assert_allclose(ours[0][0], whole, atol=0.1 if ops.on_gpu() else 1e-5, rtol=0)
     ours_resident, _ = answer(resident, pieces, 10**9)
     for limit in (1, 41, 60, 10**9):
         found, _ = answer(model, pieces, limit)
