@@ -36,8 +36,9 @@ class Drive:
             raise ValueError(self)
 
 
-#: Where nothing was measured. On Linux direct reads gave 1.6 to 2 times the tokens a second of buffered
-#: ones when memory was short (docs/experiments.md). On macOS nobody measured yet; there F_NOCACHE is the like of it.
+#: Where nothing was measured. On Linux direct reads gave 1.6 to 2 times the tokens a second of
+#: buffered ones when memory was short (docs/experiments.md). On macOS nobody measured yet; there
+#: F_NOCACHE is the like of it.
 DEFAULT = Drive("uncached" if sys.platform == "darwin" else "direct")
 
 
