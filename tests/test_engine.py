@@ -388,7 +388,9 @@ def test_exit_aborts_the_process(when):
         "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
         "from flashmoe.catalog import find\n"
         "e = Engine(find('flashmoe-demo'), slots=12)\n"
-        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300)\n"
+        # All tokens are as likely, so that the answer is long.
+        "even = {'temperature': 100, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'seed': 1}\n"
+        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300, **even)\n"
         f"{EXITS[when]}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
