@@ -1,0 +1,1 @@
+// What Metal lacks of the words that the bodies use: nothing so far.

@@ -1,0 +1,118 @@
+"""A kernel: one text, written in Metal's words, for every GPU that MLX has a back end for.
+
+`kernels/NAME.metal` holds the body, as `mx.fast.metal_kernel` takes it. CUDA compiles the same
+body behind `headers/cuda.h`, which says what Metal's words mean there. Two rules keep a body fit
+for both: pointers into inputs are `auto` (MLX passes inputs of fewer than 8 elements as `constant`
+on Metal), and all 32 lanes of a simdgroup meet at each collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any
+
+import mlx.core as mx
+
+#: A launch of a kernel, for those that have no GPU: see `launched_by`.
+Launcher = Callable[..., list[mx.array]]
+
+_launcher: Launcher | None = None
+
+
+@cache
+def text(path: str) -> str:
+    """The text of a file of this package, such as "kernels/router.metal"."""
+    return files(__package__).joinpath(path).read_text()
+
+
+class Kernel:
+    """One kernel, compiled by MLX for each set of types and template arguments that it meets.
+
+    Args:
+        name: of the file in `kernels/`.
+        inputs, outputs: the names that its body gives them.
+        helpers: files of `kernels/` that come before it.
+    """
+
+    def __init__(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[str], helpers: Sequence[str] = ()
+    ):
+        self.name = name
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        self.helpers = list(helpers)
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array],
+        template: Sequence[tuple[str, Any]],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[tuple[int, ...]],
+        output_dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        """Launch it; lazy, as every operation of MLX.
+
+        grid: in threads, a multiple of threadgroup in each dimension.
+        """
+        call = {
+            "inputs": list(inputs),
+            "template": list(template),
+            "grid": grid,
+            "threadgroup": threadgroup,
+            "output_shapes": list(output_shapes),
+            "output_dtypes": list(output_dtypes),
+        }
+        if _launcher is not None:
+            return _launcher(self, **call)
+        return (self.metal if mx.metal.is_available() else self.cuda)(**call)
+
+    @property
+    def source(self) -> str:
+        """The body."""
+        return text(f"kernels/{self.name}.metal")
+
+    def header(self, target: str) -> str:
+        """What comes before the body. target: "metal" or "cuda"."""
+        return "\n".join([text(f"headers/{target}.h"), *(text(f"kernels/{h}") for h in self.helpers)])
+
+    @cached_property
+    def metal(self):
+        """As an `mx.fast.metal_kernel`. It can be made, and traced, where there is no Metal."""
+        return mx.fast.metal_kernel(
+            name=f"flashmoe_{self.name}",
+            input_names=self.inputs,
+            output_names=self.outputs,
+            source=self.source,
+            header=self.header("metal"),
+        )
+
+    @cached_property
+    def cuda(self):
+        """As an `mx.fast.cuda_kernel`. MLX makes it only where it has its CUDA back end."""
+        return mx.fast.cuda_kernel(
+            name=f"flashmoe_{self.name}",
+            input_names=self.inputs,
+            output_names=self.outputs,
+            source=self.source,
+            header=self.header("cuda"),
+        )
+
+
+def available() -> bool:
+    """Whether MLX computes on a GPU here for which it compiles kernels."""
+    return mx.default_device() == mx.gpu and (mx.metal.is_available() or mx.cuda.is_available())
+
+
+@contextmanager
+def launched_by(launcher: Launcher):
+    """Let something else launch the kernels, as `launcher(kernel, **call)`: tests without a GPU."""
+    global _launcher
+    before, _launcher = _launcher, launcher
+    try:
+        yield
+    finally:
+        _launcher = before
