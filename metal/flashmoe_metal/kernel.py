@@ -77,7 +77,11 @@ class Kernel:
 
     def header(self, target: str) -> str:
         """What comes before the body. target: "metal" or "cuda"."""
-        return "\n".join([text(f"headers/{target}.h"), *(text(f"kernels/{h}") for h in self.helpers)])
+        helpers = "\n".join(text(f"kernels/{name}") for name in self.helpers)
+        if target == "cuda" and helpers:
+            # Where the body is, and where the names of its words are.
+            helpers = f"namespace mlx::core::cu {{\n{helpers}\n}}\n"
+        return f"{text(f'headers/{target}.h')}\n{helpers}"
 
     @cached_property
     def metal(self):

@@ -24,6 +24,12 @@ __device__ inline float rsqrt(float x) {
   return ::rsqrtf(x);
 }
 
+namespace fast {
+__device__ inline float exp(float x) {
+  return __expf(x);
+}
+} // namespace fast
+
 // All 32 lanes meet at each of these, which CUDA demands and Metal allows.
 template <class T>
 __device__ inline T simd_shuffle_xor(T v, ushort mask) {

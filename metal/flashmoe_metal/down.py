@@ -1,0 +1,157 @@
+"""The second half of an expert block: down, and the weighted sum over a token's experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .kernel import Kernel
+from .matrix import Matrix, lanes
+
+#: Rows that a team of lanes takes: measured.
+ROWS = 4
+
+#: Simdgroups of a threadgroup at most: one for each expert of a token.
+MAX_SIMDS = 16
+
+_kernel = Kernel(
+    "down",
+    [
+        "h", "slots", "scores", "w", "s", "b",
+        "shared_h", "shared_w", "shared_s", "shared_b", "gate", "residual",
+    ],
+    ["y"],
+    ["rows.h"],
+)  # fmt: skip
+_combine = Kernel(
+    "combine", ["terms", "places", "scores", "shared", "gate", "residual"], ["y"], ["rows.h"]
+)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The shared expert's part of a sum.
+
+    Attributes:
+        h: (rows, in) float32, from `gate_up`. down: (out, in).
+        gate: (rows, any) of bf16, f16 or f32, whose column `column` is its gate before the sigmoid.
+    """
+
+    h: mx.array
+    down: Matrix
+    gate: mx.array
+    column: int = 0
+
+
+def down(
+    h: mx.array,
+    slots: mx.array,
+    scores: mx.array,
+    matrix: Matrix,
+    dtype: mx.Dtype,
+    *,
+    shared: Shared | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """residual + sum of scores * down(h) + sigmoid(gate) * shared down(h), in one launch.
+
+    The terms are added in the order of a token's experts, then the shared one, then the residual,
+    in float32, and rounded once.
+
+    Args:
+        h: (rows * top_k, in) float32, from `gate_up`.
+        slots: (rows, top_k) uint32. scores: (rows, top_k) float32.
+        matrix: a stack of (out, in).
+        dtype: of the result.
+        residual: (rows, out).
+
+    Returns:
+        (rows, out).
+    """
+    rows, top_k = slots.shape
+    other = shared or Shared(h, matrix, scores)
+    residual_or = scores if residual is None else residual
+    team = lanes(matrix.columns)
+    simds = min(top_k + (shared is not None), MAX_SIMDS)
+    groups = -(-matrix.rows // (ROWS * 32 // team))
+    (y,) = _kernel(
+        inputs=[
+            h, slots.reshape(-1), scores.reshape(-1), *matrix.arrays,
+            other.h, *other.down.arrays, other.gate, residual_or,
+        ],
+        template=[
+            ("Y", dtype),
+            ("IN", matrix.columns),
+            ("OUT", matrix.rows),
+            ("TOP_K", top_k),
+            *matrix.template(),
+            ("SHARED", shared is not None),
+            ("SHARED_IN", other.down.columns),
+            *other.down.template("SHARED_"),
+            ("GATE_STRIDE", other.gate.shape[-1]),
+            ("GATE_AT", other.column),
+            ("G", other.gate.dtype),
+            ("RESIDUAL", residual is not None),
+            ("R", residual_or.dtype),
+            ("LANES", team),
+            ("ROWS", ROWS),
+            ("SIMDS", simds),
+        ],
+        grid=(groups * simds * 32, rows, 1),
+        threadgroup=(simds * 32, 1, 1),
+        output_shapes=[(rows, matrix.rows)],
+        output_dtypes=[dtype],
+    )  # fmt: skip
+    return y
+
+
+def combine(
+    terms: mx.array,
+    places: mx.array,
+    scores: mx.array,
+    dtype: mx.Dtype,
+    *,
+    shared: mx.array | None = None,
+    gate: mx.array | None = None,
+    column: int = 0,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """What `down` gives, from terms that it gave apart with top_k=1 and scores of 1: the same bits.
+
+    Args:
+        terms: (pairs, out) float32.
+        places: (rows, top_k) uint32, the row of terms that is each token's k-th.
+        scores: (rows, top_k) float32.
+        shared: (rows, out) float32, the shared expert's; gate, column: see `Shared`.
+        residual: (rows, out).
+
+    Returns:
+        (rows, out).
+    """
+    rows, top_k = places.shape
+    out = terms.shape[-1]
+    gate_or = scores if gate is None else gate
+    residual_or = scores if residual is None else residual
+    (y,) = _combine(
+        inputs=[
+            terms, places.reshape(-1), scores.reshape(-1),
+            terms if shared is None else shared, gate_or, residual_or,
+        ],
+        template=[
+            ("Y", dtype),
+            ("OUT", out),
+            ("TOP_K", top_k),
+            ("SHARED", shared is not None),
+            ("GATE_STRIDE", gate_or.shape[-1]),
+            ("GATE_AT", column),
+            ("G", gate_or.dtype),
+            ("RESIDUAL", residual is not None),
+            ("R", residual_or.dtype),
+        ],
+        grid=(-(-out // 256) * 256, rows, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(rows, out)],
+        output_dtypes=[dtype],
+    )  # fmt: skip
+    return y

@@ -1,0 +1,48 @@
+  // h[p, i] = silu(gate[s, i] . x[t]) * (up[s, i] . x[t]), for pair p = t * TOP_K + k in slot s.
+  //
+  //   x        T      [R, IN]
+  //   slots    uint32 [R * TOP_K]
+  //   *_w      uint32 [S, OUT, IN * BITS / 32]
+  //   *_s, *_b W      [S, OUT, IN / GROUP]
+  //   h        float  [R * TOP_K, OUT]
+  //
+  // LANES lanes share ROWS rows of both matrices; a simdgroup has 32 / LANES such teams. Grid rows
+  // from R * TOP_K on are the shared expert's, one for each token, when SHARED.
+  const uint team = thread_index_in_simdgroup / LANES;
+  const uint lane = thread_index_in_simdgroup % LANES;
+  const uint simd = threadgroup_position_in_grid.x * SIMDS + simdgroup_index_in_threadgroup;
+  const uint first = (simd * (32 / LANES) + team) * ROWS;
+  const uint pair = threadgroup_position_in_grid.y;
+  const uint pairs = slots_shape[0];
+  const bool routed = pair < pairs;
+  const uint token = routed ? pair / TOP_K : pair - pairs;
+  const uint outs = routed ? OUT : SHARED_OUT;
+
+  float gate[ROWS], up[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) gate[r] = up[r] = 0;
+  if (routed) {
+    typedef Matrix<BITS, GROUP, IN, W> M;
+    const size_t row = size_t(slots[pair]) * OUT;
+    dot_rows<LANES, ROWS>(
+        M{(const device uint*)gate_w, gate_s, gate_b}, M{(const device uint*)up_w, up_s, up_b},
+        row + first, row + OUT - 1, x + token * IN, lane, gate, up);
+  } else {
+    typedef Matrix<SHARED_BITS, SHARED_GROUP, IN, SHARED_W> M;
+    dot_rows<LANES, ROWS>(
+        M{(const device uint*)shared_gate_w, shared_gate_s, shared_gate_b},
+        M{(const device uint*)shared_up_w, shared_up_s, shared_up_b},
+        first, SHARED_OUT - 1, x + token * IN, lane, gate, up);
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const float g = lanes_sum<LANES>(gate[r]), u = lanes_sum<LANES>(up[r]);
+    if (lane == 0 && first + r < outs) {
+      const float y = g * sigmoid(g) * u;
+      if (routed) {
+        h[size_t(pair) * OUT + first + r] = y;
+      } else {
+        shared_h[token * SHARED_OUT + first + r] = y;
+      }
+    }
+  }

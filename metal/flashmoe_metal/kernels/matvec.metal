@@ -1,0 +1,24 @@
+  // y[t, n] = w[n] . x[t]
+  //
+  //   x     T      [R, IN]
+  //   w     uint32 [OUT, IN * BITS / 32]
+  //   s, b  W      [OUT, IN / GROUP]
+  //   y     T      [R, OUT]
+  //
+  // LANES lanes share ROWS rows; a simdgroup has 32 / LANES such teams.
+  const uint team = thread_index_in_simdgroup / LANES;
+  const uint lane = thread_index_in_simdgroup % LANES;
+  const uint simd = threadgroup_position_in_grid.x * SIMDS + simdgroup_index_in_threadgroup;
+  const uint first = (simd * (32 / LANES) + team) * ROWS;
+  const uint token = threadgroup_position_in_grid.y;
+  float sums[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) sums[r] = 0;
+  dot_rows<LANES, ROWS>(
+      Matrix<BITS, GROUP, IN, W>{(const device uint*)w, s, b},
+      first, OUT - 1, x + token * IN, lane, sums);
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const float sum = lanes_sum<LANES>(sums[r]);
+    if (lane == 0 && first + r < OUT) y[size_t(token) * OUT + first + r] = static_cast<T>(sum);
+  }

@@ -1,0 +1,40 @@
+"""The router's choice, from its logits."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .kernel import Kernel
+
+_kernel = Kernel("router", ["logits"], ["indices", "scores"])
+
+
+def router(
+    logits: mx.array, top_k: int, *, experts: int, normalise: bool
+) -> tuple[mx.array, mx.array]:
+    """softmax, top-k and the weights of the chosen experts, in one launch.
+
+    Args:
+        logits: (rows, at least experts); further columns are not looked at.
+        top_k: 1..experts.
+        normalise: divide the weights by their sum.
+
+    Returns:
+        indices (rows, top_k) uint32 and scores (rows, top_k) float32, ascending; of equal
+        probabilities, the lower index first.
+    """
+    rows, stride = logits.shape
+    return _kernel(
+        inputs=[logits],
+        template=[
+            ("T", logits.dtype),
+            ("E", experts),
+            ("STRIDE", stride),
+            ("TOP_K", top_k),
+            ("NORMALISE", normalise),
+        ],
+        grid=(32 * rows, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(rows, top_k), (rows, top_k)],
+        output_dtypes=[mx.uint32, mx.float32],
+    )
