@@ -1,1 +1,1 @@
-"""GPU kernels of the expert block, one text for Metal and CUDA. Knows MLX, and nothing of models."""
+"""GPU kernels of the expert block, one text for Metal and CUDA. Knows nothing of models."""

@@ -48,22 +48,8 @@ struct Floats<half> {
   }
 };
 
-/// 32 values of type T as floats, and their sum.
-template <typename T>
-METAL_FUNC float load_chunk(const device T* from, thread float* to) {
-  uint words[8 * sizeof(T)];
-  load_words<8 * sizeof(T)>((const device uint*)from, words);
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 32; i++) {
-    to[i] = Floats<T>::at(words, i);
-    sum += to[i];
-  }
-  return sum;
-}
-
-/// Weight i of a chunk: 2^BITS + q where it is packed. The code is put into the mantissa of
-/// 2^BITS, which takes no conversion; `add_chunk` takes the 2^BITS off again.
+/// Weight i of a chunk: 2^BITS + q where it is packed. The code is put into the mantissa of 2^BITS,
+/// which takes no conversion; `Chunk.add` takes the 2^BITS off again.
 template <int BITS, typename W>
 struct Weights {
   static METAL_FUNC float at(thread const uint* words, int i) {
@@ -105,35 +91,63 @@ struct Matrix {
   const device W* biases;
 };
 
-/// sums[r] += the product of chunk `chunk` of row first + r with x, for ROWS rows. Rows past `last`
-/// are read as row `last`, so that every lane has something to do.
-template <int ROWS, class M>
-METAL_FUNC void add_chunk(
-    M m, size_t first, size_t last, uint chunk, thread const float* x, float x_sum,
-    thread float* sums) {
-  uint words[ROWS][M::BITS];
+/// A chunk of the vector.
+struct Values {
+  float x[32];
+  float sum;
+};
+
+template <typename T>
+METAL_FUNC void load_values(const device T* from, thread Values& to) {
+  uint words[8 * sizeof(T)];
+  load_words<8 * sizeof(T)>((const device uint*)from, words);
+  to.sum = 0;
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const size_t row = first + r < last ? first + r : last;
-    load_words<M::BITS>(m.words + row * (M::IN * M::BITS / 32) + chunk * M::BITS, words[r]);
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-      sum = fma(Weights<M::BITS, typename M::W>::at(words[r], i), x[i], sum);
-    }
-    if (M::BITS < 16) {
-      const size_t row = first + r < last ? first + r : last;
-      const size_t group = row * (M::IN / M::GROUP) + chunk * 32 / M::GROUP;
-      const float scale = float(m.scales[group]), bias = float(m.biases[group]);
-      sums[r] = fma(scale, sum, fma(bias - (1 << M::BITS) * scale, x_sum, sums[r]));
-    } else {
-      sums[r] += sum;
-    }
+  for (int i = 0; i < 32; i++) {
+    to.x[i] = Floats<T>::at(words, i);
+    to.sum += to.x[i];
   }
 }
+
+/// A chunk of ROWS rows of a matrix, as it was loaded.
+template <int ROWS, class M>
+struct Chunk {
+  uint words[ROWS][M::BITS];
+  float scales[ROWS];
+  float biases[ROWS];
+
+  /// Rows first + r; those past `last` are read as row `last`, so that every lane has work.
+  METAL_FUNC void load(M m, size_t first, size_t last, uint chunk) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const size_t row = first + r < last ? first + r : last;
+      load_words<M::BITS>(m.words + row * (M::IN * M::BITS / 32) + chunk * M::BITS, words[r]);
+      if (M::BITS < 16) {
+        const size_t group = row * (M::IN / M::GROUP) + chunk * 32 / M::GROUP;
+        scales[r] = float(m.scales[group]);
+        biases[r] = float(m.biases[group]);
+      }
+    }
+  }
+
+  /// sums[r] += row r . v
+  METAL_FUNC void add(thread const Values& v, thread float* sums) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 32; i++) {
+        sum = fma(Weights<M::BITS, typename M::W>::at(words[r], i), v.x[i], sum);
+      }
+      if (M::BITS < 16) {
+        const float q = fma(-float(1 << M::BITS % 16), v.sum, sum);
+        sums[r] = fma(scales[r], q, fma(biases[r], v.sum, sums[r]));
+      } else {
+        sums[r] += sum;
+      }
+    }
+  }
+};
 
 /// The sum of v over LANES neighbouring lanes, in each of them.
 template <int LANES>
@@ -152,11 +166,19 @@ template <int LANES, int ROWS, class M, typename T>
 METAL_FUNC void dot_rows(
     M ma, M mb, size_t first, size_t last, const device T* x, uint lane, thread float* a,
     thread float* b) {
-  for (uint chunk = lane; chunk < M::IN / 32; chunk += LANES) {
-    float values[32];
-    const float sum = load_chunk(x + chunk * 32, values);
-    add_chunk<ROWS>(ma, first, last, chunk, values, sum, a);
-    add_chunk<ROWS>(mb, first, last, chunk, values, sum, b);
+  constexpr int chunks = M::IN / 32;
+#pragma unroll 2
+  for (int i = 0; i < (chunks + LANES - 1) / LANES; i++) {
+    const uint chunk = i * LANES + lane;
+    if (chunks % LANES == 0 || chunk < chunks) {
+      Chunk<ROWS, M> ca, cb;
+      ca.load(ma, first, last, chunk);
+      cb.load(mb, first, last, chunk);
+      Values v;
+      load_values(x + chunk * 32, v);
+      ca.add(v, a);
+      cb.add(v, b);
+    }
   }
 }
 
@@ -164,9 +186,16 @@ METAL_FUNC void dot_rows(
 template <int LANES, int ROWS, class M, typename T>
 METAL_FUNC void dot_rows(
     M m, size_t first, size_t last, const device T* x, uint lane, thread float* sums) {
-  for (uint chunk = lane; chunk < M::IN / 32; chunk += LANES) {
-    float values[32];
-    const float sum = load_chunk(x + chunk * 32, values);
-    add_chunk<ROWS>(m, first, last, chunk, values, sum, sums);
+  constexpr int chunks = M::IN / 32;
+#pragma unroll 2
+  for (int i = 0; i < (chunks + LANES - 1) / LANES; i++) {
+    const uint chunk = i * LANES + lane;
+    if (chunks % LANES == 0 || chunk < chunks) {
+      Chunk<ROWS, M> c;
+      c.load(m, first, last, chunk);
+      Values v;
+      load_values(x + chunk * 32, v);
+      c.add(v, sums);
+    }
   }
 }
