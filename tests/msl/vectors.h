@@ -11,24 +11,31 @@
   using T##4 = T __attribute__((ext_vector_type(4)));
 
 namespace msl {
-// What float4(...) is there: Clang's vectors have no constructors of several values.
+
+template <class V>
+using element = std::remove_reference_t<decltype(V()[0])>;
+template <class A>
+constexpr bool is_scalar =
+    std::is_arithmetic_v<A> || std::is_same_v<A, half> || std::is_same_v<A, bfloat>;
+
+// What float4(...) is there: Clang's vectors have no constructors.
 template <class V, class A>
 V make(A a) {
-  if constexpr (std::is_arithmetic_v<A> || std::is_same_v<A, _Float16>) {
-    return V(a);
+  if constexpr (is_scalar<A>) {
+    return V(static_cast<element<V>>(a));
   } else {
     return __builtin_convertvector(a, V);
   }
 }
 template <class V, class A, class... B>
 V make(A a, B... b) {
-  if constexpr (std::is_arithmetic_v<A> || std::is_same_v<A, _Float16>) {
-    using T = decltype(V()[0] + 0) ;
-    return V{static_cast<std::remove_reference_t<T>>(a), static_cast<T>(b)...};
+  if constexpr (is_scalar<A>) {
+    return V{static_cast<element<V>>(a), static_cast<element<V>>(b)...};
   } else {
     return V{a.x, a.y, b.x..., b.y...};
   }
 }
+
 } // namespace msl
 
 #else
