@@ -67,3 +67,22 @@ def own_cgroup():
         pytest.skip(f"no writable v1 memory cgroup here: {e}")
     yield group
     group.rmdir()
+
+
+@pytest.fixture
+def on_device():
+    """How the package's kernels are launched in this test: "metal", "cuda", or "stand-in", which
+    runs them on the CPU with lanes in a shuffled order (see msl_cpu.py)."""
+    import mlx.core as mx
+
+    import msl_build
+    import msl_cpu
+    from flashmoe_metal import kernel
+
+    if kernel.available():
+        yield "metal" if mx.metal.is_available() else "cuda"
+    elif sys.platform != "linux" or msl_build.compiler() is None:
+        pytest.skip("no GPU, and no C++ compiler to do without")
+    else:
+        with kernel.launched_by(msl_cpu.launcher(seed=1)):
+            yield "stand-in"

@@ -10,24 +10,15 @@ wrote, accesses outside a buffer. It knows nothing of speed, nor of Apple's comp
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
-from functools import cache
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+import msl_build
 import msl_source
 
-HERE = Path(__file__).parent / "msl"
-#: Flags of a build that stops the process at its first fault, and says more about it.
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 #: Bytes around each buffer that no kernel may write, and whose values none should use.
 GUARD = 64 << 10
 POISON = 0xFF  # NaN, as a float of any size
@@ -35,13 +26,6 @@ POISON = 0xFF  # NaN, as a float of any size
 
 class KernelError(Exception):
     """A kernel does what none may."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler, or None: $CXX, else GCC, which is the faster one here, else Clang."""
-    return next(
-        filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None
-    )
 
 
 def launcher(*, seed: int = 0, flags: Sequence[str] = ()):
@@ -80,10 +64,10 @@ def run(
         "output_dtypes": list(output_dtypes),
     }
     source = msl_source.source(kernel, inputs=inputs, **call)
-    library = _library(msl_source.to_cpp(source, f"{title}.metal"), tuple(flags))
+    function = msl_build.library(msl_source.to_cpp(source, f"{title}.metal"), tuple(flags))
     outputs = list(zip(output_shapes, output_dtypes, strict=True))
     buffers = _buffers(source, map(_host, inputs), outputs)
-    error = library(
+    error = function(
         (ctypes.c_void_p * len(buffers))(*(b.address for b in buffers)),
         (ctypes.c_uint * 6)(*grid, *threadgroup),
         seed,
@@ -179,70 +163,3 @@ def _told(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         f"{name}_strides": np.array(array.strides, np.int64) // array.itemsize,
         f"{name}_ndim": np.array(array.ndim, np.int32),
     }
-
-
-def _flags(cxx: str, more: tuple[str, ...]) -> list[str]:
-    """-O1: most kernels are compiled more often than run. The checks report to lanes.cpp."""
-    clang = "clang" in Path(cxx).name
-    checks = "bounds" if clang else "bounds-strict"
-    literals = "-cl-single-precision-constant" if clang else "-fsingle-precision-constant"
-    return [
-        *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"),
-        f"-fsanitize={checks},alignment,shift-exponent,integer-divide-by-zero",
-        *([] if clang else ["-fno-gnu-unique"]),
-        *(["-Xclang", literals] if clang else [literals]),
-        *more,
-        f"-I{HERE}",
-    ]
-
-
-@cache
-def _library(cpp: str, flags: tuple[str, ...]):
-    """The kernel as a function."""
-    cxx = compiler()
-    if cxx is None:
-        raise RuntimeError("the stand-in needs a C++ compiler: g++ or clang++")
-    link = [f for f in flags if f.startswith("-fsanitize")]
-    plain = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", *link]
-    lanes = _built(cxx, (HERE / "lanes.cpp").read_text(), ".o", [*plain, f"-I{HERE}"], [])
-    built = _built(cxx, cpp, ".so", _flags(cxx, flags), [str(lanes), *link])
-    function = ctypes.CDLL(str(built)).run
-    function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
-    return function
-
-
-def cache_directory() -> Path:
-    """Of what was compiled, kept for the next run of the tests."""
-    path = Path(tempfile.gettempdir()) / f"flashmoe-msl-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    return path
-
-
-@cache
-def _headers() -> str:
-    return "".join(p.read_text() for p in sorted(HERE.iterdir()) if p.suffix in ("", ".h", ".cpp"))
-
-
-def _built(cxx: str, text: str, suffix: str, flags: list[str], link: list[str]) -> Path:
-    """The compiled text, from the cache if it is there. Several processes may do this at once."""
-    key = hashlib.sha256("\0".join([text, _headers(), cxx, *flags, *link]).encode()).hexdigest()
-    target = cache_directory() / f"{key[:24]}{suffix}"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as d:
-        source, made, done = (Path(d) / n for n in ("kernel.cpp", "kernel.o", f"done{suffix}"))
-        source.write_text(text)
-        _compile([cxx, *flags, "-c", str(source), "-o", str(made)])
-        if suffix == ".so":
-            _compile([cxx, "-shared", str(made), *link, "-o", str(done)])
-            made = done
-        made.replace(target)
-    return target
-
-
-def _compile(command: list[str]):
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        errors = [line for line in ran.stderr.splitlines() if "error" in line] or [ran.stderr]
-        raise ValueError("\n".join(errors[:10]))

@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 import msl_source
-from msl_cpu import HERE
+from msl_build import HERE
 
 #: The first that has half and bfloat for x86, which the check needs.
 OLDEST = 17

@@ -9,13 +9,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import msl_build
 import msl_cpu
+import msl_cuda
+import msl_spaces
+import sanitized
 from flashmoe_metal.kernel import launched_by
 from toy_kernel import TextKernel, matvec, multiply, problem
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="kernels run on Metal itself"),
-    pytest.mark.skipif(msl_cpu.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(msl_build.compiler() is None, reason="no C++ compiler"),
 ]
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 SUM = "sum = simd_sum(sum);"
@@ -114,7 +118,7 @@ def test_a_fault_passes(change, what, seed):
     ("change", "what"),
     [
         (("simd_sum(sum);", "simd_total(sum);"), "simd_total"),
-        (("float product", "double product"), "double"),
+        (("float product", "double product"), "double|poisoned"),
         (
             ("threadgroup float partial[SIMDS];", "threadgroup float partial[SIMDS], more[2];"),
             "one",
@@ -290,3 +294,66 @@ def test_a_kernel_of_mlx_differs(bits):
     )
     expected = mx.quantized_matmul(x[None], *q, transpose=True, group_size=64, bits=bits)[0]
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")
+def test_a_pointer_to_device_memory_points_to_a_constant():
+    kernel = matvec(("auto scale =", "const device T* scale ="))
+    for rows, width, expected in ((3, 512, ""), (1, 128, "matvec.metal:13:")):
+        arguments, _ = problem(rows, width)
+
+        def launch(kernel, expected=expected, **call):
+            errors = msl_spaces.errors(kernel.metal, title=kernel.name, **call)
+            assert errors.startswith(expected)
+            assert bool(errors) == bool(expected)
+            return [mx.zeros(3)]
+
+        with launched_by(launch):
+            multiply(kernel, *arguments)
+
+
+@pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")
+def test_vectors_have_no_address_space():
+    """What is right must pass: vectors of all types, from and to all memories."""
+    body = """
+      threadgroup float4 shared[2];
+      threadgroup float4* p = shared;
+      auto xs = (const device float4*)(x);
+      p[0] = xs[0] * 2.0f + float4(1, 2, 3, 4) + float4(half4(1.0f));
+      p[1] = float4(p[0].xy, float2(few[0], float(T(1))));
+      *(device uint2*)(y) = *(const device uint2*)(x) >> 1;
+      *(device float2*)(y + 2) = float2(dot(p[0], p[1]), simd_max(p[1].x));
+    """
+    kernel = TextKernel("vectors", ["x", "few"], ["y"], body)
+    for dtype in TOLERANCE:
+        call = {"template": [("T", dtype)], "grid": (32, 1, 1), "threadgroup": (32, 1, 1)}
+        call |= {"output_shapes": [(32,)], "output_dtypes": [mx.float32]}
+        inputs = [mx.zeros(32), mx.zeros(3, dtype)]
+        assert not msl_spaces.errors(kernel.metal, inputs=inputs, **call)
+
+
+@pytest.mark.skipif(msl_cuda.toolkit() is None, reason="no NVRTC, or no MLX for CUDA")
+def test_a_word_of_metal_alone_compiles_for_cuda():
+    kernel = matvec(("float sum = 0;", "float sum = metal::sinpi(0.0f);"))
+    arguments, _ = problem()
+
+    def launch(kernel, **call):
+        assert "metal" in msl_cuda.errors(kernel, **call)
+        return [mx.zeros(3)]
+
+    with launched_by(launch):
+        multiply(kernel, *arguments)
+
+
+@pytest.mark.skipif(sanitized.library() is None, reason="no AddressSanitizer of GCC")
+def test_a_read_past_the_end_that_changes_nothing_passes():
+    done = sanitized.run("planted_cases")
+    assert done.stdout.split("\n")[:2] == ["sound", "past the end"], done.stderr
+    assert "AddressSanitizer: use-after-poison" in done.stderr
+    assert "matvec.metal:16" in done.stderr
+
+
+def test_a_kernel_runs_elsewhere_than_its_tests_say(on_device):
+    arguments, exact = problem()
+    found = np.array(multiply(matvec(), *arguments))
+    assert np.abs(found - exact).max() < TOLERANCE[mx.float32] * np.abs(exact).max(), on_device

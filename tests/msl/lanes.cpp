@@ -231,7 +231,7 @@ void run_all(triple full, char* stacks, unsigned seed) {
 }
 
 // An access far outside ends the launch and not the process. ASan says more about it.
-#ifndef __SANITIZE_ADDRESS__
+#ifndef MSL_SANITIZED
 void on_signal(int number, siginfo_t* info, void*) {
   char why[100] = "a division of integers by zero";
   if (number != SIGFPE) {
