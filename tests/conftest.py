@@ -31,6 +31,13 @@ def pytest_report_header():
     return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
 
 
+def pytest_collection_modifyitems(items):
+    """`-m on_device`: the tests that say something on another machine."""
+    for item in items:
+        if "on_device" in getattr(item, "fixturenames", ()):
+            item.add_marker("on_device")
+
+
 @pytest.fixture
 def run_llm(tmp_path, monkeypatch):
     """Run the real `llm` with directories of its own; the finished process."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 import toy_kernel
+from flashmoe_metal.kernel import launched_by
 
 #: A name for messages, and what calls the kernels by their public functions.
 Case = tuple[str, Callable[[], object]]
@@ -22,3 +23,18 @@ def cases() -> Iterator[Case]:
 def toy(**options) -> mx.array:
     arguments, _ = toy_kernel.problem(**options)
     return toy_kernel.multiply(toy_kernel.matvec(), *arguments)
+
+
+def launches(call) -> list[tuple]:
+    """What a call launches, as (kernel, arguments); it gets zeros for results."""
+    seen = []
+
+    def launch(kernel, **arguments):
+        seen.append((kernel, arguments))
+        outputs = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    with launched_by(launch):
+        mx.eval(call())
+    assert seen, "it launches no kernel"
+    return seen

@@ -1,30 +1,13 @@
 """All kernels, as compilers other than the stand-in's see them. What they compute: other tests."""
 
-import mlx.core as mx
 import pytest
 
 import msl_cuda
 import msl_spaces
 import sanitized
-from flashmoe_metal.kernel import launched_by
-from kernel_cases import cases
+from kernel_cases import cases, launches
 
 CASES = [pytest.param(call, id=name) for name, call in cases()]
-
-
-def launches(call) -> list[tuple]:
-    """What a call launches, as (kernel, arguments); it gets zeros for results."""
-    seen = []
-
-    def launch(kernel, **arguments):
-        seen.append((kernel, arguments))
-        outputs = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
-        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-
-    with launched_by(launch):
-        mx.eval(call())
-    assert seen, "it launches no kernel"
-    return seen
 
 
 @pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")

@@ -10,6 +10,8 @@ from flashmoe_metal.kernel import Kernel
 
 TEXT = (Path(__file__).parent / "msl/matvec.metal").read_text()
 GROUP, SIMDS = 32, 4
+#: Of an error of the product over its largest value: the rounding of the result.
+TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
 class TextKernel(Kernel):
@@ -57,3 +59,18 @@ def multiply(kernel: TextKernel, q, scales, biases, x) -> mx.array:
         output_dtypes=[x.dtype],
     )
     return y
+
+
+def launch(
+    body: str, inputs: dict[str, mx.array], outputs: dict, *, lanes=32, groups=1, template=()
+):
+    """One launch of a kernel in some lines. outputs: as {name: (shape, dtype)}."""
+    shapes, dtypes = zip(*outputs.values(), strict=True)
+    return TextKernel("lines", list(inputs), list(outputs), body)(
+        inputs=list(inputs.values()),
+        template=template,
+        grid=(lanes * groups, 1, 1),
+        threadgroup=(lanes, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )
