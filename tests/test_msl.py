@@ -63,9 +63,9 @@ def test_shapes_are_passed_wrongly(on_metal):
       uint i = thread_position_in_grid.x;
       y[i] = i < 3 ? x_shape[i] : i < 6 ? int(x_strides[i - 3]) : i < 7 ? x_ndim : e_shape[i - 7];
     """
-    inputs = {"x": mx.zeros((2, 3, 5)).transpose(0, 2, 1), "e": mx.zeros((2, 0), mx.int8)}
+    inputs = {"x": mx.zeros((2, 3, 5)).transpose(0, 2, 1), "e": mx.zeros((2, 1), mx.int8)}
     (y,) = launch(body, inputs, {"y": ((9,), mx.int32)}, lanes=9)
-    assert y.tolist() == [2, 5, 3, 15, 3, 1, 3, 2, 0]
+    assert y.tolist() == [2, 5, 3, 15, 3, 1, 3, 2, 1]
 
 
 def test_lanes_stand_elsewhere(on_metal):
@@ -144,6 +144,19 @@ def test_a_small_float_is_rounded_wrongly(dtype, on_metal):
     np.testing.assert_array_equal(
         narrow.astype(mx.float32), floats.astype(dtype).astype(mx.float32)
     )
+
+
+def test_a_small_float_grows_or_shrinks(on_metal):
+    body = """
+      y[0] = sizeof(x[0] * 1.5f);
+      y[1] = sizeof(1.5f - x[0]);
+      y[2] = sizeof(x[0] * 2);
+      y[3] = sizeof(2u + x[0]);
+      y[4] = sizeof(x[0] / x[1]);
+      y[5] = sizeof(-x[0]);
+    """
+    inputs = {"x": mx.zeros(32, mx.float16)}
+    assert launch(body, inputs, {"y": ((6,), mx.uint32)}, lanes=1)[0].tolist() == [4, 4] + 4 * [2]
 
 
 @stand_in_only

@@ -55,6 +55,10 @@ def test_a_wrong_result_passes(change, seed):
     assert error(change, seed=seed) > 1e-3
 
 
+def test_a_read_past_the_end_is_harmless():
+    assert error(("auto xs = x + i * 8;", "auto xs = x + i * 8 + 1;")) == np.inf
+
+
 def test_a_missing_barrier_passes():
     # It may pass where lanes run in order; so tests shuffle.
     assert max(error((BARRIER, ""), seed=seed) for seed in (0, 1, 2)) > 1e-3

@@ -61,12 +61,30 @@ struct small_float {
     return To(raw);
   }
 
-#define MSL_OPERATOR(op)                                           \
-  friend small_float operator op(small_float a, small_float b) {   \
-    return small_float(float(a) op float(b));                      \
-  }                                                                \
-  small_float& operator op##=(float other) {                       \
-    return *this = small_float(float(*this) op other);             \
+  small_float operator-() const {
+    return small_float(-float(*this));
+  }
+// With a float it is a float, with an integer it stays what it is.
+#define MSL_OPERATOR(op)                                                  \
+  friend small_float operator op(small_float a, small_float b) {          \
+    return small_float(float(a) op float(b));                             \
+  }                                                                       \
+  friend float operator op(small_float a, float b) {                      \
+    return float(a) op b;                                                 \
+  }                                                                       \
+  friend float operator op(float a, small_float b) {                      \
+    return a op float(b);                                                 \
+  }                                                                       \
+  template <class I, std::enable_if_t<std::is_integral_v<I>, int> = 0>    \
+  friend small_float operator op(small_float a, I b) {                    \
+    return a op small_float(b);                                           \
+  }                                                                       \
+  template <class I, std::enable_if_t<std::is_integral_v<I>, int> = 0>    \
+  friend small_float operator op(I a, small_float b) {                    \
+    return small_float(a) op b;                                           \
+  }                                                                       \
+  small_float& operator op##=(float other) {                              \
+    return *this = small_float(float(*this) op other);                    \
   }
   MSL_OPERATOR(+)
   MSL_OPERATOR(-)
