@@ -72,11 +72,10 @@ def run(
         (ctypes.c_uint * 6)(*grid, *threadgroup),
         seed,
     ).decode()
-    # What a lane wrote before the error may be the better reason, but it comes second.
-    for buffer in buffers:
-        error += buffer.fault()
-    if error:
-        raise KernelError(f"{title}: {error}")
+    # What lanes wrote before an error may be the better reason.
+    errors = list(filter(None, [error, *(b.fault() for b in buffers)]))
+    if errors:
+        raise KernelError(f"{title}: {'; '.join(errors)}")
     written = (b for b in buffers if b.before is None)
     return [b.array(*o) for b, o in zip(written, outputs, strict=True)]
 
@@ -112,11 +111,11 @@ class Buffer:
         self._guard(closed=False)
         before, after = self.all[: self.start], self.all[self.start + self.size :]
         if (before != POISON).any():
-            return f" a write before the beginning of {self.name}"
+            return f"a write before the beginning of {self.name}"
         if (after != POISON).any():
-            return f" a write past the end of {self.name}"
+            return f"a write past the end of {self.name}"
         if self.before is not None and self.inside.tobytes() != self.before:
-            return f" a write to the input {self.name}"
+            return f"a write to the input {self.name}"
         return ""
 
     def array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -37,6 +37,9 @@ PLACES = {
     "threads_per_grid": "msl::group().grid",
 }
 
+#: The declaration of a threadgroup array, as (indent, type, name, sizes); of pointers it is none.
+SHARED_ARRAY = re.compile(r"(?m)^(\s*)threadgroup\s+([\w:<>, ]+?)\s+(\w+)((?:\s*\[[^\]]*\])*)\s*;")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -170,10 +173,9 @@ def _argument(parameter: Parameter) -> str:
 def _shared_arrays(body: str) -> str:
     """Declarations of threadgroup arrays, which all lanes share, with each line where it was."""
     number = count()
-    array = r"(?m)^(\s*)threadgroup\s+([\w:<>, ]+?)\s+(\w+)((?:\s*\[[^\]]*\])*)\s*;"
-    body = re.sub(
-        array, lambda m: f"{m[1]}auto& {m[3]} = msl::shared<{m[2]}{m[4]}, {next(number)}>();", body
+    body = SHARED_ARRAY.sub(
+        lambda m: f"{m[1]}auto& {m[3]} = msl::shared<{m[2]}{m[4]}, {next(number)}>();", body
     )
-    if left := re.search(r"(?m)^\s*(threadgroup\b[^*&();]*;)", body):
+    if left := re.search(r"(?m)^\s*(threadgroup\s+[\w:<>, ]+?\s+\w+\s*[\[,=][^;]*;)", body):
         raise ValueError(f"one threadgroup array in a statement: {left[1]!r}")
     return body

@@ -55,7 +55,7 @@ def errors(kernel, *, inputs: list[mx.array], title: str = "kernel", **call) -> 
     # The instantiation stays: a template's body is checked only with its arguments.
     text = source.text.replace(source.head, f'{source.head}\n#line 1 "{title}.metal"\n', 1)
     # A variable of a function may have no address space, but for a static one.
-    text = re.sub(r"(?m)^(\s*)(threadgroup\b[^*&();]*;)", r"\1static \2", text)
+    text = msl_source.SHARED_ARRAY.sub(r"\1static threadgroup \2 \3\4;", text)
     text = re.sub(r"\[\[.*?\]\]", "", text)
     with tempfile.TemporaryDirectory() as d:
         file = Path(d) / "kernel.cpp"

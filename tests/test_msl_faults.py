@@ -97,7 +97,7 @@ def test_a_fault_passes(change, what, seed):
         (("simd_sum(sum);", "simd_total(sum);"), "simd_total"),
         (("float product", "double product"), "double|poisoned"),
         (
-            ("threadgroup float partial[SIMDS];", "threadgroup float partial[SIMDS], more[2];"),
+            ("threadgroup float partial[SIMDS];", "threadgroup float partial[SIMDS * 2], more[2];"),
             "one",
         ),
     ],
@@ -140,7 +140,7 @@ def clang_errors(call) -> str:
 def test_vectors_have_no_address_space():
     """What is right must pass: vectors from and to all memories."""
     body = """
-      threadgroup float4 shared[2];
+      threadgroup float4 shared[2 * 1];
       threadgroup float4* p = shared;
       auto xs = (const device float4*)(x);
       p[0] = xs[0] * 2.0f + float4(1, 2, 3, 4) + float4(half4(1.0f));
