@@ -31,6 +31,13 @@ def pytest_report_header():
     return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
 
 
+def pytest_collection_modifyitems(items):
+    """`-m on_device`: the tests that say something on another machine."""
+    for item in items:
+        if "on_device" in getattr(item, "fixturenames", ()):
+            item.add_marker("on_device")
+
+
 @pytest.fixture
 def run_llm(tmp_path, monkeypatch):
     """Run the real `llm` with directories of its own; the finished process."""
@@ -67,3 +74,22 @@ def own_cgroup():
         pytest.skip(f"no writable v1 memory cgroup here: {e}")
     yield group
     group.rmdir()
+
+
+@pytest.fixture
+def on_device():
+    """How the package's kernels are launched in this test: "metal", "cuda", or "stand-in", which
+    runs them on the CPU with lanes in a shuffled order (see msl_cpu.py)."""
+    import mlx.core as mx
+
+    import msl_build
+    import msl_cpu
+    from flashmoe_metal import kernel
+
+    if kernel.available():
+        yield "metal" if mx.metal.is_available() else "cuda"
+    elif sys.platform != "linux" or msl_build.compiler() is None:
+        pytest.skip("no GPU, and no C++ compiler to do without")
+    else:
+        with kernel.launched_by(msl_cpu.launcher(seed=1)):
+            yield "stand-in"
