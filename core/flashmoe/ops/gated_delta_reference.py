@@ -1,0 +1,63 @@
+"""One token of GatedDeltaNet, and the sum with its norm, in plain MLX: the twins of two kernels.
+
+They compute in float32 and round what they return; mlx-lm's modules round in between too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+
+def _silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+def gated_delta_step(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    conv_weight: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    norm_weight: mx.array,
+    eps: mx.array,
+    state: mx.array,
+    *,
+    key_heads: int,
+    at: Sequence[int] = (0, 0, 0, 0),
+) -> list[mx.array]:
+    """The arguments and results of `flashmoe_metal.gated_delta_step.gated_delta_step`."""
+    _, heads, rows, width = state.shape
+    channels = conv_state.shape[-1]
+    dtype = qkv.dtype
+    lengths = (channels, heads * rows, heads, heads)
+    parts = zip((qkv, z, b, a), at, lengths, strict=True)
+    qkv, z, b, a = (x[0, 0, start : start + n].astype(mx.float32) for x, start, n in parts)
+
+    seen = mx.concatenate([conv_state[0].astype(mx.float32), qkv[None]])  # (taps, channels)
+    mixed = _silu((seen * conv_weight.squeeze(-1).T.astype(mx.float32)).sum(axis=0))
+    ends = [key_heads * width, 2 * key_heads * width]
+    q, k, v = (x.reshape(-1, d) for x, d in zip(mx.split(mixed, ends), (width, width, rows)))
+    q, k = (x * mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) + eps[1]) for x in (q, k))
+    q, k = (mx.repeat(x, heads // key_heads, axis=0)[:, None] for x in (q * width**-0.5, k))
+
+    step = mx.logaddexp(a + dt_bias.astype(mx.float32), mx.zeros(heads))
+    decay = mx.exp(-mx.exp(a_log.astype(mx.float32)) * step)
+    after = state[0] * decay[:, None, None]
+    delta = (v - (after * k).sum(axis=-1)) * mx.sigmoid(b)[:, None]  # (heads, rows)
+    after = after + k * delta[..., None]
+    y = (after * q).sum(axis=-1)
+
+    scale = mx.rsqrt(mx.square(y).mean(axis=-1, keepdims=True) + eps[0])
+    y = y * scale * norm_weight.astype(mx.float32) * _silu(z.reshape(heads, rows))
+    return [y.reshape(1, 1, -1).astype(dtype), seen[None, 1:].astype(dtype), after[None]]
+
+
+def add_norm(x: mx.array, r: mx.array, weight: mx.array, eps: mx.array) -> list[mx.array]:
+    """The arguments and results of `flashmoe_metal.add_norm.add_norm`."""
+    h = x + r
+    return [h, mx.fast.rms_norm(h, weight, eps.item())]
