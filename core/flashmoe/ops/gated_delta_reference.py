@@ -41,7 +41,8 @@ def gated_delta_step(
     seen = mx.concatenate([conv_state[0].astype(mx.float32), qkv[None]])  # (taps, channels)
     mixed = _silu((seen * conv_weight.squeeze(-1).T.astype(mx.float32)).sum(axis=0))
     ends = [key_heads * width, 2 * key_heads * width]
-    q, k, v = (x.reshape(-1, d) for x, d in zip(mx.split(mixed, ends), (width, width, rows)))
+    q, k, v = mx.split(mixed, ends)
+    q, k, v = q.reshape(-1, width), k.reshape(-1, width), v.reshape(heads, rows)
     q, k = (x * mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) + eps[1]) for x in (q, k))
     q, k = (mx.repeat(x, heads // key_heads, axis=0)[:, None] for x in (q * width**-0.5, k))
 
