@@ -10,9 +10,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from flashmoe.ops import gated_delta_reference, gpu_layers
+from flashmoe.ops import gpu_layers, kernel_twins
 from flashmoe.ops.joined import join
 from flashmoe_metal.add_norm import add_norm, supports
+from flashmoe_metal.qk_norm_rope import qk_norm_rope
 from gpu import launched
 from toys import FAMILIES, write_toy
 
@@ -34,10 +35,34 @@ def test_sum_and_norm_differ_from_two_launches(dtype, rows, width):
     assert supports(x, r, weight)
     with launched():
         h, normed = add_norm(x, r, weight, eps)
-    expected = gated_delta_reference.add_norm(x, r, weight, eps)
+    expected = kernel_twins.add_norm(x, r, weight, eps)
     np.testing.assert_array_equal(numpy(h), numpy(expected[0]))
     # It rounds twice: the last bit of either may be another.
     np.testing.assert_allclose(numpy(normed), numpy(expected[1]), rtol=2 * SPACING[dtype])
+
+
+@pytest.mark.parametrize("dtype", SPACING, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("width", "rotated"), [(8, 8), (32, 8), (50, 20), (256, 64)])
+@pytest.mark.parametrize(("offset", "scale"), [(0, 1.0), (7, 0.25), (40_000, 1.0)])
+def test_queries_and_keys_differ_from_six_launches(dtype, gated, width, rotated, offset, scale):
+    heads, key_heads = 3, 2
+    mx.random.seed(width + offset)
+    sizes = heads * width * (2 if gated else 1), key_heads * width
+    both = mx.random.normal((1, 1, sum(sizes) + 5)).astype(dtype)
+    weights = [mx.random.normal((width,)).astype(dtype) for _ in range(2)]
+    eps, rope = mx.array([1e-6, 1e-5]), mx.array([np.log2(1e7), scale])
+    arguments = both, both, *weights, eps, rope, mx.array([offset], mx.int32)
+    counts = {"heads": heads, "key_heads": key_heads, "rotated": rotated, "gated": gated}
+    with launched():
+        found = qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
+    expected = kernel_twins.qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
+    # An angle has as many digits as a float has for the position.
+    angle = 1e-7 * offset * 4
+    for x, y in list(zip(found, expected, strict=True))[: 2 + gated]:
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        atol = (2 * SPACING[dtype] + angle) * np.abs(numpy(y)).max()
+        np.testing.assert_allclose(numpy(x), numpy(y), rtol=0, atol=atol)
 
 
 def test_sums_that_the_kernel_does_not_take_are_launched():
@@ -77,6 +102,7 @@ def test_model_differs_from_mlx_lm(tmp_path, family, bits):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
     linear = sum(getattr(layer, "is_linear", False) for layer in ours.layers)
     assert launches.count("gated_delta_step") == 2 * linear
+    assert launches.count("qk_norm_rope") == 2 * (len(ours.layers) - linear)
     assert launches.count("add_norm") == 4 * len(ours.layers)
 
 
@@ -133,3 +159,28 @@ def test_layers_of_other_kinds_are_joined():
         found = [layer(x) for layer in joined]
         for part, y in zip(parts, expected, strict=True):
             np.testing.assert_allclose(numpy(part.of(found)), numpy(y), atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", ["rope", "offset", "dtype", "training"])
+def test_attention_that_the_kernel_does_not_take_is_launched(tmp_path, changed):
+    model = stock(write_toy(tmp_path / "toy", "qwen3_moe", layers=1))
+    gpu_layers.prepare(model)
+    cache = make_prompt_cache(model)
+    attention = model.layers[0].self_attn
+    mx.eval(model(mx.array([[1, 2]]), cache=cache))
+    if changed == "rope":
+        attention.rope = nn.RoPE(32, traditional=True)
+    elif changed == "offset":
+        cache[0].offset = mx.array([2])
+    elif changed == "dtype":
+        attention.q_norm.weight = attention.q_norm.weight.astype(mx.float16)
+    else:
+        model.train()
+    x = mx.random.normal((1, 1, 64))
+    with launched() as launches:
+        if changed == "offset":
+            # Only a batch's cache takes such an offset further.
+            assert not attention._is_step(x, attention.products(x), cache[0])
+        else:
+            mx.eval(attention(x, None, cache[0]))
+    assert launches == []

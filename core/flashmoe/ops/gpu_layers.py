@@ -7,14 +7,16 @@ Everything else than one token without padding goes through mlx-lm's own forward
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
+from mlx_lm.models.base import scaled_dot_product_attention
 
-from flashmoe_metal import add_norm, kernel
+from flashmoe_metal import add_norm, kernel, qk_norm_rope
 from flashmoe_metal import gated_delta_step as step
 
 from .joined import Joined, Part, permute
@@ -144,11 +146,37 @@ def _by_kind(heads: int, sizes: tuple[int, ...]) -> mx.array:
 
 
 class _Attention(Joined):
+    """Its parts are queries (each with its gate, if any), keys and values."""
+
+    gated = False
+
     def prepare(self) -> None:
         self.join(("q_proj", "k_proj", "v_proj"))
 
     def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
-        return self.forward(self.products(x), x, mask, cache)
+        products = self.products(x)
+        if not self._is_step(x, products, cache):
+            return self.forward(products, x, mask, cache)
+        heads, key_heads = self._heads
+        q, k, v = self._parts
+        queries, keys, gate = qk_norm_rope.qk_norm_rope(
+            products[q.product],
+            products[k.product],
+            *self._weights,
+            _position(cache.offset),
+            heads=heads,
+            key_heads=key_heads,
+            rotated=self.rope.dims,
+            gated=self.gated,
+            at=(q.start, k.start),
+        )
+        values = v.of(products).reshape(1, key_heads, 1, -1)
+        keys, values = cache.update_and_fetch(keys, values)
+        out = scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+        )
+        out = out.reshape(1, 1, -1)
+        return self.o_proj(out * gate if self.gated else out)
 
     def q_proj(self, _) -> mx.array:
         return self.part(0)
@@ -159,13 +187,52 @@ class _Attention(Joined):
     def v_proj(self, _) -> mx.array:
         return self.part(2)
 
+    def _is_step(self, x: mx.array, products: list[mx.array], cache) -> bool:
+        """Whether the kernel takes this call. In a batch that is padded, offsets are arrays."""
+        return (
+            x.shape[0] == x.shape[1] == 1
+            and cache is not None
+            and isinstance(cache.offset, int)
+            and not self.training
+            and kernel.available()
+            and self._supported
+            and self.q_norm.weight.dtype == self.k_norm.weight.dtype == products[0].dtype
+        )
+
+    @cached_property
+    def _supported(self) -> bool:
+        rope, width = self.rope, self.q_norm.weight.shape[0]
+        return (
+            type(rope) is nn.RoPE
+            and not rope.traditional
+            and qk_norm_rope.supports(width=width, rotated=rope.dims)
+        )
+
+    @cached_property
+    def _weights(self) -> list[mx.array]:
+        eps = mx.array([self.q_norm.eps, self.k_norm.eps])
+        rope = mx.array([math.log2(self.rope.base), self.rope.scale])
+        return [self.q_norm.weight, self.k_norm.weight, eps, rope]
+
 
 class NextAttention(_Attention, qwen3_next.Qwen3NextAttention):
-    pass
+    gated = True
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.num_attention_heads, self.num_key_value_heads
 
 
 class Attention(_Attention, qwen3_moe.Attention):
-    pass
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.n_heads, self.n_kv_heads
+
+
+@lru_cache(maxsize=4)
+def _position(offset: int) -> mx.array:
+    """As the kernel takes it: one array for all layers of a step."""
+    return mx.array([offset], mx.int32)
 
 
 class _DecoderLayer:

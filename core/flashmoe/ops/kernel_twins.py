@@ -1,6 +1,7 @@
-"""One token of GatedDeltaNet, and the sum with its norm, in plain MLX: the twins of two kernels.
+"""What the kernels around the experts compute, in plain MLX.
 
-They compute in float32 and round what they return; mlx-lm's modules round in between too.
+The twin of GatedDeltaNet's step computes in float32 and rounds what it returns; mlx-lm's module
+rounds in between too. The others round where MLX does.
 """
 
 from __future__ import annotations
@@ -62,3 +63,35 @@ def add_norm(x: mx.array, r: mx.array, weight: mx.array, eps: mx.array) -> list[
     """The arguments and results of `flashmoe_metal.add_norm.add_norm`."""
     h = x + r
     return [h, mx.fast.rms_norm(h, weight, eps.item())]
+
+
+def qk_norm_rope(
+    queries: mx.array,
+    keys: mx.array,
+    q_weight: mx.array,
+    k_weight: mx.array,
+    eps: mx.array,
+    rope: mx.array,
+    offset: mx.array,
+    *,
+    heads: int,
+    key_heads: int,
+    rotated: int,
+    gated: bool,
+    at: tuple[int, int] = (0, 0),
+) -> list[mx.array]:
+    """The arguments and results of `flashmoe_metal.qk_norm_rope.qk_norm_rope`."""
+    width = q_weight.shape[0]
+    kinds = 2 if gated else 1
+    queries = queries[0, 0, at[0] :][: heads * kinds * width].reshape(1, heads, kinds, width)
+    keys = keys[0, 0, at[1] :][: key_heads * width].reshape(1, key_heads, 1, width)
+    base, scale = 2 ** rope[0].item(), rope[1].item()
+
+    def turned(x, weight, eps):
+        x = mx.fast.rms_norm(x, weight, eps.item())
+        return mx.fast.rope(
+            x, rotated, traditional=False, base=base, scale=scale, offset=offset.item()
+        )
+
+    gates = mx.sigmoid(queries[:, :, 1]).reshape(1, 1, -1) if gated else mx.zeros(1, queries.dtype)
+    return [turned(queries[:, :, :1], q_weight, eps[0]), turned(keys, k_weight, eps[1]), gates]
