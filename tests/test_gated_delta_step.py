@@ -44,7 +44,7 @@ def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], 
         normal(heads, to=mx.float32),
         normal(heads),
         1 + normal(rows, scale=0.1),
-        mx.array([1e-6, 1e-6]),
+        mx.array([1e-3, 1e-2]),
         normal(1, heads, rows, width, scale=0.3, to=mx.float32),
     ]
     b = channels + heads * rows
