@@ -120,3 +120,47 @@ def test_grammars_moved():
 
 def test_mlx_threads_moved():
     assert hasattr(mx, "clear_streams"), "the engine thread ends with it"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [qwen3_5.DecoderLayer, qwen3_next.Qwen3NextDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer],
+)
+def test_decoder_layer_moved(layer):
+    """gpu_layers repeats its forward, with a sum and a norm in one."""
+    text = source(layer)
+    for line in ("self.input_layernorm(x), mask, cache)", "h = x + r", "out = h + "):
+        assert line in text, f"mlx-lm changed {layer.__name__}: {line!r} is gone"
+    assert "self.mlp(self.post_attention_layernorm(h))" in text
+
+
+@pytest.mark.parametrize("net", [qwen3_5.GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet])
+def test_gated_delta_net_moved(net):
+    """gpu_layers repeats its forward for one token, and hands it parts of joined projections."""
+    text = source(net.__call__)
+    for line in (
+        "cache[0] = mx.contiguous(conv_input[:, -n_keep:, :])",
+        "conv_out = nn.silu(self.conv1d(conv_input))",
+        "cache[1] = state",
+        "cache.advance(S)",
+        "out = self.norm(out, z)",
+    ):
+        assert line in text, f"mlx-lm changed {net.__name__}: {line!r} is gone"
+    joined = "self.fix_query_key_value_ordering(" if "Next" in net.__name__ else "in_proj_a(inputs)"
+    assert joined in text
+
+
+@pytest.mark.parametrize("attention", [qwen3_next.Qwen3NextAttention, qwen3_moe.Attention])
+def test_attention_moved(attention):
+    """gpu_layers repeats its forward for one token, and hands it parts of joined projections."""
+    text = source(attention.__call__)
+    for line in (
+        "self.k_proj(x), self.v_proj(x)",
+        "queries = self.q_norm(queries",
+        "queries = self.rope(queries, offset=cache.offset)",
+        "keys, values = cache.update_and_fetch(keys, values)",
+        "queries, keys, values, cache=cache, scale=self.scale, mask=mask",
+    ):
+        assert line in text, f"mlx-lm changed {attention.__name__}: {line!r} is gone"
+    if "Next" in attention.__name__:
+        assert "return self.o_proj(output * mx.sigmoid(gate))" in text

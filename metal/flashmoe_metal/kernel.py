@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
+from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
@@ -43,6 +44,7 @@ class Kernel:
         self.name = name
         self.inputs, self.outputs = list(inputs), list(outputs)
         self.helpers = list(helpers)
+        self._cuda: dict[tuple[mx.Dtype, ...], Any] = {}
 
     def __call__(
         self,
@@ -68,7 +70,13 @@ class Kernel:
         }
         if _launcher is not None:
             return _launcher(self, **call)
-        return (self.metal if mx.metal.is_available() else self.cuda)(**call)
+        return self.on_gpu(**call)
+
+    def on_gpu(self, **call) -> list[mx.array]:
+        """Launch it by MLX, whoever else may launch kernels now."""
+        if mx.metal.is_available():
+            return self.metal(**call)
+        return self.cuda(tuple(x.dtype for x in call["inputs"]))(**call)
 
     @property
     def source(self) -> str:
@@ -94,20 +102,30 @@ class Kernel:
             header=self.header("metal"),
         )
 
-    @cached_property
-    def cuda(self):
-        """As an `mx.fast.cuda_kernel`. MLX makes it only where it has its CUDA back end."""
-        return mx.fast.cuda_kernel(
-            name=f"flashmoe_{self.name}",
-            input_names=self.inputs,
-            output_names=self.outputs,
-            source=self.source,
-            header=self.header("cuda"),
-        )
+    def cuda(self, dtypes: tuple[mx.Dtype, ...]):
+        """As an `mx.fast.cuda_kernel` for inputs of these types, where MLX has its CUDA back end.
+
+        MLX keeps what it compiled by name and template arguments alone, and keeps it on disk for
+        other processes too. So the name says what else the code depends on: its text, and the
+        types of the inputs.
+        """
+        if dtypes not in self._cuda:
+            header = self.header("cuda")
+            digest = sha256(repr((header, self.source, dtypes)).encode()).hexdigest()
+            self._cuda[dtypes] = mx.fast.cuda_kernel(
+                name=f"flashmoe_{self.name}_{digest[:12]}",
+                input_names=self.inputs,
+                output_names=self.outputs,
+                source=self.source,
+                header=header,
+            )
+        return self._cuda[dtypes]
 
 
 def available() -> bool:
-    """Whether MLX computes on a GPU here for which it compiles kernels."""
+    """Whether kernels can be launched: on a GPU for which MLX compiles them, or by a launcher."""
+    if _launcher is not None:
+        return True
     return mx.default_device() == mx.gpu and (mx.metal.is_available() or mx.cuda.is_available())
 
 
