@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from flashmoe import ops
 from flashmoe.bank import ExpertBank
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.cuda_memory import device_memory
 from flashmoe.loading import load_streaming
 from flashmoe.models import StreamingMoE
 
@@ -52,8 +53,15 @@ def load_resident(path, activations: str = "float32") -> StreamingMoE:
     for file in checkpoint.files:
         weights |= mx.load(str(file))
     model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
+    device = device_memory()
     for index, layer in checkpoint.expert_layers.items():
-        bank = ExpertBank(layer, layer.num_experts, on_gpu=ops.on_gpu(), activations=activations)
+        bank = ExpertBank(
+            layer,
+            layer.num_experts,
+            on_gpu=ops.on_gpu(),
+            device=device,
+            activations=activations,
+        )
         for expert in range(layer.num_experts):
             for part, request in zip(layer.parts, bank.requests(expert, expert), strict=True):
                 stack = weights[f"{layer.prefix}.{part.projection}.{part.part}"]

@@ -3,7 +3,8 @@
 The reader writes an expert's bytes into its slot; ops index experts by slot. The stacks are
 allocated once and never move; `release` gives the memory of a slot back to the system until it is
 written again. On the CPU they are numpy arrays, because the CPU ops are numba
-loops. On a GPU they are MLX arrays, written through a host view of the same memory.
+loops. On a GPU they are MLX arrays: written through a host view of the same memory, or, where the
+GPU has memory of its own, by copies (see `flashmoe.staging`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from .checkpoint import ExpertLayer
+from .checkpoint import ExpertLayer, ExpertPart
 from .io_modes import BLOCK
 from .reader import ReadRequest
+from .staging import DeviceBytes, DeviceMemory
 
 if TYPE_CHECKING:
     from .ops.kernels import Packed
@@ -37,6 +39,8 @@ class ExpertBank:
         layer: shapes, dtypes and file ranges of the layer's experts.
         num_slots: how many experts fit at one time.
         on_gpu: hold the stacks as MLX arrays for GPU ops, not as numpy arrays.
+        device: the GPU's own memory, where the stacks then stay: the host must not look at them,
+            nor at slices of them (see `DeviceMemory.address`). None: memory that both share.
         activations: what `packed` gives: see `flashmoe.activations`.
     """
 
@@ -46,6 +50,7 @@ class ExpertBank:
         num_slots: int,
         *,
         on_gpu: bool,
+        device: DeviceMemory | None = None,
         activations: str = "float32",
     ):
         self.layer = layer
@@ -53,8 +58,12 @@ class ExpertBank:
         self.on_gpu = on_gpu
         self.activations = activations
         self._arrays: dict[tuple[str, str], mx.array] = {}
-        self._bytes: dict[tuple[str, str], np.ndarray] = {}
+        # (slots, bytes), or all bytes of the stack.
+        self._bytes: dict[tuple[str, str], np.ndarray | DeviceBytes] = {}
         self._pages: list[tuple[mmap.mmap, int, int]] = []
+        if device is not None:
+            # Among what MLX keeps for new arrays there may be managed memory.
+            mx.clear_cache()
         for part in layer.parts:
             key = (part.projection, part.part)
             if on_gpu:
@@ -62,7 +71,10 @@ class ExpertBank:
                 raw = array.view(mx.uint8)
                 mx.eval(array, raw)
                 self._arrays[key] = array
-                self._bytes[key] = np.array(raw, copy=False).reshape(num_slots, part.nbytes)
+                if device is None:
+                    self._bytes[key] = np.array(raw, copy=False).reshape(num_slots, part.nbytes)
+                else:
+                    self._bytes[key] = DeviceBytes.of(device, array)
             else:
                 # Where experts are whole blocks, every slot lies in blocks as its bytes do in the
                 # file, so that a drive can write into it.
@@ -79,7 +91,7 @@ class ExpertBank:
             ReadRequest(
                 path=part.file,
                 start=part.range(expert)[0],
-                buffer=self._bytes[part.projection, part.part][slot],
+                buffer=self._buffer(part, slot),
                 layer=self.layer.layer,
                 expert=expert,
             )
@@ -118,6 +130,12 @@ class ExpertBank:
                 raw = mx.array(self._bytes[projection, part.part][slot])
                 found[part.part] = raw.view(MLX_DTYPES[part.dtype]).reshape(part.shape)
         return [found.get(p) for p in ("weight", "scales", "biases")]
+
+    def _buffer(self, part: ExpertPart, slot: int) -> np.ndarray | DeviceBytes:
+        stack = self._bytes[part.projection, part.part]
+        if isinstance(stack, DeviceBytes):
+            return stack[slot * part.nbytes : (slot + 1) * part.nbytes]
+        return stack[slot]
 
     def _pack(self, projection: str) -> Packed:
         from .ops.kernels import Packed

@@ -21,6 +21,10 @@ class ReadError(FlashMoEError):
     """Expert bytes that could not be read while in use. Names file, layer, expert and range."""
 
 
+class DeviceError(FlashMoEError):
+    """The GPU's driver did not do what expert bytes need. Has CUDA's name of the error."""
+
+
 class BudgetError(FlashMoEError):
     """A memory budget or a number of slots that is too small. Says how much is needed."""
 

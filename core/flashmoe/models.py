@@ -19,6 +19,7 @@ from . import memory as memory_module
 from . import ops
 from .bank import ExpertBank
 from .checkpoint import Checkpoint
+from .cuda_memory import device_memory
 from .errors import SettingError
 from .reader import Reader, ReadStats
 from .room import Room
@@ -124,9 +125,12 @@ class StreamingMoE:
         self.watch = Watch()
         module = ops.pick()
         slots = max(plan.slots_per_layer, plan.most_slots)
+        device = device_memory()
         for index, layer in checkpoint.expert_layers.items():
             block = self.layers[index].mlp
-            bank = ExpertBank(layer, slots, on_gpu=ops.on_gpu(), activations=activations)
+            bank = ExpertBank(
+                layer, slots, on_gpu=ops.on_gpu(), device=device, activations=activations
+            )
             block.switch_mlp = StreamingSwitchGLU(bank, reader, module, self.watch)
             # In place: the block keeps its router and its shared expert under mlx-lm's names.
             block.__class__ = self.block

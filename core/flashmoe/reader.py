@@ -1,4 +1,5 @@
-"""Parallel positioned reads of expert bytes, straight into buffers that the caller gives.
+"""Parallel positioned reads of expert bytes, straight into buffers that the caller gives, or by
+way of a staging place into the memory of a device (see `flashmoe.staging`).
 
 A `Reader` owns the threads and the open files; it knows nothing of models. The buffers stay the
 caller's: between `submit` and the end of `Pending.wait` they belong to the reads.
@@ -21,6 +22,7 @@ from typing import Any
 
 from .errors import ReadError
 from .io_modes import BLOCK, IO_MODES, Buffered
+from .staging import PLACE_NBYTES, DeviceBytes
 
 # The ranges of one submit go to the threads in jobs of at least this many bytes. A hand-over costs
 # some 15 us, a small read less: a 7 MB expert makes six jobs, a tiny one a single job.
@@ -31,7 +33,8 @@ _JOB_NBYTES = 1 << 18
 class ReadRequest:
     """One byte range: `start` up to `start` + the size of `buffer`, in bytes of the file `path`.
 
-    buffer: any writable C-contiguous buffer. layer and expert are for the text of errors.
+    buffer: any writable C-contiguous buffer, or `DeviceBytes`. layer and expert are for the text of
+    errors.
     """
 
     path: Path
@@ -162,9 +165,7 @@ class Reader:
 
     def submit(self, requests: Sequence[ReadRequest]) -> Pending:
         """Start the reads, usually the ranges of one expert. Errors come from `Pending.wait`."""
-        if self._split:
-            requests = [piece for r in requests for piece in _pieces(r, self._split)]
-        jobs = list(_jobs(requests))
+        jobs = list(_jobs([piece for r in requests for piece in _pieces(r, self._split)]))
         pending = Pending(self._pool, len(jobs))
         with self._pool.lock:
             if not self._stop.alive:
@@ -266,10 +267,11 @@ class _Pool:
 
     def _read(self, request: ReadRequest) -> int:
         """Fill the buffer; returns its size in bytes."""
-        buffer = request.buffer
-        nbytes = memoryview(buffer).nbytes
+        nbytes = _nbytes(request.buffer)
+        to_device = isinstance(request.buffer, DeviceBytes)
         try:
             fd, identity = self._files.get(request.path) or self._open(request.path)
+            buffer = request.buffer.place(request.start) if to_device else request.buffer
             done = self.io.read(fd, buffer, request.start)
             # After the read, so that bytes of a changed file never pass as good ones.
             change = identity.change(fd)
@@ -294,6 +296,8 @@ class _Pool:
                 f"{_need(request, nbytes)}, which has {identity.nbytes}: the download is "
                 "incomplete; download it again"
             )
+        if to_device:
+            request.buffer[:] = buffer
         return nbytes
 
     def _open(self, path: Path) -> tuple[int, FileIdentity]:
@@ -305,9 +309,24 @@ class _Pool:
             return file
 
 
+def _nbytes(buffer: Any) -> int:
+    return buffer.nbytes if isinstance(buffer, DeviceBytes) else memoryview(buffer).nbytes
+
+
 def _pieces(request: ReadRequest, nbytes: int) -> Iterator[ReadRequest]:
-    """Cut a request at blocks of the file, so that no block is read for two pieces."""
-    whole = memoryview(request.buffer).cast("B")
+    """Cut a request at blocks of the file, so that no block is read for two pieces.
+
+    nbytes: of a piece; 0: as many as there are, or as a staging place holds.
+    """
+    whole = request.buffer
+    if isinstance(whole, DeviceBytes):
+        if nbytes or whole.nbytes > PLACE_NBYTES:
+            nbytes = min(nbytes or PLACE_NBYTES, PLACE_NBYTES)
+    elif nbytes:
+        whole = memoryview(whole).cast("B")
+    if not nbytes:
+        yield request
+        return
     done = 0
     while done < whole.nbytes:
         end = (request.start + done + nbytes) // BLOCK * BLOCK - request.start
@@ -321,7 +340,7 @@ def _jobs(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:
     job, nbytes = [], 0
     for request in requests:
         job.append(request)
-        nbytes += memoryview(request.buffer).nbytes
+        nbytes += _nbytes(request.buffer)
         if nbytes >= _JOB_NBYTES:
             yield job
             job, nbytes = [], 0
