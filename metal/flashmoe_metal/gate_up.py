@@ -44,7 +44,12 @@ def gate_up(
     groups = -(-outs // (ROWS * 32 // team * SIMDS))
     return _kernel(
         inputs=[
-            x, slots.reshape(-1), *gate.arrays, *up.arrays, *shared_gate.arrays, *shared_up.arrays
+            x,
+            slots.reshape(-1),
+            *gate.arrays,
+            *up.arrays,
+            *shared_gate.arrays,
+            *shared_up.arrays,
         ],  # fmt: skip
         template=[
             ("T", x.dtype),
