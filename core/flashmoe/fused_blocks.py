@@ -18,7 +18,7 @@ from flashmoe_metal.router import router
 
 from .models import RoutedBlock, SharedExpertBlock
 from .ops.fused import MOST_ROWS, SharedExpert
-from .ops.joined import Joined
+from .ops.joined import Joined, matrix_of
 
 
 class _FusedBlock(Joined):
@@ -48,23 +48,40 @@ class _FusedBlock(Joined):
 
     def _few(self, xs, residuals) -> Iterator[mx.array]:
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
-        products = [self.products(x) for x in rows]
-        routed = [self._route(p[0]) for p in products]
-        extras = [self._extra(p, r) for p, r in zip(products, residuals, strict=True)]
-        scores = [s for _, s in routed]
-        switch = self.switch_mlp
-        inputs = [(x, indices) for x, (indices, _) in zip(rows, routed, strict=True)]
-        if len(inputs) == len(rows[0]) == 1 and switch.settled:
-            results = [switch.work(*inputs[0]).combined(scores[0], **extras[0])]
-        else:
-            results = switch.start(inputs).finish(scores, extras)
+        routed = [self.route(x) for x in rows]
+        results = self.routed_sums(rows, routed, residuals)
         for x, y in zip(xs, results, strict=True):
             yield y.reshape(x.shape)
 
-    def _route(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        return router(
-            logits, self.top_k, experts=self.num_experts, normalise=bool(self.norm_topk_prob)
-        )
+    @property
+    def steps(self) -> bool:
+        """Whether one token can go through `route` and one of the two sums."""
+        return self._matrices is not None
+
+    def route(self, x: mx.array) -> list[mx.array]:
+        """The router's choice for rows x (tokens, hidden), and the products that it comes from:
+        indices and scores (tokens, top_k), products."""
+        products = self.products(x)
+        logits = products[0]
+        normalise = bool(self.norm_topk_prob)
+        choice = router(logits, self.top_k, experts=self.num_experts, normalise=normalise)
+        return [*choice, *products]
+
+    def settled_sum(self, x: mx.array, routed: list[mx.array], residual) -> mx.array:
+        """The block applied to rows x, when every expert is in the slot of its number; lazy."""
+        indices, scores, *products = routed
+        work = self.switch_mlp.work(x, indices)
+        return work.combined(scores, **self._extra(products, residual))
+
+    def routed_sums(self, xs, routed, residuals) -> Iterator[mx.array]:
+        """The block applied to each of several inputs of rows, whatever is resident."""
+        switch = self.switch_mlp
+        if len(xs) == len(xs[0]) == 1 and switch.settled:
+            switch.enter(self.top_k)
+            return iter([self.settled_sum(xs[0], routed[0], residuals[0])])
+        call = switch.start([(x, r[0]) for x, r in zip(xs, routed, strict=True)])
+        extras = [self._extra(r[2:], s) for r, s in zip(routed, residuals, strict=True)]
+        return call.finish([r[1] for r in routed], extras)
 
     def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
         """What the sum takes besides the routed experts."""
@@ -103,14 +120,8 @@ class FusedRoutedBlock(_FusedBlock, RoutedBlock):
 
 def _matrices(layers: Sequence[nn.Module]) -> list[Matrix] | None:
     """The weights of layers, None when our kernels cannot read one."""
-    found = []
-    for layer in layers:
-        if "bias" in layer or getattr(layer, "mode", "affine") != "affine":
-            return None
-        packed = isinstance(layer, nn.QuantizedLinear)
-        kind = (layer.scales, layer.biases, layer.bits, layer.group_size) if packed else ()
-        found.append(Matrix(layer.weight, *kind))
-    return None if any(m.reason() for m in found) else found
+    found = [matrix_of(layer) for layer in layers]
+    return None if None in found else found
 
 
 _CLASSES = {SharedExpertBlock: FusedSharedBlock, RoutedBlock: FusedRoutedBlock}

@@ -98,13 +98,16 @@ class StreamingSwitchGLU(nn.Module):
             self._settled = self._slots.settled and not self._loading
         return self._settled
 
-    def work(self, x: mx.array, indices: mx.array):
-        """The work of a settled layer for one token, x (1, hidden) and indices (1, top_k): nothing
-        is read, and nothing evaluated."""
+    def enter(self, top_k: int) -> None:
+        """What a call of a settled layer does besides `work`, for one token."""
         self._watch.between()
         self._watch.entered(self._bank.layer.layer)
         self._watch.check()
-        self.stats.needed += indices.size
+        self.stats.needed += top_k
+
+    def work(self, x: mx.array, indices: mx.array):
+        """The work of a settled layer, x (rows, hidden) and indices (rows, top_k): no expert is
+        read, and nothing evaluated."""
         work = self._ops.Work(self._bank, x, indices.shape[-1])
         work.run_chosen(indices)
         return work
