@@ -23,6 +23,9 @@ class ResidentSwitch(nn.Module):
 
     settled = False
 
+    def mailbox(self, words):
+        return None
+
     def __init__(self, bank: ExpertBank):
         super().__init__()
         self.bank = bank

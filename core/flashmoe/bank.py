@@ -58,6 +58,7 @@ class ExpertBank:
         self.layer = layer
         self.num_slots = num_slots
         self.on_gpu = on_gpu
+        self.device = device
         self.activations = activations
         self._arrays: dict[tuple[str, str], mx.array] = {}
         # (slots, bytes), or all bytes of the stack.

@@ -11,6 +11,7 @@ MLX, and its context is the device's primary one, which is asked for here too.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
 from functools import cache
 
@@ -18,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import DeviceError
-from .staging import DeviceMemory
+from .staging import DeviceMemory, Mailbox
 
 _pointer, _size, _uint, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int
 _device_pointer = ctypes.c_uint64
@@ -31,6 +32,7 @@ _FUNCTIONS = {
     "cuPointerGetAttribute": [_pointer, _int, _device_pointer],
     "cuMemHostRegister_v2": [_pointer, _size, _uint],
     "cuMemHostUnregister": [_pointer],
+    "cuMemHostGetDevicePointer_v2": [ctypes.POINTER(_device_pointer), _pointer, _uint],
     "cuMemcpyHtoDAsync_v2": [_device_pointer, _pointer, _size, _pointer],
     "cuStreamSynchronize": [_pointer],
     "cuGetErrorName": [_int, ctypes.POINTER(ctypes.c_char_p)],
@@ -41,7 +43,7 @@ _DEVICE = 0
 _INTEGRATED = 18
 _MEMORY_TYPE, _IS_MANAGED = 2, 8
 _TYPE_DEVICE = 2
-_PORTABLE = 1
+_PORTABLE, _DEVICE_MAP = 1, 2
 # A stream of the calling thread, which the driver makes. MLX's streams do not wait for it, nor it
 # for them.
 _STREAM_PER_THREAD = 2
@@ -133,6 +135,20 @@ class CudaMemory(DeviceMemory):
         except DeviceError:
             return  # copies from it are slower, and right
         weakref.finalize(place, _unlock, self._context, _at(place)).atexit = False
+
+    def mailbox(self, words: int) -> Mailbox:
+        """Memory of the host that kernels write to.
+
+        Raises:
+            DeviceError: the driver does not lock it.
+        """
+        self._enter()
+        pages = np.frombuffer(mmap.mmap(-1, 4 * words), np.uint32)
+        _call("cuMemHostRegister_v2", _at(pages), pages.nbytes, _PORTABLE | _DEVICE_MAP)
+        weakref.finalize(pages, _unlock, self._context, _at(pages)).atexit = False
+        address = _device_pointer()
+        _call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), _at(pages), 0)
+        return Mailbox(pages, mx.array([address.value], mx.uint64))
 
     def _enter(self) -> None:
         """A thread calls with a context; setting it again costs next to nothing."""

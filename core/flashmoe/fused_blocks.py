@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.router import router
@@ -19,6 +20,7 @@ from flashmoe_metal.router import router
 from .models import RoutedBlock, SharedExpertBlock
 from .ops.fused import MOST_ROWS, SharedExpert
 from .ops.joined import Joined, matrix_of
+from .staging import Mailbox
 
 
 class _FusedBlock(Joined):
@@ -64,8 +66,21 @@ class _FusedBlock(Joined):
         products = self.products(x)
         logits = products[0]
         normalise = bool(self.norm_topk_prob)
-        choice = router(logits, self.top_k, experts=self.num_experts, normalise=normalise)
+        choice = router(
+            logits,
+            self.top_k,
+            experts=self.num_experts,
+            normalise=normalise,
+            mailbox=self._mailbox and self._mailbox.address,
+        )
         return [*choice, *products]
+
+    @cached_property
+    def _mailbox(self) -> Mailbox | None:
+        return self.switch_mlp.mailbox(MOST_ROWS * self.num_experts)
+
+    def _look(self, indices: mx.array) -> np.ndarray:
+        return self._mailbox.words[: indices.size].copy()
 
     def settled_sum(self, x: mx.array, routed: list[mx.array], residual) -> mx.array:
         """The block applied to rows x, when every expert is in the slot of its number; lazy."""
@@ -79,7 +94,9 @@ class _FusedBlock(Joined):
         if len(xs) == len(xs[0]) == 1 and switch.settled:
             switch.enter(self.top_k)
             return iter([self.settled_sum(xs[0], routed[0], residuals[0])])
-        call = switch.start([(x, r[0]) for x, r in zip(xs, routed, strict=True)])
+        # Of several inputs, the last one's choice would be all that is left there.
+        look = {"look": self._look} if self._mailbox and len(xs) == 1 else {}
+        call = switch.start([(x, r[0]) for x, r in zip(xs, routed, strict=True)], **look)
         extras = [self._extra(r[2:], s) for r, s in zip(routed, residuals, strict=True)]
         return call.finish([r[1] for r in routed], extras)
 

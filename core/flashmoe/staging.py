@@ -46,6 +46,9 @@ class DeviceMemory:
     def lock(self, place: np.ndarray) -> None:
         """Ready a new place for fast copies. It is unlocked when `place` is garbage."""
 
+    def mailbox(self, words: int) -> Mailbox | None:
+        """A new mailbox; None where the host may as well look at arrays."""
+
     def place(self, start: int, nbytes: int) -> np.ndarray:
         """This thread's place, for `nbytes` bytes that start at the byte `start` of their file. It
         lies in blocks as they do, so that a drive can write into it; see `io_modes.BLOCK`."""
@@ -56,6 +59,17 @@ class DeviceMemory:
             self._of_thread.place = pages
         phase = start % BLOCK
         return self._of_thread.place[phase : phase + nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """Words that kernels write for the host; it sees them when it has waited for the kernel.
+
+    words: (n,) uint32. address: (1,) uint64, theirs, as kernels take it.
+    """
+
+    words: np.ndarray
+    address: mx.array
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from .bank import ExpertBank
 from .errors import ReadError
 from .reader import Reader
 from .slots import Slots
+from .staging import Mailbox
 
 
 @dataclass
@@ -85,6 +86,10 @@ class StreamingSwitchGLU(nn.Module):
         """x: (..., hidden), indices: (..., top_k) -> (..., top_k, hidden)."""
         return next(self.start([(x, indices)]).finish())
 
+    def mailbox(self, words: int) -> Mailbox | None:
+        """Where a router can leave its choice for `start`; None where it need not."""
+        return self._bank.device and self._bank.device.mailbox(words)
+
     @property
     def fused(self) -> bool:
         """Whether our GPU kernels can read the experts."""
@@ -112,10 +117,15 @@ class StreamingSwitchGLU(nn.Module):
         work.run_chosen(indices)
         return work
 
-    def start(self, inputs: Sequence[tuple[mx.array, mx.array]]) -> Call:
+    def start(
+        self,
+        inputs: Sequence[tuple[mx.array, mx.array]],
+        look: Callable[[mx.array], np.ndarray] = np.array,
+    ) -> Call:
         """Start the reads that a call needs. Evaluates the inputs.
 
         inputs: x (..., hidden) and indices (..., top_k) of each piece.
+        look: what the host sees of evaluated indices.
         """
         self._watch.between()
         self._watch.entered(self._bank.layer.layer)
@@ -128,7 +138,7 @@ class StreamingSwitchGLU(nn.Module):
             else:
                 with suppress(ReadError):
                     self.landed(expert)
-        return Call(self, inputs)
+        return Call(self, inputs, look)
 
     def load(self, expert: int, pinned: set[int]) -> bool:
         """Start to read an expert, if a slot can be had without evicting a pinned expert."""
@@ -170,7 +180,7 @@ class StreamingSwitchGLU(nn.Module):
 class Call:
     """One call of a StreamingSwitchGLU, between its `start` and its `finish`."""
 
-    def __init__(self, switch: StreamingSwitchGLU, inputs: Sequence[tuple[mx.array, mx.array]]):
+    def __init__(self, switch: StreamingSwitchGLU, inputs, look):
         self._switch = switch
         self._shapes = [(*indices.shape, x.shape[-1]) for x, indices in inputs]
         mx.eval(inputs, switch._given)
@@ -183,7 +193,7 @@ class Call:
         # Expert -> its pairs in each input that has any: (number of the input, pairs).
         self._pairs: dict[int, list[tuple[int, np.ndarray]]] = {}
         for i, (_, indices) in enumerate(inputs):
-            for expert, pairs in _by_expert(indices):
+            for expert, pairs in _by_expert(look(indices)):
                 self._pairs.setdefault(expert, []).append((i, pairs))
         counts = {e: sum(p.size for _, p in pairs) for e, pairs in self._pairs.items()}
         switch._slots.touch(counts, tokens=sum(len(x) for x in rows))
@@ -266,9 +276,9 @@ class Call:
             self._landing.append(expert)
 
 
-def _by_expert(indices: mx.array) -> Iterator[tuple[int, np.ndarray]]:
+def _by_expert(indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The pairs of each expert that a router chose, by expert. See `flashmoe.ops` for pairs."""
-    chosen = np.array(indices).reshape(-1)
+    chosen = indices.reshape(-1)
     order = np.argsort(chosen, kind="stable")
     experts, first = np.unique(chosen[order], return_index=True)
     return zip(experts.tolist(), np.split(order, first[1:]), strict=True)

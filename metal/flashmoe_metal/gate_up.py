@@ -8,7 +8,7 @@ from .kernel import Kernel
 from .matrix import Matrix, lanes
 
 #: Rows of each matrix that a team of lanes takes, and simdgroups of a threadgroup: measured.
-ROWS, SIMDS = 2, 4
+ROWS, SIMDS = 1, 4
 
 _PARTS = [f"{m}_{part}" for m in ("gate", "up") for part in "wsb"]
 _kernel = Kernel(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 
 from .kernel import Kernel
 
-_kernel = Kernel("router", ["logits"], ["indices", "scores"])
+_kernel = Kernel("router", ["logits", "mailbox"], ["indices", "scores"])
 
 
 def router(
-    logits: mx.array, top_k: int, *, experts: int, normalise: bool
+    logits: mx.array,
+    top_k: int,
+    *,
+    experts: int,
+    normalise: bool,
+    mailbox: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """softmax, top-k and the weights of the chosen experts, in one launch.
 
@@ -18,6 +25,9 @@ def router(
         logits: (rows, at least experts); further columns are not looked at.
         top_k: 1..experts.
         normalise: divide the weights by their sum.
+        mailbox: (1,) uint64, an address of page-locked memory where the indices are written as
+            well, on a GPU with memory of its own: there a look at an array costs the host more than
+            the whole block. 0 is none.
 
     Returns:
         indices (rows, top_k) uint32 and scores (rows, top_k) float32, ascending; of equal
@@ -25,7 +35,7 @@ def router(
     """
     rows, stride = logits.shape
     return _kernel(
-        inputs=[logits],
+        inputs=[logits, _no_mailbox() if mailbox is None else mailbox],
         template=[
             ("T", logits.dtype),
             ("E", experts),
@@ -38,3 +48,8 @@ def router(
         output_shapes=[(rows, top_k), (rows, top_k)],
         output_dtypes=[mx.uint32, mx.float32],
     )
+
+
+@cache
+def _no_mailbox() -> mx.array:
+    return mx.zeros((1,), mx.uint64)

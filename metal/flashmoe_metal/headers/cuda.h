@@ -55,6 +55,12 @@ __device__ inline float simd_max(float v) {
   return v;
 }
 
+// Writes word i at an address of the host's memory, which is page-locked; not if it is 0. The host
+// sees it when it has waited for the kernel.
+__device__ inline void post(unsigned long long address, uint i, uint word) {
+  if (address) reinterpret_cast<volatile uint*>(address)[i] = word;
+}
+
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 __device__ inline void threadgroup_barrier(mem_flags) {
   __syncthreads();

@@ -5,6 +5,7 @@
   //   logits   T      [R, STRIDE], columns 0..E
   //   indices  uint32 [R, TOP_K]
   //   scores   float  [R, TOP_K]    divided by their sum when NORMALISE
+  //   mailbox  uint64 [1]           where the indices go as well: see `post`
   //
   // One simdgroup for a token; lane l has experts l, l + 32, ...
   constexpr int MINE = (E + 31) / 32;
@@ -55,6 +56,7 @@
     sum += score;
     if (k % 32 == int(lane)) {
       indices[token * TOP_K + k] = index;
+      post(mailbox[0], token * TOP_K + k, index);
       scores[token * TOP_K + k] = score;
     }
   }
