@@ -254,14 +254,13 @@ def router_problem(
 ) -> Problem:
     """more: columns after the experts', which are the largest.
 
-    logits: "ties": far apart or equal; "equal" all; "none": ties with few above -inf.
+    logits: "ties": far apart or equal; "equal" all; "none": three above -inf.
     """
     rng = np.random.default_rng(experts)
     values = rng.integers(-8, 9, (rows, experts)) / 4 * (logits != "equal")
     if logits == "none":
-        values[rng.uniform(size=values.shape) < 0.9] = -np.inf
-        values[:, 0] = 0
-    given = np.concatenate([values, np.full((rows, more), 9.0)], axis=1).astype(np.float32)
+        values[:, rng.permutation(experts)[3:]] = -np.inf
+    given = np.concatenate([values, np.full((rows, more), 1e3)], axis=1).astype(np.float32)
     chances = np.exp(values - values.max(axis=1, keepdims=True))
     chances /= chances.sum(axis=1, keepdims=True)
     indices = np.argsort(chances, axis=1, kind="stable")[:, experts - top_k :]
