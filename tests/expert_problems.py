@@ -32,9 +32,10 @@ SMALLEST = {mx.float32: 0, mx.bfloat16: 0, mx.float16: 2**-25}
 def dot_error(columns: int, size: np.ndarray) -> np.ndarray:
     """Of a sum of so many products in float32, in any order. size: the sum of their magnitudes.
 
-    A rounding for each, and as many again since codes are larger than weights.
+    Roundings are as often up as down, so they add up as the root of their number. Four times that:
+    codes are larger than weights.
     """
-    return 2 * ROUNDING[mx.float32] * columns * size
+    return 4 * ROUNDING[mx.float32] * columns**0.5 * size
 
 
 @dataclass(frozen=True)
