@@ -21,6 +21,8 @@ from flashmoe.models import StreamingMoE
 class ResidentSwitch(nn.Module):
     """Stands where StreamingSwitchGLU stands, with every expert at the slot of its own number."""
 
+    settled = False
+
     def __init__(self, bank: ExpertBank):
         super().__init__()
         self.bank = bank
@@ -39,10 +41,10 @@ class ResidentSwitch(nn.Module):
 
         class Done:
             @staticmethod
-            def finish(scores):
-                for work, s in zip(works, scores, strict=True):
+            def finish(scores, extras=None):
+                for work, s, extra in zip(works, scores, extras or [{}] * len(works), strict=True):
                     flat = s.reshape(-1, s.shape[-1])
-                    yield work.combined(flat).reshape(*s.shape[:-1], -1)
+                    yield work.combined(flat, **extra).reshape(*s.shape[:-1], -1)
 
         return Done
 

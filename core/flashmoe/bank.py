@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_metal.matrix import Matrix
+
 from .checkpoint import ExpertLayer, ExpertPart
 from .io_modes import BLOCK
 from .reader import ReadRequest
@@ -84,6 +86,7 @@ class ExpertBank:
                 stack = np.frombuffer(pages, np.uint8)[phase:]
                 self._bytes[key] = stack.reshape(num_slots, part.nbytes)
         self._packed: dict[str, Packed] = {}
+        self._matrices: list[Matrix] | None = None
 
     def requests(self, expert: int, slot: int) -> list[ReadRequest]:
         """The reads that bring `expert` into `slot`: one for each part."""
@@ -117,6 +120,12 @@ class ExpertBank:
         """(weight, scales, biases) of one projection, each `(slots, ...)`. GPU only."""
         return tuple(self._arrays.get((projection, p)) for p in ("weight", "scales", "biases"))
 
+    def matrices(self) -> list[Matrix] | None:
+        """The stacks of gate, up and down for our GPU kernels; None when they cannot read one."""
+        if self._matrices is None:
+            self._matrices = [self._matrix(p) for p in ("gate_proj", "up_proj", "down_proj")]
+        return None if any(m.reason() for m in self._matrices) else self._matrices
+
     def matrix(self, projection: str, slot: int) -> list[mx.array | None]:
         """(weight, scales, biases) of the expert in `slot`, as MLX arrays without the slot axis.
 
@@ -136,6 +145,11 @@ class ExpertBank:
         if isinstance(stack, DeviceBytes):
             return stack[slot * part.nbytes : (slot + 1) * part.nbytes]
         return stack[slot]
+
+    def _matrix(self, projection: str) -> Matrix:
+        quantization = self.layer.quantization[projection]
+        bits = quantization and (quantization.bits, quantization.group_size)
+        return Matrix(*self.stacks(projection), *(bits or ()))
 
     def _pack(self, projection: str) -> Packed:
         from .ops.kernels import Packed

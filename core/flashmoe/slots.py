@@ -58,6 +58,13 @@ class Slots:
         """The number of slots that hold no expert."""
         return len(self._free)
 
+    @property
+    def settled(self) -> bool:
+        """Whether every expert is in the slot of its own number: then none ever leaves."""
+        return len(self._slot_of) == self.num_experts and all(
+            e == s for e, s in self._slot_of.items()
+        )
+
     def lookup(self, expert: int) -> int | None:
         """The slot of `expert`, or None when it is not resident."""
         slot = self._slot_of.get(expert)
@@ -93,14 +100,15 @@ class Slots:
     def take(self, expert: int, pinned: Collection[int]) -> int | None:
         """Give `expert`, which must not be resident, a slot; None when all residents are `pinned`.
 
-        A free slot goes first. Else the resident expert with the lowest score leaves: of equal
-        ones the least recently touched, then the lowest id. Experts in `pinned` stay.
+        A free slot goes first, the one of the expert's own number where there is one for each. Else
+        the resident expert with the lowest score leaves: of equal ones the least recently touched,
+        then the lowest id. Experts in `pinned` stay.
         """
         self._check(expert)
         if expert in self._slot_of:
             raise ValueError(f"expert {expert} is already in slot {self._slot_of[expert]}")
         if self._free:
-            slot = self._free.pop()
+            slot = self._free_slot(expert)
         else:
             victim = self._victim(pinned)
             if victim is None:
@@ -146,6 +154,12 @@ class Slots:
             self._closed.append(slot)
             self.num_slots -= 1
         return self._closed[closed:]
+
+    def _free_slot(self, expert: int) -> int:
+        if self.num_slots == self.num_experts and self._expert_in[expert] is None:
+            self._free.remove(expert)
+            return expert
+        return self._free.pop()
 
     def _victim(self, pinned: Collection[int]) -> int | None:
         """Only called when every slot in use holds an expert."""

@@ -7,9 +7,10 @@ expert of the union is read once, and as many reads are in flight as there are s
 A call may have several inputs, the pieces of a prompt: they share the reads, and the bits of each
 are those that it would have alone.
 
-Why a slot may be overwritten: `finish` returns when all experts of the call were computed, and
-the next call of this layer needs its router evaluated, which depends on that result. So no
-pending computation reads a slot when `Slots.take` gives it away, except those in `_pinned`.
+Why a slot may be overwritten: a call begins by evaluating what the one before it gave, if that is
+still lazy. So no pending computation reads a slot when `Slots.take` gives it away, except those of
+the call's own experts, in `_pinned`. Most calls find nothing to evaluate there: their router's
+input depends on it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,6 +73,9 @@ class StreamingSwitchGLU(nn.Module):
         self._slots = Slots(bank.num_slots, bank.layer.num_experts)
         self.stats = SwitchStats()
         self._watch = watch
+        self._settled = False
+        # Results that may be lazy, and then read the slots when they are evaluated.
+        self._given: list[mx.array] = []
         # Experts that have a slot whose bytes have not all arrived -> their reads, None before
         # they are known. It outlives a call, so that one that was interrupted leaves no slot that
         # looks ready and is not.
@@ -79,6 +84,33 @@ class StreamingSwitchGLU(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x: (..., hidden), indices: (..., top_k) -> (..., top_k, hidden)."""
         return next(self.start([(x, indices)]).finish())
+
+    @property
+    def fused(self) -> bool:
+        """Whether our GPU kernels can read the experts."""
+        return self._bank.on_gpu and self._bank.matrices() is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether every expert is in the slot of its own number, for good. A router's indices are
+        slots then, and the host need not look at them."""
+        if not self._settled:
+            self._settled = self._slots.settled and not self._loading
+        return self._settled
+
+    def enter(self, top_k: int) -> None:
+        """What a call of a settled layer does besides `work`, for one token."""
+        self._watch.between()
+        self._watch.entered(self._bank.layer.layer)
+        self._watch.check()
+        self.stats.needed += top_k
+
+    def work(self, x: mx.array, indices: mx.array):
+        """The work of a settled layer, x (rows, hidden) and indices (rows, top_k): no expert is
+        read, and nothing evaluated."""
+        work = self._ops.Work(self._bank, x, indices.shape[-1])
+        work.run_chosen(indices)
+        return work
 
     def start(self, inputs: Sequence[tuple[mx.array, mx.array]]) -> Call:
         """Start the reads that a call needs. Evaluates the inputs.
@@ -141,7 +173,8 @@ class Call:
     def __init__(self, switch: StreamingSwitchGLU, inputs: Sequence[tuple[mx.array, mx.array]]):
         self._switch = switch
         self._shapes = [(*indices.shape, x.shape[-1]) for x, indices in inputs]
-        mx.eval(inputs)
+        mx.eval(inputs, switch._given)
+        switch._given = []
         rows = [x.reshape(-1, x.shape[-1]) for x, _ in inputs]
         self._works = [
             switch._ops.Work(switch._bank, x, indices.shape[-1])
@@ -165,36 +198,55 @@ class Call:
         switch.stats.loaded += len(self._missing)
         self._load_ahead()
 
-    def finish(self, scores: Sequence[mx.array] | None = None) -> Iterator[mx.array]:
+    def finish(
+        self,
+        scores: Sequence[mx.array] | None = None,
+        extras: Sequence[dict[str, Any]] | None = None,
+    ) -> Iterator[mx.array]:
         """Compute all experts of the call, then give the result of each input in turn.
 
         That is (..., hidden), the sum of its experts weighted by scores (..., top_k); without
         scores (..., top_k, hidden).
 
+        extras: what else the `combined` of the ops takes, for each input.
+
         Raises:
             ReadError: an expert could not be read.
         """
-        switch = self._switch
         while self._ready or self._landing:
-            switch._watch.check()
-            if not self._ready:
-                self._ready = [self._landing.popleft()]
-                while self._landing and (
-                    not switch._ops.AS_THEY_LAND or switch._loading[self._landing[0]].done()
-                ):
-                    self._ready.append(self._landing.popleft())
-            self._run({e: switch.landed(e) for e in self._ready})
+            self._switch._watch.check()
+            self._add_landed()
+            self._run({e: self._switch.landed(e) for e in self._ready})
             # Computed experts may be evicted from here on.
             self._pinned.difference_update(self._ready)
             self._ready = []
-            self._load_ahead()
+            if self._missing:
+                for work in self._works:
+                    work.settle()
+                self._load_ahead()
         self._works.reverse()  # each result is dropped when the next one is asked for
         if scores is None:
             return (self._works.pop().result().reshape(shape) for shape in self._shapes)
-        return (
-            self._works.pop().combined(s.reshape(-1, s.shape[-1])).reshape(*s.shape[:-1], -1)
-            for s in scores
-        )
+        extras = extras or [{}] * len(scores)
+        return (self._combined(s, extra) for s, extra in zip(scores, extras, strict=True))
+
+    def _add_landed(self) -> None:
+        """Take those that have landed to the ready ones, waiting where nothing else can be done."""
+        if not self._switch._ops.AS_THEY_LAND:
+            self._ready += self._landing
+            self._landing.clear()
+            return
+        if not self._ready:
+            self._ready = [self._landing.popleft()]
+            while self._landing and self._switch._loading[self._landing[0]].done():
+                self._ready.append(self._landing.popleft())
+
+    def _combined(self, scores: mx.array, extra: dict[str, Any]) -> mx.array:
+        work = self._works.pop()
+        y = work.combined(scores.reshape(-1, scores.shape[-1]), **extra)
+        if work.lazy:
+            self._switch._given.append(y)
+        return y.reshape(*scores.shape[:-1], -1)
 
     def _run(self, slots: dict[int, int]) -> None:
         """Compute the pairs of resident experts: expert -> slot."""

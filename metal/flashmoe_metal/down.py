@@ -53,6 +53,7 @@ def down(
     *,
     shared: Shared | None = None,
     residual: mx.array | None = None,
+    team: int | None = None,
 ) -> mx.array:
     """residual + sum of scores * down(h) + sigmoid(gate) * shared down(h), in one launch.
 
@@ -65,6 +66,8 @@ def down(
         matrix: a stack of (out, in).
         dtype: of the result.
         residual: (rows, out).
+        team: lanes that share a row, those of `matrix` by default: they settle the order of a sum,
+            also of the shared expert's.
 
     Returns:
         (rows, out).
@@ -72,7 +75,7 @@ def down(
     rows, top_k = slots.shape
     other = shared or Shared(h, matrix, scores)
     residual_or = scores if residual is None else residual
-    team = lanes(matrix.columns)
+    team = team or lanes(matrix.columns)
     simds = min(top_k + (shared is not None), MAX_SIMDS)
     groups = -(-matrix.rows // (ROWS * 32 // team))
     (y,) = _kernel(

@@ -129,6 +129,20 @@ def available() -> bool:
     return mx.default_device() == mx.gpu and (mx.metal.is_available() or mx.cuda.is_available())
 
 
+def compiled(f: Callable) -> Callable:
+    """f by `mx.compile`, which spares the building of its launches: most of what one costs.
+
+    f: a pure function of arrays, that holds evaluated arrays only. A launcher is not part of a
+    compiled function, so it goes through f itself.
+    """
+    fast = mx.compile(f)
+
+    def call(*args):
+        return (f if _launcher is not None else fast)(*args)
+
+    return call
+
+
 @contextmanager
 def launched_by(launcher: Launcher):
     """Let something else launch the kernels, as `launcher(kernel, **call)`: tests without a GPU."""

@@ -8,7 +8,7 @@ from .kernel import Kernel
 from .matrix import Matrix, lanes
 
 #: Rows that a team of lanes takes, and simdgroups of a threadgroup: measured.
-ROWS, SIMDS = 4, 4
+ROWS, SIMDS = 2, 4
 
 _kernel = Kernel("matvec", ["x", "w", "s", "b"], ["y"], ["rows.h"])
 

@@ -6,8 +6,11 @@ the expert block of one layer for one call of the model.
 
     work = ops.Work(bank, x, top_k)   # x: (tokens, hidden), evaluated
     work.run({slot: pairs, ...})      # experts that are resident now; any split into calls
+    work.settle()                     # before a slot of those that were run is overwritten
     y = work.result()                 # (tokens, top_k, hidden)
     y = work.combined(scores)         # or: (tokens, hidden), weighted by scores (tokens, top_k)
+
+Where `work.lazy`, what it gives reads slots when it is evaluated.
 
 A pair is one (token, choice) of the router, numbered token * top_k + choice. The bits of a pair's
 result depend on its expert and on the pairs of that expert in this call (of the numba kernels: on
@@ -16,33 +19,42 @@ calls: that is what makes streaming exact.
 """
 
 import os
+from importlib import import_module
 from types import ModuleType
 
 import mlx.core as mx
 
+from flashmoe_metal import kernel
+
 from ..errors import SettingError
 
 ENV = "FLASHMOE_OPS"
-NAMES = ("cpu", "gather", "reference")
+NAMES = ("cpu", "fused", "gather", "reference")
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU here (Metal or CUDA)."""
-    return mx.default_device() == mx.gpu
+    """Whether MLX computes on a GPU here (Metal or CUDA), or something stands in for one."""
+    return mx.default_device() == mx.gpu or kernel.available()
 
 
 def pick(name: str | None = None) -> ModuleType:
-    """The ops module `name`; by default $FLASHMOE_OPS, or the fastest for this device."""
-    name = name or os.environ.get(ENV) or ("gather" if on_gpu() else "cpu")
+    """The ops module `name`; by default $FLASHMOE_OPS, or the fastest for this device.
+
+    Raises:
+        SettingError: there is none of that name, or it does not run here.
+    """
+    name = name or os.environ.get(ENV) or _fastest()
     if name not in NAMES:
         raise SettingError(f"{ENV}={name!r} is not one of {', '.join(NAMES)}")
-    if name != "reference" and (name == "gather") != on_gpu():
+    if not _runs(name):
         device = "gpu" if on_gpu() else "cpu"
         raise SettingError(f"{ENV}={name!r} does not run on MLX's {device} device; unset it")
-    if name == "cpu":
-        from . import cpu as module
-    elif name == "gather":
-        from . import gather as module
-    else:
-        from . import reference as module
-    return module
+    return import_module(f".{name}", __package__)
+
+
+def _fastest() -> str:
+    return next(name for name in ("fused", "gather", "cpu") if _runs(name))
+
+
+def _runs(name: str) -> bool:
+    return {"fused": kernel.available(), "gather": on_gpu(), "cpu": not on_gpu()}.get(name, True)

@@ -48,6 +48,8 @@ _CLASSES = {
 class Work:
     """The expert block of one layer for one call. See `flashmoe.ops`."""
 
+    lazy = False
+
     def __init__(self, bank: ExpertBank, x: mx.array, top_k: int):
         (self.x,) = host(x)
         self.top_k = top_k
@@ -69,6 +71,9 @@ class Work:
             if slot not in few:
                 x = self.x[pairs // self.top_k]
                 self.y[pairs] = glu.many_rows(*self.matrices, slot, x)
+
+    def settle(self) -> None:
+        """Nothing that was run reads a slot after this."""
 
     def result(self) -> mx.array:
         """(tokens, top_k, hidden), float32."""

@@ -16,10 +16,25 @@ from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from flashmoe_metal import add_norm, kernel, qk_norm_rope
+from flashmoe_metal import add_norm, kernel, matvec, qk_norm_rope
 from flashmoe_metal import gated_delta_step as step
+from flashmoe_metal.matrix import Matrix
 
-from .joined import Joined, Part, permute
+from .joined import Joined, Part, matrix_of, permute
+from .steps import Steps, steps_of
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """One row by our kernel. Metal needs none: MLX's own is as fast there."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size != x.shape[-1] or self._matrix is None or not kernel.available():
+            return super().__call__(x)
+        return matvec.matvec(x.reshape(1, -1), self._matrix).reshape(*x.shape[:-1], -1)
+
+    @cached_property
+    def _matrix(self) -> Matrix | None:
+        return matrix_of(self)
 
 
 class _GatedDeltaNet(Joined):
@@ -27,7 +42,7 @@ class _GatedDeltaNet(Joined):
 
     def __call__(self, inputs: mx.array, mask=None, cache=None) -> mx.array:
         products = self.products(inputs)
-        if mask is not None or not self._is_step(inputs, products, cache):
+        if mask is not None or not self.is_step(inputs, products[0].dtype, cache):
             return self.forward(products, inputs, mask, cache)
         out, cache[0], cache[1] = step.gated_delta_step(
             *(products[part.product] for part in self._parts),
@@ -40,8 +55,8 @@ class _GatedDeltaNet(Joined):
         cache.advance(1)
         return self.out_proj(out)
 
-    def _is_step(self, inputs: mx.array, products: list[mx.array], cache) -> bool:
-        """Whether the kernel takes this call."""
+    def is_step(self, inputs: mx.array, dtype: mx.Dtype, cache) -> bool:
+        """Whether the kernel takes this call. dtype: of the products."""
         return (
             inputs.shape[0] == inputs.shape[1] == 1
             and cache is not None
@@ -51,7 +66,7 @@ class _GatedDeltaNet(Joined):
             and not self.training
             # What the kernel would read and write wrongly. mlx-lm's forward says what is wrong.
             and (cache[0].shape, cache[1].shape) == self._shapes
-            and (cache[0].dtype, cache[1].dtype) == (products[0].dtype, mx.float32)
+            and (cache[0].dtype, cache[1].dtype) == (dtype, mx.float32)
             and kernel.available()
             and self._supported
         )
@@ -84,7 +99,9 @@ class _GatedDeltaNet(Joined):
         eps = mx.array([self.norm.eps, 1e-6 if of_sum else 1e-6 * self.head_k_dim])
         # Contiguous once and for all, or each step would copy them.
         arrays = self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, eps
-        return [mx.contiguous(x) for x in arrays]
+        arrays = [mx.contiguous(x) for x in arrays]
+        mx.eval(arrays)
+        return arrays
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):
@@ -103,8 +120,8 @@ class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):
     def in_proj_a(self, _) -> mx.array:
         return self.part(3)
 
-    def _is_step(self, inputs, products, cache) -> bool:
-        return self.sharding_group is None and super()._is_step(inputs, products, cache)
+    def is_step(self, inputs, dtype, cache) -> bool:
+        return self.sharding_group is None and super().is_step(inputs, dtype, cache)
 
 
 class NextGatedDeltaNet(_GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
@@ -155,28 +172,44 @@ class _Attention(Joined):
 
     def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
         products = self.products(x)
-        if not self._is_step(x, products, cache):
+        if not self.is_step(x, products[0].dtype, cache):
             return self.forward(products, x, mask, cache)
+        *qkv, gate = self._split(products, position(cache.offset))
+        return self.after(self.attend(*qkv, cache, mask), gate)
+
+    def before(self, x: mx.array, position: mx.array) -> list[mx.array]:
+        """Queries, keys and values of one token, (1, heads, 1, width), and the gates of its heads.
+
+        x: (1, 1, hidden). position: (1,) int32.
+        """
+        return self._split(self.products(x), position)
+
+    def attend(self, queries, keys, values, cache, mask=None) -> mx.array:
+        """What the queries see: (1, 1, heads * width)."""
+        keys, values = cache.update_and_fetch(keys, values)
+        out = scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+        )
+        return out.reshape(1, 1, -1)
+
+    def after(self, out: mx.array, gate: mx.array) -> mx.array:
+        return self.o_proj(out * gate if self.gated else out)
+
+    def _split(self, products: list[mx.array], position: mx.array) -> list[mx.array]:
         heads, key_heads = self._heads
         q, k, v = self._parts
         queries, keys, gate = qk_norm_rope.qk_norm_rope(
             products[q.product],
             products[k.product],
             *self._weights,
-            _position(cache.offset),
+            position,
             heads=heads,
             key_heads=key_heads,
             rotated=self.rope.dims,
             gated=self.gated,
             at=(q.start, k.start),
         )
-        values = v.of(products).reshape(1, key_heads, 1, -1)
-        keys, values = cache.update_and_fetch(keys, values)
-        out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
-        )
-        out = out.reshape(1, 1, -1)
-        return self.o_proj(out * gate if self.gated else out)
+        return [queries, keys, v.of(products).reshape(1, key_heads, 1, -1), gate]
 
     def q_proj(self, _) -> mx.array:
         return self.part(0)
@@ -187,7 +220,7 @@ class _Attention(Joined):
     def v_proj(self, _) -> mx.array:
         return self.part(2)
 
-    def _is_step(self, x: mx.array, products: list[mx.array], cache) -> bool:
+    def is_step(self, x: mx.array, dtype: mx.Dtype, cache) -> bool:
         """Whether the kernel takes this call. In a batch that is padded, offsets are arrays."""
         return (
             x.shape[0] == x.shape[1] == 1
@@ -196,7 +229,7 @@ class _Attention(Joined):
             and not self.training
             and kernel.available()
             and self._supported
-            and self.q_norm.weight.dtype == self.k_norm.weight.dtype == products[0].dtype
+            and self.q_norm.weight.dtype == self.k_norm.weight.dtype == dtype
         )
 
     @cached_property
@@ -230,7 +263,7 @@ class Attention(_Attention, qwen3_moe.Attention):
 
 
 @lru_cache(maxsize=4)
-def _position(offset: int) -> mx.array:
+def position(offset: int) -> mx.array:
     """As the kernel takes it: one array for all layers of a step."""
     return mx.array([offset], mx.int32)
 
@@ -245,17 +278,28 @@ class _DecoderLayer:
         pass
 
     def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
-        attention = self.linear_attn if getattr(self, "is_linear", False) else self.self_attn
-        r = attention(self.input_layernorm(x), mask, cache)
-        norm, block = self.post_attention_layernorm, self.mlp
-        if kernel.available() and not self.training and add_norm.supports(x, r, norm.weight):
-            h, normed = add_norm.add_norm(x, r, norm.weight, self._eps)
-        else:
-            h = x + r
-            normed = norm(h)
+        if self._steps is not None and mask is None and self._steps.take(x, cache):
+            return self._steps(x, cache)
+        h, normed = self.sum_and_norm(x, self.attention(self.input_layernorm(x), mask, cache))
+        block = self.mlp
         if hasattr(type(block), "with_residual"):
             return block.with_residual(normed, h)
         return h + block(normed)
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.linear_attn if getattr(self, "is_linear", False) else self.self_attn
+
+    def sum_and_norm(self, x: mx.array, r: mx.array) -> tuple[mx.array, mx.array]:
+        """x + r, and what its norm is."""
+        norm = self.post_attention_layernorm
+        if kernel.available() and not self.training and add_norm.supports(x, r, norm.weight):
+            return tuple(add_norm.add_norm(x, r, norm.weight, self._eps))
+        return x + r, norm(x + r)
+
+    @cached_property
+    def _steps(self) -> Steps | None:
+        return steps_of(self)
 
     @cached_property
     def _eps(self) -> mx.array:
@@ -292,3 +336,7 @@ def prepare(model: nn.Module) -> None:
         if ours is not None:
             module.__class__ = ours
             module.prepare()
+    if not mx.metal.is_available():
+        for module in model.modules():
+            if type(module) is nn.QuantizedLinear:
+                module.__class__ = QuantizedLinear

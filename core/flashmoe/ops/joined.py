@@ -12,6 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from flashmoe_metal.matrix import Matrix
+
 #: MLX's fast product of many rows on CUDA takes output columns in multiples of this.
 _ROWS = 128
 
@@ -53,6 +55,16 @@ def permute(layer: nn.Module, order: mx.array) -> None:
     """Let output i of the layer be what its output order[i] was."""
     for name, value in _arrays(layer).items():
         layer[name] = value[order]
+
+
+def matrix_of(layer: nn.Module) -> Matrix | None:
+    """The weights of a layer, None when our kernels cannot read them."""
+    if "bias" in layer or getattr(layer, "mode", "affine") != "affine":
+        return None
+    packed = isinstance(layer, nn.QuantizedLinear)
+    kind = (layer.scales, layer.biases, layer.bits, layer.group_size) if packed else ()
+    matrix = Matrix(layer.weight, *kind)
+    return None if matrix.reason() else matrix
 
 
 def _arrays(layer: nn.Module) -> dict[str, mx.array]:

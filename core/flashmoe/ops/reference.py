@@ -45,6 +45,8 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
 class Work:
     """The expert block of one layer for one call. See `flashmoe.ops`."""
 
+    lazy = False
+
     def __init__(self, bank: ExpertBank, x: mx.array, top_k: int):
         self.bank = bank
         self.x = x
@@ -59,6 +61,9 @@ class Work:
             self._pairs.append(pairs)
         # The caller may now overwrite the slots, so nothing may be left lazy.
         mx.eval(self._outputs)
+
+    def settle(self) -> None:
+        """Nothing that was run reads a slot after this."""
 
     def result(self) -> mx.array:
         """(tokens, top_k, hidden), in the dtype of x."""

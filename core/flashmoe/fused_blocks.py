@@ -1,0 +1,136 @@
+"""MoE blocks for few tokens on a GPU: router, experts, shared expert and residual in four launches.
+
+A block of mlx-lm's becomes one of these in place. Calls of many tokens go through the blocks of
+`flashmoe.models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flashmoe_metal.matrix import Matrix
+from flashmoe_metal.router import router
+
+from .models import RoutedBlock, SharedExpertBlock
+from .ops.fused import MOST_ROWS, SharedExpert
+from .ops.joined import Joined, matrix_of
+
+
+class _FusedBlock(Joined):
+    """Its parts are the router's logits, and those of the shared expert's gate."""
+
+    def prepare(self) -> None:
+        self.join(("gate",))
+
+    def gate(self, x: mx.array) -> mx.array:
+        return self._parts[0].of(self.products(x))
+
+    def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
+        """The block applied to pieces of a prompt, whose experts are read once for all of them."""
+        return self._sweep(xs, [None] * len(xs))
+
+    def with_residual(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + block(x)."""
+        return next(self._sweep([x], [residual]))
+
+    def _sweep(self, xs, residuals) -> Iterator[mx.array]:
+        if all(self._is_few(x) for x in xs):
+            return self._few(xs, residuals)
+        return self._many(xs, residuals)
+
+    def _is_few(self, x: mx.array) -> bool:
+        return x.size <= MOST_ROWS * x.shape[-1] and self._matrices is not None
+
+    def _few(self, xs, residuals) -> Iterator[mx.array]:
+        rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+        routed = [self.route(x) for x in rows]
+        results = self.routed_sums(rows, routed, residuals)
+        for x, y in zip(xs, results, strict=True):
+            yield y.reshape(x.shape)
+
+    @property
+    def steps(self) -> bool:
+        """Whether one token can go through `route` and one of the two sums."""
+        return self._matrices is not None
+
+    def route(self, x: mx.array) -> list[mx.array]:
+        """The router's choice for rows x (tokens, hidden), and the products that it comes from:
+        indices and scores (tokens, top_k), products."""
+        products = self.products(x)
+        logits = products[0]
+        normalise = bool(self.norm_topk_prob)
+        choice = router(logits, self.top_k, experts=self.num_experts, normalise=normalise)
+        return [*choice, *products]
+
+    def settled_sum(self, x: mx.array, routed: list[mx.array], residual) -> mx.array:
+        """The block applied to rows x, when every expert is in the slot of its number; lazy."""
+        indices, scores, *products = routed
+        work = self.switch_mlp.work(x, indices)
+        return work.combined(scores, **self._extra(products, residual))
+
+    def routed_sums(self, xs, routed, residuals) -> Iterator[mx.array]:
+        """The block applied to each of several inputs of rows, whatever is resident."""
+        switch = self.switch_mlp
+        if len(xs) == len(xs[0]) == 1 and switch.settled:
+            switch.enter(self.top_k)
+            return iter([self.settled_sum(xs[0], routed[0], residuals[0])])
+        call = switch.start([(x, r[0]) for x, r in zip(xs, routed, strict=True)])
+        extras = [self._extra(r[2:], s) for r, s in zip(routed, residuals, strict=True)]
+        return call.finish([r[1] for r in routed], extras)
+
+    def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
+        """What the sum takes besides the routed experts."""
+        return {} if residual is None else {"residual": residual.reshape(-1, residual.shape[-1])}
+
+
+class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
+    def prepare(self) -> None:
+        self.join(("gate", "shared_expert_gate"))
+
+    def shared_expert_gate(self, x: mx.array) -> mx.array:
+        return self._parts[1].of(self.products(x))
+
+    def _many(self, xs, residuals) -> Iterator[mx.array]:
+        for y, r in zip(SharedExpertBlock.sweep(self, xs), residuals, strict=True):
+            yield y if r is None else r + y
+
+    def _extra(self, products, residual) -> dict[str, Any]:
+        part = self._parts[1]
+        shared = SharedExpert(*self._matrices, products[part.product], part.start)
+        return {"shared": shared} | super()._extra(products, residual)
+
+    @cached_property
+    def _matrices(self) -> list[Matrix] | None:
+        expert = self.shared_expert
+        return _matrices([expert.gate_proj, expert.up_proj, expert.down_proj])
+
+
+class FusedRoutedBlock(_FusedBlock, RoutedBlock):
+    _matrices = ()
+
+    def _many(self, xs, residuals) -> Iterator[mx.array]:
+        for y, r in zip(RoutedBlock.sweep(self, xs), residuals, strict=True):
+            yield y if r is None else r + y
+
+
+def _matrices(layers: Sequence[nn.Module]) -> list[Matrix] | None:
+    """The weights of layers, None when our kernels cannot read one."""
+    found = [matrix_of(layer) for layer in layers]
+    return None if None in found else found
+
+
+_CLASSES = {SharedExpertBlock: FusedSharedBlock, RoutedBlock: FusedRoutedBlock}
+
+
+def prepare(model: nn.Module) -> None:
+    """Let the blocks of a loaded model compute in this way, evaluated or not."""
+    for module in model.modules():
+        ours = _CLASSES.get(type(module))
+        if ours is not None and module.switch_mlp.fused:
+            module.__class__ = ours
+            module.prepare()
