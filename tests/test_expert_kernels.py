@@ -17,7 +17,7 @@ from expert_problems import (
 )
 from flashmoe_metal import kernel
 from flashmoe_metal.down import combine, down
-from flashmoe_metal.matrix import Matrix
+from flashmoe_metal.matrix import Matrix, lanes
 from gpu import launched
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
@@ -107,7 +107,16 @@ def test_sum_differs_from_float64(case, how, on_device):
     combine_problem(replace(case, out=300)).check(how)
 
 
-@each({name: DOWN[name] for name in ("one of one expert", "24 chunks", "8 bits", "f16")})
+@each(
+    {
+        "one of one expert": DOWN["one of one expert"],
+        "24 chunks": DOWN["24 chunks"],
+        "a shared one of other lanes": Case(
+            Kind(4, 32), columns=480, shared=Kind(8, 32), shared_size=96, dtype=F32
+        ),
+        "plain": Case(Kind(0), dtype=F32, shared=Kind(0, dtype=F16), residual=F16),
+    }
+)
 def test_terms_computed_apart_give_other_bits(case, on_device):
     problem = down_problem(case)
     h, slots, scores, matrix, dtype = problem.arguments
@@ -119,10 +128,11 @@ def test_terms_computed_apart_give_other_bits(case, on_device):
     options = {"residual": problem.options["residual"]}
     if shared := problem.options.get("shared"):
         own = shared.down
-        parts = own.arrays[:1] if own.bits > 8 else own.arrays
-        stack = Matrix(*(x[None] for x in parts), own.bits, own.group_size)
+        weight, *rest = (x[None] for x in own.arrays)
+        stack = Matrix(weight, *rest, own.bits, own.group_size) if own.bits < 16 else Matrix(weight)
         rows = case.rows
-        term = down(shared.h, mx.zeros((rows, 1), mx.uint32), mx.ones((rows, 1)), stack, F32)
+        slots, ones = mx.zeros((rows, 1), mx.uint32), mx.ones((rows, 1))
+        term = down(shared.h, slots, ones, stack, F32, team=lanes(matrix.columns))
         options |= {"shared": term, "gate": shared.gate, "column": shared.column}
     found = combine(terms, places, scores, dtype, **options)
     assert mx.array_equal(found, down(*problem.arguments, **problem.options))

@@ -155,8 +155,9 @@ def down(
     *,
     shared: Shared | None = None,
     residual: mx.array | None = None,
+    team: int | None = None,
 ) -> mx.array:
-    """The arguments and results of `flashmoe_metal.down.down`."""
+    """The arguments and results of `flashmoe_metal.down.down`. team: it has no such order."""
     own = {}
     if shared is not None:
         products = _products(shared.down, shared.h)
