@@ -10,78 +10,12 @@ from mlx_lm.models.cache import ArraysCache
 from flashmoe.ops import gpu_layers, kernel_twins
 from flashmoe_metal import kernel
 from flashmoe_metal.gated_delta_step import gated_delta_step, supports
+from gated_delta_problems import SHAPES, case, check, in_float64, numpy
 from gpu import launched
 
-#: (key heads, value heads, width, rows, taps)
-SHAPES = {
-    "plain": (2, 4, 32, 32, 4),
-    "one_head": (1, 1, 8, 8, 2),
-    "three_to_one": (1, 3, 36, 20, 3),
-    "few_rows": (2, 2, 64, 5, 4),
-    "wide": (1, 2, 192, 24, 4),
-    "qwen": (1, 2, 128, 128, 4),
-}
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
-EPSILON = {mx.float32: 1e-6, mx.bfloat16: 2**-8, mx.float16: 2**-11}
 
 net = pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
-
-
-def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], dict]:
-    """Arguments of the kernel; its projections are one array."""
-    key_heads, heads, width, rows, taps = shape
-    channels = 2 * key_heads * width + heads * rows
-    keys = iter(mx.random.split(mx.random.key(seed), 8))
-
-    def normal(*shape, scale=1.0, to=dtype):
-        return (mx.random.normal(shape, key=next(keys)) * scale).astype(to)
-
-    projected = normal(1, 1, channels + heads * rows + 2 * heads)
-    arguments = [
-        *[projected] * 4,
-        normal(1, taps - 1, channels),
-        normal(channels, taps, 1, scale=taps**-0.5),
-        normal(heads, to=mx.float32),
-        normal(heads),
-        1 + normal(rows, scale=0.1),
-        mx.array([1e-3, 1e-2]),
-        normal(1, heads, rows, width, scale=0.3, to=mx.float32),
-    ]
-    b = channels + heads * rows
-    return arguments, {"key_heads": key_heads, "at": (0, channels, b, b + heads)}
-
-
-def in_float64(arguments: list[mx.array], *, key_heads: int, at: tuple) -> list[np.ndarray]:
-    """The definition, head by head."""
-    arrays = [np.array(x.astype(mx.float32)).astype(np.float64) for x in arguments]
-    *projected, conv_state, conv_weight, a_log, dt_bias, norm, eps, state = arrays
-    qkv, z, b, a = (x[0, 0, start:] for x, start in zip(projected, at, strict=True))
-    heads, rows, width = state.shape[1:]
-    channels = conv_state.shape[-1]
-    seen = np.concatenate([conv_state[0], qkv[None, :channels]])
-    mixed = (seen * conv_weight[..., 0].T).sum(axis=0)
-    mixed = mixed / (1 + np.exp(-mixed))
-    out, after = np.empty((heads, rows)), np.empty((heads, rows, width))
-    for head in range(heads):
-        key_head = head // (heads // key_heads)
-        q = mixed[key_head * width :][:width]
-        k = mixed[(key_heads + key_head) * width :][:width]
-        v = mixed[2 * key_heads * width + head * rows :][:rows]
-        q = q / np.sqrt((q * q).sum() + eps[1]) / np.sqrt(width)
-        k = k / np.sqrt((k * k).sum() + eps[1])
-        decay = np.exp(-np.exp(a_log[head]) * np.log1p(np.exp(a[head] + dt_bias[head])))
-        beta = 1 / (1 + np.exp(-b[head]))
-        s = state[0, head] * decay
-        s = s + np.outer((v - s @ k) * beta, k)
-        y = s @ q
-        gate = z[head * rows :][:rows]
-        y = y / np.sqrt((y * y).mean() + eps[0]) * norm * gate / (1 + np.exp(-gate))
-        out[head], after[head] = y, s
-    return [out.reshape(1, 1, -1), seen[None, 1:], after[None]]
-
-
-def numpy(arrays) -> list[np.ndarray]:
-    return [np.array(x.astype(mx.float32)) for x in arrays]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,11 +26,7 @@ def test_step_differs_from_float64(shape, dtype, how):
     with launched():
         ours = gated_delta_step if how == "kernel" else kernel_twins.gated_delta_step
         found = ours(*arguments, **rest)
-    assert [x.dtype for x in found] == [dtype, dtype, mx.float32]
-    expected = in_float64(arguments, **rest)
-    for x, y, eps in zip(numpy(found), expected, (EPSILON[dtype], 0, 1e-6), strict=True):
-        assert x.shape == y.shape
-        np.testing.assert_allclose(x, y, rtol=eps, atol=4 * max(eps, 1e-6) * np.abs(y).mean())
+    check(found, arguments, **rest)
 
 
 @pytest.mark.skipif(kernel.available(), reason="a GPU has an order of its own")
@@ -178,7 +108,6 @@ def module(family: str, dtype: mx.Dtype, *, bits: int | None, mixed: bool = Fals
             small = path.endswith(("in_proj_b", "in_proj_a", "in_proj_ba"))
             return {"group_size": 32, "bits": 8 if mixed and small else bits}
 
-        mx.nn = None
         nn.quantize(net, class_predicate=settings)
     net.eval()
     return net

@@ -53,7 +53,8 @@ class Matrix:
             return f"groups of {self.group_size} are not one of {', '.join(map(str, GROUP_SIZES))}"
         if self.columns % CHUNK or self.columns % self.group_size:
             return f"{self.columns} columns are not a multiple of {max(CHUNK, self.group_size)}"
-        if self.rows * self.columns < 8 * CHUNK:
+        # Of fewer than 8 scales, MLX makes a constant, for which the kernels have no pointer.
+        if self.rows * self.columns < 8 * self.group_size:
             return f"{self.rows} x {self.columns} is too small"
         return None
 

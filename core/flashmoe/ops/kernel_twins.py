@@ -1,7 +1,7 @@
-"""What the kernels around the experts compute, in plain MLX.
+"""What the kernels compute, in plain MLX.
 
-The twin of GatedDeltaNet's step computes in float32 and rounds what it returns; mlx-lm's module
-rounds in between too. The others round where MLX does.
+The twins of GatedDeltaNet's step and of the experts' kernels compute in float32 and round what they
+return; mlx-lm's modules round in between too. The others round where MLX does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+
+from flashmoe_metal.down import Shared
+from flashmoe_metal.matrix import Matrix
 
 
 def _silu(x: mx.array) -> mx.array:
@@ -95,3 +98,90 @@ def qk_norm_rope(
 
     gates = mx.sigmoid(queries[:, :, 1]).reshape(1, 1, -1) if gated else mx.zeros(1, queries.dtype)
     return [turned(queries[:, :, :1], q_weight, eps[0]), turned(keys, k_weight, eps[1]), gates]
+
+
+def router(
+    logits: mx.array, top_k: int, *, experts: int, normalise: bool
+) -> tuple[mx.array, mx.array]:
+    """The arguments and results of `flashmoe_metal.router.router`."""
+    chances = mx.softmax(logits[:, :experts], axis=-1, precise=True)
+    indices = mx.argsort(chances, axis=-1)[:, -top_k:]
+    scores = mx.take_along_axis(chances, indices, axis=-1).astype(mx.float32)
+    if normalise:
+        scores = scores / scores.sum(axis=-1, keepdims=True)
+    return indices, scores
+
+
+def _products(matrix: Matrix, x: mx.array, slots: mx.array | None = None) -> mx.array:
+    """Of each row of x (..., in) with a matrix, or with that of its slot (...)."""
+    parts = matrix.arrays if slots is None else [part[slots] for part in matrix.arrays]
+    if matrix.bits < 16:
+        weight, scales, biases = parts
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        parts = [
+            mx.dequantize(weight, scales, biases, group_size=matrix.group_size, bits=matrix.bits)
+        ]
+    products = parts[0].astype(mx.float32) @ x.astype(mx.float32)[..., None]
+    return products.squeeze(-1)
+
+
+def matvec(x: mx.array, matrix: Matrix) -> mx.array:
+    """The arguments and results of `flashmoe_metal.matvec.matvec`."""
+    return _products(matrix, x).astype(x.dtype)
+
+
+def gate_up(
+    x: mx.array,
+    slots: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    shared: tuple[Matrix, Matrix] | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The arguments and results of `flashmoe_metal.gate_up.gate_up`."""
+    pairs = slots.reshape(-1)
+    repeated = mx.repeat(x, slots.shape[1], axis=0)
+    h = _silu(_products(gate, repeated, pairs)) * _products(up, repeated, pairs)
+    if shared is None:
+        return h, mx.zeros((1, 1))
+    return h, _silu(_products(shared[0], x)) * _products(shared[1], x)
+
+
+def down(
+    h: mx.array,
+    slots: mx.array,
+    scores: mx.array,
+    matrix: Matrix,
+    dtype: mx.Dtype,
+    *,
+    shared: Shared | None = None,
+    residual: mx.array | None = None,
+    team: int | None = None,
+) -> mx.array:
+    """The arguments and results of `flashmoe_metal.down.down`. team: it has no such order."""
+    own = {}
+    if shared is not None:
+        products = _products(shared.down, shared.h)
+        own = {"shared": products, "gate": shared.gate, "column": shared.column}
+    places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+    terms = _products(matrix, h, slots.reshape(-1))
+    return combine(terms, places, scores, dtype, **own, residual=residual)
+
+
+def combine(
+    terms: mx.array,
+    places: mx.array,
+    scores: mx.array,
+    dtype: mx.Dtype,
+    *,
+    shared: mx.array | None = None,
+    gate: mx.array | None = None,
+    column: int = 0,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """The arguments and results of `flashmoe_metal.down.combine`."""
+    y = (terms[places] * scores[..., None]).sum(axis=1)
+    if shared is not None:
+        y = y + mx.sigmoid(gate[:, column, None].astype(mx.float32)) * shared
+    if residual is not None:
+        y = y + residual.astype(mx.float32)
+    return y.astype(dtype)
