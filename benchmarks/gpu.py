@@ -41,7 +41,7 @@ from flashmoe_metal.kernel import available
 from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.router import router
 
-HIDDEN, EXPERT, SLOTS = 4096, 1024, 64
+HIDDEN, EXPERT, SLOTS, VOCAB = 4096, 1024, 64, 248320
 ROUNDS, CHAIN = 7, 40
 SECTIONS = ("check", "block", "rows", "model", "streaming")
 
@@ -314,19 +314,19 @@ def model(work: Path, layers: int, experts: int) -> dict:
     from flashmoe.checkpoint import Checkpoint
     from flashmoe.loading import load_streaming
 
-    path = checkpoint(work, layers=layers, experts=experts, vocab=248320)
+    path = checkpoint(work, layers=layers, experts=experts, vocab=VOCAB)
     stock, _ = load_model(path)
     for block in (layer.mlp for layer in stock.layers):
         block.top_k = 4
     ours = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
     # Long enough to need every expert of every layer.
-    prompt = np.random.default_rng(0).integers(0, 248320, 150).tolist()
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
     sides = {"stock": Decoding(stock, prompt), "ours": Decoding(ours, prompt)}
     settled = sum(layer.mlp.switch_mlp.settled for layer in ours.layers)
     steps = 20
     seconds = alternated({n: (lambda s=s: s.run(steps)) for n, s in sides.items()}, rounds=5)
     rates = {f"{n} tokens/s": round(steps / s, 1) for n, s in seconds.items()}
-    # Random weights of so many layers amplify rounding, so errors are of one block of layers.
+    # Random weights of many layers amplify rounding, of both in the same way.
     tokens = prompt[:6]
     errors = {"stock": forced(stock, tokens), "ours": forced(ours, tokens)}
     stock.set_dtype(mx.float32)

@@ -6,6 +6,7 @@ depends on the shape of a call alone, so no bit depends on what is resident.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,6 +18,10 @@ from flashmoe_metal.gate_up import gate_up
 from flashmoe_metal.matrix import Matrix, lanes
 
 from . import gather
+
+# MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs. It
+# counts whole stacks of experts, so each launch would be a batch of its own.
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000000")
 
 #: Launches are what costs: wait for all reads that there are slots for, then compute at once.
 AS_THEY_LAND = False
