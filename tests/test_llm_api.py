@@ -207,7 +207,7 @@ def test_figures_are_missing(model):
     assert set(figures) == {
         *("finish_reason", "tokens_per_second", "time_to_first_token", "experts", "activations"),
         *("trained_experts", "bits", "hit_rate", "bytes_read", "bytes_per_token"),
-        *("io_wait_seconds", "steps", "peak_memory", "path"),
+        *("io_wait_seconds", "steps", "peak_memory", "path", "ops"),
     }
     assert response.resolved_model == DEMO
     pruned = model.prompt("Tell me about the sea.", experts=4, **GREEDY)

@@ -93,7 +93,7 @@ def figures(end) -> str:
         f"{end.prompt_seconds:.2f} s; "
         f"{end.generated_tokens} generated at {end.tokens_per_second:.1f} tokens/s; "
         f"K={end.experts} of {end.trained_experts}, {end.bits:g} bits, "
-        f"{end.activations} activations; "
+        f"{end.activations} activations, {end.ops} ops; "
         f"hit rate {end.hit_rate:.1%}, {format_size(end.bytes_read)} read, "
         f"{end.wait_seconds:.2f} s waited for the disk; peak {format_size(end.peak_nbytes)}"
     )

@@ -87,6 +87,8 @@ class End:
         experts: K in use; trained_experts: the K of training.
         bits: of the expert weights, 16 or 32 when they are not quantised.
         activations: "float32" or "int8", see `flashmoe.activations`.
+        ops: what computed the experts, a module of `flashmoe.ops`: "cpu", "fused" (our GPU
+            kernels), or "gather" or "reference", which FLASHMOE_OPS selects to find a fault.
         hit_rate: share of the needed experts that were resident, 0..1.
         bytes_read: expert bytes read from disk.
         wait_seconds: time that computing stood still for the disk.
@@ -106,6 +108,7 @@ class End:
     trained_experts: int
     bits: float
     activations: str
+    ops: str
     hit_rate: float
     bytes_read: int
     wait_seconds: float
@@ -132,6 +135,7 @@ class End:
             "trained_experts": self.trained_experts,
             "bits": self.bits,
             "activations": self.activations,
+            "ops": self.ops,
             "hit_rate": round(self.hit_rate, 4),
             "bytes_read": self.bytes_read,
             "bytes_per_token": round(self.bytes_per_token),

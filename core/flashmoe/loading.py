@@ -13,6 +13,7 @@ from . import memory as memory_module
 from . import ops
 from .activations import check_activations
 from .checkpoint import Checkpoint
+from .cuda_memory import device_memory
 from .drives import drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
@@ -37,8 +38,8 @@ def plan_memory(
     """How the memory of this process would be split for the checkpoint.
 
     Args:
-        memory: budget for the peak of the whole process, such as "8GB" or a number of bytes.
-            None: what the machine can spare.
+        memory: budget for the peak of the whole process, such as "8GB" or a number of bytes; of
+            the memory of the GPU, when it has its own. None: what can be spared.
         slots: experts resident in each layer, instead of what the budget gives.
         experts: K, or None for the trained one.
         prompt_cache: bytes kept free for states of prompts, as an engine keeps them. None: those
@@ -53,10 +54,17 @@ def plan_memory(
     gpu = ops.on_gpu()
     passing = prompt_nbytes(checkpoint, k, on_gpu=gpu)
     held = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
+    budget = None if memory is None else memory_module.parse_size(memory)
+    base = memory_module.resident()
+    if device_memory() is not None:
+        # What lies on the card is planned for; the process itself holds little beside it.
+        base = 0
+        if budget is None and slots is None:
+            budget = memory_module.spare(mx.device_info()["free_memory"])
     return memory_module.plan(
-        budget=None if memory is None else memory_module.parse_size(memory),
+        budget=budget,
         slots=slots,
-        base=memory_module.resident(),
+        base=base,
         dense=checkpoint.dense_nbytes,
         working=lasting_nbytes(checkpoint, on_gpu=gpu) + held + passing,
         layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],

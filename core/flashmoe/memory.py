@@ -64,6 +64,11 @@ def available() -> int:
     return max(0, min([meminfo["MemAvailable:"] * 1024, *rooms]))
 
 
+def spare(free: int) -> int:
+    """Bytes of `free` ones that a process may take, when it was not told how many."""
+    return max(0, free - max(_RESERVE, free // 10))
+
+
 def resident() -> int:
     """Bytes of memory this process holds now (on macOS the same as `peak`)."""
     if sys.platform == "darwin":
@@ -182,8 +187,7 @@ def plan(
 
     named = f"memory {format_size(budget or 0)} is"
     if budget is None:
-        free = available()
-        budget = base + max(0, free - max(_RESERVE, free // 10))
+        budget = base + spare(available())
         named = f"the memory this machine can spare, {format_size(budget)}, is"
     fits = (budget - fixed) // slot_nbytes
     if fits < minimum:

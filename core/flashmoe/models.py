@@ -97,6 +97,7 @@ class StreamingMoE:
         watch: its check is called between experts.
         room: how many slots there are now.
         activations: see `flashmoe.activations`.
+        ops: the name of the module of `flashmoe.ops` that computes the experts.
     """
 
     checkpoint: Checkpoint
@@ -105,6 +106,7 @@ class StreamingMoE:
     watch: Watch
     room: Room
     activations: str
+    ops: str
     block: type[nn.Module]
 
     def sanitize(self, weights: dict) -> dict:
@@ -124,6 +126,7 @@ class StreamingMoE:
         self.activations = activations
         self.watch = Watch()
         module = ops.pick()
+        self.ops = module.__name__.rpartition(".")[2]
         slots = max(plan.slots_per_layer, plan.most_slots)
         device = device_memory()
         for index, layer in checkpoint.expert_layers.items():

@@ -117,6 +117,7 @@ class Session:
             trained_experts=self.checkpoint.top_k,
             bits=self.checkpoint.expert_bits,
             activations=self.model.activations,
+            ops=self.model.ops,
             peak_nbytes=memory.peak(),
             **self._streamed(before),
         )

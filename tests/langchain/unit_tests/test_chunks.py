@@ -34,6 +34,7 @@ END = End(
     trained_experts=10,
     bits=4,
     activations="float32",
+    ops="cpu",
     hit_rate=0.75,
     bytes_read=1700,
     wait_seconds=0.1,
