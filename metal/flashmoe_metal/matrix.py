@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -14,36 +13,39 @@ GROUP_SIZES = (32, 64, 128)
 #: Columns that a lane takes at once. A row is a whole number of them.
 CHUNK = 32
 
-_FLOATS = {mx.bfloat16: 16, mx.float16: 16, mx.float32: 32}
+_FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 
 
-@dataclass(frozen=True)
 class Matrix:
     """A matrix (rows, columns), or a stack of them, one in each slot.
 
-    Attributes:
+    Args:
         weight: uint32 ([slots,] rows, columns * bits / 32); not packed: ([slots,] rows, columns).
         scales, biases: ([slots,] rows, columns / group_size) of bf16, f16 or f32; None where weight
             is not packed.
         bits: one of BITS. group_size: one of GROUP_SIZES.
+
+    Attributes:
+        rows, columns: of one matrix.
+        arrays: weight, scales and biases, as kernels take them.
     """
 
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    bits: int = 0
-    group_size: int = 0
-
-    def __post_init__(self):
-        if self.scales is None:
-            object.__setattr__(self, "bits", _FLOATS[self.weight.dtype])
-            object.__setattr__(self, "group_size", CHUNK)
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array | None = None,
+        biases: mx.array | None = None,
+        bits: int = 0,
+        group_size: int = 0,
+    ):
+        if scales is None:
+            bits, group_size = 8 * weight.itemsize, CHUNK
             # The kernels take them and do not read them.
-            object.__setattr__(self, "scales", self.weight)
-            object.__setattr__(self, "biases", self.weight)
-        object.__setattr__(self, "rows", self.weight.shape[-2])
-        object.__setattr__(self, "columns", self.weight.shape[-1] * _word_bits(self) // self.bits)
-        object.__setattr__(self, "arrays", [self.weight, self.scales, self.biases])
+            scales = biases = weight
+        self.weight, self.scales, self.biases = self.arrays = [weight, scales, biases]
+        self.bits, self.group_size = bits, group_size
+        self.rows = weight.shape[-2]
+        self.columns = weight.shape[-1] * 8 * weight.itemsize // bits
 
     def reason(self) -> str | None:
         """Why the kernels cannot read it; None: they can."""
@@ -51,6 +53,8 @@ class Matrix:
             return f"weights of {self.bits} bits are not one of {', '.join(map(str, BITS))}"
         if self.group_size not in GROUP_SIZES:
             return f"groups of {self.group_size} are not one of {', '.join(map(str, GROUP_SIZES))}"
+        if self.scales.dtype not in _FLOATS or self.biases is None:
+            return f"scales of {self.scales.dtype} and no biases are not those of affine weights"
         if self.columns % CHUNK or self.columns % self.group_size:
             return f"{self.columns} columns are not a multiple of {max(CHUNK, self.group_size)}"
         # Of fewer than 8 scales, MLX makes a constant, for which the kernels have no pointer.
@@ -65,10 +69,6 @@ class Matrix:
             (f"{prefix}GROUP", self.group_size),
             (f"{prefix}W", self.scales.dtype),
         ]
-
-
-def _word_bits(matrix: Matrix) -> int:
-    return 8 * matrix.weight.itemsize
 
 
 @cache

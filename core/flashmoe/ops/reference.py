@@ -9,6 +9,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
+# The twins of our GPU kernels are part of the definition, and fill a module of their own.
+from .kernel_twins import (  # noqa: F401
+    add_norm,
+    combine,
+    down,
+    gate_up,
+    gated_delta_step,
+    matvec,
+    qk_norm_rope,
+    router,
+)
+
 if TYPE_CHECKING:
     from ..bank import ExpertBank
     from ..checkpoint import Quantization

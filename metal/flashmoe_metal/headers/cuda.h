@@ -8,7 +8,7 @@ using uint = unsigned int;
 using uchar = unsigned char;
 using ushort = unsigned short;
 using half = __half;
-using bfloat = __nv_bfloat16;
+using bfloat16_t = __nv_bfloat16;
 
 template <class To, class From>
 __device__ inline To as_type(From from) {

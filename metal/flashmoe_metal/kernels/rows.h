@@ -36,7 +36,7 @@ struct Floats<float> {
   }
 };
 template <>
-struct Floats<bfloat> {
+struct Floats<bfloat16_t> {
   static METAL_FUNC float at(thread const uint* words, int i) {
     return as_type<float>(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
   }
