@@ -7,21 +7,26 @@ better: it is what computes meanwhile.
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 from .bank import ExpertBank
 from .checkpoint import Checkpoint
 from .drives import Drive
-from .io_modes import IO_MODES
-from .reader import Reader
+from .io_modes import BLOCK, IO_MODES
+from .reader import Reader, ReadRequest
 
 DEPTHS = (1, 2, 4, 8, 16)
 SPLITS = (0, 1 << 20, 1 << 18)
+
+#: Bytes of each read of a quick measurement: about one matrix of an expert of a real model.
+QUICK_NBYTES = 1 << 20
 
 #: Speeds that differ by less are the same.
 SAME = 0.05
@@ -63,6 +68,36 @@ def probe(
     return best([Drive(io, depth, split) for io in IO_MODES])
 
 
+def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Measured:
+    """One way to read, at random places of the files: little memory, and a small model will do."""
+    ranges = _ranges(checkpoint)
+    buffers = [mmap.mmap(-1, QUICK_NBYTES) for _ in range(2 * drive.depth)]
+    for file in checkpoint.files:
+        _forget(file)
+    with Reader(drive.depth, checkpoint.identities, drive.io, drive.split) as reader:
+
+        def read() -> None:
+            requests = [
+                ReadRequest(file, start, memoryview(buffer)[:nbytes], 0, 0)
+                for buffer, (file, start, nbytes) in zip(buffers, ranges, strict=False)
+            ]
+            for pending in [reader.submit([request]) for request in requests]:
+                pending.wait()
+
+        read()  # takes the pages of the buffers
+        return _timed(drive, reader, read, seconds)
+
+
+def _ranges(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
+    """(file, start, bytes), without end: whole blocks, as the experts of real models mostly are."""
+    drawn = random.Random(0)
+    sizes = {file: identity.nbytes for file, identity in checkpoint.identities.items()}
+    while True:
+        (file,) = drawn.choices(list(sizes), list(sizes.values()))
+        start = drawn.randrange(max(1, sizes[file] - QUICK_NBYTES)) // BLOCK * BLOCK
+        yield file, start, min(QUICK_NBYTES, sizes[file])
+
+
 def _batches(checkpoint: Checkpoint) -> Iterator[list[tuple[int, int]]]:
     """(layer, expert) of the K experts of one token in one layer, without end, seldom repeating."""
     drawn = random.Random(0)
@@ -92,15 +127,19 @@ def _measure(checkpoint: Checkpoint, drive: Drive, batches: Iterator, seconds: f
 
         for _ in checkpoint.expert_layers:
             read()  # takes the pages of the slots
-        before, cpu, start = reader.stats.bytes, _cpu_seconds(), perf_counter()
-        while perf_counter() - start < seconds:
-            read()
-        nbytes = reader.stats.bytes - before
-        return Measured(
-            drive,
-            nbytes / (perf_counter() - start) / 1e9,
-            1e3 * (_cpu_seconds() - cpu) / (nbytes / 1e9),
-        )
+        return _timed(drive, reader, read, seconds)
+
+
+def _timed(drive: Drive, reader: Reader, read: Callable[[], None], seconds: float) -> Measured:
+    before, cpu, start = reader.stats.bytes, _cpu_seconds(), perf_counter()
+    while perf_counter() - start < seconds:
+        read()
+    nbytes = reader.stats.bytes - before
+    return Measured(
+        drive,
+        nbytes / (perf_counter() - start) / 1e9,
+        1e3 * (_cpu_seconds() - cpu) / (nbytes / 1e9),
+    )
 
 
 def _forget(file) -> None:

@@ -49,14 +49,19 @@ def file() -> Path:
 
 def drive_of(path: Path) -> Drive:
     """How the drive that holds `path` is read. Never raises: a broken file is as none."""
+    return measured(path) or DEFAULT
+
+
+def measured(path: Path) -> Drive | None:
+    """What was found for the drive that holds `path`; None: nothing."""
     found = _read().get(_key(path))
     if found is None:
-        return DEFAULT
+        return None
     try:
         return Drive(**found)
     except (TypeError, ValueError):
         log.warning("%s: the entry of %s is not one: it is ignored", file(), _key(path))
-        return DEFAULT
+        return None
 
 
 def remember(path: Path, drive: Drive) -> None:

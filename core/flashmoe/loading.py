@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from . import ops
 from .activations import check_activations
 from .checkpoint import Checkpoint
 from .cuda_memory import device_memory
-from .drives import drive_of
+from .drives import Drive, drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
 from .io_modes import IO_MODES
@@ -144,10 +145,8 @@ def load_streaming(
     )
     log.info("%s: %s", checkpoint.path.name, plan.describe())
     model_class, args_class = FAMILIES[checkpoint.model_type]
-    drive = drive_of(checkpoint.path)
-    if io is None:
-        all_fit = max(plan.slots_per_layer, plan.most_slots) == checkpoint.num_experts
-        io = "buffered" if all_fit else drive.io
+    drive = drive_for(checkpoint, plan)
+    io = drive.io if io is None else io
     depth = drive.depth if depth is None else depth
     log.info("io=%s, depth=%d, split=%d", io, depth, drive.split)
     reader = Reader(depth, checkpoint.identities, io, drive.split)
@@ -183,6 +182,13 @@ def load_streaming(
             ) from e
         raise
     return model
+
+
+def drive_for(checkpoint: Checkpoint, plan: memory_module.Plan) -> Drive:
+    """How a load with this plan reads experts, when nothing else is asked for."""
+    drive = drive_of(checkpoint.path)
+    all_fit = max(plan.slots_per_layer, plan.most_slots) == checkpoint.num_experts
+    return replace(drive, io="buffered") if all_fit else drive
 
 
 def head(model: nn.Module) -> nn.Module | None:

@@ -49,6 +49,14 @@ def format_size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def rooms() -> dict[str, int]:
+    """Linux: bytes that are left, of the "machine" and under the tightest limit of a "cgroup"."""
+    meminfo = _fields(Path("/proc/meminfo").read_text())
+    found = {"machine": meminfo["MemAvailable:"] * 1024}
+    limits = list(_cgroup_rooms(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")))
+    return found | ({"cgroup": min(limits)} if limits else {})
+
+
 def available() -> int:
     """Bytes that this process may still take before the system swaps or kills.
 
@@ -59,9 +67,7 @@ def available() -> int:
         import subprocess  # late: 10 ms
 
         return _vm_stat_room(subprocess.check_output(["/usr/bin/vm_stat"], text=True))
-    meminfo = _fields(Path("/proc/meminfo").read_text())
-    rooms = _cgroup_rooms(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
-    return max(0, min([meminfo["MemAvailable:"] * 1024, *rooms]))
+    return max(0, min(rooms().values()))
 
 
 def spare(free: int) -> int:

@@ -52,6 +52,16 @@ def pick(name: str | None = None) -> ModuleType:
     return import_module(f".{name}", __package__)
 
 
+def missing() -> dict[str, str]:
+    """The ops modules that do not run here, and why."""
+    why = {
+        "fused": "needs a GPU and MLX's Metal or CUDA back end",
+        "gather": "needs a GPU",
+        "cpu": "is for MLX's cpu device",
+    }
+    return {name: why[name] for name in NAMES if not _runs(name)}
+
+
 def _fastest() -> str:
     return next(name for name in ("fused", "gather", "cpu") if _runs(name))
 
