@@ -13,8 +13,8 @@ from .doctor import Report, examine
 from .memory import format_size
 from .show import json_option, record
 
-_WIDTH = 100
-_LABEL = 12
+_WIDTH, _HEIGHT = 100, 45
+_LABEL = 13
 #: Lines that a problem or a long fact may take; --json has the whole.
 _MOST_LINES = 3
 _MOST_PROBLEMS = 5
@@ -44,27 +44,43 @@ def doctor(context: click.Context, name: str | None, as_json: bool) -> None:
 
 
 def _show(report: Report) -> None:
+    problems = list(_problems(report))
+    facts = list(_facts(report))
+    room = _HEIGHT - len(problems)
+    if len(facts) > room:
+        facts = [*facts[: room - 1], _lines("", "... the rest: see --json")[0]]
+    for line in facts + problems:
+        click.echo(line)
+
+
+def _facts(report: Report) -> Iterator[str]:
     for section, facts in machine.anonymous(report.sections).items():
-        for number, text in enumerate(_SHOWN[section](facts)):
-            _line("" if number else section, text)
-    problems = report.problems
-    for problem in problems[:_MOST_PROBLEMS]:
-        text = ": ".join(filter(None, (problem.section, problem.what)))
-        way_out = f" -> {problem.way_out}" if problem.way_out else ""
-        _line("PROBLEM", machine.anonymous(text + way_out), fg="red")
-    if len(problems) > _MOST_PROBLEMS:
-        _line("PROBLEM", f"and {len(problems) - _MOST_PROBLEMS} more: see --json", fg="red")
+        for number, text in enumerate(SHOWN[section](facts)):
+            most = 6 if section == "environment" else _MOST_LINES
+            yield from _lines("" if number else section, text, most=most)
+
+
+def _problems(report: Report) -> Iterator[str]:
     if report.ok:
-        _line("all is well", f"in {report.seconds:.1f} s", fg="green")
+        yield from _lines("all is well", f"in {report.seconds:.1f} s", fg="green")
+    for problem in report.problems[:_MOST_PROBLEMS]:
+        way_out = f" -> {problem.way_out}" if problem.way_out else ""
+        text = f"{problem.section}: {problem.what}{way_out}"
+        yield from _lines("PROBLEM", machine.anonymous(text), fg="red", most=4)
+    if (more := len(report.problems) - _MOST_PROBLEMS) > 0:
+        yield from _lines("PROBLEM", f"and {more} more: see --json", fg="red")
 
 
-def _line(label: str, text: str, fg: str | None = None) -> None:
+def _lines(label: str, text: str, fg: str | None = None, most: int = _MOST_LINES) -> list[str]:
+    """The text beside its label, as lines of the screen; cut after `most`."""
     lines = textwrap.wrap(" ".join(text.split()), _WIDTH - _LABEL) or [""]
-    if len(lines) > _MOST_LINES:
-        lines = [*lines[: _MOST_LINES - 1], lines[_MOST_LINES - 1][: _WIDTH - _LABEL - 4] + " ..."]
-    for number, line in enumerate(lines):
-        shown = f"{'' if number else label:<{_LABEL}}"
-        click.echo(click.style(shown, fg=fg, bold=True) + line)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][: _WIDTH - _LABEL - 4] + " ..."]
+    labels = [label] + [""] * (len(lines) - 1)
+    return [
+        click.style(f"{shown:<{_LABEL}}", fg=fg, bold=True) + line
+        for shown, line in zip(labels, lines, strict=True)
+    ]
 
 
 def _versions(found: dict) -> Iterator[str]:
@@ -72,7 +88,8 @@ def _versions(found: dict) -> Iterator[str]:
 
 
 def _environment(found: dict) -> Iterator[str]:
-    yield " ".join(f"{name}={value}" for name, value in found.items()) or "nothing that matters"
+    shown = [textwrap.shorten(f"{n}={v}", 80, placeholder="...") for n, v in found.items()]
+    yield " ".join(shown) or "nothing that matters"
 
 
 def _backend(found: dict) -> Iterator[str]:
@@ -106,7 +123,7 @@ def _cache(found: dict) -> Iterator[str]:
 
 
 def _reading(found: dict) -> Iterator[str]:
-    for drive in found["drives"][:3]:
+    for drive in found["drives"][:2]:
         why = "measured" if drive["measured"] else "default; `flashmoe bench disk` measures"
         split = format_size(drive["split"]) if drive["split"] else "none"
         how = f"io={drive['io']} depth={drive['depth']} split={split} ({why})"
@@ -143,7 +160,7 @@ def _cpu(found: dict) -> Iterator[str]:
     )
 
 
-_SHOWN = {
+SHOWN = {
     "versions": _versions,
     "environment": _environment,
     "backend": _backend,

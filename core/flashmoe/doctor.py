@@ -75,20 +75,29 @@ def examine(name: str | None = None) -> Report:
         if name is not None and checkpoint is not None:
             _add(report, "model", lambda r: _model(r, name, checkpoint))
         _add(report, "self-test", _self_test)
-        _add(report, "cpu", lambda r: _cpu())  # numba names its threads after the first launch
+        _add(
+            report, "cpu", lambda r: machine.processor()
+        )  # numba names its threads after the first launch
     report.seconds = round(perf_counter() - start, 2)
     return report
 
 
 def _add(report: Report, section: str, find: Callable[[Report], dict | None]) -> None:
-    try:
+    with _guarded(report, section):
         found = find(report)
+        if found is not None:
+            report.sections[section] = found
+
+
+@contextmanager
+def _guarded(report: Report, section: str) -> Iterator[None]:
+    """What fails in here is a problem of the report."""
+    try:
+        yield
     except FlashMoEError as e:  # says its own way out
-        return report.wrong(section, str(e), "")
+        report.wrong(section, str(e), "")
     except Exception as e:
-        return report.wrong(section, f"{type(e).__name__}: {e}", _REPORT)
-    if found is not None:
-        report.sections[section] = found
+        report.wrong(section, f"{type(e).__name__}: {e}", _REPORT)
 
 
 @contextmanager
@@ -153,7 +162,7 @@ def _ops(report: Report) -> dict:
 
 def _memory(report: Report) -> dict:
     found = machine.memory_facts()
-    if "mlx" in report.sections["versions"] and report.sections.get("backend", {}).get("name"):
+    if report.sections.get("backend", {}).get("name") == "CUDA":
         from .cuda_memory import device_memory
 
         if device_memory() is not None:
@@ -198,10 +207,8 @@ def _cache(report: Report) -> dict:
 
 def _checkpoint(report: Report, name: str | None) -> Checkpoint | None:
     """That of the model, else the demo's; None when it does not open, which is a problem."""
-    found = []
-    open_ = lambda r: found.append(Checkpoint.open(catalog.find(name or catalog.DEMO)))  # noqa: E731
-    _add(report, "model", open_)
-    return found[0] if found else None
+    with _guarded(report, "model"):
+        return Checkpoint.open(catalog.find(name or catalog.DEMO))
 
 
 def _reading(checkpoint: Checkpoint | None) -> dict:
@@ -241,20 +248,26 @@ def _model(report: Report, name: str, checkpoint: Checkpoint) -> dict:
         "experts": checkpoint.num_experts,
         "K": checkpoint.top_k,
     }
+    _check_files(report, checkpoint)
+    with _guarded(report, "model"):
+        read_tokenizer(checkpoint)
+    with _guarded(report, "model"):
+        plan = plan_memory(checkpoint)
+        found |= {"plan": asdict(plan), "memory": plan.describe()}
+        found |= {"reading": asdict(drive_for(checkpoint, plan))}
+    return found
+
+
+def _check_files(report: Report, checkpoint: Checkpoint) -> None:
     for file in checkpoint.files:
         stat = file.stat()
         # A download that takes its room first leaves blocks that nobody wrote.
         if stat.st_blocks * 512 < stat.st_size // 2:
             what = f"{file.name} holds {stat.st_blocks * 512} of {stat.st_size} bytes on disk"
             report.wrong("model", what, "if its file system does not compress, download it again")
-    _add(report, "model", lambda r: read_tokenizer(checkpoint) and None)
-    try:
-        plan = plan_memory(checkpoint)
-        found |= {"plan": asdict(plan), "memory": plan.describe()}
-        found |= {"reading": asdict(drive_for(checkpoint, plan))}
-    except FlashMoEError as e:
-        report.wrong("model", str(e), "")
-    return found
+    # Without it transformers makes a tokenizer of one token, and says nothing.
+    if not (checkpoint.path / "tokenizer.json").is_file():
+        report.wrong("model", f"{checkpoint.path} has no tokenizer.json", "download that file")
 
 
 def _self_test(report: Report) -> dict | None:
@@ -271,28 +284,3 @@ def _self_test(report: Report) -> dict | None:
                 way_out = f"FLASHMOE_OPS=reference may give right answers; {_REPORT}"
             report.wrong("self-test", f"{check.name}: {check.result}", way_out)
     return {"checks": [asdict(c) for c in checks], "seconds": round(perf_counter() - start, 2)}
-
-
-def _cpu() -> dict:
-    import numba
-    from numba.core.registry import cpu_target
-
-    from .ops import int8
-
-    _, name, features = cpu_target.target_context.codegen().magic_tuple()
-    has = {f[1:] for f in features.split(",") if f.startswith("+")}
-    try:
-        layer = numba.threading_layer()
-    except ValueError:  # nothing was launched
-        layer = None
-    return machine.cores() | {
-        "name": name,
-        "features": [f for f in _FEATURES if f in has],
-        "int8": int8.fastest(features),
-        "numba threads": numba.get_num_threads(),
-        "threading layer": layer,
-    }
-
-
-#: Of LLVM's names, those that the kernels use.
-_FEATURES = ("avx2", "fma", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")

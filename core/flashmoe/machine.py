@@ -26,6 +26,9 @@ _NAMES += ("CUDA_VISIBLE_DEVICES",)
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
+#: Of LLVM's names, those that the kernels use.
+_FEATURES = ("avx2", "fma", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
+
 #: Open files besides those of a checkpoint: those of Python, of llm's database, of a terminal.
 OTHER_FILES = 64
 #: For each shard: the reader's and, while the model is loaded, MLX's.
@@ -103,11 +106,29 @@ def open_files() -> dict:
     return {"soft": soft, "hard": hard, "shards": shards}
 
 
-def cores() -> dict:
-    """cores: of the machine; usable: by this process."""
+def processor() -> dict:
+    """cores: of the machine; usable: by this process. What numba compiles for, and how it runs."""
+    import numba
+    from numba.core.registry import cpu_target
+
+    from .ops import int8
+
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    has = {f[1:] for f in features.split(",") if f.startswith("+")}
+    try:
+        layer = numba.threading_layer()
+    except ValueError:  # nothing was launched
+        layer = None
     affinity = getattr(os, "sched_getaffinity", None)
-    usable = len(affinity(0)) if affinity else os.cpu_count()
-    return {"cores": os.cpu_count(), "usable": usable}
+    return {
+        "cores": os.cpu_count(),
+        "usable": len(affinity(0)) if affinity else os.cpu_count(),
+        "name": name,
+        "features": [f for f in _FEATURES if f in has],
+        "int8": int8.fastest(features),
+        "numba threads": numba.get_num_threads(),
+        "threading layer": layer,
+    }
 
 
 def anonymous(found):
