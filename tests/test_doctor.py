@@ -1,5 +1,6 @@
 """`flashmoe doctor` as users run it: what it says, and each kind of problem, planted for real."""
 
+import ctypes
 import getpass
 import json
 import os
@@ -97,16 +98,27 @@ def test_json_misses_something_or_says_another_ops(used):
     assert all(c["passed"] for c in checks.values())
 
 
+def few_open_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))
+    if sys.platform == "linux":  # root could raise it again: PR_CAPBSET_DROP, CAP_SYS_RESOURCE
+        ctypes.CDLL(None).prctl(24, 24, 0, 0, 0)
+
+
+def test_limits_are_others_than_those_of_mlx_lm():
+    code = "import resource as r, mlx_lm; print(r.getrlimit(r.RLIMIT_NOFILE))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(machine.MLX_LM_FILES)
+
+
 def test_unknown_ops_or_few_open_files_are_well():
     """A broken setting, a limit and a model that is not one, in one process."""
-    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))  # noqa: E731
-    text = run("no-such-model", code=1, preexec_fn=few, FLASHMOE_OPS="fast")
+    text = run("no-such-model", code=1, preexec_fn=few_open_files, FLASHMOE_OPS="fast")
     words = " ".join(text.split())
     assert "PROBLEM" in text
     assert "ops: FLASHMOE_OPS='fast' is not one of cpu, fused, gather, reference" in words
     assert "unset FLASHMOE_OPS" in words
-    assert "70 open files are too few" in words
-    assert "limits.conf" in words, "the hard limit is too low, too"
+    assert "the hard limit on open files is 70: mlx-lm, which sets 4096, fails" in words
+    assert "limits.conf" in words
     assert "'no-such-model' is no model name" in words
     assert "all is well" not in text
 

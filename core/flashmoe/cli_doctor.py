@@ -114,7 +114,8 @@ def _memory(found: dict) -> Iterator[str]:
 
 def _open_files(found: dict) -> Iterator[str]:
     soft, hard, shards = ("no limit" if found[n] is None else found[n] for n in found)
-    yield f"limit {soft} (hard {hard}); shards of a model: {shards}"
+    limits = f"limit {soft} (hard {hard}), mlx-lm sets {machine.MLX_LM_FILES[0]}"
+    yield f"{limits}: a model of {shards} shards" if shards else f"{limits}, which fails"
 
 
 def _cache(found: dict) -> Iterator[str]:

@@ -19,9 +19,6 @@ from .checkpoint import Checkpoint
 from .errors import FlashMoEError
 from .prompt_store import PromptStore
 
-#: Shards of the largest model of the catalogue, by the hub's usual 5 GB for each.
-MOST_SHARDS = -(-max(p.nbytes for p in catalog.CATALOGUE.values()) // (5 * 10**9))
-
 _REPORT = "report it, with the output of `flashmoe doctor --json`"
 
 
@@ -63,10 +60,9 @@ def examine(name: str | None = None) -> Report:
     """
     start = perf_counter()
     report = Report()
-    # First: imports set variables of their own.
-    sections = {"versions": _versions, "environment": _environment}
-    sections |= {"backend": _backend, "ops": _ops}
-    sections |= {"memory": _memory, "open files": _open_files, "cache": _cache}
+    # Before the others: imports set variables and limits of their own.
+    sections = {"versions": _versions, "environment": _environment, "open files": _open_files}
+    sections |= {"backend": _backend, "ops": _ops, "memory": _memory, "cache": _cache}
     with _warnings(report):
         for section, find in sections.items():
             _add(report, section, find)
@@ -173,18 +169,13 @@ def _memory(report: Report) -> dict:
 
 def _open_files(report: Report) -> dict:
     found = machine.open_files()
-    _check_open_files(report, found, MOST_SHARDS, "the largest models of the catalogue")
+    if not found["shards"]:
+        needed = machine.MLX_LM_FILES[1]
+        what = (
+            f"the hard limit on open files is {found['hard']}: mlx-lm, which sets {needed}, fails"
+        )
+        report.wrong("open files", what, f"ask for {needed} (limits.conf, or the container's)")
     return found
-
-
-def _check_open_files(report: Report, found: dict, shards: int, who: str) -> None:
-    if found["shards"] is not None and found["shards"] < shards:
-        needed = shards * machine.FILES_A_SHARD + machine.OTHER_FILES
-        way_out = f"ulimit -n {needed}"
-        if found["hard"] is not None and found["hard"] < needed:
-            way_out = f"ask for a hard limit of {needed} or more (limits.conf, or the container's)"
-        what = f"{found['soft']} open files are too few for {who}: {shards} shards need {needed}"
-        report.wrong("open files", what, way_out)
 
 
 def _cache(report: Report) -> dict:
@@ -237,7 +228,9 @@ def _model(report: Report, name: str, checkpoint: Checkpoint) -> dict:
     from .loading import drive_for, plan_memory, read_tokenizer
 
     shards = len(checkpoint.files)
-    _check_open_files(report, machine.open_files(), shards, name)
+    if shards > (most := report.sections["open files"]["shards"]):
+        what = f"{name} has {shards} shards, open files suffice for {most}"
+        report.wrong("open files", what, "join the shards: convert it again with larger ones")
     found = {
         "name": name,
         "path": str(checkpoint.path),

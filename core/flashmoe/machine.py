@@ -29,6 +29,8 @@ _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 #: Of LLVM's names, those that the kernels use.
 _FEATURES = ("avx2", "fma", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
 
+#: Limits on open files, soft and hard, that mlx-lm sets when it is imported.
+MLX_LM_FILES = (2048, 4096)
 #: Open files besides those of a checkpoint: those of Python, of llm's database, of a terminal.
 OTHER_FILES = 64
 #: For each shard: the reader's and, while the model is loaded, MLX's.
@@ -97,12 +99,20 @@ def memory_facts() -> dict:
 
 
 def open_files() -> dict:
-    """soft, hard: limits on open files, None without one. shards: that a model may have."""
+    """soft, hard: limits on open files, None without one. shards: that a model may have.
+
+    To be called before mlx-lm is imported, which sets MLX_LM_FILES, as this does: where the hard
+    limit is lower, that import fails; then shards is 0.
+    """
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit
         for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )
-    shards = None if soft is None else max(0, (soft - OTHER_FILES) // FILES_A_SHARD)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, MLX_LM_FILES)
+        shards = (MLX_LM_FILES[0] - OTHER_FILES) // FILES_A_SHARD
+    except (OSError, ValueError):
+        shards = 0
     return {"soft": soft, "hard": hard, "shards": shards}
 
 
