@@ -45,7 +45,7 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def activations(*shape: int, seed: int = 0) -> mx.array:
-    """Of the type that the model computes in."""
+    """Of the type that a bfloat16 model computes in."""
     x = mx.random.normal(shape, key=mx.random.key(seed))
     return x.astype(mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32)
 

@@ -12,6 +12,7 @@ from flashmoe.errors import SettingError
 from flashmoe.loading import load_streaming
 from flashmoe.ops import steps
 from flashmoe.ops.fused import MOST_ROWS
+from flashmoe.prefill import prefill
 from flashmoe.switch import StreamingSwitchGLU
 from flashmoe_metal import kernel
 from fused_toys import TOYS, activations, random_tokens, settle, write
@@ -85,6 +86,18 @@ def test_streamed_logits_differ_from_resident(toy, expected, load, launches):
         assert (evictions > 0) == (slots < toy.num_experts)
         # Chunks of tokens that need more experts than there are slots.
         assert slots > few or "combine" in launches
+
+
+@pytest.mark.parametrize("toy", ["qwen3_5_moe", "bf16"], indirect=True)
+def test_split_into_sweeps_changes_a_bit(toy, load):
+    """Of pieces that go through our kernels and others that do not."""
+    pieces = [TOKENS[:1], TOKENS[1:19], TOKENS[19:], TOKENS[:17]]
+    found = []
+    for slots, limit in ((None, 1), (None, 10**9), (toy.top_k + 2, 19), (toy.top_k + 2, 10**9)):
+        model = load(slots)
+        *_, last = prefill(model, pieces, make_prompt_cache(model), limit=limit)
+        found.append(np.array(model.logits(last.hidden).astype(mx.float32)))
+    assert all(same([other], found[:1]) for other in found[1:])
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the model computes in bfloat16")
@@ -206,6 +219,7 @@ def test_cpu_ops_are_picked_beside_kernels(monkeypatch):
         ops.pick()
 
 
+@one_toy
 def test_many_tokens_reach_the_kernels(load, launches):
     model = load()
     for tokens, few in ((MOST_ROWS, True), (MOST_ROWS + 1, False)):
@@ -251,5 +265,6 @@ def test_step_launches_more_than_it_needs(toy, load, launches):
             # By MLX.
             step = [name for name in step if name != "matvec"]
         launches.clear()
-        mx.eval(layer(activations(1, 1, 64), None, c))
+        x = activations(1, 1, 64).astype(layer.input_layernorm.weight.dtype)
+        mx.eval(layer(x, None, c))
         assert launches == step

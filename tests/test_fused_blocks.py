@@ -31,7 +31,7 @@ def launches():
 # With a shared expert of another size than the routed ones, and without any.
 @pytest.fixture(scope="module", params=["qwen3_5_moe", "qwen3_moe"])
 def toy(request, tmp_path_factory):
-    return Checkpoint.open(write(tmp_path_factory.mktemp("toys"), request.param))
+    return Checkpoint.open(write(tmp_path_factory.mktemp("toys"), request.param, dtype="bfloat16"))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def pieces(*tokens: int) -> list[mx.array]:
     return [activations(1, n, 64, seed=i) for i, n in enumerate(tokens)]
 
 
-@pytest.mark.parametrize("tokens", [2, 5, 16])
+@pytest.mark.parametrize("tokens", [5, 16])
 @pytest.mark.parametrize("residual", [False, True])
 def test_waves_change_a_bit(toy, load, launches, tokens, residual):
     x, r = pieces(tokens, tokens)
@@ -73,7 +73,7 @@ def test_waves_change_a_bit(toy, load, launches, tokens, residual):
 
 @pytest.mark.parametrize(
     "tokens",
-    [(5, MANY), (MANY, 5), (5, 16), (1, 1), (MANY, 1, 3, 20)],
+    [(5, MANY), (MANY, 5), (5, 16), (MANY, 1, 20)],
     ids=str,
 )
 def test_piece_beside_others_has_other_bits(toy, load, tokens):
@@ -152,7 +152,7 @@ def posted(monkeypatch):
 @on_stand_in
 def test_choice_is_looked_at_elsewhere_than_in_the_mailbox(load, posted):
     tokens = random_tokens(16)
-    calls = ((1, 1), (16, 5), (16, 16))
+    calls = ((1, 1), (16, 5))
     model = load()
     expected = [logits(model, tokens[:n], chunk, decode=1) for n, chunk in calls]
     assert posted["posts"]
