@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -99,12 +100,11 @@ class Buffer:
 
     def _guard(self, *, closed: bool):
         """Tell AddressSanitizer about the guards, where it is in this process."""
-        process = ctypes.CDLL(None)
-        name = f"__asan_{'' if closed else 'un'}poison_memory_region"
-        if hasattr(process, name):
+        mark = _marker(closed)
+        if mark is not None:
             first, end = self.all.ctypes.data, self.all.ctypes.data + self.all.size
             for a, b in ((first, self.address), (self.address + self.size, end)):
-                getattr(process, name)(ctypes.c_void_p(a), ctypes.c_size_t(b - a))
+                mark(ctypes.c_void_p(a), ctypes.c_size_t(b - a))
 
     def fault(self) -> str:
         """What was done to it that may not be. Reading in the guards shows in the results only."""
@@ -124,6 +124,13 @@ class Buffer:
             values = values != 0
         made = mx.array(values)
         return made.view(dtype) if dtype == mx.bfloat16 else made
+
+
+@cache
+def _marker(closed: bool):
+    """AddressSanitizer's function for memory that is closed or open, if it is in this process."""
+    name = f"__asan_{'' if closed else 'un'}poison_memory_region"
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def _numpy(dtype: mx.Dtype) -> np.dtype:

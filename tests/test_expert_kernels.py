@@ -18,7 +18,7 @@ from expert_problems import (
 from flashmoe_metal import kernel
 from flashmoe_metal.down import combine, down
 from flashmoe_metal.matrix import Matrix, lanes
-from gpu import launched
+from launching import launched
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 

@@ -14,7 +14,7 @@ from flashmoe.ops import gpu_layers, kernel_twins
 from flashmoe.ops.joined import join
 from flashmoe_metal.add_norm import add_norm, supports
 from flashmoe_metal.qk_norm_rope import qk_norm_rope
-from gpu import launched
+from launching import launched
 from toys import FAMILIES, write_toy
 
 #: Of neighbouring numbers, at most.
@@ -180,7 +180,7 @@ def test_attention_that_the_kernel_does_not_take_is_launched(tmp_path, changed):
     with launched() as launches:
         if changed == "offset":
             # Only a batch's cache takes such an offset further.
-            assert not attention._is_step(x, attention.products(x), cache[0])
+            assert not attention.is_step(x, x.dtype, cache[0])
         else:
             mx.eval(attention(x, None, cache[0]))
-    assert launches == []
+    assert set(launches) <= {"matvec"}

@@ -85,7 +85,7 @@ def test_gather_differs_from_reference(layer, tokens):
 
 def test_unknown_ops_are_picked(monkeypatch):
     monkeypatch.setenv(ops.ENV, "fast")
-    with pytest.raises(SettingError, match="FLASHMOE_OPS='fast' is not one of cpu, gather"):
+    with pytest.raises(SettingError, match="'fast' is not one of cpu, fused, gather, reference"):
         ops.pick()
 
 

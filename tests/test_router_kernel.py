@@ -6,7 +6,7 @@ import pytest
 
 from expert_problems import HOW, router_problem
 from flashmoe_metal import kernel
-from gpu import launched
+from launching import launched
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 SIZES = [(512, 10), (60, 4), (7, 7), (40, 36), (128, 8), (1, 1)]

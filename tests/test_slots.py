@@ -66,6 +66,32 @@ def test_resize_takes_the_wrong_expert_or_slot():
             slots.resize(wrong, ())
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, NUM_EXPERTS - 1)), max_size=40))
+@settings(deadline=None)
+def test_expert_sits_elsewhere_where_there_is_a_slot_for_each(steps):
+    """Taken and dropped in any order; settled is what has them all."""
+    slots = Slots(NUM_EXPERTS, NUM_EXPERTS)
+    for drop, expert in [*steps, *((False, e) for e in range(NUM_EXPERTS))]:
+        if (slots.lookup(expert) is not None) == drop:
+            slots.drop(expert) if drop else slots.take(expert, ())
+        assert all(e == slot for e, slot in slots.residents.items())
+        assert slots.settled == (len(slots) == NUM_EXPERTS)
+    assert slots.settled
+
+
+def test_table_with_an_expert_elsewhere_is_settled():
+    """As after a time with fewer slots."""
+    slots = Slots(4, 4)
+    slots.resize(3, ())
+    for expert in (3, 1, 0):
+        slots.take(expert, ())
+    slots.resize(4, ())
+    slots.take(2, ())
+    assert len(slots) == 4
+    assert slots.residents != {e: e for e in range(4)}
+    assert not slots.settled
+
+
 experts = st.integers(0, NUM_EXPERTS - 1)
 counts = st.dictionaries(experts, st.integers(0, 3), max_size=5)
 

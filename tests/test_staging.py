@@ -1,6 +1,5 @@
 """Reads by way of staging places: here the device is memory of the host, copied into as one."""
 
-import ctypes
 import os
 
 import mlx.core as mx
@@ -14,29 +13,12 @@ from flashmoe.errors import DeviceError, ReadError
 from flashmoe.io_modes import BLOCK
 from flashmoe.loading import load_streaming
 from flashmoe.reader import Reader, ReadRequest
-from flashmoe.staging import PLACE_NBYTES, DeviceBytes, DeviceMemory
+from flashmoe.staging import PLACE_NBYTES, DeviceBytes
+from host_memory import HostMemory
 from oracle import load_resident, logits, same
 from toys import write_toy
 
 pytestmark = pytest.mark.skipif(ops.on_gpu(), reason="test_cuda_memory.py has the GPU's")
-
-
-class HostMemory(DeviceMemory):
-    """Where bytes are copied to is memory of the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.locked = 0
-
-    def address(self, array) -> int:
-        view = np.array(array.view(mx.uint8), copy=False)
-        return view.__array_interface__["data"][0]
-
-    def write(self, address, source):
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
-
-    def lock(self, place):
-        self.locked += 1
 
 
 def zeros(nbytes: int) -> mx.array:

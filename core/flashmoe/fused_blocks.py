@@ -1,7 +1,7 @@
 """MoE blocks for few tokens on a GPU: router, experts, shared expert and residual in four launches.
 
-A block of mlx-lm's becomes one of these in place. Calls of many tokens go through the blocks of
-`flashmoe.models`.
+A block of mlx-lm's becomes one of these in place. Many tokens are computed as in the blocks of
+`flashmoe.models`, also beside pieces of few.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.router import router
 
-from .models import RoutedBlock, SharedExpertBlock
+from .models import RoutedBlock, SharedExpertBlock, route
 from .ops.fused import MOST_ROWS, SharedExpert
 from .ops.joined import Joined, matrix_of
 from .staging import Mailbox
@@ -41,18 +41,35 @@ class _FusedBlock(Joined):
         return next(self._sweep([x], [residual]))
 
     def _sweep(self, xs, residuals) -> Iterator[mx.array]:
-        if all(self._is_few(x) for x in xs):
-            return self._few(xs, residuals)
-        return self._many(xs, residuals)
+        few = [self._is_few(x) for x in xs]
+        return self._few(xs, residuals) if all(few) else self._mixed(xs, residuals, few)
 
     def _is_few(self, x: mx.array) -> bool:
         return x.size <= MOST_ROWS * x.shape[-1] and self._matrices is not None
 
     def _few(self, xs, residuals) -> Iterator[mx.array]:
-        rows = [x.reshape(-1, x.shape[-1]) for x in xs]
+        rows = [_rows(x) for x in xs]
         routed = [self.route(x) for x in rows]
         results = self.routed_sums(rows, routed, residuals)
         for x, y in zip(xs, results, strict=True):
+            yield y.reshape(x.shape)
+
+    def _mixed(self, xs, residuals, few: Sequence[bool]) -> Iterator[mx.array]:
+        """Each piece goes the way that it goes alone: the two round differently."""
+        rows = [_rows(x) if f else x for x, f in zip(xs, few, strict=True)]
+        routed = [self.route(x) if f else route(self, x) for x, f in zip(rows, few, strict=True)]
+        call = self.switch_mlp.start([(x, r[0]) for x, r in zip(rows, routed, strict=True)])
+        extras, shared = [], []
+        for x, r, residual, f in zip(xs, routed, residuals, few, strict=True):
+            extras.append(self._extra(r[2:], residual) if f else {})
+            shared.append(None if f else self.shared(x))
+        # Let it run while the reads are in flight.
+        mx.async_eval([s for s in shared if s is not None])
+        results = call.finish([r[1] for r in routed], extras)
+        for x, y, s, residual, f in zip(xs, results, shared, residuals, few, strict=True):
+            if not f:
+                y = y.astype(x.dtype) if s is None else y + s
+                y = y if residual is None else residual + y
             yield y.reshape(x.shape)
 
     @property
@@ -102,7 +119,7 @@ class _FusedBlock(Joined):
 
     def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
         """What the sum takes besides the routed experts."""
-        return {} if residual is None else {"residual": residual.reshape(-1, residual.shape[-1])}
+        return {} if residual is None else {"residual": _rows(residual)}
 
 
 class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
@@ -111,10 +128,6 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
 
     def shared_expert_gate(self, x: mx.array) -> mx.array:
         return self._parts[1].of(self.products(x))
-
-    def _many(self, xs, residuals) -> Iterator[mx.array]:
-        for y, r in zip(SharedExpertBlock.sweep(self, xs), residuals, strict=True):
-            yield y if r is None else r + y
 
     def _extra(self, products, residual) -> dict[str, Any]:
         part = self._parts[1]
@@ -130,9 +143,12 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
 class FusedRoutedBlock(_FusedBlock, RoutedBlock):
     _matrices = ()
 
-    def _many(self, xs, residuals) -> Iterator[mx.array]:
-        for y, r in zip(RoutedBlock.sweep(self, xs), residuals, strict=True):
-            yield y if r is None else r + y
+    def shared(self, x: mx.array) -> None:
+        """There is no shared expert."""
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _matrices(layers: Sequence[nn.Module]) -> list[Matrix] | None:

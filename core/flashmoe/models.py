@@ -47,11 +47,15 @@ class SharedExpertBlock(qwen3_next.Qwen3NextSparseMoeBlock):
         """The block applied to pieces of a prompt, whose experts are read once for all of them."""
         routed = [route(self, x) for x in xs]
         call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
-        shared = [mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x) for x in xs]
+        shared = [self.shared(x) for x in xs]
         # Let it run while the reads are in flight.
         mx.async_eval(shared)
         for y, s in zip(call.finish([scores for _, scores in routed]), shared, strict=True):
             yield y + s
+
+    def shared(self, x: mx.array) -> mx.array:
+        """What the shared expert adds."""
+        return mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
 class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
