@@ -344,7 +344,7 @@ def model(work: Path, layers: int, experts: int) -> dict:
     }
 
 
-def streaming(work: Path, layers: int, experts: int, slots: int) -> dict:
+def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12) -> dict:
     from timeline import Recorder, by_kind
 
     from flashmoe import ops
@@ -353,7 +353,7 @@ def streaming(work: Path, layers: int, experts: int, slots: int) -> dict:
 
     path = checkpoint(work, layers=layers, experts=experts)
     opened = Checkpoint.open(path)
-    tokens = np.random.default_rng(0).integers(0, 1024, 24).tolist()
+    tokens = np.random.default_rng(0).integers(0, 1024, 2 * steps).tolist()
     resident = load_streaming(opened, slots=experts, experts=4, io="buffered")
     expected = [forced(resident, tokens) for _ in range(2)][1]
     found = {"layers": layers, "experts": experts, "slots": slots}
@@ -364,17 +364,17 @@ def streaming(work: Path, layers: int, experts: int, slots: int) -> dict:
         side.run(4)
         before, recorder, moments = streamed.stats, Recorder(), [time.perf_counter()]
         with recorder.recording(ops.pick()):
-            for _ in range(12):
+            for _ in range(steps):
                 side.run(1)
                 moments.append(time.perf_counter())
         stats = streamed.stats - before
-        steps = [by_kind(recorder.spans, *m) for m in zip(moments, moments[1:], strict=False)]
+        parts = [by_kind(recorder.spans, *m) for m in zip(moments, moments[1:], strict=False)]
         found[io] = {
             "same bits as resident": same,
             "hit rate": round(stats.hit_rate, 3),
-            "MB a token": round(stats.reads.bytes / 12 / 1e6, 1),
+            "MB a token": round(stats.reads.bytes / steps / 1e6, 1),
             "ms of a token": {
-                k: round(statistics.median(s[k] for s in steps), 2) for k in steps[0]
+                k: round(statistics.median(p[k] for p in parts), 2) for k in parts[0]
             },
         }
         streamed.close()

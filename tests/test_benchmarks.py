@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import disk
+import gpu
 import growth
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import timeline
 from timeline import Span
 
 from flashmoe.checkpoint import Checkpoint
+from launching import launched
 
 ROOT = Path(__file__).parent.parent
 # matplotlib comes with the group of benchmarks, not with that of tests.
@@ -229,3 +231,20 @@ def test_twin_cannot_be_read(tmp_path, monkeypatch):
     assert not np.array_equal(weights[0], weights[1])
     with pytest.raises(ValueError, match="give a new file"):
         synth_gguf.write(out, layers=4, experts=6, top_k=3)
+
+
+def test_results_of_gpu_kernels_are_wrong():
+    with launched():
+        found = gpu.check(small=True)
+    found.pop("router rows like mlx-lm's")  # there is no such order on a CPU
+    assert all(share <= 1 for share in found.values()), found
+
+
+def test_gpu_streams_other_bits_than_resident_ones(tmp_path, monkeypatch):
+    shrink(synth, monkeypatch)
+    with launched():
+        found = gpu.streaming(tmp_path, layers=4, experts=12, slots=6, steps=3)
+    for io in ("buffered", "direct"):
+        assert found[io]["same bits as resident"]
+        assert 0 < found[io]["hit rate"] < 1
+        assert found[io]["ms of a token"]["step"] > 0

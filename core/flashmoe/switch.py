@@ -168,6 +168,7 @@ class StreamingSwitchGLU(nn.Module):
 
     def resize(self, num_slots: int) -> None:
         """Use another number of slots; not during a call. Memory of slots out of use is freed."""
+        self._settled = False
         for slot in self._slots.resize(num_slots, self._loading):
             self._bank.release(slot)
 
