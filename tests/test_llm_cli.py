@@ -136,7 +136,7 @@ def test_broken_registry_breaks_llm(run_llm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("-m", "qwen3.5-397b", "hi"), ("about 224 GB", "hf download", "flashmoe register")),
+        (("-m", "qwen3.5-397b", "hi"), ("about 224 GB", "flashmoe download qwen3.5-397b")),
         ((*GREEDY, "--schema", '{"type": "strng"}', "x"), ("no valid JSON schema", "strng")),
         ((*GREEDY, "-a", "README.md", "x"), ("does not support",)),
         ((*GREEDY, "-o", "nonsense", "1", "x"), ("nonsense",)),
