@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -122,7 +123,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self):
             path = self.path.partition("?")[0]
-            if match := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/revision/([\w.-]+)", path):
+            if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/revision/([\w.-]+)", path):
                 self._listing(*match.groups())
             elif match := re.fullmatch(rf"/{hub.repo}/resolve/{COMMIT}/(.+)", path):
                 self._resolve(match[1])
@@ -200,9 +201,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
 
         def handle(self):
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # the other side was killed
                 super().handle()
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the other side was killed
 
     return Handler

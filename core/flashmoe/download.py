@@ -1,7 +1,7 @@
 """Checkpoints from the hub: fetched, verified, and only then registered.
 
 huggingface_hub's http_get fetches each file, with its ranges, waits and tokens. Its own
-hf_hub_download is not used: from 1.x on it names each partial file anew and removes it, so that a
+hf_hub_download is not used: of late it names each partial file anew and removes it, so that a
 download that was killed starts its files again, and it compares sizes but no hashes.
 
     blobs/<etag>.flashmoe.incomplete    what came so far; http_get goes on at its end
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -94,16 +94,26 @@ class Download:
         return self.place.directory
 
     def _fetch_all(self, files: list[HubFile], advance: Callable[[int], None]) -> None:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            fetched = [pool.submit(self._fetch, file, advance) for file in files]
-            try:
-                done = wait(fetched, return_when=FIRST_EXCEPTION).done
-                for error in filter(None, (future.exception() for future in done)):
+        left, ended = iter(files), queue.Queue()
+
+        def work() -> None:
+            for file in left:
+                try:
+                    self._fetch(file, advance)
+                    ended.put(None)
+                except BaseException as e:
+                    ended.put(e)
+
+        # Daemons: Ctrl-C need not wait for a server that says nothing. What came is on the disk.
+        for _ in range(min(WORKERS, len(files))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in files:
+                if (error := ended.get()) is not None:
                     raise error
-            except BaseException:
-                self._cancel.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        except BaseException:
+            self._cancel.set()
+            raise
 
     def _fetch(self, file: HubFile, advance: Callable[[int], None]) -> None:
         if self._is_whole(file, advance):
@@ -147,6 +157,8 @@ class Download:
                 return part.nbytes > last
 
             def get() -> None:
+                if self._cancel.is_set():
+                    raise Cancelled
                 if part.nbytes < file.nbytes:
                     http_get(file.url, part, resume_size=part.nbytes, headers=hub.headers())
                 if part.nbytes < file.nbytes:
