@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 
 from flashmoe import catalog, registry
 from flashmoe.catalog import CATALOGUE
@@ -63,21 +64,35 @@ def environ(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def flashmoe(environ):
-    """Run the real command against a hub; what it printed."""
+def process(environ):
+    """Run the real command in a process of its own; what it printed."""
 
     def run(hub, *args, code=0, program="flashmoe", **env) -> str:
-        done = subprocess.run(
-            [str(BIN / program), *map(str, args)],
-            env=os.environ | hub.environ | env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        text = done.stdout if code == 0 else done.stderr
+        command = [str(BIN / program), *map(str, args)]
+        env = os.environ | hub.environ | env
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        return text
+        return done.stdout if code == 0 else done.stderr
+
+    return run
+
+
+@pytest.fixture
+def flashmoe(environ, monkeypatch):
+    """The same in this process, which is quicker. huggingface_hub has read the environment by now,
+    so what it read is changed."""
+
+    def run(hub, *args, code=0, **env) -> str:
+        url = hub.environ["HF_ENDPOINT"]
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        done = CliRunner(env=env).invoke(cli, [str(a) for a in args])
+        assert done.exit_code == code, done.output
+        assert done.exception is None or isinstance(done.exception, SystemExit)
+        return done.stdout if code == 0 else done.stderr
 
     return run
 
@@ -106,9 +121,9 @@ def cache(tmp_path) -> Path:
 # The whole way.
 
 
-def test_download_does_not_answer(flashmoe, hub, tmp_path):
+def test_download_does_not_answer(process, hub, tmp_path):
     """Also: a token reaches the hub's storage, or code and pickles are fetched."""
-    text = flashmoe(hub, "flashmoe", "download", NAME, program="llm", HF_TOKEN=TOKEN)
+    text = process(hub, "flashmoe", "download", NAME, program="llm", HF_TOKEN=TOKEN)
     assert re.search(r"owner/toy at 0123456789ab: 1\.\d MB in 7 files; 1\.\d MB to fetch, ", text)
     assert " GB free in " in text
     snapshot = cache(tmp_path) / "snapshots" / COMMIT
@@ -117,11 +132,11 @@ def test_download_does_not_answer(flashmoe, hub, tmp_path):
     entry = json.loads((tmp_path / "config" / "models.json").read_text())["models"][NAME]
     assert entry["path"] == str(snapshot)
     assert (entry["repo"], entry["revision"]) == ("owner/toy", COMMIT)
-    assert flashmoe(hub, "run", NAME, "Hello.", "--max-tokens", "2").strip()
-    assert flashmoe(hub, "-m", NAME, "Hello.", "-o", "max_tokens", "2", program="llm").strip()
+    assert process(hub, "run", NAME, "Hello.", "--max-tokens", "2").strip()
+    assert process(hub, "-m", NAME, "Hello.", "-o", "max_tokens", "2", program="llm").strip()
     # Nothing is fetched twice, and other programs find what is there.
     count = len(hub.requests)
-    assert json.loads(flashmoe(hub, "download", NAME, "--json"))["fetched"] == 0
+    assert json.loads(process(hub, "download", NAME, "--json"))["fetched"] == 0
     assert len(hub.requests) == count
     found = scan_cache_dir(tmp_path / "hub" / "hub")
     assert not found.warnings
@@ -168,23 +183,24 @@ def test_dry_run_fetches(flashmoe, hub):
 # Killed, cut, slow.
 
 
-def test_kill_loses_what_was_there(flashmoe, demo_hub, tmp_path):
+def test_kill_loses_what_was_there(process, demo_hub, tmp_path):
     weights = "model.safetensors"
     demo_hub.faults[weights] = Fault(hold=25_000_000, times=1)
     command = [str(BIN / "flashmoe"), "download", NAME]
-    with subprocess.Popen(command, env=os.environ | demo_hub.environ) as process:
+    with subprocess.Popen(command, env=os.environ | demo_hub.environ) as killed:
         assert demo_hub.held.wait(30)
         part = None
         while part is None or part.stat().st_size < 20 << 20:
+            time.sleep(0.02)
             part = next(cache(tmp_path).glob("blobs/*.flashmoe.incomplete"), None)
         # While it runs, a second one does not write to the same file.
-        text = flashmoe(demo_hub, "download", NAME, code=1)
+        text = process(demo_hub, "download", NAME, code=1)
         assert "is being downloaded by another process" in text
-        process.send_signal(signal.SIGKILL)
+        killed.send_signal(signal.SIGKILL)
     assert registered() == []
     assert not (cache(tmp_path) / "snapshots").exists()
     before = len(demo_hub.requests)
-    found = json.loads(flashmoe(demo_hub, "download", NAME, "--json"))
+    found = json.loads(process(demo_hub, "download", NAME, "--json"))
     assert demo_hub.requests[before:] == [(weights, 20 << 20)]
     assert found["fetched"] == len(demo_hub.content(weights)) - (20 << 20)
     assert (catalog.find(NAME) / weights).read_bytes() == demo_hub.content(weights)
@@ -194,11 +210,11 @@ def test_interrupt_waits_for_the_server(demo_hub, environ):
     demo_hub.faults["model.safetensors"] = Fault(hold=25_000_000, times=1)
     command = [str(BIN / "flashmoe"), "download", NAME]
     env = os.environ | demo_hub.environ
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as killed:
         assert demo_hub.held.wait(30)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 1  # the hub's own patience is 10 s
-        assert process.stderr.read().strip() == "Aborted!"
+        killed.send_signal(signal.SIGINT)
+        assert killed.wait(5) == 1  # the hub's own patience is 10 s
+        assert killed.stderr.read().strip() == "Aborted!"
 
 
 def test_cut_connection_is_the_end(flashmoe, demo_hub):
@@ -329,12 +345,12 @@ def test_missing_repository_is_not_explained(flashmoe, hub, args, words):
     refused(flashmoe(hub, "download", *args, code=1), *words)
 
 
-def test_offline_is_not_honoured(flashmoe, hub):
-    refused(flashmoe(hub, "download", NAME, code=1, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
+def test_offline_is_not_honoured(process, hub):
+    refused(process(hub, "download", NAME, code=1, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
 
 
-def test_server_that_is_away_is_not_explained(flashmoe, hub):
-    text = flashmoe(hub, "download", NAME, code=1, HF_ENDPOINT="http://localhost:1")
+def test_server_that_is_away_is_not_explained(process, hub):
+    text = process(hub, "download", NAME, code=1, HF_ENDPOINT="http://localhost:1")
     refused(text, "could not be fetched from http://localhost:1", "check the network")
 
 

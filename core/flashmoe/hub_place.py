@@ -82,4 +82,4 @@ class Place:
 
 def existing(path: Path) -> Path:
     """The nearest directory above that is there."""
-    return next(p for p in (path, *path.parents) if p.is_dir())
+    return next(p for p in (path, *path.parents) if os.path.isdir(p))
