@@ -34,6 +34,8 @@ def toy(tmp_path_factory) -> Path:
     path = write_chat_toy(tmp_path_factory.mktemp("repo") / "toy", shards=2, top_k=6)
     for name in ("modeling.py", "pytorch_model.bin", "README.md", "weights.safetensors"):
         (path / name).write_text("not for us")
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (path / name).write_text("{}")
     (path / "original").mkdir()
     (path / "original" / "model.safetensors").write_text("not for us")
     return path
@@ -124,10 +126,13 @@ def cache(tmp_path) -> Path:
 def test_download_does_not_answer(process, hub, tmp_path):
     """Also: a token reaches the hub's storage, or code and pickles are fetched."""
     text = process(hub, "flashmoe", "download", NAME, program="llm", HF_TOKEN=TOKEN)
-    assert re.search(r"owner/toy at 0123456789ab: 1\.\d MB in 7 files; 1\.\d MB to fetch, ", text)
+    assert re.search(r"owner/toy at 0123456789ab: 1\.\d MB in 9 files; 1\.\d MB to fetch, ", text)
     assert " GB free in " in text
     snapshot = cache(tmp_path) / "snapshots" / COMMIT
-    assert fetched(hub) == sorted(p.name for p in snapshot.iterdir())
+    # Two of the same content are one in the cache.
+    same = {"added_tokens.json", "special_tokens_map.json"}
+    assert same | set(fetched(hub)) == {p.name for p in snapshot.iterdir()}
+    assert len(same & set(fetched(hub))) == 1
     assert not {"modeling.py", "pytorch_model.bin", "README.md"} & set(fetched(hub))
     entry = json.loads((tmp_path / "config" / "models.json").read_text())["models"][NAME]
     assert entry["path"] == str(snapshot)
@@ -245,6 +250,25 @@ def test_server_without_ranges_spoils_the_file(flashmoe, hub, blob):
     hub.faults[WEIGHTS] = Fault(no_ranges=True)
     flashmoe(hub, "download", NAME)
     assert starts(hub) == [1000]
+    assert blob.read_bytes() == hub.content(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "asked"), [(0, [0]), (1, [1]), (-1, [-1]), (None, []), (5, [5])]
+)
+def test_partial_file_is_fetched_again(flashmoe, hub, blob, nbytes, asked):
+    content = hub.content(WEIGHTS)
+    part_of(blob).write_bytes(content[:nbytes])
+    flashmoe(hub, "download", NAME)
+    assert starts(hub) == [n % len(content) for n in asked]
+    assert blob.read_bytes() == content
+    assert not part_of(blob).exists()
+
+
+def test_partial_file_that_is_too_long_is_kept(flashmoe, hub, blob):
+    part_of(blob).write_bytes(hub.content(WEIGHTS) + b"more")
+    flashmoe(hub, "download", NAME)
+    assert starts(hub) == [0]
     assert blob.read_bytes() == hub.content(WEIGHTS)
 
 

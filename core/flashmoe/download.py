@@ -94,6 +94,7 @@ class Download:
         return self.place.directory
 
     def _fetch_all(self, files: list[HubFile], advance: Callable[[int], None]) -> None:
+        files = list({self.place.key(file): file for file in files}.values())
         left, ended = iter(files), queue.Queue()
 
         def work() -> None:
@@ -122,7 +123,7 @@ class Download:
         for resumed in (path.exists(), False):
             fault = self._fetch_part(file, path, advance)
             if fault is None:
-                os.replace(path, self.place.blobs / file.etag)
+                os.replace(path, self.place.blobs / self.place.key(file))
                 return
             path.unlink()
             if not resumed:

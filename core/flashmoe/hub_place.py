@@ -32,13 +32,16 @@ class Place:
 
     def blob(self, file: HubFile) -> Path:
         """Where it is whole. In the user's directory also one that is there by its name."""
-        named = self.directory / file.name
-        blob = self.blobs / file.etag
+        named, blob = self.directory / file.name, self.blobs / self.key(file)
         there = self.own and not blob.exists() and named.is_file()
         return named if there and named.stat().st_size == file.nbytes else blob
 
     def part(self, file: HubFile) -> Path:
-        return self.blobs / f"{file.etag}.flashmoe.incomplete"
+        return self.blobs / f"{self.key(file)}.flashmoe.incomplete"
+
+    def key(self, file: HubFile) -> str:
+        """What it is called before it has its name. In the cache files of one content are one."""
+        return file.name if self.own else file.etag
 
     def here(self, file: HubFile) -> int:
         """Bytes of it that need not be fetched, as far as sizes tell."""
