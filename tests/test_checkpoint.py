@@ -267,7 +267,8 @@ def test_file_passes_as_directory(one):
 
 
 def test_hub_name_is_not_explained():
-    refuses("mlx-community/Qwen3-30B-A3B-4bit", "hf download mlx-community/Qwen3-30B-A3B-4bit")
+    name = "mlx-community/Qwen3-30B-A3B-4bit"
+    refuses(name, f"flashmoe download hub:{name}")
 
 
 # config.json.

@@ -138,7 +138,7 @@ def test_info_is_wrong(toy):
     text = run("info", DEMO)
     assert "family\tqwen3_5_moe" in text
     assert "chat template\tyes" in text
-    assert "is not on this disk: it takes about 69 GB" in run("info", "qwen3.5-122b", code=1)
+    assert "is not on this disk: it is about 70 GB" in run("info", "qwen3.5-122b", code=1)
     assert "is no model name" in run("info", "nobody", code=1)
 
 

@@ -136,7 +136,9 @@ def test_broken_registry_breaks_llm(run_llm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("-m", "qwen3.5-397b", "hi"), ("about 224 GB", "hf download", "flashmoe register")),
+        (("-m", "qwen3.5-397b-flash", "hi"),
+         ("Error: qwen3.5-397b-flash is not on this disk: it is about 224 GB. To get it, run: "
+          "flashmoe download qwen3.5-397b-flash\n",)),
         ((*GREEDY, "--schema", '{"type": "strng"}', "x"), ("no valid JSON schema", "strng")),
         ((*GREEDY, "-a", "README.md", "x"), ("does not support",)),
         ((*GREEDY, "-o", "nonsense", "1", "x"), ("nonsense",)),

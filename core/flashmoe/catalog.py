@@ -1,40 +1,23 @@
 """Names that people type, and the checkpoints behind them. Imports nothing heavy.
 
-A name is the bundled demo, one that the user registered, or one of the catalogue. The latter is
-here once its checkpoint is: registered under any name, or in the cache of the Hugging Face hub.
+A name is the bundled demo, one that the user registered, one of the catalogue, or a repository
+of the Hugging Face hub, hub:owner/name. The last two are here once their checkpoint is: registered
+under any name, or in the hub's cache.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import registry
 from .errors import CheckpointError
+from .published import CATALOGUE, HUB, Published, from_hub_name
+
+__all__ = ["CATALOGUE", "DEMO", "Model", "Published", "find", "hub_cache", "model", "models"]
 
 DEMO = "flashmoe-demo"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint on the hub. nbytes: what a download takes, about; experts: K, when the name
-    stands for a pruned router."""
-
-    repo: str
-    nbytes: int
-    experts: int | None = None
-
-
-_397B = "mlx-community/Qwen3.5-397B-A17B-4bit"
-CATALOGUE = {
-    "qwen3.5-397b-flash": Published(_397B, 224 * 10**9, experts=4),
-    "qwen3.5-397b": Published(_397B, 224 * 10**9),
-    "qwen3.5-122b": Published("mlx-community/Qwen3.5-122B-A10B-4bit", 69 * 10**9),
-    "qwen3.5-35b": Published("mlx-community/Qwen3.5-35B-A3B-4bit", 20 * 10**9),
-    "qwen3-next-80b": Published("mlx-community/Qwen3-Next-80B-A3B-Instruct-4bit", 45 * 10**9),
-    "qwen3-30b": Published("mlx-community/Qwen3-30B-A3B-4bit", 17 * 10**9),
-}
 
 
 @dataclass(frozen=True)
@@ -51,23 +34,19 @@ class Model:
 
     @property
     def how_to_get(self) -> str:
-        """The commands that bring it here."""
-        directory = self.published.repo.partition("/")[2]
-        return (
-            f"hf download {self.published.repo} --local-dir {directory} && "
-            f"flashmoe register {directory}"
-        )
+        """The command that brings it here."""
+        return f"flashmoe download {self.name}"
 
 
 def models() -> list[Model]:
     """All names, each once: the demo, what is registered, then the catalogue. Never raises."""
     registered = registry.models()
     found = [Model(DEMO, Path(__file__).parent / "demo", source="bundled")]
-    found += [Model(m.name, m.path, m.aliases) for m in registered if m.name != DEMO]
+    found += [_registered(m) for m in registered if m.name != DEMO]
     taken = {name for m in found for name in (m.name, *m.aliases)}
     for name, published in CATALOGUE.items():
         if name not in taken:
-            path = _downloaded(published.repo, registered)
+            path = _downloaded(published, registered)
             source = "catalogue" if path is None else "downloaded"
             found.append(Model(name, path, (), published.experts, published, source))
     return found
@@ -82,6 +61,10 @@ def model(name: str) -> Model:
     for found in models():
         if name in (found.name, *found.aliases):
             return found
+    if (published := from_hub_name(str(name))) is not None:
+        path = _downloaded(published, registry.models())
+        source = "hub" if path is None else "downloaded"
+        return Model(name, path, published=published, source=source)
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -90,7 +73,8 @@ def model(name: str) -> Model:
         pass  # too long for a path, a zero byte, a home that is not there
     raise CheckpointError(
         f"{str(name)[:200]!r} is no model name ({', '.join(m.name for m in models())}) and no "
-        "directory: give the directory of an MLX checkpoint, or register it: flashmoe register DIR"
+        f"directory: give the directory of an MLX checkpoint, or {HUB}OWNER/NAME for one of the "
+        "Hugging Face hub, or register one: flashmoe register DIR"
     )
 
 
@@ -103,7 +87,7 @@ def find(name: str) -> Path:
     found = model(name)
     if found.path is None:
         raise CheckpointError(
-            f"{name} is not on this disk: it takes about {found.published.nbytes / 1e9:.0f} GB. "
+            f"{name} is not on this disk: it is {found.published.size}. "
             f"To get it, run: {found.how_to_get}"
         )
     if not found.path.is_dir():
@@ -114,17 +98,38 @@ def find(name: str) -> Path:
     return found.path
 
 
-def _downloaded(repo: str, registered: list[registry.Registered]) -> Path | None:
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads; without importing it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    home = os.environ.get("HF_HOME") or home
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(cache or Path(home) / "hub")).expanduser()
+
+
+def _registered(entry: registry.Registered) -> Model:
+    if entry.repo is None:
+        return Model(entry.name, entry.path, entry.aliases)
+    published = CATALOGUE.get(entry.name)
+    if published is None or published.repo != entry.repo:
+        published = Published(entry.repo)
+    published = replace(published, revision=entry.revision)
+    return Model(entry.name, entry.path, entry.aliases, published.experts, published, "downloaded")
+
+
+def _downloaded(published: Published, registered: list[registry.Registered]) -> Path | None:
     """The directory of a repository of the hub: registered, or in the hub's own cache."""
-    name = repo.partition("/")[2]
+    repo, revision = published.repo, published.revision or ""
     for entry in registered:
-        if entry.path.name == name and entry.path.is_dir():
+        same = entry.repo == repo and (entry.revision or "").startswith(revision)
+        if entry.repo is None and not revision:
+            same = entry.path.name == repo.partition("/")[2]
+        if same and entry.path.is_dir():
             return entry.path
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    cache = hub_cache() / f"models--{repo.replace('/', '--')}"
     try:
-        revision = (cache / f"models--{repo.replace('/', '--')}" / "refs" / "main").read_text()
-        path = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / revision.strip()
-        return path if (path / "config.json").is_file() else None
+        ref = cache / "refs" / (revision or "main")
+        commit = ref.read_text().strip() if ref.is_file() else revision
+        path = cache / "snapshots" / commit
+        return path if commit and (path / "config.json").is_file() else None
     except (OSError, ValueError):
         return None

@@ -171,7 +171,7 @@ def _directory(path: str | Path) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         raise CheckpointError(
             f"there is no directory {show(text)}. If it is a name on the Hugging Face hub, "
-            f"download it first (hf download {text} --local-dir DIR) and give the local directory"
+            f"download it first (flashmoe download hub:{text}) and give hub:{text}"
         )
     raise CheckpointError(f"there is no directory {show(text)}: give the path of a checkpoint")
 

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from . import cli_bench, cli_doctor, cli_models
+from . import cli_bench, cli_doctor, cli_download, cli_models
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -34,7 +34,12 @@ def cli() -> None:
     """Run Mixture-of-Experts models that are larger than memory."""
 
 
-for command in (*cli_models.COMMANDS, cli_bench.bench, cli_doctor.doctor):
+for command in (
+    *cli_models.COMMANDS,
+    cli_download.download,
+    cli_bench.bench,
+    cli_doctor.doctor,
+):
     cli.add_command(command)
 
 

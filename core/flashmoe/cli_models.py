@@ -26,7 +26,7 @@ def list_models(as_json: bool) -> None:
         as_json=as_json,
     )
     if not as_json and sys.stdout.isatty():
-        click.echo("How to get one that is not on this disk: flashmoe info NAME")
+        click.echo("How to get one that is not on this disk: flashmoe download NAME")
 
 
 @click.command()
@@ -149,12 +149,14 @@ COMMANDS = (list_models, register, remove, info, cache, chat_template)
 def _summary(model: catalog.Model) -> dict:
     """What `list` says of a model; a checkpoint that is broken is listed with its fault."""
     found = {"name": model.name, "source": model.source}
+    if model.published is not None:
+        found |= _origin(model.published)
     if model.path is None:
-        size = model.published.nbytes
         return found | {
-            "size": f"about {size / 1e9:.0f} GB",
-            "bytes": size,
-            "K": model.experts,
+            "size": model.published.size,
+            "bytes": model.published.nbytes,
+            "bits": model.published.bits,
+            "K": model.experts or model.published.trained_k,
             "where": "not on this disk",
             "get": model.how_to_get,
         }
@@ -170,3 +172,12 @@ def _summary(model: catalog.Model) -> dict:
         "bits": checkpoint.expert_bits,
         "K": model.experts or checkpoint.top_k,
     }
+
+
+def _origin(published: catalog.Published) -> dict:
+    """Where it is from, and what is known of it; only what is."""
+    found = {name: getattr(published, name) for name in ("repo", "revision", "licence", "evidence")}
+    found = {name: value for name, value in found.items() if value is not None}
+    if published.source is not None:
+        found |= {"verified": published.verified, "catalogue": published.source}
+    return found

@@ -17,6 +17,10 @@ class RegistryError(FlashMoEError):
     """The list of the user's models cannot be read or changed, or a name in it is taken."""
 
 
+class DownloadError(FlashMoEError):
+    """A checkpoint that could not be fetched whole and unchanged from the hub. Says what to do."""
+
+
 class ReadError(FlashMoEError):
     """Expert bytes that could not be read while in use. Names file, layer, expert and range."""
 

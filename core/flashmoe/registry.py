@@ -2,7 +2,8 @@
 
     {"version": 1, "models": {"name": {"path": "/models/x", "aliases": ["y"]}}}
 
-Reading never raises: a file that is broken must not break every command that lists models.
+One that was downloaded has its "repo" and the commit, "revision", too. Reading never raises: a
+file that is broken must not break every command that lists models.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from .errors import RegistryError
 log = logging.getLogger("flashmoe")
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.:@+-]*(/[\w.:@+-]+)*")
+_ORIGIN = ("repo", "revision")
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A checkpoint directory under a name."""
+    """A checkpoint directory under a name; repo and revision: what of the hub it was made from."""
 
     name: str
     path: Path
     aliases: tuple[str, ...] = ()
+    repo: str | None = None
+    revision: str | None = None
 
 
 def file() -> Path:
@@ -48,7 +52,8 @@ def models() -> list[Registered]:
             aliases = tuple(a for a in entry.get("aliases", ()) if is_name(a))
             if not is_name(name):
                 raise ValueError
-            models.append(Registered(name, Path(entry["path"]), aliases))
+            origin = {k: v for k in _ORIGIN if isinstance(v := entry.get(k), str)}
+            models.append(Registered(name, Path(entry["path"]), aliases, **origin))
         except (AttributeError, KeyError, TypeError, ValueError):
             log.warning("%s: the entry of %r is not one: it is ignored", file(), name)
     return models
@@ -59,13 +64,27 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and len(name) <= 100 and bool(_NAME.fullmatch(name))
 
 
-def add(name: str, path: Path, aliases: tuple[str, ...] = ()) -> Registered:
+def add(name: str, path: Path, aliases: tuple[str, ...] = (), **origin: str) -> Registered:
     """Register a directory, in place of what had that name.
+
+    Args:
+        origin: the `repo` and `revision` of a download.
 
     Raises:
         RegistryError: a name cannot be one, or is another model's; the file cannot be changed.
     """
+    check(name, aliases)
     found = _read()
+    found[name] = {"path": str(path.absolute()), "aliases": list(aliases), **origin}
+    _write(found)
+    return Registered(name, path.absolute(), aliases, **origin)
+
+
+def check(name: str, aliases: tuple[str, ...] = ()) -> None:
+    """
+    Raises:
+        RegistryError: a name cannot be one, or is another model's.
+    """
     for new in (name, *aliases):
         if not is_name(new):
             raise RegistryError(
@@ -77,9 +96,6 @@ def add(name: str, path: Path, aliases: tuple[str, ...] = ()) -> Registered:
                     f"{new!r} is taken by {other.name}, which is {other.path}: choose another "
                     f"name, or run: flashmoe remove {other.name}"
                 )
-    found[name] = {"path": str(path.absolute()), "aliases": list(aliases)}
-    _write(found)
-    return Registered(name, path.absolute(), aliases)
 
 
 def remove(name: str) -> Registered:
