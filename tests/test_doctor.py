@@ -187,7 +187,7 @@ def test_gpu_is_not_seen(no_self_test):
 def test_broken_checkpoint_is_a_traceback_or_well(tmp_path, no_self_test):
     toy = write_toy(tmp_path / "toy", bits=8)
     report = doctor.examine(str(toy))
-    assert "has no tokenizer.json -> download that file" in problems(report, "model")[0]
+    assert "has no tokenizer that can be read" in problems(report, "model")[0]
     assert report.sections["model"]["shards"] == 1
     assert report.sections["model"]["plan"]["num_layers"] > 0
     os.truncate(toy / "model.safetensors", 5000)

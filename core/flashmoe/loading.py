@@ -204,6 +204,8 @@ def read_tokenizer(checkpoint: Checkpoint):
         CheckpointError: there is none, or it cannot be read.
     """
     try:
+        # transformers makes one of a single token where there is none.
+        (checkpoint.path / "tokenizer.json").stat()
         return load_tokenizer(
             checkpoint.path,
             {"trust_remote_code": False},
