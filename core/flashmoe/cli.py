@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from . import cli_bench, cli_doctor, cli_models
+from . import cli_bench, cli_doctor, cli_models, cli_quantize
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -34,7 +34,7 @@ def cli() -> None:
     """Run Mixture-of-Experts models that are larger than memory."""
 
 
-for command in (*cli_models.COMMANDS, cli_bench.bench, cli_doctor.doctor):
+for command in (*cli_models.COMMANDS, cli_bench.bench, cli_doctor.doctor, cli_quantize.quantize):
     cli.add_command(command)
 
 
