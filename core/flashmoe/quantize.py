@@ -24,7 +24,7 @@ import numpy as np
 from .errors import CheckpointError, QuantizeError
 from .memory import format_size
 from .quantize_plan import Part, Plan
-from .rounding import Rounded, search
+from .rounding import Rounded, search, weighed
 from .safetensors_index import INDEX_NAME, read_header
 from .safetensors_writer import PARTIAL, ShardWriter, write_file
 from .user_files import write_json
@@ -133,12 +133,11 @@ class Run:
                 for first in range(0, rows, step):
                     start = expert * rows + first
                     w = _weights(part, fds, start, min(step, rows - first))
-                    _check_finite(w, part, expert)
                     dtype = part.targets[1].dtype
                     found = search(w, h, part.new.bits, part.new.group_size, dtype)
                     self._store(part, out, start, found)
-                    energy = float((np.square(w) @ h).sum())
-                    _check_block(part, out, start, w, h, found.plain * 1.001 + 1e-9 * energy)
+                    error, energy = weighed(w, h, _read_back(part, out, start, len(w)))
+                    _check_block(part, expert, out, error, energy, found.plain)
                     errors.add(found.error, found.plain, energy)
                     self.advance(w.size)
 
@@ -344,29 +343,31 @@ def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(np.float16 if dtype == "F16" else np.float32)
 
 
-def _check_finite(w: np.ndarray, part: Part, expert: int) -> None:
-    if not np.isfinite(w).all():
-        raise CheckpointError(
-            f"{part.path} has weights that are no finite numbers"
-            + (f", in expert {expert}" if part.layer is not None else "")
-            + f": {part.sources['weight'].file.name} is corrupt; download it again"
-        )
-
-
-def _check_block(part, out: ShardWriter, row: int, w, h, allowed: float) -> None:
-    """Read a block back, through MLX's own unpacking, and hold it against what it was made from.
-
-    allowed: the error of plain rounding, and what sums of float32 differ by."""
-    read = []
+def _read_back(part: Part, out: ShardWriter, row: int, rows: int) -> np.ndarray:
+    """Weights as MLX unpacks them from the file under way."""
+    found = []
     for target in part.targets:
         each = target.nbytes // math.prod(target.shape[:-1])
-        data = out.read(target.name, row * each, len(w) * each)
-        read.append(widen(data, target.dtype).reshape(len(w), -1))
-    error = float((np.square(w - _unpacked(*read, part.new)) @ h).sum())
-    if not error <= allowed:
+        data = out.read(target.name, row * each, rows * each)
+        found.append(widen(data, target.dtype).reshape(rows, -1))
+    return _unpacked(*found, part.new)
+
+
+def _check_block(
+    part: Part, expert: int, out: ShardWriter, error: float, energy: float, plain: float
+) -> None:
+    """error: of what was read back; energy: of the weights; plain: what rounding allows."""
+    where = part.path + (f", expert {expert}" if part.layer is not None else "")
+    if not math.isfinite(energy):
+        raise CheckpointError(
+            f"{where} has weights that are no finite numbers: "
+            f"{part.sources['weight'].file.name} is corrupt; download it again"
+        )
+    # Sums of float32 differ in their last digits.
+    if not error <= plain * 1.001 + 1e-9 * energy:
         raise QuantizeError(
-            f"{part.path}, row {row}: what {out.partial} gives back has the error {error:.6g}, and "
-            f"rounding allows {allowed:.6g}: the disk or the memory is faulty"
+            f"{where}: what {out.partial} gives back has the error {error:.6g}, and rounding "
+            f"allows {plain:.6g}: the disk or the memory is faulty"
         )
 
 
