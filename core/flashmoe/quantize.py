@@ -1,6 +1,7 @@
 """Rounds a checkpoint to fewer bits, tensor by tensor and expert by expert.
 
-Memory holds one block of rows at a time, whatever the checkpoint's size. A shard gets its name when
+Memory holds one block of rows at a time, whatever the checkpoint's size: some 0.1 GB beside what is
+imported. A calibration adds 4 bytes for each row of gate and column of an expert's input. A shard gets its name when
 it is whole, synced and read back; its checksum is kept beside it until the end, so that a run which
 was killed goes on behind the last good shard. config.json is written last: before that, nothing
 takes the directory for a model.
