@@ -1,10 +1,11 @@
 """Rounds a checkpoint to fewer bits, tensor by tensor and expert by expert.
 
 Memory holds one block of rows at a time, whatever the checkpoint's size: some 0.1 GB beside what is
-imported. A calibration adds 4 bytes for each row of gate and column of an expert's input. A shard gets its name when
-it is whole, synced and read back; its checksum is kept beside it until the end, so that a run which
-was killed goes on behind the last good shard. config.json is written last: before that, nothing
-takes the directory for a model.
+imported. A calibration adds 4 bytes for each row of gate and each column of a layer's input.
+
+A shard gets its name when it is whole, synced and read back; its checksum is kept beside it until
+the end, so that a run which was killed goes on behind the last good shard. config.json is written
+last: before that, nothing takes the directory for a model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .blocks import narrow, read_back, read_bytes, read_weights
 from .errors import CheckpointError, QuantizeError
 from .memory import format_size
 from .quantize_plan import Part, Plan
@@ -118,7 +120,7 @@ class Run:
         for tensor in part.sources.values():
             with self._open(tensor) as fd:
                 for start in range(0, tensor.nbytes, COPY_NBYTES):
-                    data = _read(fd, tensor, start, min(COPY_NBYTES, tensor.nbytes - start))
+                    data = read_bytes(fd, tensor, start, min(COPY_NBYTES, tensor.nbytes - start))
                     out.write(tensor.name, start, data)
                     self.advance(len(data))
 
@@ -133,11 +135,11 @@ class Run:
                 h = np.ones(width, np.float32) if given is None else given
                 for first in range(0, rows, step):
                     start = expert * rows + first
-                    w = _weights(part, fds, start, min(step, rows - first))
+                    w = read_weights(part, fds, start, min(step, rows - first))
                     dtype = part.targets[1].dtype
                     found = search(w, h, part.new.bits, part.new.group_size, dtype)
                     self._store(part, out, start, found)
-                    error, energy = weighed(w, h, _read_back(part, out, start, len(w)))
+                    error, energy = weighed(w, h, read_back(part, out, start, len(w)))
                     _check_block(part, expert, out, error, energy, found.plain)
                     errors.add(found.error, found.plain, energy)
                     self.advance(w.size)
@@ -146,7 +148,7 @@ class Run:
         weight, scales, biases = part.targets
         out.write(weight.name, row * found.weight[0].nbytes, found.weight.data)
         for target, values in ((scales, found.scales), (biases, found.biases)):
-            data = _narrow(values, target.dtype)
+            data = narrow(values, target.dtype)
             out.write(target.name, row * data[0].nbytes, data.data)
 
     @contextmanager
@@ -294,64 +296,6 @@ def _digest(file: Path) -> str:
         while data := f.read(COPY_NBYTES):
             digest.update(data)
     return digest.hexdigest()
-
-
-def _read(fd: int, tensor, start: int, nbytes: int) -> bytes:
-    try:
-        data = os.pread(fd, nbytes, tensor.start + start)
-    except OSError as e:
-        raise CheckpointError(
-            f"cannot read bytes {tensor.start + start} and on of {tensor.file}: {e.strerror}"
-        ) from e
-    if len(data) != nbytes:
-        raise CheckpointError(f"{tensor.file} ends inside {tensor.name}: download it again")
-    return data
-
-
-def _weights(part: Part, fds: dict[str, int], row: int, rows: int) -> np.ndarray:
-    """(rows, width) float32 from row `row` on, the rows of all experts counted as one list."""
-    found = {}
-    for name, tensor in part.sources.items():
-        each = tensor.nbytes // math.prod(tensor.shape[:-1])
-        data = _read(fds[name], tensor, row * each, rows * each)
-        found[name] = widen(data, tensor.dtype).reshape(rows, -1)
-    return found["weight"] if part.old is None else _unpacked(*found.values(), part.old)
-
-
-def _unpacked(weight, scales, biases, quantization) -> np.ndarray:
-    import mlx.core as mx
-
-    # The float32 of it, also where a model computes in 16 bits.
-    with mx.stream(mx.cpu):
-        arrays = (mx.array(a) for a in (weight, scales, biases))
-        made = mx.dequantize(*arrays, quantization.group_size, quantization.bits)
-        return np.array(made)
-
-
-def widen(data: bytes, dtype: str) -> np.ndarray:
-    """Floats of a safetensors dtype as float32, or U32 as it is."""
-    if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    kind = {"U32": np.uint32, "F32": np.float32, "F16": np.float16}[dtype]
-    found = np.frombuffer(data, kind)
-    return found.astype(np.float32) if dtype == "F16" else found
-
-
-def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 that the dtype holds exactly, in that dtype."""
-    if dtype == "BF16":
-        return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype(np.float16 if dtype == "F16" else np.float32)
-
-
-def _read_back(part: Part, out: ShardWriter, row: int, rows: int) -> np.ndarray:
-    """Weights as MLX unpacks them from the file under way."""
-    found = []
-    for target in part.targets:
-        each = target.nbytes // math.prod(target.shape[:-1])
-        data = out.read(target.name, row * each, rows * each)
-        found.append(widen(data, target.dtype).reshape(rows, -1))
-    return _unpacked(*found, part.new)
 
 
 def _check_block(
