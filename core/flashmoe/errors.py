@@ -13,6 +13,10 @@ class CheckpointError(FlashMoEError):
     """A checkpoint directory that cannot be used: missing, corrupt, or of an unsupported kind."""
 
 
+class QuantizeError(FlashMoEError):
+    """A checkpoint that cannot be written: no room, something in the way, a faulty disk."""
+
+
 class RegistryError(FlashMoEError):
     """The list of the user's models cannot be read or changed, or a name in it is taken."""
 

@@ -1,0 +1,90 @@
+"""What `flashmoe quantize` costs in quality, on text of the model's own.
+
+The model answers the questions of benchmarks/perplexity.py, sampled at temperature 1. Every other
+answer is the calibration text; the rest is forced through the model and through versions of it with
+fewer bits: plain rounding as MLX does it, the search, and the search with calibration. Prints one
+JSON line a version.
+
+    python benchmarks/quantised.py [MODEL] [--gate-up 2] [--down 4] [--tokens 80]
+
+kl: of a version's distribution from the model's, a token. same_top: share of tokens whose likeliest
+token is the same.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+from perplexity import answers
+
+import flashmoe
+from flashmoe import quantize
+from flashmoe.calibration import calibrate
+from flashmoe.catalog import DEMO, find
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.quantize_plan import SHARD_NBYTES, Recipe, make_plan
+from flashmoe.rounding import Rounded
+
+
+def plain(w, importance, bits, group_size, dtype) -> Rounded:
+    """MLX's own rounding, in the dtype of the checkpoint. Its errors are not known here."""
+    kind = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}[dtype]
+    weight, *both = mx.quantize(mx.array(w).astype(kind), group_size, bits)
+    both = (np.array(a.astype(mx.float32)) for a in both)
+    return Rounded(np.array(weight), *both, 0.0, float("inf"))
+
+
+def log_probabilities(path, texts) -> np.ndarray:
+    """(tokens of all answers, vocabulary), each row given what is before its token."""
+    model, _ = flashmoe.load(path)
+    rows = []
+    for prompt, answer in texts:
+        logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1].astype(mx.float32)
+        rows.append(np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64))
+    model.close()
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=DEMO)
+    parser.add_argument("--gate-up", type=int, default=2)
+    parser.add_argument("--down", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=80, help="of an answer, at most")
+    args = parser.parse_args()
+    path = find(args.model)
+    model, tokenizer = flashmoe.load(path)
+    found = answers(model, tokenizer, args.tokens)
+    model.close()
+    tokens = np.array([token for _, answer in found[1::2] for token in answer])
+    exact = log_probabilities(path, found[1::2])
+    plan = make_plan(Checkpoint.open(path), Recipe(args.gate_up, args.down))
+    for name in ("plain", "search", "calibrated"):
+        with tempfile.TemporaryDirectory() as out:
+            run = quantize.Run(plan, Path(out, "model"), {})
+            if name == "calibrated":
+                text = Path(out, "text")
+                text.write_text("\n".join(tokenizer.decode(p + a) for p, a in found[::2]))
+                run.importance = calibrate(plan.checkpoint, text)
+            quantize.begin(plan, run.directory, quantize.fingerprint(plan, SHARD_NBYTES, None))
+            with mock.patch.object(
+                quantize, "search", plain if name == "plain" else quantize.search
+            ):
+                run.run()
+            rounded = log_probabilities(run.directory, found[1::2])
+        result = {
+            "version": name,
+            "tokens": len(tokens),
+            "perplexity": round(float(np.exp(-rounded[np.arange(len(tokens)), tokens].mean())), 4),
+            "kl": round(float((np.exp(exact) * (exact - rounded)).sum(axis=1).mean()), 5),
+            "same_top": round(float((exact.argmax(axis=1) == rounded.argmax(axis=1)).mean()), 4),
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
