@@ -12,6 +12,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent / "msl"
 #: Flags of a build that stops the process at its first fault, and says more about it.
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -30,11 +32,11 @@ def compiler() -> str | None:
 def library(cpp: str, flags: tuple[str, ...] = ()):
     """The `run` of a kernel's text (see `msl_source.to_cpp`), as a function.
 
-    Raises ValueError if it does not compile, RuntimeError if there is no compiler.
+    Raises ValueError if it does not compile. The test is skipped if there is no compiler.
     """
     cxx = compiler()
     if cxx is None:
-        raise RuntimeError("the stand-in needs a C++ compiler: g++ or clang++")
+        pytest.skip("the stand-in needs a C++ compiler: g++ or clang++")
     sanitizers = [f for f in flags if f.startswith("-fsanitize")]
     command = [cxx, *_flags("clang" in cxx), *flags]
     if "clang" not in cxx:
