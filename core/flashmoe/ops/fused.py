@@ -19,8 +19,8 @@ from flashmoe_metal.matrix import Matrix, lanes
 
 from . import gather
 
-# MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs. It
-# counts whole stacks of experts, so each launch would be a batch of its own.
+# MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs.
+# Whole stacks of experts count, so each launch would be a batch of its own.
 os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000000")
 
 #: Launches are what costs: wait for all reads that there are slots for, then compute at once.
