@@ -21,12 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
+from flashmoe.safetensors_index import ITEM_BYTES
+from flashmoe.safetensors_writer import header
+
 HIDDEN, EXPERT, HEADS, KV_HEADS, HEAD_DIM = 4096, 1024, 32, 2, 256
 KEY_HEADS, VALUE_HEADS, LINEAR_DIM, CONV, INTERVAL = 16, 64, 128, 4, 4
 SHARD_BYTES = 5 * 10**9
 TILE_BYTES = 64 << 20
 PIECE_BYTES = 16 << 20
-ITEM_BYTES = {"U32": 4, "BF16": 2}
 STEP = 4099  # a prime: consecutive units start at far apart, different places of the tile
 
 
@@ -121,22 +123,6 @@ def split(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
         shards[-1].append(tensor)
         size += tensor.nbytes
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
-
-
-def header(tensors: list[Tensor]) -> bytes:
-    """The safetensors header of one shard, with its length, padded to 8 bytes."""
-    entries: dict = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for t in tensors:
-        entries[t.name] = {
-            "dtype": t.dtype,
-            "shape": t.shape,
-            "data_offsets": [end, end + t.nbytes],
-        }
-        end += t.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def config(layers: int, experts: int, vocab: int, bits: int, group_size: int, top_k: int) -> dict:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,3 +94,28 @@ def on_device():
     else:
         with kernel.launched_by(msl_cpu.launcher(seed=1)):
             yield "stand-in"
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """Toy checkpoints, not to be changed."""
+    from toys import write_toy
+
+    root = tmp_path_factory.mktemp("toys")
+    write_toy(root / "one", layers=4)
+    write_toy(root / "three", layers=4, shards=3)
+    write_toy(root / "plain", layers=4, bits=None)
+    write_toy(root / "next", "qwen3_next", layers=4, dense_layer=True)
+    return root
+
+
+@pytest.fixture
+def one(originals, tmp_path):
+    """A whole checkpoint in one file, to damage."""
+    return Path(shutil.copytree(originals / "one", tmp_path / "one"))
+
+
+@pytest.fixture
+def three(originals, tmp_path):
+    """The same in three shards with an index."""
+    return Path(shutil.copytree(originals / "three", tmp_path / "three"))

@@ -14,8 +14,8 @@ from flashmoe.cuda_memory import CudaMemory, device_memory
 from flashmoe.errors import DeviceError
 from flashmoe.loading import load_streaming
 from flashmoe.reader import Reader, ReadRequest
+from flashmoe.resident import load_resident, logits, same
 from flashmoe.staging import PLACE_NBYTES, DeviceBytes
-from oracle import load_resident, logits, same
 from toys import write_toy
 
 pytestmark = pytest.mark.skipif(device_memory() is None, reason="needs a discrete NVIDIA GPU")

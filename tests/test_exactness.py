@@ -12,7 +12,7 @@ from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.io_modes import IO_MODES, Direct
 from flashmoe.loading import load_streaming
-from oracle import load_resident, logits, same
+from flashmoe.resident import load_resident, logits, same
 from toys import write_toy
 
 on_cpu = pytest.mark.skipif(ops.on_gpu(), reason="on a GPU the model computes in bfloat16")

@@ -13,11 +13,11 @@ from flashmoe.loading import load_streaming
 from flashmoe.ops import steps
 from flashmoe.ops.fused import MOST_ROWS
 from flashmoe.prefill import prefill
+from flashmoe.resident import load_resident, logits, same
 from flashmoe.switch import StreamingSwitchGLU
 from flashmoe_metal import kernel
 from fused_toys import TOYS, activations, random_tokens, settle, write
 from launching import launched
-from oracle import load_resident, logits, same
 
 ON_GPU = kernel.available()
 TOKENS = random_tokens(23)

@@ -11,7 +11,7 @@ from flashmoe import ops
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.loading import load_streaming
 from flashmoe.prefill import prefill, split
-from oracle import load_resident, logits, same
+from flashmoe.resident import load_resident, logits, same
 from toys import FAMILIES, write_toy
 
 

@@ -21,7 +21,7 @@ from flashmoe.loading import load_streaming
 from flashmoe.prompt_cache import PromptCache, key, nbytes
 from flashmoe.prompt_store import PromptStore
 from flashmoe.reading import PromptReader, state_identity
-from oracle import same
+from flashmoe.resident import same
 from toys import FAMILIES, write_toy
 
 

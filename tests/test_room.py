@@ -12,8 +12,8 @@ from flashmoe import footprint
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import ContextError
 from flashmoe.loading import load_streaming
+from flashmoe.resident import load_resident, logits, same
 from flashmoe.room import Room
-from oracle import load_resident, logits, same
 from toys import write_toy
 
 MB = 10**6

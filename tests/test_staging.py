@@ -13,9 +13,9 @@ from flashmoe.errors import DeviceError, ReadError
 from flashmoe.io_modes import BLOCK
 from flashmoe.loading import load_streaming
 from flashmoe.reader import Reader, ReadRequest
+from flashmoe.resident import load_resident, logits, same
 from flashmoe.staging import PLACE_NBYTES, DeviceBytes
 from host_memory import HostMemory
-from oracle import load_resident, logits, same
 from toys import write_toy
 
 pytestmark = pytest.mark.skipif(ops.on_gpu(), reason="test_cuda_memory.py has the GPU's")

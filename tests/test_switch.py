@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import BudgetError, CheckpointError, ReadError, SettingError
 from flashmoe.loading import load_streaming
-from oracle import load_resident, logits, same
+from flashmoe.resident import load_resident, logits, same
 from toys import write_toy
 
 

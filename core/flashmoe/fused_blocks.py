@@ -73,7 +73,7 @@ class _FusedBlock(Joined):
             yield y.reshape(x.shape)
 
     @property
-    def steps(self) -> bool:
+    def fits_kernels(self) -> bool:
         """Whether one token can go through `route` and one of the two sums."""
         return self._matrices is not None
 

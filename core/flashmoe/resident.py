@@ -6,6 +6,8 @@ and `flashmoe doctor` hold streaming models against it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -53,7 +55,12 @@ class ResidentSwitch(nn.Module):
         return Done
 
 
-def load_resident(path, activations: str = "float32") -> StreamingMoE:
+def load_resident(path: str | Path, activations: str = "float32") -> StreamingMoE:
+    """A checkpoint with all of its experts in memory, which MLX read.
+
+    Raises:
+        CheckpointError, BudgetError, SettingError: as `flashmoe.load`.
+    """
     checkpoint = Checkpoint.open(path)
     weights = {}
     for file in checkpoint.files:
@@ -77,7 +84,8 @@ def load_resident(path, activations: str = "float32") -> StreamingMoE:
 
 
 def logits(model, tokens: list[int], chunk: int, decode: int = 4) -> list[np.ndarray]:
-    """Logits of a prompt in chunks, then of `decode` greedy tokens, as float32."""
+    """Logits of a prompt in chunks, then of `decode` greedy tokens: (tokens of a chunk, vocabulary)
+    float32 each."""
     cache = make_prompt_cache(model)
     found = []
 

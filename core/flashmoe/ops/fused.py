@@ -78,7 +78,7 @@ class FewRows:
         self._held |= experts
 
     def run_chosen(self, slots: mx.array) -> None:
-        """Compute all pairs at once. slots: (tokens, top_k)."""
+        """Compute all pairs at once, by `combined` alone. slots: (tokens, top_k)."""
         self._slots = slots
 
     def settle(self) -> None:
@@ -137,8 +137,6 @@ class FewRows:
 
     def _all_apart(self) -> tuple[mx.array, mx.array]:
         """All pairs' results, and where those of each token are: (tokens, top_k)."""
-        if self._slots is not None:
-            self._held = {int(s): p for s, p in _by_slot(np.array(self._slots))}
         self.settle()
         places = np.argsort(np.concatenate(self._pairs)).astype(np.uint32)
         return mx.concatenate(self._terms), mx.array(places.reshape(self._shape))
@@ -160,11 +158,6 @@ class FewRows:
         h, _ = gate_up(self._x, slots, shared.gate, shared.up)
         team = lanes(self._down.columns)
         return down(h, slots, mx.ones(slots.shape), shared.down, mx.float32, team=team)
-
-
-def _by_slot(slots: np.ndarray):
-    flat = slots.reshape(-1)
-    return [(slot, np.flatnonzero(flat == slot)) for slot in np.unique(flat)]
 
 
 def prepare(model: nn.Module, head: nn.Module | None) -> None:

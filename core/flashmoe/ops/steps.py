@@ -20,7 +20,7 @@ def steps_of(layer: nn.Module) -> Steps | None:
     """The steps of one of our decoder layers; None: its experts do not go through our kernels."""
     block = layer.mlp
     routed = hasattr(type(block), "settled_sum")
-    if hasattr(block, "switch_mlp") and not (routed and block.steps):
+    if hasattr(block, "switch_mlp") and not (routed and block.fits_kernels):
         return None
     # Lazy arrays would be computed in each call.
     mx.eval(layer.parameters())
