@@ -173,6 +173,12 @@ def test_packed_matrix_is_refused(bits, group):
     assert reason(**FITS | {"bits": bits, "group": group}) is None
 
 
+def test_scales_of_another_mode_pass():
+    weight, scales = mx.zeros((8, 16), mx.uint32), mx.zeros((8, 4), mx.uint8)
+    assert "scales of" in Matrix(weight, scales, None, 4, 32).reason()
+    assert "no biases" in Matrix(weight, scales.astype(BF16), None, 4, 32).reason()
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_plain_matrix_is_refused(dtype):
     assert Matrix(mx.zeros((8, 32), dtype)).reason() is None

@@ -143,6 +143,8 @@ def test_layer_settles_with_an_expert_elsewhere(toy, load):
     for expert in numbers:
         switch.landed(expert)
     assert switch.settled
+    switch.resize(toy.num_experts - 1)
+    assert not switch.settled, "an expert has left"
 
 
 @one_toy
