@@ -34,6 +34,15 @@ def takes(tools, style, text):
     return accepts(call_lark(tools, style), f"{text}</tool_call>")
 
 
+def can_be_told(tools, style):
+    """Whether every parameter has a value that the format can hold."""
+    try:
+        calls_rules(tools, style, *CALL_MARKERS)
+    except SettingError as e:
+        return "cannot be told from the format around" not in str(e)
+    return True
+
+
 def ambiguous(value, schema):
     """Raw text that the schema lets be a string or something else is read as the latter."""
     if not isinstance(value, str) or schema.get("type") == "string":
@@ -68,6 +77,7 @@ def test_call_by_the_grammar_reads_as_another_one(style, shapes, data):
         assume(not any(unwritable(v) or ambiguous(v, listed[k]) for k, v in arguments.items()))
         whole = shapes[at].schema
         assume(not any(out_of_reach(v, schemas.parameter(whole, k)) for k, v in arguments.items()))
+    assume(can_be_told(tools, style))
     text = STYLE_WRITERS[style](f"tool-{at}é", arguments)
     assert takes(tools, style, text)
     call = FORMATS[style](tools)
@@ -90,6 +100,7 @@ def test_grammar_of_a_call_takes_arguments_that_the_schema_refuses(style, shape,
         # Where a value may be text or JSON, any text is let through.
         kinds = {kind for kind, _ in _kinds(schemas.parameter(shape.schema, key))}
         assume(not kinds >= {"text", "json"})
+    assume(can_be_told(tools, style))
     text = STYLE_WRITERS[style]("f", arguments)
     call = FORMATS[style](tools)
     try:
@@ -134,6 +145,8 @@ CAT = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": [
         ({**TEXT, "pattern": "a/b"}, ["a/b"], ["ab"]),
         ({**TEXT, "pattern": "^a(?=b)"}, ["ab"], []),
         ({"enum": ["a", 1, None, [1]]}, ["a", 1, None, [1]], ["b", 2, '"a"']),
+        ({"enum": ["", "</parameter>"]}, [""], ["</parameter>"]),
+        ({"enum": [None, "a\n</parameter>\n"]}, [None], ["a\n</parameter>\n", ""]),
         ({"const": "a b"}, ["a b"], ["a"]),
         ({"type": "boolean"}, [True, False], ["True", "", 1]),
         ({"type": "integer"}, [1, -3], ["1.5", '"1"', "one", ""]),
@@ -152,6 +165,16 @@ CAT = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": [
             {"anyOf": [{"type": "number"}, {**TEXT, "pattern": "^[a-z]+$"}]},
             [1.5, "ab"],
             ["A", "a1"],
+        ),
+        (
+            {"anyOf": [{"type": "integer"}, {"enum": [[1], {}]}, {**TEXT, "maxLength": 4}]},
+            [[1], {}, "abcd"],
+            ["[2]", "abcde"],
+        ),
+        (
+            {"anyOf": [{"type": "integer"}, {"type": "null"}, {**TEXT, "pattern": "x"}]},
+            [None, "x"],
+            ["nul", "y"],
         ),
         (
             {"anyOf": [{"type": "array", "items": {}}, {"type": "null"}, {**TEXT, "maxLength": 4}]},
@@ -243,6 +266,12 @@ def test_items_of_an_older_draft_are_enforced_as_of_the_newest():
         ({"a\nb": TEXT}, {}, "qwen3_coder", "the parameter 'a\\nb' cannot be told from the format"),
         ({" a": TEXT}, {}, "qwen3_coder", "the parameter ' a' cannot be told from the format"),
         ({"": TEXT}, {}, "qwen3_coder", "the parameter '' cannot be told from the format"),
+        (
+            {"a": {"const": "</parameter>"}},
+            {},
+            "qwen3_coder",
+            "the values ['</parameter>'] cannot be",
+        ),
         ({"a": False}, {}, "qwen3_coder", "the parameter 'a' is required, but its schema is false"),
         ({"a": False}, {}, "json_tools", "required property 'a' is unsatisfiable"),
         ({}, {"required": ["b"]}, "qwen3_coder", "required names {'b'}, which are no properties"),

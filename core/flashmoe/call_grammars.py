@@ -8,6 +8,7 @@ it may be a constrained text or JSON, all that the grammar takes fits; not all t
 from __future__ import annotations
 
 import json
+import re
 
 from . import schemas
 from .errors import SettingError
@@ -82,10 +83,15 @@ _UNREADABLE = (
     f"/(?s:.*){IN_NO_VALUE}(?s:.*)|(?s:.*){ENDS_NO_LINE}(\\n(?s:.*))?"
     "|((?s:.*)\\n)?<\\/parameter>(\\n(?s:.*))?/"
 )
+
 _TEXT = {"type", "minLength", "maxLength", "pattern"}
 _ROOTS = {"$defs", "$schema"}
 #: llguidance gives up on texts that must be several thousand characters long.
 _LONGEST_LOW = 1000
+
+
+def _unreadable(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(_UNREADABLE[1:-1], value) is not None
 
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
@@ -93,6 +99,10 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     texts, words, parts = [], [], []
     for kind, value in _kinds(schema):
         {"text": texts, "literal": words, "json": parts}[kind].append(value)
+    readable = [v for v in words if not _unreadable(v)]
+    if words and not (readable or texts or parts):
+        raise SettingError(f"the values {words} cannot be told from the format around them")
+    words = readable
     strings = [v for v in words if isinstance(v, str)]
     if parts and not (texts or strings):
         return f"{rule}: {rule}j {literal(_CLOSING)}\n{rule}j: {json_rule(schema)}\n"
@@ -100,8 +110,11 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     written = [*map(_text, texts)]
     if _ANY_TEXT in written:
         # All that the others could be.
-        written, strings, words, parts = [_ANY_TEXT], [], [], []
-    body = " | ".join([*written, *map(_word, strings if parts else words)])
+        written, words, parts = [_ANY_TEXT], [], []
+    if parts:
+        parts += [{"type": _OPEN[type(v)], "const": v} for v in words if type(v) in _OPEN]
+        words = [v for v in words if type(v) not in _OPEN]
+    body = " | ".join([*written, *map(_word, words)])
     if written:
         body = f"({body}) & ~{_UNREADABLE}"
         # The lexer takes what may start a text for one, and does not come back to JSON.
@@ -112,7 +125,6 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     if not parts:
         return f"{rule}: {rule}t\n{rules}"
     roots = {k: p[k] for p in parts for k in _ROOTS & p.keys()}
-    parts += [{"const": v} for v in words if not isinstance(v, str)]
     rules += f"{rule}j: {json_rule({'anyOf': parts, **roots})}\n"
     return f"{rule}: {rule}t | {rule}j {literal(_CLOSING)}\n{rules}"
 
@@ -125,6 +137,7 @@ def holds_text(schema: dict | bool) -> bool:
 _ANY_TEXT = "/(?s:.*)/"
 #: What JSON of a type starts with, where few texts do. Numbers are left to a text that may be one.
 _STARTS = {"array": "\\[", "object": "{"}
+_OPEN = {list: "array", dict: "object"}
 
 
 def _word(value) -> str:
