@@ -88,7 +88,7 @@ def main() -> None:
     model = load_streaming(checkpoint, memory=args.memory, slots=args.slots, prompt_cache=None)
     ahead = Ahead(model)
     SharedExpertBlock.sweep = lambda block, xs: ahead.sweep(block, xs)
-    model.room.for_decoding(args.tokens * args.rounds * len(args.guesses))
+    model.room.for_decoding([args.tokens * args.rounds * len(args.guesses)])
     cache = make_prompt_cache(model)
     drawn = random.Random(3)
     token, taken = 1, defaultdict(list)

@@ -99,13 +99,13 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
 
     with Routing() as routing:
         before, start = model.stats, time.perf_counter()
-        limit = model.room.for_prompt(len(prompt), len(prompt), model.experts)
+        limit = model.room.for_prompts(len(prompt), [len(prompt)], model.experts)
         for _ in prefill(model, split(prompt, []), cache, limit=limit):
             pass
         took = time.perf_counter() - start
         read, union = model.stats - before, routing.distinct() * expert_nbytes
         # As an engine does, for this answer.
-        model.room.for_decoding(len(prompt) + len(forced))
+        model.room.for_decoding([len(prompt) + len(forced)])
         step(forced[0])
         first = time.perf_counter() - start
         del seconds[:], waits[:]

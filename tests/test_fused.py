@@ -95,7 +95,7 @@ def test_split_into_sweeps_changes_a_bit(toy, load):
     found = []
     for slots, limit in ((None, 1), (None, 10**9), (toy.top_k + 2, 19), (toy.top_k + 2, 10**9)):
         model = load(slots)
-        *_, last = prefill(model, pieces, make_prompt_cache(model), limit=limit)
+        *_, (*_, last) = prefill(model, pieces, make_prompt_cache(model), limit=limit)
         found.append(np.array(model.logits(last.hidden).astype(mx.float32)))
     assert all(same([other], found[:1]) for other in found[1:])
 

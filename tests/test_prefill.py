@@ -31,10 +31,11 @@ def answer(model, pieces, limit, keep=(), cache=None):
     cache = cache or make_prompt_cache(model)
     states, taken = {}, []
     for swept in prefill(model, pieces, cache, limit=limit, keep=keep):
-        states |= swept.states
-        taken.append(swept.tokens)
+        first = len(taken)
+        states |= {first + i: s.state for i, s in enumerate(swept) if s.state is not None}
+        taken += [len(s.piece.tokens) for s in swept]
     assert sum(taken) == sum(map(len, pieces))
-    found = [np.array(model.logits(swept.hidden).astype(mx.float32))]
+    found = [np.array(model.logits(swept[-1].hidden).astype(mx.float32))]
     for _ in range(4):
         new = model.next_logits([int(found[-1].argmax())], cache)
         found.append(np.array(new.astype(mx.float32)))

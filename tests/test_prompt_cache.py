@@ -18,6 +18,7 @@ from flashmoe.chat import Prompt
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.footprint import PIECE_TOKENS
 from flashmoe.loading import load_streaming
+from flashmoe.prefill import fitting, sweep
 from flashmoe.prompt_cache import PromptCache, key, nbytes
 from flashmoe.prompt_store import PromptStore
 from flashmoe.reading import PromptReader, state_identity
@@ -256,6 +257,16 @@ def prompt_of(count: int, cuts: tuple[int, ...], seed: int = 0) -> Prompt:
     return Prompt(tokens, cuts, False)
 
 
+def read(reader, model, prompt, emit, *, keep):
+    """All of a prompt, sweep by sweep, as a batch of this one alone reads it."""
+    reading = reader.begin(prompt, emit, experts=model.experts, keep=keep)
+    while reading.left:
+        limit = model.room.for_prompts(reading.tokens, [reading.context], model.experts)
+        model.watch.entered = reading.reporter.entered
+        reading.took(sweep(model, reading.left[: fitting(reading.left, limit)]))
+    return reading
+
+
 def answer_logits(model, reading, steps: int = 5) -> list[np.ndarray]:
     found, logits = [], reading.logits
     for _ in range(steps):
@@ -282,13 +293,13 @@ def test_restored_state_changes_a_bit(tmp_path, family):
     reader = PromptReader(model, PromptCache(0), None)
     expected = []
     for turn in turns:
-        expected.append(answer_logits(model, reader.read(turn, silent.append, keep=False)))
+        expected.append(answer_logits(model, read(reader, model, turn, silent.append, keep=False)))
 
     store = PromptStore(tmp_path / "states")
     reader = PromptReader(model, PromptCache(10**9), store)
     cached = []
     for turn, logits in zip(turns, expected, strict=True):
-        reading = reader.read(turn, silent.append, keep=True)
+        reading = read(reader, model, turn, silent.append, keep=True)
         cached.append(reading.cached)
         assert same(answer_logits(model, reading), logits)
         reader.store(reading)
@@ -298,7 +309,7 @@ def test_restored_state_changes_a_bit(tmp_path, family):
     model = load_streaming(checkpoint, slots=9)
     reader = PromptReader(model, PromptCache(10**9), store)
     for turn, logits in zip(turns, expected, strict=True):
-        reading = reader.read(turn, silent.append, keep=True)
+        reading = read(reader, model, turn, silent.append, keep=True)
         assert reading.cached == turn.cuts[-1]
         assert same(answer_logits(model, reading), logits)
     model.close()
@@ -320,14 +331,14 @@ def test_state_of_other_settings_is_found(tmp_path):
 def test_progress_does_not_add_up(tmp_path):
     path = write_toy(tmp_path / "toy", max_position_embeddings=4096)
     model = load_streaming(Checkpoint.open(path), slots=7)
-    model.room.for_prompt = lambda *args: PIECE_TOKENS + 1
+    model.room.for_prompts = lambda *args: PIECE_TOKENS + 1
     reader = PromptReader(model, PromptCache(10**9), None)
     events = []
-    reader.read(prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
+    read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
     whole = [e for e in events if e.layer == e.layers]
     assert [e.done for e in whole] == [PIECE_TOKENS, LONG + 40]
     assert {(e.total, e.layers) for e in events} == {(LONG + 40, 4)}
     events.clear()
-    reader.read(prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
+    read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
     assert [e.done for e in events] == [40]
     model.close()

@@ -65,9 +65,9 @@ def needs(model, tokens, context):
 
 def test_prompt_that_fits_takes_slots(model):
     room = room_of(model, 1000 * MB)
-    room.for_decoding(100)
+    room.for_decoding([100])
     assert room.slots == EXPERTS
-    assert room.for_prompt(2000, 2000, model.experts) == 2000
+    assert room.for_prompts(2000, [2000], model.experts) == 2000
     assert room.slots == EXPERTS
 
 
@@ -75,9 +75,9 @@ def test_slots_do_not_give_way_to_a_prompt_or_do_not_come_back(model):
     plan = model.plan
     spare = needs(model, 4000, 4000) + 10 * plan.slot_nbytes
     room = room_of(model, spare)
-    room.for_decoding(100)
+    room.for_decoding([100])
     before = room.slots
-    sweep = room.for_prompt(4000, 4000, model.experts)
+    sweep = room.for_prompts(4000, [4000], model.experts)
     held = needs(model, 4000, 4000) + (sweep - 512) * footprint.swept_nbytes(
         model.checkpoint, model.experts
     )
@@ -90,22 +90,22 @@ def test_slots_do_not_give_way_to_a_prompt_or_do_not_come_back(model):
         + (room.slots + 1) * plan.slot_nbytes
         + footprint.swept_nbytes(model.checkpoint, model.experts) * 512
     ), "memory was left over"
-    room.for_decoding(100)
+    room.for_decoding([100])
     assert room.slots == before
 
 
 def test_prompt_that_cannot_fit_is_tried(model):
     fits = needs(model, 3000, 3000) + model.plan.least_slots * model.plan.slot_nbytes
-    assert room_of(model, fits).for_prompt(3000, 3000, model.experts) == footprint.PIECE_TOKENS
+    assert room_of(model, fits).for_prompts(3000, [3000], model.experts) == footprint.PIECE_TOKENS
     with pytest.raises(ContextError, match="3000 tokens needs at least .* and there are") as e:
-        room_of(model, fits - 10).for_prompt(3000, 3000, model.experts)
+        room_of(model, fits - 10).for_prompts(3000, [3000], model.experts)
     assert 'memory="' in str(e.value)
 
 
 def test_slots_that_were_asked_for_change(checkpoint):
     model = load_streaming(checkpoint, slots=7)
-    assert model.room.for_prompt(4000, 4000, model.experts) >= footprint.PIECE_TOKENS
-    model.room.for_decoding(4000)
+    assert model.room.for_prompts(4000, [4000], model.experts) >= footprint.PIECE_TOKENS
+    model.room.for_decoding([4000])
     model.room.look()
     assert model.room.slots == 7
     model.close()
@@ -152,7 +152,7 @@ sys.stdin.readline()
 model = load_streaming(Checkpoint.open(sys.argv[1]))
 for line in sys.stdin:
     if line.strip():
-        model.room.for_decoding(1)
+        model.room.for_decoding([1])
     found = 0
     cache = make_prompt_cache(model)
     for token in range(70):

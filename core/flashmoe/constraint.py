@@ -140,6 +140,10 @@ class Constraint:
         banned = sorted(t for t in banned if t is not None)
         return logits.at[:, mx.array(banned)].add(-mx.inf) if banned else logits
 
+    def ends(self, token: int) -> bool:
+        """Whether a picked token ends the answer."""
+        return token in self._control.end
+
     def accept(self, token: int) -> list[int]:
         """Take the next token; the tokens that now follow without an alternative, taken too."""
         if self._matcher is not None:

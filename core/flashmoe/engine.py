@@ -2,7 +2,8 @@
 
 MLX arrays, streams and seeds belong to the thread that made them. So one thread loads the model,
 generates, keeps the prompt cache, and ends its own streams; callers on any thread, or in asyncio,
-only pass messages. Requests are answered in the order in which they came.
+only pass messages. Requests begin in the order in which they came, and run together as far as the
+memory goes: see `flashmoe.batch`.
 """
 
 from __future__ import annotations
@@ -12,24 +13,30 @@ import atexit
 import gc
 import sys
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import TYPE_CHECKING
 
-from .errors import ReadError, TimedOut
+from .errors import ReadError, SettingError, TimedOut
 from .events import End, Event
 from .requests import Request, check_request
 
+if TYPE_CHECKING:
+    from .batch import Batch
+
 
 class _Cancellation:
-    """The two ways to cancel a job: its answer was closed, or the caller's event is set."""
+    """The ways to cancel a job: its answer was closed, the caller's event is set, or the engine
+    is closing."""
 
-    def __init__(self, event: threading.Event | None):
+    def __init__(self, *events: threading.Event | None):
         self._closed = threading.Event()
-        self._event = event
+        self._events = [self._closed, *(e for e in events if e is not None)]
 
     @property
     def closed(self) -> bool:
@@ -40,11 +47,14 @@ class _Cancellation:
         self._closed.set()
 
     def is_set(self) -> bool:
-        return self._closed.is_set() or (self._event is not None and self._event.is_set())
+        return any(event.is_set() for event in self._events)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
+    """A request, who takes the events of its answer or its error, and whether anybody still
+    does."""
+
     request: Request
     put: Callable[[Event | BaseException], None]
     cancelled: _Cancellation
@@ -117,16 +127,24 @@ class Engine:
 
     Args:
         path: the checkpoint directory.
+        batch: requests that run together at most; 1: one after the other. None:
+            `flashmoe.batch.DEFAULT_ROWS`. Memory may allow fewer.
         settings: memory, experts, slots, depth, io, activations as in `flashmoe.load`;
             prompt_cache, prompt_store and prompt_store_path as in `flashmoe.session.Session`.
+
+    Raises:
+        SettingError: batch is not 1 or more.
     """
 
-    def __init__(self, path: str | Path, **settings):
+    def __init__(self, path: str | Path, *, batch: int | None = None, **settings):
+        if batch is not None and batch < 1:
+            raise SettingError(f"batch={batch} must be 1 or more: it is a number of requests")
         self.path = Path(path)
         self.settings = settings
+        self._most = batch
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._running: Job | None = None
-        self._closed = False
+        self._closing = threading.Event()
+        self._batch: Batch | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="flashmoe-engine", daemon=True)
         self._thread.start()
@@ -135,7 +153,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._closing.is_set()
 
     def stream(
         self,
@@ -191,12 +209,9 @@ class Engine:
     def close(self) -> None:
         """Cancel what is in flight, free the model, and end the thread. May be called again."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
+            if not self.closed:
+                self._closing.set()
                 self._jobs.put(None)
-            running = self._running
-        if running is not None:
-            running.cancelled.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         atexit.unregister(self.close)
@@ -208,54 +223,79 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, put, cancel: threading.Event | None) -> Job:
-        job = Job(request, put, _Cancellation(cancel))
+        def emit(event: Event | BaseException) -> None:
+            # An answer that `close` cut short ends with an error instead.
+            put(self._closed_error() if self.closed and isinstance(event, End) else event)
+
+        job = Job(request, emit, _Cancellation(cancel, self._closing))
         with self._lock:
-            if self._closed:
-                raise RuntimeError(f"the engine of {self.path} is closed")
+            if self.closed:
+                raise self._closed_error()
             self._jobs.put(job)
         return job
 
-    def _run(self) -> None:
-        session = None
-        while (job := self._jobs.get()) is not None:
-            with self._lock:
-                if self._closed:
-                    job.cancelled.set()
-                self._running = job
-            try:
-                # Not for an answer that was dropped while it waited.
-                if session is None and not job.cancelled.closed:
-                    # Late, and here: an MLX that cannot be imported is an answer too.
-                    from .session import Session
+    def _closed_error(self) -> RuntimeError:
+        return RuntimeError(f"the engine of {self.path} is closed")
 
-                    session = Session(self.path, **self.settings)
-                if not job.cancelled.closed:
-                    session.answer(job.request, self._emit_to(job), job.cancelled)
-                if self._closed:
-                    job.put(RuntimeError(f"the engine of {self.path} was closed"))
-            except BaseException as e:  # whatever it is, it belongs to the caller
-                if isinstance(e, ReadError) and session is not None:
-                    # The files changed: the next request loads the model anew.
-                    session.close()
-                    session = None
-                job.put(e)
-            with self._lock:
-                self._running = None
-            del job
-        if session is not None:
-            session.close()
-        del session
+    def _run(self) -> None:
+        waiting: deque[Job] = deque()
+        while self._arrived(waiting):
+            while waiting and self._begun(waiting[0]):
+                waiting.popleft()
+            if self._batch is not None:
+                self._step(self._batch)
+        self._drop_model()
         gc.collect()
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].clear_streams()
 
-    def _emit_to(self, job: Job) -> Callable[[Event], None]:
-        def emit(event: Event) -> None:
-            # An answer that `close` cut short ends with an error instead.
-            if not (self._closed and isinstance(event, End)):
-                job.put(event)
+    def _arrived(self, waiting: deque[Job]) -> bool:
+        """Take the jobs that came, waiting for one where there is nothing else to do. False: the
+        engine is closed, and nothing is left to end."""
+        busy = bool(waiting) or (self._batch is not None and bool(self._batch.rows))
+        while not (self.closed and self._jobs.empty()):
+            try:
+                job = self._jobs.get(block=not busy)
+            except Empty:
+                break
+            if job is not None:
+                waiting.append(job)
+                busy = True
+        return busy
 
-        return emit
+    def _begun(self, job: Job) -> bool:
+        """Let a job join the others; False: it has to wait."""
+        if job.cancelled.closed:
+            return True  # its answer was dropped while it waited
+        if self.closed:
+            job.put(self._closed_error())
+            return True
+        try:
+            if self._batch is None:
+                # Late, and here: an MLX that cannot be imported is an answer too.
+                from .batch import DEFAULT_ROWS, Batch
+                from .session import Session
+
+                session = Session(self.path, **self.settings)
+                self._batch = Batch(session, self._most or DEFAULT_ROWS)
+            return self._batch.admit(job)
+        except BaseException as e:  # whatever it is, it belongs to the caller
+            job.put(e)
+            return True
+
+    def _step(self, batch: Batch) -> None:
+        try:
+            batch.step()
+        except BaseException as e:
+            batch.fail(e)
+            if isinstance(e, ReadError):
+                # The files changed: the next request loads the model anew.
+                self._drop_model()
+
+    def _drop_model(self) -> None:
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
 
 
 _shared: dict[tuple, Engine] = {}

@@ -84,6 +84,8 @@ class End:
             model together, so that the answer took `steps` calls of it.
         prompt_seconds: from the start of the request to its first token.
         seconds: from the first token to the last.
+        batch: the most answers that a step of this one had beside it, itself included. They share
+            what was read: hit_rate, bytes_read and wait_seconds are its part of each step.
         experts: K in use; trained_experts: the K of training.
         bits: of the expert weights, 16 or 32 when they are not quantised.
         activations: "float32" or "int8", see `flashmoe.activations`.
@@ -104,6 +106,7 @@ class End:
     steps: int
     prompt_seconds: float
     seconds: float
+    batch: int
     experts: int
     trained_experts: int
     bits: float
@@ -131,6 +134,7 @@ class End:
             "finish_reason": self.finish_reason,
             "tokens_per_second": round(self.tokens_per_second, 2),
             "time_to_first_token": round(self.prompt_seconds, 3),
+            "batch": self.batch,
             "experts": self.experts,
             "trained_experts": self.trained_experts,
             "bits": self.bits,

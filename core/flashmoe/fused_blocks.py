@@ -32,9 +32,12 @@ class _FusedBlock(Joined):
     def gate(self, x: mx.array) -> mx.array:
         return self._parts[0].of(self.products(x))
 
-    def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
-        """The block applied to pieces of a prompt, whose experts are read once for all of them."""
-        return self._sweep(xs, [None] * len(xs))
+    def sweep(
+        self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None] | None = None
+    ) -> Iterator[mx.array]:
+        """The block applied to pieces, whose experts are read once for all of them, each with its
+        residual added if it has one."""
+        return self._sweep(xs, residuals or [None] * len(xs))
 
     def with_residual(self, x: mx.array, residual: mx.array) -> mx.array:
         """residual + block(x)."""

@@ -152,14 +152,23 @@ class StreamingMoE:
 
     @experts.setter
     def experts(self, k: int | None) -> None:
+        k = self.check_experts(k)
+        for block in self._blocks:
+            block.top_k = k
+
+    def check_experts(self, k: int | None) -> int:
+        """K as given, or the trained one.
+
+        Raises:
+            SettingError: the model cannot run with it.
+        """
         k = check_experts(k, self.checkpoint)
         if k > self.plan.slots_per_layer:
             raise SettingError(
                 f"experts={k} needs {k} slots in each layer, and the model was loaded with "
                 f"{self.plan.slots_per_layer}: load it with experts={k} or with more memory"
             )
-        for block in self._blocks:
-            block.top_k = k
+        return k
 
     @contextmanager
     def pruned_to(self, k: int | None):

@@ -1,11 +1,12 @@
-"""Reads pieces of a prompt into the prompt cache, layer by layer. Knows no text.
+"""Takes pieces of token sequences through the model, layer by layer. Knows no text.
 
 A sweep takes several pieces through one layer before the next layer begins, so each expert is read
 once for all of them: a prompt of 4,096 tokens needs most experts of every layer, and would read
-them all eight times if each piece of 512 tokens went through the whole model alone. A piece goes
-through attention and through its experts as if it were alone: attention rounds by the size of a
-piece, and experts by how many of its tokens they have. So the split of a prompt into pieces
-settles every bit of what comes out, and the split of pieces into sweeps none.
+them all eight times if each piece of 512 tokens went through the whole model alone. The pieces may
+be of one sequence or of several. A piece goes through attention and through its experts as if it
+were alone: attention rounds by the size of a piece, and experts by how many of its tokens they
+have. So the split of a sequence into pieces settles every bit of what comes out, and the split of
+pieces into sweeps, or what else is in one, none.
 """
 
 from __future__ import annotations
@@ -28,19 +29,35 @@ from .models import StreamingMoE
 REPORT_SECONDS = 0.25
 
 
-@dataclass(frozen=True)
-class Swept:
-    """What a sweep left.
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Tokens that go through the model at one time.
 
     Attributes:
-        tokens: how many it took.
-        hidden: (1, tokens of its last piece, hidden), normed.
-        states: copies of the prompt cache after the pieces for which they were asked.
+        cache: mlx-lm's prompt cache of their sequence, which takes them.
+        step: they are of an answer, and are computed as a call of the model computes them, which
+            on a GPU is not as those of a prompt are.
+        keep: copy the state after them.
     """
 
-    tokens: int
+    tokens: Sequence[int]
+    cache: list[Any]
+    step: bool = False
+    keep: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What a sweep left of a piece.
+
+    Attributes:
+        hidden: (1, 1, hidden), normed, of its last token.
+        state: a copy of the prompt cache after it, if it was asked for.
+    """
+
+    piece: Piece
     hidden: mx.array
-    states: dict[int, list[Any]]
+    state: list[Any] | None
 
 
 def split(tokens: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
@@ -59,45 +76,79 @@ def prefill(
     *,
     limit: int = PIECE_TOKENS,
     keep: Collection[int] = (),
-) -> Iterator[Swept]:
-    """Take pieces into the prompt cache, sweep by sweep.
+) -> Iterator[list[Swept]]:
+    """Take the pieces of a prompt into its cache, sweep by sweep.
 
     Args:
         limit: tokens of a sweep; a piece alone may have more.
         keep: numbers of the pieces after which the state is copied.
     """
-    first = 0
-    while first < len(pieces):
-        end = first + 1
-        while end < len(pieces) and sum(map(len, pieces[first : end + 1])) <= limit:
-            end += 1
-        yield _sweep(model, {i: pieces[i] for i in range(first, end)}, cache, keep)
-        first = end
+    left = [Piece(tokens, cache, keep=i in keep) for i, tokens in enumerate(pieces)]
+    while left:
+        count = fitting(left, limit)
+        yield sweep(model, left[:count])
+        left = left[count:]
 
 
-def _sweep(
-    model: StreamingMoE, pieces: dict[int, list[int]], cache: list[Any], keep: Collection[int]
-) -> Swept:
+def fitting(pieces: Sequence[Piece], limit: int) -> int:
+    """How many of the pieces have at most `limit` tokens together; one at least."""
+    count = 1
+    while count < len(pieces) and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit:
+        count += 1
+    return count
+
+
+def sweep(model: StreamingMoE, pieces: Sequence[Piece]) -> list[Swept]:
+    """Take pieces into their caches. Those of one sequence are in its order."""
     inner = model.text.model
-    hidden = {i: inner.embed_tokens(mx.array([piece])) for i, piece in pieces.items()}
-    states: dict[int, list[Any]] = {i: [] for i in pieces if i in keep}
-    for layer, c in zip(inner.layers, cache, strict=True):
-        for i, x in hidden.items():
-            hidden[i] = x + _attention(layer, x, c)
-            # One piece at a time: its scores are what takes the memory.
-            mx.eval(hidden[i], c.state)
-            if i in states:
+    hidden = [inner.embed_tokens(mx.array([piece.tokens])) for piece in pieces]
+    states: list[list[Any]] = [[] for _ in pieces]
+    answers = all(piece.step for piece in pieces)
+    for index, layer in enumerate(inner.layers):
+        normed = []
+        for i, piece in enumerate(pieces):
+            c = piece.cache[index]
+            hidden[i], n = _attended(layer, hidden[i], c, piece.step)
+            if not piece.step:
+                # One piece at a time: its scores are what takes the memory.
+                mx.eval(hidden[i], n, c.state)
+            if piece.keep:
                 states[i].append(copy.deepcopy(c))
-        normed = [layer.post_attention_layernorm(h) for h in hidden.values()]
-        block = layer.mlp
+            normed.append(n)
+        for i, y in enumerate(_through_block(layer.mlp, normed, hidden, pieces)):
+            hidden[i] = y
+            if not pieces[i].step:
+                mx.eval(y)
+        if not answers:
+            mx.clear_cache()
+    ends = [inner.norm(h[:, -1:]) for h in hidden]
+    mx.eval(ends, [[c.state for c in piece.cache] for piece in pieces if piece.step])
+    return [
+        Swept(piece, end, state if piece.keep else None)
+        for piece, end, state in zip(pieces, ends, states, strict=True)
+    ]
+
+
+def _attended(layer: nn.Module, x: mx.array, cache: Any, step: bool) -> tuple[mx.array, mx.array]:
+    """x with what attention adds to it, and its norm."""
+    r = _attention(layer, x, cache)
+    if step and hasattr(type(layer), "sum_and_norm"):
+        return layer.sum_and_norm(x, r)
+    h = x + r
+    return h, layer.post_attention_layernorm(h)
+
+
+def _through_block(block: nn.Module, normed, hidden, pieces: Sequence[Piece]) -> Iterator[mx.array]:
+    """What a layer gives for each piece: hidden + block(normed)."""
+    if hasattr(type(block), "with_residual"):
+        # Those of an answer leave the last sum to it.
+        left = [h if p.step else None for h, p in zip(hidden, pieces, strict=True)]
+        outputs = block.sweep(normed, left)
+    else:
+        left = [None] * len(pieces)
         outputs = block.sweep(normed) if hasattr(block, "sweep") else map(block, normed)
-        for i, y in zip(hidden, outputs, strict=True):
-            hidden[i] = hidden[i] + y
-            mx.eval(hidden[i])
-        mx.clear_cache()
-    last = inner.norm(hidden.popitem()[1])
-    mx.eval(last)
-    return Swept(sum(map(len, pieces.values())), last, states)
+    for i, y in enumerate(outputs):
+        yield hidden[i] + y if left[i] is None else y
 
 
 def _attention(layer: nn.Module, x: mx.array, cache: Any) -> mx.array:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import accumulate
@@ -27,7 +26,7 @@ from .checkpoint import Checkpoint
 from .events import Event
 from .footprint import PIECE_TOKENS
 from .models import StreamingMoE
-from .prefill import Reporter, prefill, split
+from .prefill import Piece, Reporter, Swept, split
 from .prompt_cache import PromptCache, key
 from .prompt_store import PromptStore
 
@@ -35,21 +34,59 @@ from .prompt_store import PromptStore
 STATE_VERSION = 2
 
 
-@dataclass
 class Reading:
-    """A prompt that was read.
+    """A prompt on its way into the model, sweep by sweep.
 
     Attributes:
-        cache: mlx-lm's prompt cache.
-        cached: tokens that were not read, because a kept state held them.
-        logits: (1, vocabulary) after the last token.
+        cache: mlx-lm's prompt cache, which takes it.
+        cached: tokens that need not be read, because a kept state held them.
+        context: tokens of the prompt, with those of the answer that are known already.
+        logits: (1, vocabulary) after the last token; None before all was read.
         new: the states that this prompt left, by name.
     """
 
-    cache: list[Any]
-    cached: int
-    logits: mx.array
-    new: dict[str, list[Any]] = field(default_factory=dict)
+    def __init__(
+        self,
+        model: StreamingMoE,
+        cache: list[Any],
+        cached: int,
+        pieces: list[list[int]],
+        stops: dict[int, str],
+        emit: Callable[[Event], None],
+        total: int,
+        keep: Callable[[str, list[Any]], None],
+    ):
+        """stops: the numbers of the pieces whose states are kept -> their names. total: tokens of
+        the prompt that are read, without those of the answer."""
+        self._model = model
+        self._keep = keep
+        self._names = {i: stops.get(i) for i in range(len(pieces))}
+        self.cache, self.cached = cache, cached
+        self.left = [Piece(p, cache, keep=i in stops) for i, p in enumerate(pieces)]
+        self.context = cached + self.tokens
+        self.reporter = Reporter(emit, total, len(model.layers))
+        self.logits: mx.array | None = None
+        self.new: dict[str, list[Any]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """How many are still to be read."""
+        return sum(len(piece.tokens) for piece in self.left)
+
+    def took(self, swept: Sequence[Swept]) -> None:
+        """The first of the pieces that were left went through a sweep."""
+        if not swept:
+            return
+        self.left = self.left[len(swept) :]
+        first = len(self._names) - len(self.left) - len(swept)
+        self.reporter.took(sum(len(s.piece.tokens) for s in swept))
+        for i, s in enumerate(swept, start=first):
+            if s.state is not None:
+                self.new[self._names[i]] = s.state
+                self._keep(self._names[i], s.state)
+        if not self.left:
+            self.logits = self._model.logits(swept[-1].hidden)
+            mx.eval(self.logits)
 
 
 class PromptReader:
@@ -68,43 +105,38 @@ class PromptReader:
             partial(state_identity, model.checkpoint, activations=model.activations)
         )
 
-    def read(
+    def begin(
         self,
         prompt: Prompt,
         emit: Callable[[Event], None],
         *,
+        experts: int,
         keep: bool,
         forced: Sequence[int] = (),
     ) -> Reading:
-        """Read a prompt; `emit` takes the progress.
+        """Find what of a prompt has to be read. Nothing is read yet.
 
         Args:
+            emit: takes the progress.
+            experts: K.
             keep: look for a kept state, and keep new ones.
             forced: tokens of the answer that are known already.
         """
-        model, tokens = self._model, prompt.tokens
-        identity = self._identity(model.experts)
+        tokens = prompt.tokens
+        identity = self._identity(experts)
         cache, done = self._longest(prompt, identity) if keep else (None, 0)
-        cache = cache or make_prompt_cache(model)
-        new = [*tokens[done:], *forced]
-        pieces = split(new, [c - done for c in prompt.cuts if c > done])
+        pieces = split([*tokens[done:], *forced], [c - done for c in prompt.cuts if c > done])
         # Of a long history the first and the last state: there the next prompts branch off.
         wanted = {prompt.cuts[0], prompt.cuts[-1]} if keep and prompt.cuts else set()
         ends = accumulate(map(len, pieces), initial=done)
-        stops = {i: end for i, end in enumerate(ends, start=-1) if end in wanted and end > done}
-        reporter = Reporter(emit, len(tokens) - done, len(model.layers))
-        model.watch.entered = reporter.entered
-        limit = model.room.for_prompt(len(new), len(tokens) + len(forced), model.experts)
-        states: dict[str, list[Any]] = {}
-        for swept in prefill(model, pieces, cache, limit=limit, keep=stops):
-            reporter.took(swept.tokens)
-            for i, state in swept.states.items():
-                name = key(identity, tokens[: stops[i]])
-                states[name] = state
-                self._memory.put(name, state)
-        logits = model.logits(swept.hidden)
-        mx.eval(logits)
-        return Reading(cache, done, logits, states)
+        stops = {
+            i: key(identity, tokens[:end])
+            for i, end in enumerate(ends, start=-1)
+            if end in wanted and end > done
+        }
+        cache = cache or make_prompt_cache(self._model)
+        total = len(tokens) - done
+        return Reading(self._model, cache, done, pieces, stops, emit, total, self._memory.put)
 
     def store(self, reading: Reading) -> None:
         """Keep the new states of a prompt for the next process."""

@@ -52,18 +52,18 @@ class Room:
         for switch in switches:
             switch.resize(self.slots)
 
-    def for_prompt(self, tokens: int, context: int, experts: int) -> int:
-        """Make room for reading a prompt; how many of its tokens a sweep may take.
+    def for_prompts(self, tokens: int, contexts: Sequence[int], experts: int) -> int:
+        """Make room for a sweep of prompts; how many of their tokens it may take.
 
-        tokens: to be read. context: with those that a kept state holds. experts: K.
+        tokens: to be read, of all. contexts: tokens of each sequence under way, with those that are
+        to be read and those that a kept state holds. experts: K.
 
         Raises:
             ContextError: it does not fit beside the fewest slots.
         """
         plan = self._plan
         each = swept_nbytes(self._checkpoint, experts)
-        fixed = cache_nbytes(self._checkpoint, context)
-        fixed += piece_nbytes(self._checkpoint, tokens, context, experts, on_gpu=self._on_gpu)
+        fixed = self._fixed(tokens, contexts, experts)
         if not plan.elastic:
             return max(PIECE_TOKENS, (plan.passing - fixed) // each)
         budget, least = self._budget(), min(tokens, PIECE_TOKENS)
@@ -82,20 +82,36 @@ class Room:
         if best is None:
             needed = self._lasting + fixed + least * each + plan.least_slots * plan.slot_nbytes
             raise ContextError(
-                f"a prompt of {context} tokens needs at least {format_size(needed)} with this "
-                f"model, and there are {format_size(budget)}: shorten it, or load the model with "
-                f'memory="{memory.round_up(needed)}" or more'
+                f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with "
+                f"this model, and there are {format_size(budget)}: shorten it, or load the model "
+                f'with memory="{memory.round_up(needed)}" or more'
             )
         _, slots, sweep = best
         self._passing = fixed + sweep * each
         self._resize(slots)
         return sweep
 
-    def for_decoding(self, context: int) -> None:
-        """Give the slots what a conversation of so many tokens leaves."""
+    def holds(self, tokens: int, contexts: Sequence[int], experts: int) -> bool:
+        """Whether sequences of so many tokens can be under way together. As `for_prompts`."""
+        plan = self._plan
+        least = min(tokens, PIECE_TOKENS) * swept_nbytes(self._checkpoint, experts)
+        needed = self._fixed(tokens, contexts, experts) + least
+        if not plan.elastic:
+            return needed <= plan.passing
+        return self._lasting + needed + plan.least_slots * plan.slot_nbytes <= self._budget()
+
+    def for_decoding(self, contexts: Sequence[int]) -> None:
+        """Give the slots what sequences of so many tokens leave."""
         if self._plan.elastic:
-            self._passing = cache_nbytes(self._checkpoint, context)
+            self._passing = sum(cache_nbytes(self._checkpoint, c) for c in contexts)
             self._resize(self._fitting(self._budget()))
+
+    def _fixed(self, tokens: int, contexts: Sequence[int], experts: int) -> int:
+        """Bytes that sequences take, whatever the length of a sweep."""
+        context = max(contexts)
+        return sum(cache_nbytes(self._checkpoint, c) for c in contexts) + piece_nbytes(
+            self._checkpoint, tokens, context, experts, on_gpu=self._on_gpu
+        )
 
     def look(self) -> None:
         """Let slots give way if memory has become short; called between layers."""

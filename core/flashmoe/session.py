@@ -1,4 +1,4 @@
-"""A loaded model and what it takes to answer a request with it. Lives on the engine's thread."""
+"""A loaded model and what it takes to answer requests with it. Lives on the engine's thread."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import json
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-
-import mlx.core as mx
-from mlx_lm.generate import wired_limit
 
 from . import footprint, grammars, memory
 from .chat import Template
 from .constraint import Constraint, Matchers
 from .control import Control
-from .errors import Cancelled, ContextError, OutputError
-from .events import End, Event
-from .generation import Decoder
+from .errors import ContextError
+from .events import Event
+from .generation import Sampling
 from .loading import load
-from .models import check_experts
 from .prompt_cache import PromptCache
 from .prompt_store import DEFAULT_LIMIT, PromptStore
 from .reading import PromptReader, Reading
 from .reply import Reply
 from .requests import Request, in_range
+from .row import Row
 from .tools import check_choice, read_tools
 from .turn import Turn
 
@@ -69,88 +65,29 @@ class Session:
         self.store = PromptStore(directory, limits[1]) if limits[1] else None
         self._reader = PromptReader(self.model, self.prompts, self.store)
 
-    def answer(
-        self, request: Request, emit: Callable[[Event], None], cancelled: threading.Event
-    ) -> None:
-        """Generate one answer; `emit` takes its events. When `cancelled` is set, the End comes
-        within a token.
-
-        Raises:
-            SettingError: the request has a value that cannot be.
-            ContextError: the prompt is longer than the context.
-            OutputError: the answer is not what its format or tool_choice asks for.
-            ReadError: an expert could not be read.
-        """
-        start = first = perf_counter()
-        turn = self._prepare(request, emit, cancelled)
-        mx.random.seed(secrets.randbits(64) if request.seed is None else request.seed)
-        before = self.model.stats
-        reading = decoder = None
-        watch = self.model.watch
-        watch.check = turn.check
-        with self.model.pruned_to(request.experts), wired_limit(self.model):
-            k = self.model.experts
-            try:
-                turn.check()
-                forced = turn.within_limit(turn.constraint.start())
-                reading = self._reader.read(turn.prompt, emit, keep=request.cache, forced=forced)
-                watch.entered = lambda layer: None
-                first = perf_counter()
-                turn.take(forced, forced=len(forced))
-                decoder = self._decoder(turn, reading, forced)
-                reason = self._decode(turn, decoder, reading.logits)
-            except Cancelled:
-                reason = "cancelled"
-            finally:
-                watch.entered = lambda layer: None
-        end = End(
-            finish_reason=reason,
-            prompt_tokens=len(turn.prompt.tokens),
-            cached_tokens=reading.cached if reading else 0,
-            generated_tokens=turn.generated,
-            reasoning_tokens=turn.thought,
-            forced_tokens=turn.forced,
-            steps=decoder.steps if decoder else 0,
-            prompt_seconds=first - start,
-            seconds=perf_counter() - first,
-            experts=k,
-            trained_experts=self.checkpoint.top_k,
-            bits=self.checkpoint.expert_bits,
-            activations=self.model.activations,
-            ops=self.model.ops,
-            peak_nbytes=memory.peak(),
-            **self._streamed(before),
-        )
-        try:
-            emit(replace(end, finish_reason=turn.finish(reason)))
-        except OutputError as e:
-            e.end = end
-            raise
-        finally:
-            # After the last event, so that nobody waits for the disk. Also when the answer
-            # failed: its prompt was read.
-            if reading is not None:
-                self._reader.store(reading)
-
-    def _streamed(self, before) -> dict:
-        """What the experts of this answer took, as End has it."""
-        streamed = self.model.stats - before
-        return {
-            "hit_rate": streamed.hit_rate,
-            "bytes_read": streamed.reads.bytes,
-            "wait_seconds": streamed.reads.wait_seconds,
-        }
-
     def close(self) -> None:
         """Free the prompt states and end the reader's threads."""
         self.prompts.clear()
         self.model.close()
 
-    def _prepare(
-        self, request: Request, emit: Callable[[Event], None], cancelled: threading.Event
+    def prepare(
+        self,
+        request: Request,
+        emit: Callable[[Event], None],
+        cancelled: threading.Event,
     ) -> Turn:
-        """All that can be refused is refused here, before any work of the model."""
-        check_experts(request.experts, self.checkpoint)
+        """All that can be refused is refused here, before any work of the model.
+
+        Args:
+            emit: takes the events of the answer.
+            cancelled: set when nobody waits for it any more.
+
+        Raises:
+            SettingError: the request has a value that cannot be.
+            ContextError: the prompt is longer than the context.
+        """
+        start = perf_counter()
+        self.k(request)
         tools = read_tools(request.tools)
         check_choice(request.tool_choice, tools)
         wanted = request.response_format
@@ -174,21 +111,36 @@ class Session:
             reply=Reply(self.tokenizer, self.control, tools, request.stop, prompt.in_thought),
             emit=emit,
             cancelled=cancelled,
+            started=start,
         )
 
-    def _decode(self, turn: Turn, decoder: Decoder, logits: mx.array) -> str:
-        """Generate until the answer ends; why it did: "stop" or "length"."""
-        while (reason := turn.over()) is None:
-            turn.check()
-            token = decoder.pick(logits, turn.constraint.mask)
-            if token in self.control.end:
-                return "stop"
-            new = turn.within_limit([token, *turn.constraint.accept(token)])
-            turn.take(new, forced=len(new) - 1)
-            # Nothing needs the state after the last token.
-            if turn.over() is None:
-                logits = decoder.step(new)
-        return reason
+    def begin(self, turn: Turn) -> Row:
+        """Find what of the prompt has to be read. Nothing is read yet."""
+        k, request = self.k(turn.request), turn.request
+        forced = turn.within_limit(turn.constraint.start())
+        reading = self._reader.begin(
+            turn.prompt, turn.emit, experts=k, keep=request.cache, forced=forced
+        )
+        sampling = Sampling(
+            self._sampling(request),
+            request.repetition_penalty,
+            secrets.randbits(64) if request.seed is None else request.seed,
+            [*turn.prompt.tokens, *forced],
+        )
+        return Row(self.model, turn, reading, sampling, k, forced)
+
+    def k(self, request: Request) -> int:
+        """K of a request.
+
+        Raises:
+            SettingError: the model cannot run with it.
+        """
+        wanted = request.experts
+        return self.model.experts if wanted is None else self.model.check_experts(wanted)
+
+    def keep(self, reading: Reading) -> None:
+        """Keep the states of a prompt that was read for the next process."""
+        self._reader.store(reading)
 
     def _max_tokens(self, request: Request, prompt: list[int]) -> int:
         room = self.checkpoint.max_context - len(prompt)
@@ -200,24 +152,21 @@ class Session:
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         return min(room, wanted)
 
-    def _decoder(self, turn: Turn, reading: Reading, forced: list[int]) -> Decoder:
-        request = turn.request
+    def _sampling(self, request: Request) -> dict[str, float]:
+        """Arguments of mlx-lm's make_sampler."""
 
         def value(name, off):
             own = getattr(request, name)
             return self._defaults.get(name, off) if own is None else own
 
         top_k = value("top_k", 0)
-        sampling = {
+        return {
             "temp": value("temperature", 0.0),
             "top_p": value("top_p", 0.0),
             # mlx-lm wants fewer than there are; that many is no limit.
             "top_k": 0 if top_k >= self.checkpoint.text_config["vocab_size"] else top_k,
             "min_p": value("min_p", 0.0),
         }
-        penalty = request.repetition_penalty
-        history = [*turn.prompt.tokens, *forced]
-        return Decoder(self.model, reading.cache, sampling, penalty, history)
 
 
 def sampling_defaults(path: Path) -> dict[str, float]:

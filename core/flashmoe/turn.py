@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from . import schemas
 from .chat import Prompt
 from .constraint import Constraint
-from .errors import Cancelled, OutputError
+from .errors import OutputError
 from .events import Event
 from .grammars import Document
 from .reply import Reply
@@ -18,8 +18,9 @@ from .requests import Request
 
 @dataclass
 class Turn:
-    """The counts are of generated tokens: all, those of the thought, those that were forced. cut:
-    max_tokens kept some of the forced ones out, so that the answer is not whole."""
+    """started: when the work on it began, by perf_counter. The counts are of generated tokens: all,
+    those of the thought, those that were forced. cut: max_tokens kept some of the forced ones out,
+    so that the answer is not whole."""
 
     request: Request
     prompt: Prompt
@@ -29,15 +30,11 @@ class Turn:
     reply: Reply
     emit: Callable[[Event], None]
     cancelled: threading.Event
+    started: float
     generated: int = 0
     thought: int = 0
     forced: int = 0
     cut: bool = False
-
-    def check(self) -> None:
-        """Leave, when nobody waits for the answer any more."""
-        if self.cancelled.is_set():
-            raise Cancelled
 
     def over(self) -> str | None:
         """Why no more tokens are needed: "stop" or "length"; None: they are."""
