@@ -118,11 +118,12 @@ def test_answer_depends_on_what_runs_beside_it(toy, alone, count, settings):
     assert found == [alone[i % 10] for i in range(count)]
 
 
+@pytest.mark.parametrize("slots", [5, 26])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sequences_in_a_sweep_change_a_bit(tmp_path, family):
+def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
     """Prompts, answers of one token and of several, in one sweep, against each alone."""
-    path = write_toy(tmp_path / "toy", family, num_experts=11)
-    model = load_streaming(Checkpoint.open(path), slots=5)
+    path = write_toy(tmp_path / "toy", family, num_experts=27)
+    model = load_streaming(Checkpoint.open(path), slots=slots)
     prompts = [[3], [5, 7, 9], list(range(40)), list(range(100, 160)), [1, 2]]
     nexts = [[4], [6], [8, 9, 10], [11], [12, 13]]
 

@@ -54,8 +54,7 @@ class _FusedBlock(Joined):
         rows = [_rows(x) for x in xs]
         routed = [self.route(x) for x in rows]
         results = self.routed_sums(rows, routed, residuals)
-        for x, y in zip(xs, results, strict=True):
-            yield y.reshape(x.shape)
+        return (y.reshape(x.shape) for x, y in zip(xs, results, strict=True))
 
     def _mixed(self, xs, residuals, few: Sequence[bool]) -> Iterator[mx.array]:
         """Each piece goes the way that it goes alone: the two round differently."""
@@ -68,6 +67,9 @@ class _FusedBlock(Joined):
             shared.append(None if f else self.shared(x))
         # Let it run while the reads are in flight.
         mx.async_eval([s for s in shared if s is not None])
+        return self._mixed_sums(call, xs, routed, extras, shared, residuals, few)
+
+    def _mixed_sums(self, call, xs, routed, extras, shared, residuals, few) -> Iterator[mx.array]:
         results = call.finish([r[1] for r in routed], extras)
         for x, y, s, residual, f in zip(xs, results, shared, residuals, few, strict=True):
             if not f:
@@ -118,7 +120,7 @@ class _FusedBlock(Joined):
         look = {"look": self._look} if self._mailbox and len(xs) == 1 else {}
         call = switch.start([(x, r[0]) for x, r in zip(xs, routed, strict=True)], **look)
         extras = [self._extra(r[2:], s) for r, s in zip(routed, residuals, strict=True)]
-        return call.finish([r[1] for r in routed], extras)
+        return _when_asked(call, [r[1] for r in routed], extras)
 
     def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
         """What the sum takes besides the routed experts."""
@@ -148,6 +150,10 @@ class FusedRoutedBlock(_FusedBlock, RoutedBlock):
 
     def shared(self, x: mx.array) -> None:
         """There is no shared expert."""
+
+
+def _when_asked(call, scores, extras) -> Iterator[mx.array]:
+    yield from call.finish(scores, extras)
 
 
 def _rows(x: mx.array) -> mx.array:

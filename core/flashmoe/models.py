@@ -44,13 +44,17 @@ class SharedExpertBlock(qwen3_next.Qwen3NextSparseMoeBlock):
         return next(self.sweep([x]))
 
     def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
-        """The block applied to pieces of a prompt, whose experts are read once for all of them."""
+        """The block applied to pieces, whose experts are read once for all of them. The reads
+        start at once; the experts are computed when results are asked for."""
         routed = [route(self, x) for x in xs]
         call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
         shared = [self.shared(x) for x in xs]
         # Let it run while the reads are in flight.
         mx.async_eval(shared)
-        for y, s in zip(call.finish([scores for _, scores in routed]), shared, strict=True):
+        return self._sums(call, [scores for _, scores in routed], shared)
+
+    def _sums(self, call, scores, shared) -> Iterator[mx.array]:
+        for y, s in zip(call.finish(scores), shared, strict=True):
             yield y + s
 
     def shared(self, x: mx.array) -> mx.array:
@@ -65,11 +69,14 @@ class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
         return next(self.sweep([x]))
 
     def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
-        """The block applied to pieces of a prompt, whose experts are read once for all of them."""
+        """As in `SharedExpertBlock`."""
         routed = [route(self, x) for x in xs]
         call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
-        for x, y in zip(xs, call.finish([scores for _, scores in routed]), strict=True):
-            yield y.astype(x.dtype)
+        return self._sums(call, [scores for _, scores in routed], [x.dtype for x in xs])
+
+    def _sums(self, call, scores, dtypes) -> Iterator[mx.array]:
+        for y, dtype in zip(call.finish(scores), dtypes, strict=True):
+            yield y.astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -100,33 +100,81 @@ def fitting(pieces: Sequence[Piece], limit: int) -> int:
 
 def sweep(model: StreamingMoE, pieces: Sequence[Piece]) -> list[Swept]:
     """Take pieces into their caches. Those of one sequence are in its order."""
-    inner = model.text.model
-    hidden = [inner.embed_tokens(mx.array([piece.tokens])) for piece in pieces]
-    states: list[list[Any]] = [[] for _ in pieces]
-    answers = all(piece.step for piece in pieces)
-    for index, layer in enumerate(inner.layers):
-        normed = []
-        for i, piece in enumerate(pieces):
-            c = piece.cache[index]
-            hidden[i], n = _attended(layer, hidden[i], c, piece.step)
-            if not piece.step:
-                # One piece at a time: its scores are what takes the memory.
-                mx.eval(hidden[i], n, c.state)
-            if piece.keep:
-                states[i].append(copy.deepcopy(c))
-            normed.append(n)
-        for i, y in enumerate(_through_block(layer.mlp, normed, hidden, pieces)):
-            hidden[i] = y
-            if not pieces[i].step:
-                mx.eval(y)
-        if not answers:
-            mx.clear_cache()
-    ends = [inner.norm(h[:, -1:]) for h in hidden]
-    mx.eval(ends, [[c.state for c in piece.cache] for piece in pieces if piece.step])
-    return [
-        Swept(piece, end, state if piece.keep else None)
-        for piece, end, state in zip(pieces, ends, states, strict=True)
-    ]
+    if not _in_halves(model, pieces):
+        (run,) = runs = [_Run(model, pieces)]
+        for _ in run.phases():
+            pass
+    else:
+        middle = len(pieces) // 2
+        runs = [_Run(model, part) for part in (pieces[:middle], pieces[middle:])]
+        first, second = (run.phases() for run in runs)
+        # One half looks at its attention while the other one's experts are read.
+        next(first)
+        while next(first, _OVER) is not _OVER:
+            next(second)
+        for _ in second:
+            pass
+    return [swept for run in runs for swept in run.end()]
+
+
+_OVER = object()
+
+
+def _in_halves(model: StreamingMoE, pieces: Sequence[Piece]) -> bool:
+    """Answers of several sequences, whose experts need not leave for each other's."""
+    return (
+        len(pieces) > 1
+        and all(piece.step for piece in pieces)
+        and sum(len(piece.tokens) for piece in pieces) * model.experts <= model.room.slots
+    )
+
+
+class _Run:
+    """Pieces on their way through the layers."""
+
+    def __init__(self, model: StreamingMoE, pieces: Sequence[Piece]):
+        self._inner = model.text.model
+        self._pieces = pieces
+        self._hidden = [self._inner.embed_tokens(mx.array([piece.tokens])) for piece in pieces]
+        self._states: list[list[Any]] = [[] for _ in pieces]
+
+    def phases(self) -> Iterator[None]:
+        """Three for each layer: attention was computed; the reads have been started; its experts
+        were computed."""
+        hidden, pieces = self._hidden, self._pieces
+        answers = all(piece.step for piece in pieces)
+        for index, layer in enumerate(self._inner.layers):
+            normed = [self._attend(i, index, layer) for i in range(len(pieces))]
+            yield
+            results = _through_block(layer.mlp, normed, hidden, pieces)
+            yield
+            for i, y in enumerate(results):
+                hidden[i] = y
+                if not pieces[i].step:
+                    mx.eval(y)
+            if not answers:
+                mx.clear_cache()
+            yield
+
+    def _attend(self, i: int, index: int, layer: nn.Module) -> mx.array:
+        """Add what attention does to a piece; its norm."""
+        piece = self._pieces[i]
+        c = piece.cache[index]
+        self._hidden[i], normed = _attended(layer, self._hidden[i], c, piece.step)
+        if not piece.step:
+            # One piece at a time: its scores are what takes the memory.
+            mx.eval(self._hidden[i], normed, c.state)
+        if piece.keep:
+            self._states[i].append(copy.deepcopy(c))
+        return normed
+
+    def end(self) -> list[Swept]:
+        ends = [self._inner.norm(h[:, -1:]) for h in self._hidden]
+        mx.eval(ends, [[c.state for c in piece.cache] for piece in self._pieces if piece.step])
+        return [
+            Swept(piece, end, state if piece.keep else None)
+            for piece, end, state in zip(self._pieces, ends, self._states, strict=True)
+        ]
 
 
 def _attended(layer: nn.Module, x: mx.array, cache: Any, step: bool) -> tuple[mx.array, mx.array]:
@@ -139,16 +187,14 @@ def _attended(layer: nn.Module, x: mx.array, cache: Any, step: bool) -> tuple[mx
 
 
 def _through_block(block: nn.Module, normed, hidden, pieces: Sequence[Piece]) -> Iterator[mx.array]:
-    """What a layer gives for each piece: hidden + block(normed)."""
-    if hasattr(type(block), "with_residual"):
-        # Those of an answer leave the last sum to it.
-        left = [h if p.step else None for h, p in zip(hidden, pieces, strict=True)]
-        outputs = block.sweep(normed, left)
-    else:
-        left = [None] * len(pieces)
+    """What a layer gives for each piece: hidden + block(normed). Starts the reads at once."""
+    if not hasattr(type(block), "with_residual"):
         outputs = block.sweep(normed) if hasattr(block, "sweep") else map(block, normed)
-    for i, y in enumerate(outputs):
-        yield hidden[i] + y if left[i] is None else y
+        return (h + y for h, y in zip(hidden, outputs, strict=True))
+    # Answers leave the last sum to the block.
+    left = [h if piece.step else None for h, piece in zip(hidden, pieces, strict=True)]
+    outputs = block.sweep(normed, left)
+    return (y if r is not None else h + y for h, r, y in zip(hidden, left, outputs, strict=True))
 
 
 def _attention(layer: nn.Module, x: mx.array, cache: Any) -> mx.array:
