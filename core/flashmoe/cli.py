@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from . import cli_bench, cli_doctor, cli_download, cli_models, cli_quantize
+from . import cli_bench, cli_doctor, cli_download, cli_models, cli_quantize, cli_serve
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -40,6 +40,7 @@ for command in (
     cli_quantize.quantize,
     cli_bench.bench,
     cli_doctor.doctor,
+    cli_serve.serve,
 ):
     cli.add_command(command)
 

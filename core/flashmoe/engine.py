@@ -143,6 +143,7 @@ class Engine:
         self.settings = settings
         self._most = batch
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._waiting: deque[Job] = deque()
         self._closing = threading.Event()
         self._batch: Batch | None = None
         self._lock = threading.Lock()
@@ -154,6 +155,22 @@ class Engine:
     @property
     def closed(self) -> bool:
         return self._closing.is_set()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a model is in memory."""
+        return self._batch is not None
+
+    @property
+    def rows(self) -> int:
+        """Answers that are computed together now."""
+        batch = self._batch
+        return 0 if batch is None else len(batch.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return self._jobs.qsize() + len(self._waiting)
 
     def stream(
         self,
@@ -238,12 +255,14 @@ class Engine:
         return RuntimeError(f"the engine of {self.path} is closed")
 
     def _run(self) -> None:
-        waiting: deque[Job] = deque()
+        waiting = self._waiting
         while self._arrived(waiting):
             while waiting and self._begun(waiting[0]):
                 waiting.popleft()
             if self._batch is not None:
                 self._step(self._batch)
+            for job in [job for job in waiting if job.cancelled.closed]:
+                waiting.remove(job)
         self._drop_model()
         gc.collect()
         if "mlx.core" in sys.modules:
