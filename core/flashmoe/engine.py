@@ -14,7 +14,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,23 @@ class _Deadline:
             f"the answer was not whole after timeout={self._timeout:g} seconds, in which others "
             "may have been before it: raise timeout, or lower max_tokens"
         )
+
+
+async def _within(deadline: _Deadline, coming: Coroutine) -> Event | BaseException:
+    """What comes. Not by `asyncio.wait_for`, which before Python 3.12 forgets that it was cancelled
+    when that comes at the same moment.
+
+    Raises:
+        TimedOut
+    """
+    task = asyncio.ensure_future(coming)
+    try:
+        await asyncio.wait([task], timeout=deadline.left())
+        if not task.done():
+            raise deadline.error()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class Answer(Iterator[Event]):
@@ -213,10 +230,7 @@ class Engine:
         try:
             event = None
             while not isinstance(event, End):
-                try:
-                    event = await asyncio.wait_for(events.get(), deadline.left())
-                except asyncio.TimeoutError:
-                    raise deadline.error() from None
+                event = await _within(deadline, events.get())
                 if isinstance(event, BaseException):
                     raise event
                 yield event

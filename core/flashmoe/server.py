@@ -143,7 +143,7 @@ class Server:
                 answer = self._streamed(call, stream) if call.stream else self._whole(call)
                 response = await self._unless_over(receive, answer)
                 if response is not None:
-                    await _within(SEND_SECONDS, response(scope, receive, send))
+                    await _sent(response(scope, receive, send))
         except ClientDisconnect:
             self.metrics.add("disconnects")
         except Exception as e:
@@ -292,9 +292,9 @@ class _Stream:
                 (b"x-accel-buffering", b"no"),
             ]
             start = {"type": "http.response.start", "status": 200, "headers": headers}
-            await _within(SEND_SECONDS, self._send(start))
+            await _sent(self._send(start))
         body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-        await _within(SEND_SECONDS, self._send(body))
+        await _sent(self._send(body))
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -311,12 +311,6 @@ async def read_body(request: Request, most: int) -> bytes:
         raise ApiError(
             415, "send the body as it is, with Content-Type: application/json", code="not_json"
         )
-    too_large = ApiError(
-        413,
-        f"the body is larger than {most} bytes: shorten it, or start the server with a larger "
-        "--max-body",
-        code="body_too_large",
-    )
     found = bytearray()
 
     async def read() -> None:
@@ -326,15 +320,16 @@ async def read_body(request: Request, most: int) -> bytes:
             if len(found) <= most:
                 found.extend(piece)
 
-    try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        if len(found) <= most:
-            raise ApiError(
-                408, f"the body did not come within {BODY_SECONDS:g} s", code="timeout"
-            ) from None
+    in_time = await _within(BODY_SECONDS, read())
     if len(found) > most:
-        raise too_large
+        raise ApiError(
+            413,
+            f"the body is larger than {most} bytes: shorten it, or start the server with a larger "
+            "--max-body",
+            code="body_too_large",
+        )
+    if not in_time:
+        raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s", code="timeout")
     return bytes(found)
 
 
@@ -372,11 +367,26 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _within(seconds: float, sending: Coroutine) -> None:
+async def _sent(sending: Coroutine) -> None:
+    """
+    Raises:
+        ClientDisconnect: it was not taken in time.
+    """
+    if not await _within(SEND_SECONDS, sending):
+        raise ClientDisconnect
+
+
+async def _within(seconds: float, work: Coroutine) -> bool:
+    """Whether it was done in time. Not `asyncio.wait_for`, which before Python 3.12 forgets that it
+    was cancelled when the work is done at that moment."""
+    task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait_for(sending, seconds)
-    except asyncio.TimeoutError:
-        raise ClientDisconnect from None
+        await asyncio.wait([task], timeout=seconds)
+        if task.done():
+            task.result()
+        return task.done()
+    finally:
+        task.cancel()
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
