@@ -369,7 +369,7 @@ def test_demo_answers_otherwise_in_a_batch():
 
 @pytest.mark.parametrize("ticks", range(6))
 def test_cancelling_is_forgotten_when_an_event_comes(toy, ticks):
-    """A task that is cancelled just as an event reaches its loop ends, with a timeout as without."""
+    """A task that is cancelled as an event reaches its loop ends, with a timeout and without."""
 
     async def ask(engine, timeout) -> int:
         loop, count = asyncio.get_running_loop(), 0

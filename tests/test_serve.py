@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from flashmoe import registry
+from flashmoe.catalog import CATALOGUE
 from flashmoe.cli import cli
 from toys import write_chat_toy
 
@@ -73,7 +73,7 @@ def test_llm_cannot_use_it(run_llm, tmp_path, toy):
         logged = json.loads(run_llm("logs", "--json").stdout)[0]
         assert logged["input_tokens"] == found.usage.prompt_tokens
         asked = run_llm(
-            *options[:4],
+            *options[:5],
             "-o",
             "max_tokens",
             "150",
@@ -141,25 +141,13 @@ def test_port_of_another_is_taken(toy):
 
 
 def test_name_prunes_nothing(tmp_path, toy, monkeypatch):
-    """A name of the catalogue with a K of its own, here through the files of a toy."""
-    from flashmoe import catalog
-
-    found = catalog.model("qwen3.5-397b-flash")
-    assert found.experts == 4
-    seen = {}
-
-    class Stop(Exception):
-        pass
-
-    def engine(path, **settings):
-        seen.update(settings)
-        raise Stop
-
-    monkeypatch.setattr("flashmoe.engine.Engine", engine)
-    monkeypatch.setattr(catalog, "find", lambda name: toy)
-    CliRunner().invoke(cli, ["serve", "qwen3.5-397b-flash", "--port", "0"])
-    assert seen["experts"] == 4
-    assert threading.active_count() < 50
+    """A name of the catalogue whose K is more than that of the toy behind it here."""
+    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path))
+    name = "qwen3.5-397b-flash"
+    registry.add(name, toy, repo=CATALOGUE[name].repo)
+    done = CliRunner().invoke(cli, ["serve", name, "--port", "0"])
+    assert done.exit_code == 1
+    assert "experts=4 is out of range" in done.output
 
 
 def test_start_of_the_command_imports_the_server():

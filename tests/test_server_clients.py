@@ -101,7 +101,7 @@ def test_json_object_is_none(create):
     found = create(
         [{"role": "user", "content": "A dog as JSON."}],
         response_format={"type": "json_object"},
-        max_tokens=200,
+        max_tokens=60,
     )
     text = found.choices[0].message.content
     assert found.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
