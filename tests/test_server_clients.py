@@ -3,6 +3,8 @@ model, which calls tools and keeps to schemas."""
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import Literal
 
 import openai
@@ -11,6 +13,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
+from flashmoe.openai_api import FIELDS
 from serving_app import serve
 
 ADD = {
@@ -166,3 +169,19 @@ def test_agent_of_langchain_does_not_answer(chat):
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output_of_langchain_is_none(chat, method):
     assert isinstance(chat.with_structured_output(Dog, method=method).invoke("Invent a dog."), Dog)
+
+
+DOCS = (Path(__file__).parent.parent / "docs/serve.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_of_the_docs_fails(url, code, capsys):
+    assert "http://127.0.0.1:8080/v1" in code
+    exec(code.replace("http://127.0.0.1:8080/v1", url), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_field_is_not_in_the_docs(field):
+    assert f"`{field}`" in DOCS or FIELDS[field] is FIELDS["user"] or f"`{field}:" in DOCS
