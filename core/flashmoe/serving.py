@@ -67,6 +67,7 @@ def prepare(server: Server, ready: Callable[[], None]) -> uvicorn.Server:
         server_header=False,
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE,
+        timeout_keep_alive=75,  # longer than clients keep one, so that none is used as it closes
         backlog=512,
     )
     return _Uvicorn(config, server, ready)
