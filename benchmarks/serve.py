@@ -12,7 +12,7 @@ answer, one in ten is garbage, which must be refused with the status that is its
     hung           requests that were not over after --bound seconds
     latency        seconds of whole answers: median, 95th percentile, most
     tokens_per_second   of all whole answers together; those of cut ones are not counted
-    rss            bytes of the server's memory: when a fifth of the time is over, and at the end
+    rss            bytes of the server's memory: after each fifth of the time, and at the end
     files          its open files, at the same times
     left           of the requests when all clients are done: in flight, rows, waiting
 
@@ -251,15 +251,17 @@ async def load(args: argparse.Namespace, url: str, pid: int) -> dict:
         begun = time.monotonic()
         until = begun + args.seconds
         clients = [asyncio.create_task(run.client(until, i)) for i in range(args.clients)]
-        await asyncio.sleep(args.seconds / 5)
-        first = process_facts(pid)
+        facts = []
+        for _ in range(5):
+            await asyncio.sleep(args.seconds / 5)
+            facts.append(process_facts(pid))
         await asyncio.gather(*clients)
         seconds = time.monotonic() - begun
         tokens = run.tokens
         end = time.monotonic() + 10
         while any((left := gauges(metrics)).values()) and time.monotonic() < end:
             await asyncio.sleep(0.1)
-        last = process_facts(pid)
+        facts.append(process_facts(pid))
         # It still answers as it did.
         for fields in questions():
             await run._compare(client, fields, stream=True)
@@ -272,8 +274,8 @@ async def load(args: argparse.Namespace, url: str, pid: int) -> dict:
         "unexpected": dict(run.unexpected),
         "latency": {name: round(value, 2) for name, value in latency.items()},
         "tokens_per_second": round(tokens / seconds, 1),
-        "rss": [first["rss"], last["rss"]],
-        "files": [first["files"], last["files"]],
+        "rss": [f["rss"] for f in facts],
+        "files": [f["files"] for f in facts],
         "left": left,
     }
 
