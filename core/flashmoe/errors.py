@@ -58,5 +58,9 @@ class OutputError(FlashMoEError):
     end = None
 
 
+class ClusterError(FlashMoEError):
+    """A host of a cluster that is gone, or does not fit the others. Says which, and why."""
+
+
 class Cancelled(Exception):
     """Leaves a request that nobody waits for any more. No error: it does not reach a user."""

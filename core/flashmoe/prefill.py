@@ -25,6 +25,9 @@ from .events import Progress
 from .footprint import PIECE_TOKENS
 from .models import StreamingMoE
 
+#: Pieces of prompts in a sweep.
+MOST_PIECES = 64
+
 #: Seconds between two reports from inside a sweep.
 REPORT_SECONDS = 0.25
 
@@ -93,7 +96,10 @@ def prefill(
 def fitting(pieces: Sequence[Piece], limit: int) -> int:
     """How many of the pieces have at most `limit` tokens together; one at least."""
     count = 1
-    while count < len(pieces) and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit:
+    while (
+        count < min(len(pieces), MOST_PIECES)
+        and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit
+    ):
         count += 1
     return count
 
