@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .cuda_memory import device_memory
 from .drives import Drive, drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
-from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
+from .footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
 from .io_modes import IO_MODES
 from .models import FAMILIES, StreamingMoE, check_experts
 from .reader import Reader
@@ -35,6 +35,8 @@ def plan_memory(
     slots: int | None = None,
     experts: int | None = None,
     prompt_cache: int | None = None,
+    context: int = PLANNED_CONTEXT,
+    mac: int | None = None,
 ) -> memory_module.Plan:
     """How the memory of this process would be split for the checkpoint.
 
@@ -45,6 +47,8 @@ def plan_memory(
         experts: K, or None for the trained one.
         prompt_cache: bytes kept free for states of prompts, as an engine keeps them. None: those
             of one conversation of the planned length.
+        context: tokens that memory is kept for; a load keeps it for the planned length.
+        mac: as on a Mac that can spare so many bytes, instead of here.
 
     Raises:
         BudgetError: it does not fit; the text says what would.
@@ -52,12 +56,16 @@ def plan_memory(
     if memory is not None and slots is not None:
         raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
     k = check_experts(experts, checkpoint)
-    gpu = ops.on_gpu()
-    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu)
+    gpu = mac is not None or ops.on_gpu()
+    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu, context=context)
     held = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
     budget = None if memory is None else memory_module.parse_size(memory)
     base = memory_module.resident()
-    if device_memory() is not None:
+    if mac is not None:
+        base = 0
+        if budget is None and slots is None:
+            budget = mac
+    elif device_memory() is not None:
         # What lies on the card is planned for; the process itself holds little beside it.
         base = 0
         if budget is None and slots is None:
