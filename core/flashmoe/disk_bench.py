@@ -14,13 +14,13 @@ import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 from .bank import ExpertBank
 from .checkpoint import Checkpoint
 from .drives import Drive
 from .io_modes import BLOCK, IO_MODES
-from .reader import Reader, ReadRequest
+from .reader import FileIdentity, Reader, ReadRequest
 
 DEPTHS = (1, 2, 4, 8, 16)
 SPLITS = (0, 1 << 20, 1 << 18)
@@ -73,7 +73,7 @@ def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Meas
     ranges = _ranges(checkpoint)
     buffers = [mmap.mmap(-1, QUICK_NBYTES) for _ in range(2 * drive.depth)]
     for file in checkpoint.files:
-        _forget(file)
+        forget(file)
     with Reader(drive.depth, checkpoint.identities, drive.io, drive.split) as reader:
 
         def read() -> None:
@@ -86,6 +86,50 @@ def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Meas
 
         read()  # takes the pages of the buffers
         return _timed(drive, reader, read, seconds)
+
+
+def paced(
+    batches: Iterator[list[tuple[Path, int, int]]],
+    identities: dict[Path, FileIdentity],
+    drive: Drive,
+    *,
+    pause: float,
+    seconds: float,
+) -> Measured:
+    """How fast a drive gives batches of ranges with pauses between them, as decoding reads: some
+    drives give more to one who rests.
+
+    Args:
+        batches: (file, start, bytes) of the reads that go on together, without end.
+        pause: seconds between the end of a batch and the next one; they do not count.
+    """
+    buffers: dict[tuple[int, int, int], memoryview] = {}
+    with Reader(drive.depth, identities, drive.io, drive.split) as reader:
+
+        def read() -> float:
+            requests = []
+            for number, (file, start, nbytes) in enumerate(next(batches)):
+                # In blocks as the bytes in the file, as slots lie.
+                phase = start % BLOCK
+                key = number, phase, nbytes
+                if key not in buffers:
+                    pages = mmap.mmap(-1, phase + nbytes)
+                    pages.write(bytes(phase + nbytes))  # takes them
+                    buffers[key] = memoryview(pages)[phase:]
+                requests.append(ReadRequest(file, start, buffers[key], 0, 0))
+            begin = perf_counter()
+            for pending in [reader.submit([request]) for request in requests]:
+                pending.wait()
+            return perf_counter() - begin
+
+        read()
+        before, cpu, start, reading = reader.stats.bytes, _cpu_seconds(), perf_counter(), 0.0
+        while perf_counter() - start < seconds:
+            reading += read()
+            sleep(pause)
+        nbytes = reader.stats.bytes - before
+    cpu = _cpu_seconds() - cpu
+    return Measured(drive, nbytes / reading / 1e9, 1e3 * cpu / (nbytes / 1e9))
 
 
 def _ranges(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
@@ -110,7 +154,7 @@ def _batches(checkpoint: Checkpoint) -> Iterator[list[tuple[int, int]]]:
 
 def _measure(checkpoint: Checkpoint, drive: Drive, batches: Iterator, seconds: float) -> Measured:
     for file in checkpoint.files:
-        _forget(file)
+        forget(file)
     banks = {
         layer: ExpertBank(experts, checkpoint.top_k, on_gpu=False)
         for layer, experts in checkpoint.expert_layers.items()
@@ -142,7 +186,7 @@ def _timed(drive: Drive, reader: Reader, read: Callable[[], None], seconds: floa
     )
 
 
-def _forget(file) -> None:
+def forget(file) -> None:
     """Drop a file from the page cache, where the system can: buffered reads must reach the disk."""
     if hasattr(os, "posix_fadvise"):
         with open(file, "rb") as f:
