@@ -16,7 +16,6 @@ from .activations import ACTIVATIONS
 from .checkpoint import Checkpoint
 from .errors import BudgetError, ContextError, DownloadError
 from .expected_routing import REAL
-from .footprint import PLANNED_CONTEXT
 from .memory import format_size
 from .show import json_option, record
 
@@ -45,8 +44,8 @@ class Source:
 
 @click.command()
 @click.argument("name", metavar="NAME|PATH", required=False)
-@click.option("--context", default=PLANNED_CONTEXT, show_default=True, help="Tokens to keep.")
-@click.option("--prompt", default=1000, show_default=True, help="Tokens before the answer.")
+@click.option("--context", type=int, help="Tokens that memory is kept for. Default: 8192.")
+@click.option("--prompt", type=int, help="Tokens to read before the answer. Default: 1000.")
 @click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
 @click.option("--experts", type=int, help="Prune the router to its top K experts.")
 @click.option("--batch", default=1, show_default=True, help="Requests that run together.")
@@ -88,7 +87,7 @@ def plan(name, machine, activations, as_json, **asked) -> None:
     mac = machine and known_machine(machine)
     with opened(name) as (checkpoint, source):
         asked["experts"] = asked["experts"] or catalog.model(name).experts
-        found = _Planned(name, checkpoint, source, mac, activations, asked)
+        found = Planned(name, checkpoint, source, mac, activations, asked)
         if as_json:
             record(found.as_json(), as_json=True)
         else:
@@ -130,15 +129,15 @@ def opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
         )
 
 
-class _Planned:
+class Planned:
     """What was found, for people and for programs."""
 
     def __init__(self, name, checkpoint: Checkpoint, source: Source, mac, activations, asked):
         from . import plan as planning  # late: MLX
 
         self.name, self.checkpoint, self.source, self.mac = name, checkpoint, source, mac
-        self.asked = planning.Asked(**asked)
-        self.k = planning.check(checkpoint, self.asked)
+        self.asked = planning.check(checkpoint, planning.Asked(**asked))
+        self.k = self.asked.experts
         self.memory = self.speed = self.why = self.disk = None
         try:
             self.memory = planning.plan_of_memory(checkpoint, self.asked, mac)

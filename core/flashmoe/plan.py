@@ -29,13 +29,13 @@ PROMPT_TOKENS = 1000
 class Asked:
     """What is asked. experts: K, None for the trained one. memory: a budget such as "8GB", None
     for what the machine can spare. context: tokens that memory is kept for. prompt: tokens to read
-    before the first answer. batch: requests that are decoded together. routing: see
-    `expected_routing.routing`."""
+    before the first answer; None: the planned length, or what the model has. batch: requests that
+    are decoded together. routing: see `expected_routing.routing`."""
 
     experts: int | None = None
     memory: str | int | None = None
-    context: int = PLANNED_CONTEXT
-    prompt: int = PROMPT_TOKENS
+    context: int | None = None
+    prompt: int | None = None
     batch: int = 1
     routing: str = REAL
 
@@ -65,22 +65,27 @@ class Speed:
     prompt: Prompt
 
 
-def check(checkpoint: Checkpoint, asked: Asked) -> int:
-    """K.
+def check(checkpoint: Checkpoint, asked: Asked) -> Asked:
+    """The same with everything settled.
 
     Raises:
         SettingError: something is out of range.
     """
-    k = check_experts(asked.experts, checkpoint)
+    most = checkpoint.max_context
+    asked = replace(
+        asked,
+        experts=check_experts(asked.experts, checkpoint),
+        context=min(PLANNED_CONTEXT, most) if asked.context is None else asked.context,
+        prompt=min(PROMPT_TOKENS, most) if asked.prompt is None else asked.prompt,
+    )
     for name, value in (("context", asked.context), ("prompt", asked.prompt)):
-        if not 1 <= value <= checkpoint.max_context:
+        if not 1 <= value <= most:
             raise SettingError(
-                f"{name}={value} is out of range: this model has a context of 1 to "
-                f"{checkpoint.max_context} tokens"
+                f"{name}={value} is out of range: this model has a context of 1 to {most} tokens"
             )
     if not 1 <= asked.batch <= 1024:
         raise SettingError(f"batch={asked.batch} is out of range: it must be 1 to 1024 requests")
-    return k
+    return asked
 
 
 def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None = None) -> Memory:
@@ -89,8 +94,8 @@ def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None
     Raises:
         BudgetError, ContextError: it does not fit; the text says what would.
     """
-    k = check(checkpoint, asked)
-    rows = asked.batch - 1
+    asked = check(checkpoint, asked)
+    k, rows = asked.experts, asked.batch - 1
     gpu = machine is not None or ops.on_gpu()
     usable = machine and machine.usable
     if machine and asked.memory is not None:
@@ -108,22 +113,22 @@ def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None
     if plan.elastic:
         slots = room.fitting(plan, plan.budget, (1 + rows) * keys)
     slots = max(slots, min(k, checkpoint.num_experts))
-    tokens = min(asked.prompt, checkpoint.max_context)
     prompt_slots, sweep, _ = room.prompt_room(
         checkpoint,
         plan,
-        tokens=tokens,
-        context=tokens,
+        tokens=asked.prompt,
+        context=asked.prompt,
         experts=k,
         budget=lambda: plan.budget,
         on_gpu=gpu,
     )
-    return Memory(plan, slots, keys, min(sweep, tokens), prompt_slots)
+    return Memory(plan, slots, keys, min(sweep, asked.prompt), prompt_slots)
 
 
 def expected(checkpoint: Checkpoint, asked: Asked, slots: int) -> tuple[Routing, float, float]:
     """(routing, hit rate, experts of a layer that a step needs)."""
-    k = check(checkpoint, asked)
+    asked = check(checkpoint, asked)
+    k = asked.experts
     found = routing(asked.routing, checkpoint.num_experts)
     hits = found.hit_rate(slots / checkpoint.num_experts, k)
     needed = found.union(asked.batch, k, checkpoint.num_experts)
@@ -144,7 +149,8 @@ def speed(
         disk: measures the drive: (experts of a layer that miss, seconds between two layers' reads)
             -> GB/s. None: the costs have it.
     """
-    k = check(checkpoint, asked)
+    asked = check(checkpoint, asked)
+    k = asked.experts
     model = Geometry.of(checkpoint)
     found, hits, needed = expected(checkpoint, asked, split.slots)
     if disk is not None:
