@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import log
+from math import inf, log
 from pathlib import Path
 
 #: Names of what `routing` gives, besides the models of routing.json.
@@ -19,13 +19,14 @@ REAL, UNIFORM = "real", "uniform"
 class Routing:
     """Of one model. Shares are of a layer's experts, 0..1.
 
-    what, doubts: for people. shares, tokens: where the curves have points. hit_rates, unions: K ->
-    the curve; without any, every expert is as likely as the others.
+    what, doubts: for people. experts: of a layer. shares, tokens: where the curves have points.
+    hit_rates, unions: K -> the curve; without any, every expert is as likely as the others.
     """
 
     name: str
     what: str
     doubts: str
+    experts: int = 0
     shares: Sequence[float] = ()
     tokens: Sequence[int] = ()
     hit_rates: dict[int, Sequence[float]] = field(default_factory=dict)
@@ -43,11 +44,14 @@ class Routing:
 
     def union(self, tokens: int, k: int, experts: int) -> float:
         """How many of a layer's experts some tokens need together, K..experts."""
-        if not self.unions:
-            found = 1 - (1 - k / experts) ** tokens
-        else:
-            found = _between(self.unions, k, self.tokens, tokens)
-        return min(experts, max(k, found * experts)) if tokens > 1 else float(k)
+        if tokens == 1 or k == experts:
+            return float(k)
+        if self.unions:
+            # As many tokens as these, if each chose alone: so it holds for another K of experts.
+            near = min(max(k, min(self.unions)), max(self.unions))
+            share = _between(self.unions, k, self.tokens, tokens)
+            tokens = inf if share >= 1 else log(1 - share) / log(1 - near / self.experts)
+        return max(float(k), experts * (1 - (1 - k / experts) ** tokens))
 
 
 def routing(name: str, experts: int) -> Routing:
@@ -60,8 +64,8 @@ def routing(name: str, experts: int) -> Routing:
     sources = _sources()
     if name == REAL:
         # What matters most of a model that nobody traced is how finely it is cut into experts.
-        name = min(sources, key=lambda n: abs(log(sources[n][0] / experts)))
-    return sources[name][1]
+        name = min(sources, key=lambda n: abs(log(sources[n].experts / experts)))
+    return sources[name]
 
 
 def _between(curves: dict[int, Sequence[float]], k: int, x: Sequence[float], at: float) -> float:
@@ -81,21 +85,18 @@ def _line(x: Sequence[float], y: Sequence[float], at: float) -> float:
 
 
 @cache
-def _sources() -> dict[str, tuple[int, Routing]]:
-    """name -> (experts of a layer, its routing)."""
+def _sources() -> dict[str, Routing]:
     data = json.loads((Path(__file__).parent / "routing.json").read_text())
     return {
-        name: (
+        name: Routing(
+            name,
+            entry["what"],
+            entry["doubts"],
             entry["experts"],
-            Routing(
-                name,
-                entry["what"],
-                entry["doubts"],
-                entry["shares"],
-                data["tokens"],
-                {int(k): rates for k, rates in entry["hit_rate"].items()},
-                {int(k): shares for k, shares in entry["union"].items()},
-            ),
+            entry["shares"],
+            data["tokens"],
+            {int(k): rates for k, rates in entry["hit_rate"].items()},
+            {int(k): shares for k, shares in entry["union"].items()},
         )
         for name, entry in data["sources"].items()
     }

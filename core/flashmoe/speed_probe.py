@@ -123,8 +123,8 @@ def disk(
         batches = _experts(checkpoint, misses)
         found = paced(batches, checkpoint.identities, drive, **lengths)
         return Disk(found.gb_per_s, drive, "its own experts")
-    drive = drive or drives.drive_of(scratch)
     with _scratch_file(scratch) as file:
+        drive = drive or drives.drive_of(file)
         with open(file, "rb") as f:
             identities = {file: FileIdentity.of(f.fileno())}
         batches = _scratch_ranges(checkpoint, misses, file)
