@@ -71,9 +71,9 @@ def plan(name, machine, activations, as_json, **asked) -> None:
     """Say whether the model NAME will run here, and how fast, before it is downloaded.
 
     NAME is a name (flashmoe list), hub:OWNER/NAME or a directory. Of a model that is not here only
-    headers are fetched, some 100 kB. Memory, hit rate, tokens per second and the time to the first
-    token, from five seconds of measuring this machine, with the formula; or for a known Mac. The
-    exit code is 1 when it will not run.
+    headers are fetched, less than 1 MB. It says memory, hit rate, tokens per second and the time to
+    the first token, from five seconds of measuring this machine, with the formula; or for a known
+    Mac. The exit code is 1 when it will not run.
     """
     from .machines import machine as known_machine
     from .machines import machines

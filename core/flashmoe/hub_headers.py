@@ -22,8 +22,8 @@ from .hub import HubFile, Listing
 from .memory import format_size
 from .safetensors_index import INDEX_NAME, MAX_JSON_BYTES
 
-#: Bytes of a shard that are asked for first: most headers of a shard of 5 GB are shorter.
-FIRST_NBYTES = 1 << 16
+#: Bytes of a shard that are asked for first: most headers of a shard of 5 GB are not longer.
+FIRST_NBYTES = 1 << 14
 #: All that is fetched for one checkpoint at most.
 MOST_NBYTES = 1 << 28
 #: Requests at one time, and seconds that each may say nothing.

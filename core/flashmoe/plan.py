@@ -154,9 +154,10 @@ def speed(
     model = Geometry.of(checkpoint)
     found, hits, needed = expected(checkpoint, asked, split.slots)
     if disk is not None:
-        resident = decode(model, costs, k, 1.0)
         misses = max(1, round(needed * (1 - hits)))
-        costs = replace(costs, disk_gb_s=disk(misses, resident.seconds / model.layers / 2))
+        # What comes between a layer's reads and the next one's: the last expert, launches, dense.
+        between = (model.layer_nbytes + model.expert_nbytes) / costs.weights_gb_s / 1e9
+        costs = replace(costs, disk_gb_s=disk(misses, costs.layer_seconds + between))
 
     def step(needed: float, rows: int) -> Step:
         return decode(model, costs, k, hits, context=asked.prompt, needed=needed, rows=rows)

@@ -8,6 +8,9 @@ as any other; speed does not depend on what weights say. From steps with K exper
     weights GB/s    bytes of K - 1 experts / the difference of their times
     a layer         what is left of the step with one when all its bytes go at that speed
 
+All rows of zeros choose the same K experts, so two are never read, and on a GPU the host looks at
+every choice, as it does where experts are streamed.
+
 Disk: random experts of the checkpoint when it is here; else a scratch file in the directory it
 would be downloaded to, in ranges as long as its experts'.
 """
