@@ -176,9 +176,12 @@ def macs(path: Path) -> list[dict]:
 
 def planned(args: argparse.Namespace, case: dict) -> dict:
     """What the plan of this process says, in a process of its own."""
+    from flashmoe import speed_probe
     from flashmoe.checkpoint import Checkpoint
     from flashmoe.cli_plan import Planned, Source
 
+    if args.probe_seconds is not None:
+        speed_probe.STEPS_SECONDS = speed_probe.DISK_SECONDS = args.probe_seconds
     asked = {"experts": case["k"], "memory": case["memory"], "prompt": args.prompt}
     asked |= {"routing": "uniform"}
     checkpoint = Checkpoint.open(args.path)
@@ -208,6 +211,8 @@ def here(args: argparse.Namespace, case: dict) -> dict:
     """One case: plan, run, plan."""
     command = [sys.executable, __file__, str(args.path), "--child", json.dumps(case)]
     command += ["--prompt", str(args.prompt)]
+    if args.probe_seconds is not None:
+        command += ["--probe-seconds", str(args.probe_seconds)]
     limit = runs.nbytes(case["limit"])
 
     def plan() -> dict:
@@ -247,6 +252,7 @@ def main() -> None:
     )
     parser.add_argument("--case", action="append", help='such as "memory=3GB k=4"')
     parser.add_argument("--room", default="1GB", help="limit of the cgroup - memory, or none")
+    parser.add_argument("--probe-seconds", type=float, help="of each probe, instead of a plan's")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.set_defaults(prompt=128, steps=32, io="direct", raw_seconds=1.0)
     args = parser.parse_args()

@@ -168,6 +168,7 @@ def test_batch_is_slower_together_or_faster_each(toy):
     [
         (["--machine", "pdp-11"], "machine pdp-11 is not known. These are: m1-16gb"),
         (["--experts", "7"], "experts must be 1 to 6"),
+        (["--experts", "0"], "experts must be 1 to 6"),
         (["--context", "40000"], "context=40000 is out of range"),
         (["--prompt", "0"], "prompt=0 is out of range"),
         (["--batch", "0"], "batch=0 is out of range"),

@@ -86,7 +86,8 @@ def plan(name, machine, activations, as_json, **asked) -> None:
         raise click.UsageError("Missing argument 'NAME|PATH'.")
     mac = machine and known_machine(machine)
     with opened(name) as (checkpoint, source):
-        asked["experts"] = asked["experts"] or catalog.model(name).experts
+        if asked["experts"] is None:
+            asked["experts"] = catalog.model(name).experts
         found = Planned(name, checkpoint, source, mac, activations, asked)
         if as_json:
             record(found.as_json(), as_json=True)

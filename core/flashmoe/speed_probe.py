@@ -6,7 +6,7 @@ vocabulary, become a checkpoint whose weights are a hole in a file, so zeros. It
 as any other; speed does not depend on what weights say. From steps with K experts and with one:
 
     weights GB/s    bytes of K - 1 experts / the difference of their times
-    a layer         what is left of the step with one when all its bytes go at that speed
+    a layer         what is left of the step with K when all its bytes go at that speed
 
 All rows of zeros choose the same K experts, so two are never read, and on a GPU the host looks at
 every choice, as it does where experts are streamed.
@@ -77,23 +77,22 @@ def kernels(checkpoint: Checkpoint, k: int, activations: str = "float32") -> Cos
         model.experts = k
         many, prompts = _prompts(model)
         model.experts = 1
-        _steps(model, [1], 0.0)  # compiles
-        times = _steps(model, sorted({1, k}), STEPS_SECONDS)
+        _steps(model, 1, 0.0)  # compiles
+        step, more = _steps(model, k, STEPS_SECONDS)
     geometry = Geometry.of(small)
     experts = geometry.expert_layers * geometry.expert_nbytes
     dense = geometry.layers * (geometry.layer_nbytes + geometry.shared_nbytes)
     dense += geometry.head_nbytes
-    slope = (times[k] - times[1]) / (k - 1) if k > 1 else 0.0
-    one = times[1] - slope * (1 + dense / experts)
-    if slope <= 0 or one < 0:  # so small that its bytes do not count
-        slope, one = times[k] / (k + dense / experts), 0.0
-    layer = one / geometry.layers
+    slope = more / (k - 1) if k > 1 else 0.0
+    rest = step - slope * (k + dense / experts)
+    if slope <= 0 or rest < 0:  # so small that its bytes do not count
+        slope, rest = step / (k + dense / experts), 0.0
     flops = 2 * prompts * geometry.weights_per_byte * (dense + k * experts)
     return Costs(
         weights_gb_s=experts / slope / 1e9,
-        layer_seconds=layer,
+        layer_seconds=rest / geometry.layers,
         disk_gb_s=math.inf,
-        prompt_gflops=flops / max(many - one, 0.1 * many) / 1e9,
+        prompt_gflops=flops / max(many - rest, 0.1 * many) / 1e9,
         as_they_land=ops.pick().AS_THEY_LAND,
     )
 
@@ -142,21 +141,26 @@ def _load(small: Checkpoint, activations: str):
     )
 
 
-def _steps(model, counts: list[int], seconds: float) -> dict[int, float]:
-    """K -> seconds of a decode step, medians; the K take turns."""
+def _steps(model, k: int, seconds: float) -> tuple[float, float]:
+    """Seconds of a decode step with K experts, and how much longer that is than one with a single
+    expert. They take turns; medians, so what else the machine does in between counts little."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    found: dict[int, list[float]] = {k: [] for k in counts}
+
+    def step(k: int) -> float:
+        model.experts = k
+        begin = perf_counter()
+        mx.eval(model.next_logits([0], cache), [c.state for c in cache])
+        return perf_counter() - begin
+
+    step(k)
+    found = []
     start = perf_counter()
-    while len(found[counts[0]]) < 5 or perf_counter() - start < seconds:
-        for k in counts:
-            model.experts = k
-            begin = perf_counter()
-            mx.eval(model.next_logits([0], cache), [c.state for c in cache])
-            found[k].append(perf_counter() - begin)
-    return {k: median(times[1:]) for k, times in found.items()}
+    while len(found) < 5 or perf_counter() - start < seconds:
+        found.append((step(k), step(1)))
+    return median(many for many, _ in found), median(many - one for many, one in found)
 
 
 def _prompts(model) -> tuple[float, int]:
