@@ -15,7 +15,9 @@ cgroup of the same size, and the plan again: where a disk drifts, the mean of bo
 the run, and both are in the result. Tokens and routers of the checkpoint are random, so the plan is
 told that routing is uniform; but random routers are a little uneven, so what is held against the
 run is the same formula with the hit rate of the run's own routing, replayed through the slots alone
-(`off`; with that of uniform routing `off_uniform`). Off is predicted / measured - 1.
+(`off`; with that of uniform routing `off_uniform`). `off_own_disk` also takes what the disk gave
+while the run was reading: where it is small and `off` is not, the disk changed between plan and
+run, and the formula is right. Off is predicted / measured - 1.
 
 Ends with one JSON line.
 """
@@ -26,7 +28,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -198,42 +200,65 @@ def planned(args: argparse.Namespace, case: dict) -> dict:
     }
 
 
-def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float) -> float:
-    """Seconds of a step by the costs of a plan, and this hit rate."""
+def ran(args: argparse.Namespace, case: dict) -> dict:
+    """What streaming.py measures, and GB/s of the disk while it was reading for decoding."""
+    from timeline import Recorder, busy
+
+    from flashmoe import ops
+
+    recorder = Recorder()
+    with recorder.recording(ops.pick()):
+        found = streaming.child(args, case)
+    reads = [s for s in recorder.spans if s.kind == "read"]
+    end, seconds = max(s.end for s in reads), args.steps / found["cold"]["tokens_per_second_mean"]
+    reading = busy(reads, end - seconds, end)
+    nbytes = found["cold"]["bytes_per_token"] * args.steps
+    return found | {"reading_gb_s": nbytes / reading / 1e9 if reading else None}
+
+
+def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float, disk_gb_s=None) -> float:
+    """Seconds of a step by the costs of a plan, this hit rate, and this disk."""
     from flashmoe.checkpoint import Checkpoint
     from flashmoe.speed import Costs, Geometry, decode
 
     model = Geometry.of(Checkpoint.open(args.path))
-    return decode(model, Costs(**plan["costs"]), k, hits, context=args.prompt).seconds
+    costs = Costs(**plan["costs"] | ({"disk_gb_s": disk_gb_s} if disk_gb_s else {}))
+    return decode(model, costs, k, hits, context=args.prompt).seconds
 
 
 def here(args: argparse.Namespace, case: dict) -> dict:
     """One case: plan, run, plan."""
-    command = [sys.executable, __file__, str(args.path), "--child", json.dumps(case)]
-    command += ["--prompt", str(args.prompt)]
-    if args.probe_seconds is not None:
-        command += ["--probe-seconds", str(args.probe_seconds)]
     limit = runs.nbytes(case["limit"])
 
-    def plan() -> dict:
+    def child(what: str) -> dict:
+        command = [sys.executable, __file__, str(args.path), "--child", json.dumps([what, case])]
+        for name in ("prompt", "steps", "seed", "raw_seconds", "probe_seconds"):
+            if getattr(args, name) is not None:
+                command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         return runs.run(command, limit=limit, keep=args.keep_cache)
 
-    before, run, after = plan(), streaming.run_case(args, case), plan()
+    before, run, after = child("plan"), child("run"), child("plan")
     cold, both = run["cold"], (before, after)
-    step = sum(p["step"] for p in both) / 2
-    same = sum(replayed(args, p, run["experts"], cold["expected_hit_rate"]) for p in both) / 2
-    first = sum(p["first_token"] for p in both) / 2
+
+    def mean(seconds: Callable[[dict], float]) -> float:
+        return sum(map(seconds, both)) / 2
+
+    k, hits = run["experts"], cold["expected_hit_rate"]
+    step, first = mean(lambda p: p["step"]), mean(lambda p: p["first_token"])
+    same = mean(lambda p: replayed(args, p, k, hits))
+    same_disk = mean(lambda p: replayed(args, p, k, hits, run["reading_gb_s"]))
     measured = cold["tokens_per_second_mean"]
     return {
-        "k": run["experts"],
+        "k": k,
         "slots": run["slots"],
         "slots_planned": before["slots"],
         "hit_rate": cold["hit_rate"],
-        "hit_rate_replayed": cold["expected_hit_rate"],
+        "hit_rate_replayed": hits,
         "hit_rate_uniform": round(before["hit_rate"], 4),
         "measured": measured,
         "predicted": round(1 / same, 3),
         "off": round(1 / same / measured - 1, 3),
+        "off_own_disk": round(1 / same_disk / measured - 1, 3),
         "off_uniform": round(1 / step / measured - 1, 3),
         "bound": before["bound"],
         "first_token": cold["time_to_first_token"],
@@ -241,6 +266,7 @@ def here(args: argparse.Namespace, case: dict) -> dict:
         "first_token_off": round(first / cold["time_to_first_token"] - 1, 3),
         "cores_of_others": cold["cores_of_others"],
         "raw_gb_s": run.get("raw_gb_s"),
+        "reading_gb_s": run["reading_gb_s"],
         "plans": both,
     }
 
@@ -258,7 +284,8 @@ def main() -> None:
     args = parser.parse_args()
     args.warm = False
     if args.child:
-        print(json.dumps(planned(args, json.loads(args.child))))
+        what, case = json.loads(args.child)
+        print(json.dumps({"plan": planned, "run": ran}[what](args, case)))
         return
     result = {"benchmark": "plan"}
     with hollow() as path:

@@ -7,7 +7,6 @@ better: it is what computes meanwhile.
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import resource
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 
-from .bank import ExpertBank
+from .bank import ExpertBank, pages_of
 from .checkpoint import Checkpoint
 from .drives import Drive
 from .io_modes import BLOCK, IO_MODES
@@ -71,14 +70,16 @@ def probe(
 def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Measured:
     """One way to read, at random places of the files: little memory, and a small model will do."""
     ranges = _ranges(checkpoint)
-    buffers = [mmap.mmap(-1, QUICK_NBYTES) for _ in range(2 * drive.depth)]
+    # Huge pages, as slots have: fewer pieces for the drive.
+    pages = memoryview(pages_of(2 * drive.depth * QUICK_NBYTES))
+    buffers = [pages[i : i + QUICK_NBYTES] for i in range(0, len(pages), QUICK_NBYTES)]
     for file in checkpoint.files:
         forget(file)
     with Reader(drive.depth, checkpoint.identities, drive.io, drive.split) as reader:
 
         def read() -> None:
             requests = [
-                ReadRequest(file, start, memoryview(buffer)[:nbytes], 0, 0)
+                ReadRequest(file, start, buffer[:nbytes], 0, 0)
                 for buffer, (file, start, nbytes) in zip(buffers, ranges, strict=False)
             ]
             for pending in [reader.submit([request]) for request in requests]:
@@ -103,20 +104,22 @@ def paced(
         batches: (file, start, bytes) of the reads that go on together, without end.
         pause: seconds between the end of a batch and the next one; they do not count.
     """
-    buffers: dict[tuple[int, int, int], memoryview] = {}
+    room, pages = 0, None
     with Reader(drive.depth, identities, drive.io, drive.split) as reader:
 
         def read() -> float:
-            requests = []
-            for number, (file, start, nbytes) in enumerate(next(batches)):
+            nonlocal room, pages
+            batch, at, requests = next(batches), 0, []
+            needed = sum(nbytes + 2 * BLOCK for _, _, nbytes in batch)
+            if needed > room:
+                # Huge pages, as slots have: fewer pieces for the drive.
+                room, pages = needed, memoryview(pages_of(needed))
+                pages[:] = bytes(needed)  # takes them
+            for file, start, nbytes in batch:
                 # In blocks as the bytes in the file, as slots lie.
-                phase = start % BLOCK
-                key = number, phase, nbytes
-                if key not in buffers:
-                    pages = mmap.mmap(-1, phase + nbytes)
-                    pages.write(bytes(phase + nbytes))  # takes them
-                    buffers[key] = memoryview(pages)[phase:]
-                requests.append(ReadRequest(file, start, buffers[key], 0, 0))
+                at += (start - at) % BLOCK
+                requests.append(ReadRequest(file, start, pages[at : at + nbytes], 0, 0))
+                at += nbytes
             begin = perf_counter()
             for pending in [reader.submit([request]) for request in requests]:
                 pending.wait()
