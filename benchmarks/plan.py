@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
@@ -222,7 +222,9 @@ def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float, disk_gb_
     from flashmoe.speed import Costs, Geometry, decode
 
     model = Geometry.of(Checkpoint.open(args.path))
-    costs = Costs(**plan["costs"] | ({"disk_gb_s": disk_gb_s} if disk_gb_s else {}))
+    costs = Costs(**{name: inf if v is None else v for name, v in plan["costs"].items()})
+    if disk_gb_s:
+        costs = replace(costs, disk_gb_s=disk_gb_s)
     return decode(model, costs, k, hits, context=args.prompt).seconds
 
 

@@ -114,6 +114,12 @@ def test_longer_prompt_is_faster():
         prompt(MODEL, MAC, 10, found, tokens=n, **settings).seconds for n in (1, 100, 2048, 9000)
     ]
     assert times == sorted(times)
+    # The first reads wait for the memory of the slots, where that is slow to come.
+    slow = prompt(MODEL, replace(MAC, fresh_gb_s=0.5), 10, found, tokens=2048, **settings)
+    fresh = 60 * 66 * MODEL.expert_nbytes / 0.5e9
+    assert slow.reading - prompt(
+        MODEL, MAC, 10, found, tokens=2048, **settings
+    ).reading == pytest.approx(fresh)
     # A sweep reads each expert once at most.
     swept = prompt(MODEL, MAC, 10, found, tokens=9000, **settings)
     assert swept.sweeps == 5

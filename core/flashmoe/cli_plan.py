@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -204,8 +205,8 @@ class Planned:
         if self.speed is not None:
             found["routing"] = {"name": self.routing.name, "what": self.routing.what}
             found["routing"] |= {"doubts": self.routing.doubts, "hit_rate": self.speed.hit_rate}
-            costs = asdict(self.speed.costs)
-            del costs["cached_gb_s"]  # none of ours
+            # What takes no time is null: JSON has no infinity.
+            costs = {n: v if isfinite(v) else None for n, v in asdict(self.speed.costs).items()}
             found |= {"costs": costs, "disk_probe": asdict(self.disk) if self.disk else None}
             found["token"] = asdict(self.speed.token)
             found["token"]["tokens_per_second"] = self.speed.token.tokens_per_second

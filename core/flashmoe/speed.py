@@ -75,7 +75,8 @@ class Costs:
     there is nothing to compute: launches, and the host's part. disk_gb_s: experts from the drive,
     read as decoding reads them. prompt_gflops: arithmetic of many tokens. as_they_land: see above.
     cached_gb_s: experts that the page cache holds, where an engine has no slots of its own.
-    overlap: whether anything is computed while reads are in flight.
+    overlap: whether anything is computed while reads are in flight. fresh_gb_s: memory that the
+    system gives, which the first reads into slots wait for.
     """
 
     weights_gb_s: float
@@ -85,6 +86,7 @@ class Costs:
     as_they_land: bool = True
     cached_gb_s: float = inf
     overlap: bool = True
+    fresh_gb_s: float = inf
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,8 @@ def prompt(
         # What an earlier sweep left in the slots.
         missing = union * (1 - (slots / model.experts if number else 0))
         reads = missing * model.expert_nbytes / costs.disk_gb_s / 1e9
+        if not number:
+            reads += min(missing, slots) * model.expert_nbytes / costs.fresh_gb_s / 1e9
         dense = costs.layer_seconds + _weights(model, costs, model.layer_nbytes, rows)
         dense += _weights(model, costs, model.shared_nbytes, rows)
         experts = union * _weights(model, costs, model.expert_nbytes, rows * k / union)

@@ -21,6 +21,7 @@ import copy
 import fcntl
 import json
 import math
+import mmap
 import os
 import random
 import shutil
@@ -34,6 +35,7 @@ from statistics import median
 from time import perf_counter
 
 from . import drives, memory, ops
+from .bank import pages_of
 from .checkpoint import Checkpoint
 from .disk_bench import forget, paced
 from .errors import SettingError
@@ -52,6 +54,7 @@ VOCABULARY = 2048
 PROMPT_TOKENS = 32
 STEPS_SECONDS = 1.2
 DISK_SECONDS = 1.0
+FRESH_SECONDS, FRESH_NBYTES = 0.3, 1 << 28
 #: Of the file that stands for a model that is not here.
 SCRATCH_NBYTES = 1 << 29
 
@@ -94,7 +97,19 @@ def kernels(checkpoint: Checkpoint, k: int, activations: str = "float32") -> Cos
         disk_gb_s=math.inf,
         prompt_gflops=flops / max(many - rest, 0.1 * many) / 1e9,
         as_they_land=ops.pick().AS_THEY_LAND,
+        fresh_gb_s=_fresh(),
     )
+
+
+def _fresh() -> float:
+    """GB/s of memory that the system gives for the first time: slow in some virtual machines."""
+    pages = pages_of(FRESH_NBYTES)
+    begin = perf_counter()
+    for page in range(0, FRESH_NBYTES, mmap.PAGESIZE):
+        pages[page] = 1
+        if page % (1 << 24) == 0 and perf_counter() - begin > FRESH_SECONDS:
+            break
+    return (page + mmap.PAGESIZE) / (perf_counter() - begin) / 1e9
 
 
 def with_disk(costs: Costs, disk: Disk) -> Costs:
