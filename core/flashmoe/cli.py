@@ -8,7 +8,7 @@ from functools import partial
 
 import click
 
-from . import cli_bench, cli_doctor, cli_download, cli_models, cli_quantize
+from . import cli_bench, cli_doctor, cli_download, cli_models, cli_plan, cli_quantize
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -38,6 +38,7 @@ def cli() -> None:
 for command in (
     *cli_models.COMMANDS,
     cli_download.download,
+    cli_plan.plan,
     cli_quantize.quantize,
     cli_bench.bench,
     cli_doctor.doctor,

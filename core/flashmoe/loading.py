@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .cuda_memory import device_memory
 from .drives import Drive, drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
-from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
+from .footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
 from .io_modes import IO_MODES
 from .models import FAMILIES, StreamingMoE, check_experts
 from .reader import Reader
@@ -41,6 +41,8 @@ def plan_memory(
     prompt_cache: int | None = None,
     held: int | None = None,
     beside: int = 0,
+    context: int = PLANNED_CONTEXT,
+    mac: int | None = None,
 ) -> memory_module.Plan:
     """How the memory of this process would be split for the checkpoint.
 
@@ -53,6 +55,8 @@ def plan_memory(
             of one conversation of the planned length.
         held: how many experts of each layer are read here. None: all.
         beside: bytes kept free for something else.
+        context: tokens that memory is kept for; a load keeps it for the planned length.
+        mac: as on a Mac that can spare so many bytes, instead of here.
 
     Raises:
         BudgetError: it does not fit; the text says what would.
@@ -61,12 +65,16 @@ def plan_memory(
         raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
     k = check_experts(experts, checkpoint)
     held = checkpoint.num_experts if held is None else held
-    gpu = ops.on_gpu()
-    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu)
+    gpu = mac is not None or ops.on_gpu()
+    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu, context=context)
     kept = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
     budget = None if memory is None else memory_module.parse_size(memory)
     base = memory_module.resident()
-    if device_memory() is not None:
+    if mac is not None:
+        base = 0
+        if budget is None and slots is None:
+            budget = mac
+    elif device_memory() is not None:
         # What lies on the card is planned for; the process itself holds little beside it.
         base = 0
         if budget is None and slots is None:
