@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from . import cli_bench, cli_doctor, cli_download, cli_models, cli_quantize
+from . import cli_bench, cli_doctor, cli_download, cli_models, cli_quantize, cli_sweep
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -38,6 +38,7 @@ for command in (
     *cli_models.COMMANDS,
     cli_download.download,
     cli_quantize.quantize,
+    cli_sweep.sweep,
     cli_bench.bench,
     cli_doctor.doctor,
 ):

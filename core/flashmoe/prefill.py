@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
+from mlx_lm.models.cache import make_prompt_cache
 
 from .events import Progress
 from .footprint import PIECE_TOKENS
@@ -88,16 +89,39 @@ def _sweep(
             mx.eval(hidden[i], c.state)
             if i in states:
                 states[i].append(copy.deepcopy(c))
-        normed = [layer.post_attention_layernorm(h) for h in hidden.values()]
-        block = layer.mlp
-        outputs = block.sweep(normed) if hasattr(block, "sweep") else map(block, normed)
-        for i, y in zip(hidden, outputs, strict=True):
-            hidden[i] = hidden[i] + y
-            mx.eval(hidden[i])
-        mx.clear_cache()
+        _add_experts(layer, hidden)
     last = inner.norm(hidden.popitem()[1])
     mx.eval(last)
     return Swept(sum(map(len, pieces.values())), last, states)
+
+
+def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
+    """The hidden states (1, tokens, hidden), normed, of texts that know nothing of each other: one
+    sweep, so that each expert is read once for all of them. Each has at most PIECE_TOKENS tokens,
+    and the same bits as if it were alone."""
+    inner = model.text.model
+    hidden = {i: inner.embed_tokens(mx.array([text])) for i, text in enumerate(texts)}
+    caches = [make_prompt_cache(model) for _ in texts]
+    for n, layer in enumerate(inner.layers):
+        for i, x in hidden.items():
+            hidden[i] = x + _attention(layer, x, caches[i][n])
+            mx.eval(hidden[i])
+            caches[i][n] = None  # nothing comes after these texts
+        _add_experts(layer, hidden)
+    found = [inner.norm(h) for h in hidden.values()]
+    mx.eval(found)
+    return found
+
+
+def _add_experts(layer: nn.Module, hidden: dict[int, mx.array]) -> None:
+    """Add what a layer's experts give, in place."""
+    normed = [layer.post_attention_layernorm(h) for h in hidden.values()]
+    block = layer.mlp
+    outputs = block.sweep(normed) if hasattr(block, "sweep") else map(block, normed)
+    for i, y in zip(hidden, outputs, strict=True):
+        hidden[i] = hidden[i] + y
+        mx.eval(hidden[i])
+    mx.clear_cache()
 
 
 def _attention(layer: nn.Module, x: mx.array, cache: Any) -> mx.array:
