@@ -11,8 +11,8 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,7 +65,10 @@ class Sweep:
         progress: Progress,
     ):
         self.checkpoint = checkpoint
-        self.versions = versions
+        # All is held against the exact point, so that one is always measured.
+        self._own_asked = any(v.name == OWN for v in versions)
+        own = [] if self._own_asked else [Version(OWN, checkpoint)]
+        self.versions = [*own, *versions]
         self.settings = settings
         self.keep = keep
         self.progress = progress
@@ -139,10 +142,10 @@ class Sweep:
             raise SettingError(f"there is no file {s.text}: give a UTF-8 text for --text")
 
     def _experts(self, version: Version) -> list[int]:
-        """The exact point comes first, and is always there: all others are held against it."""
         if version.name != OWN:
             return list(self.settings.experts)
-        return list(dict.fromkeys([self.checkpoint.top_k, *self.settings.experts]))
+        asked = self.settings.experts if self._own_asked else ()
+        return list(dict.fromkeys([self.checkpoint.top_k, *asked]))
 
     def _parts(self) -> list[str]:
         s = self.settings
@@ -179,15 +182,19 @@ class Sweep:
             self._note(version, k, "size", {"bits": checkpoint.expert_bits, **sizes})
         if missing["fidelity"]:
             self._text(version, checkpoint, missing["fidelity"])
+            _free()
         if any(ks for part, ks in missing.items() if part != "fidelity"):
             self._answers(version, checkpoint, missing)
+            _free()
         if not self.keep:
             version.discard(directory)
 
     def _text(self, version: Version, checkpoint: Checkpoint, missing: list[int]) -> None:
         from .fidelity import compare, keep_exact
+        from .loading import load
 
-        with _loaded(checkpoint, self.settings.memory) as (model, tokenizer):
+        model, tokenizer = load(checkpoint.path, memory=self.settings.memory)
+        try:
             documents = self._documents(model, tokenizer)
             exact = version.name == OWN and not self._exact.is_file()
             steps = len(documents) * (len(missing) + exact)
@@ -197,9 +204,10 @@ class Sweep:
                 for k in missing:
                     with model.pruned_to(k):
                         found = compare(model, documents, self._exact, advance)
-                    self._note(
-                        version, k, "fidelity", asdict(found) | {"perplexity": found.perplexity}
-                    )
+                    as_plain = asdict(found) | {"perplexity": found.perplexity}
+                    self._note(version, k, "fidelity", as_plain)
+        finally:
+            model.close()
 
     @property
     def _documents_file(self) -> Path:
@@ -279,21 +287,12 @@ class Sweep:
         return found
 
 
-@contextmanager
-def _loaded(checkpoint: Checkpoint, memory: str | None) -> Iterator[tuple]:
-    """The model in this thread; its memory is free again after that."""
+def _free() -> None:
+    """Give back the memory of a model that nothing refers to: the next one is planned for it."""
     import mlx.core as mx
 
-    from .loading import load
-
-    model, tokenizer = load(checkpoint.path, memory=memory)
-    try:
-        yield model, tokenizer
-    finally:
-        model.close()
-        del model
-        gc.collect()
-        mx.clear_cache()
+    gc.collect()
+    mx.clear_cache()
 
 
 def _hash(what) -> str:

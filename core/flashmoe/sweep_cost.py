@@ -8,12 +8,12 @@ from statistics import median
 
 from .checkpoint import Checkpoint
 from .engine import Engine
+from .events import End
 from .requests import Request
 
-#: Of generation at each point: rounds, which alternate between the values of K, and tokens of each.
+#: Of generation at each K: rounds, which alternate between the values of K, and tokens of each.
 ROUNDS = 3
 SPEED_TOKENS = 64
-_SPEED_PROMPT = "Tell me a long story about the sea."
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,36 @@ def needed(checkpoint: Checkpoint, k: int) -> Needed:
 
 
 def speeds(engine: Engine, experts: list[int], advance: Callable[[int], None]) -> dict[int, dict]:
-    """Of each K, medians over rounds of the same answer. read_bytes: of experts, a token of prompt and
-    answer; none where all of them are in slots."""
-    message = [{"role": "user", "content": _SPEED_PROMPT}]
-    asked = {"max_tokens": SPEED_TOKENS, "temperature": 0.0, "think": False, "cache": False}
-    *_, _ = engine.stream(Request(message, **asked))  # loads, and fills slots
-    ends: dict[int, list] = {k: [] for k in experts}
-    for _ in range(ROUNDS):
+    """Of each K, medians over rounds. read_bytes: of experts, from the disk, for each token of
+    prompts and answers."""
+    _answers(engine, experts[0], 0)  # loads the model, and fills slots
+    found: dict[int, list[dict]] = {k: [] for k in experts}
+    for number in range(ROUNDS):
         for k in experts:
-            *_, end = engine.stream(Request(message, experts=k, **asked))
-            ends[k].append(end)
+            found[k].append(_speed(_answers(engine, k, number)))
             advance(1)
+    return {k: {name: median(s[name] for s in f) for name in f[0]} for k, f in found.items()}
+
+
+def _answers(engine: Engine, k: int, number: int) -> list[End]:
+    """Of SPEED_TOKENS tokens in all: an answer may be short. Drawn, the same ones in each sweep."""
+    message = [{"role": "user", "content": "Tell me a long story about the sea."}]
+    ends: list[End] = []
+    left = SPEED_TOKENS
+    while left > 0 and len(ends) < SPEED_TOKENS:
+        asked = {"max_tokens": left, "temperature": 1.0, "seed": 100 * number + len(ends)}
+        *_, end = engine.stream(Request(message, experts=k, think=False, cache=False, **asked))
+        ends.append(end)
+        left -= end.generated_tokens
+    return ends
+
+
+def _speed(ends: list[End]) -> dict:
+    seconds = sum(e.seconds for e in ends)
+    tokens = sum(max(0, e.generated_tokens - 1) for e in ends)
+    passed = sum(e.prompt_tokens + e.generated_tokens for e in ends)
     return {
-        k: {
-            "tokens_per_second": round(median(e.tokens_per_second for e in found), 2),
-            "hit_rate": round(median(e.hit_rate for e in found), 4),
-            "read_bytes": round(median(e.bytes_per_token for e in found)),
-            "tokens": median(e.generated_tokens for e in found),
-        }
-        for k, found in ends.items()
+        "tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
+        "hit_rate": round(median(e.hit_rate for e in ends), 4),
+        "read_bytes": round(sum(e.bytes_read for e in ends) / passed),
     }

@@ -9,16 +9,17 @@ from html import escape
 from .sweep_report import token_nbytes
 
 WIDTH, HEIGHT = 760, 460
-LEFT, RIGHT, TOP, BOTTOM = 76, 736, 56, 404
-#: Below the lowest decade: where a KL of 0 is drawn.
+LEFT, RIGHT, TOP, BOTTOM = 76, 730, 56, 404
+#: Between the lowest tick and the axis, on which lies what is 0, or LEAST and rounding alone.
 ZERO = 28
+LEAST = 1e-9
 
 # Of Okabe and Ito, lightened or darkened to be read on white and on black.
 _COLOURS = ("#2f86c9", "#d9730d", "#1a9c75", "#b558a8", "#a68a00", "#7d7d7d")
 _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #333 }
 .axis { stroke: #333; fill: none } .grid { stroke: #888; stroke-opacity: .25 }
-.stop { stroke: #c0392b; stroke-dasharray: 5 4 } .note { fill: #c0392b }
+.stop { stroke: #c0392b; stroke-dasharray: 5 4; fill: none } .note { fill: #c0392b }
 @media (prefers-color-scheme: dark) {
  text { fill: #ddd } .axis { stroke: #ddd } .stop { stroke: #ff7b6b } .note { fill: #ff7b6b }
 }
@@ -51,36 +52,40 @@ class _Scale:
     def __init__(self, found: dict):
         sizes = [token_nbytes(p) for p in found["points"]]
         kls = [p["fidelity"]["kl"] for p in found["points"]] + [found["threshold"]]
-        kls = [kl for kl in kls if kl > 0] or [1.0]
-        self.lowest = math.floor(math.log10(min(kls)))
-        self.highest = max(math.ceil(math.log10(max(kls))), self.lowest + 1)
-        power = 10 ** math.floor(math.log10(max(sizes)))
-        self.step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if max(sizes) <= 6 * s * power)
-        self.first = min(sizes) // self.step * self.step
-        self.last = -(-max(sizes) // self.step) * self.step
-        self.last += self.step * (self.first == self.last)
+        kls = [kl for kl in kls if kl > LEAST] or [1.0]
+        powers = range(math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls))) + 1)
+        marks = (1, 2, 5) if len(powers) < 5 else (1,)
+        ticks = [mark * 10.0**power for power in powers for mark in marks]
+        #: The last tick below all, those between, and the first one above all.
+        self.kls = [t for t in ticks if t >= max(x for x in ticks if x <= min(kls))]
+        self.kls = [t for t in self.kls if t <= min(x for x in ticks if x >= max(kls))]
+        if len(self.kls) == 1:
+            self.kls.append(10 * self.kls[0])
+        span = max(sizes) - min(sizes) or max(sizes)
+        power = 10 ** math.floor(math.log10(span))
+        step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if span <= 7 * s * power)
+        first, last = min(sizes) // step, -(-max(sizes) // step)
+        self.sizes = [i * step for i in range(round(first), round(max(last, first + 1)) + 1)]
         units = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
-        self.unit, self.unit_name = next(u for u in units if self.last >= u[0])
+        self.unit, self.unit_name = next(u for u in units if self.sizes[-1] >= u[0])
 
     def x(self, nbytes: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (nbytes - self.first) / (self.last - self.first)
+        first, last = self.sizes[0], self.sizes[-1]
+        return LEFT + (RIGHT - LEFT) * (nbytes - first) / (last - first)
 
     def y(self, kl: float) -> float:
-        if kl < 10**self.lowest:  # what rounding left of a difference, and 0 itself
+        if kl < self.kls[0]:
             return BOTTOM
-        share = (math.log10(kl) - self.lowest) / (self.highest - self.lowest)
-        return BOTTOM - ZERO - (BOTTOM - ZERO - TOP) * share
+        share = math.log(kl / self.kls[0]) / math.log(self.kls[-1] / self.kls[0])
+        return BOTTOM - ZERO - (BOTTOM - ZERO - TOP) * min(share, 1.0)
 
 
 def _axes(scale: _Scale, model: str) -> Iterator[str]:
-    for power in range(scale.lowest, scale.highest + 1):
-        y = scale.y(10.0**power * 1.0000001)
-        yield f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>'
-        yield _text(LEFT - 8, y + 4, f"{10.0**power:g}", "end")
+    for kl in scale.kls:
+        yield f'<path class="grid" d="M{LEFT} {scale.y(kl):.1f}H{RIGHT}"/>'
+        yield _text(LEFT - 8, scale.y(kl) + 4, f"{kl:g}", "end")
     yield _text(LEFT - 8, BOTTOM + 4, "0", "end")
-    ticks = round((scale.last - scale.first) / scale.step)
-    for i in range(ticks + 1):
-        nbytes = scale.first + i * scale.step
+    for nbytes in scale.sizes:
         yield f'<path class="grid" d="M{scale.x(nbytes):.1f} {TOP}V{BOTTOM}"/>'
         yield _text(scale.x(nbytes), BOTTOM + 20, f"{nbytes / scale.unit:g}", "middle")
     yield f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>'
@@ -108,11 +113,11 @@ def _line(scale: _Scale, number: int, points: list[dict], stop: dict | None) -> 
     for (x, y), point in zip(places, points, strict=True):
         fit, k = point["fidelity"], point["experts"]
         if error := fit["kl_error"]:
-            low, high = (scale.y(max(0.0, fit["kl"] + side * error)) for side in (-1, 1))
+            low, high = (scale.y(fit["kl"] + side * error) for side in (-1, 1))
             yield f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>'
         yield _marker(number, x, y, colour)
         if stop == {"version": point["version"], "experts": k}:
-            yield f'<circle class="stop" fill="none" cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
+            yield f'<circle class="stop" cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
         yield _text(x + 7, y - 7, str(k), "start")
 
 
