@@ -51,10 +51,10 @@ def test_python_example_fails(capsys):
     assert "End(finish_reason=" in capsys.readouterr().out
 
 
-def test_tables_of_the_readme_are_old(tmp_path):
+@pytest.mark.parametrize("name", ["README.md", "docs/pruning.md"])
+def test_tables_of_the_docs_are_old(name):
     """`make docs` writes them anew."""
-    path = tmp_path / "README.md"
-    path.write_text(README)
+    path = Path(__file__).parent.parent / name
     command = [sys.executable, "-m", "cogapp", "--check", "--diff", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -38,6 +38,7 @@ def call(name: str, arguments: dict) -> str:
         (call("add", {"a": 1}), "wrong"),
         (call("add", {"a": "one", "b": 2}), "wrong"),
         (call("get_weather", {"city": "Rome"}), "wrong"),
+        (call("get_weather", {"city": "Rome", **RIGHT}), "wrong"),
         (call("subtract", RIGHT), "wrong"),
         (call("add", RIGHT) + call("get_weather", {"city": "Rome"}), "wrong"),
         (call("add", RIGHT)[:-30], "wrong"),

@@ -1,5 +1,6 @@
 """`flashmoe sweep`, through the real command."""
 
+import gc
 import json
 import os
 import signal
@@ -8,8 +9,10 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
@@ -18,7 +21,9 @@ from flashmoe import sweep as driver
 from flashmoe.catalog import DEMO
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.cli import cli
+from flashmoe.models import StreamingMoE
 from flashmoe.sweep_cost import needed
+from flashmoe.sweep_versions import read_versions
 from toys import write_chat_toy, write_toy
 
 TEXT = "The cat sat by the sea. It asked a friend what bread is made of, and why leaves fall. "
@@ -110,6 +115,29 @@ def test_second_sweep_measures_again(toy, text, tmp_path):
     assert all(json.loads(line) for line in journal.read_text().splitlines())
     run_json(*common, "--experts", 1, "--bits", 2)
     assert {f: f.stat().st_mtime_ns for f in work.rglob("*.safetensors")} == files
+
+
+def test_two_models_are_in_memory(toy, text, tmp_path):
+    """When the engine begins, the model that read the text is gone, and its memory with it."""
+    seen, held = {}, {}
+
+    @contextmanager
+    def progress(what, total):
+        seen[what] = [type(o) for o in gc.get_objects() if issubclass(type(o), StreamingMoE)]
+        held[what] = mx.get_cache_memory()
+        yield lambda done: None
+
+    checkpoint = Checkpoint.open(toy)
+    settings = driver.Settings((3,), text, 40, calls=0, schemas=0)
+    versions = read_versions(["own", "2"], checkpoint)
+    gc.disable()  # what it would free at some time must be free at once
+    try:
+        driver.Sweep(checkpoint, versions, settings, tmp_path, keep=True, progress=progress).run()
+    finally:
+        gc.enable()
+    assert list(seen) == ["own: text", "own: answers", "2: rounding", "2: text", "2: answers"]
+    assert [len(found) for found in seen.values()] == [1, 0, 0, 1, 0]
+    assert held["own: answers"] == held["2: rounding"] == held["2: answers"] == 0
 
 
 def test_other_checkpoint_is_no_version(toy, text, tmp_path):

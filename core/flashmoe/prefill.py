@@ -19,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
-from mlx_lm.models.cache import make_prompt_cache
 
 from .events import Progress
 from .footprint import PIECE_TOKENS
@@ -101,12 +100,10 @@ def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
     and the same bits as if it were alone."""
     inner = model.text.model
     hidden = {i: inner.embed_tokens(mx.array([text])) for i, text in enumerate(texts)}
-    caches = [make_prompt_cache(model) for _ in texts]
-    for n, layer in enumerate(inner.layers):
+    for layer in inner.layers:
         for i, x in hidden.items():
-            hidden[i] = x + _attention(layer, x, caches[i][n])
+            hidden[i] = x + _attention(layer, x, None)  # nothing comes after these texts
             mx.eval(hidden[i])
-            caches[i][n] = None  # nothing comes after these texts
         _add_experts(layer, hidden)
     found = [inner.norm(h) for h in hidden.values()]
     mx.eval(found)

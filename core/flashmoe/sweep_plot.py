@@ -53,14 +53,12 @@ class _Scale:
         sizes = [token_nbytes(p) for p in found["points"]]
         kls = [p["fidelity"]["kl"] for p in found["points"]] + [found["threshold"]]
         kls = [kl for kl in kls if kl > LEAST] or [1.0]
-        powers = range(math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls))) + 1)
+        self.top = 1.25 * max(kls)
+        powers = range(math.floor(math.log10(min(kls))), math.ceil(math.log10(self.top)) + 1)
         marks = (1, 2, 5) if len(powers) < 5 else (1,)
         ticks = [mark * 10.0**power for power in powers for mark in marks]
-        #: The last tick below all, those between, and the first one above all.
-        self.kls = [t for t in ticks if t >= max(x for x in ticks if x <= min(kls))]
-        self.kls = [t for t in self.kls if t <= min(x for x in ticks if x >= max(kls))]
-        if len(self.kls) == 1:
-            self.kls.append(10 * self.kls[0])
+        below = max(t for t in ticks if t <= min(kls))
+        self.kls = [t for t in ticks if below <= t <= self.top]
         span = max(sizes) - min(sizes) or max(sizes)
         power = 10 ** math.floor(math.log10(span))
         step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if span <= 7 * s * power)
@@ -76,7 +74,7 @@ class _Scale:
     def y(self, kl: float) -> float:
         if kl < self.kls[0]:
             return BOTTOM
-        share = math.log(kl / self.kls[0]) / math.log(self.kls[-1] / self.kls[0])
+        share = math.log(kl / self.kls[0]) / math.log(self.top / self.kls[0])
         return BOTTOM - ZERO - (BOTTOM - ZERO - TOP) * min(share, 1.0)
 
 
