@@ -85,7 +85,7 @@ def test_rates_are_not_shown():
     }
     found = report("toy", [point("own", 10, 20, 0.0, **more), *POINTS[1:]], 0.05, whole=False)
     (first, second, *_) = rows(found)
-    assert first["calls, grammar"] == "4, 5 of 6"
+    assert first["calls, grammar"] == "4 / 5 of 6"
     assert first["JSON, free"] == "3 of 3"
     assert (first["tok/s"], first["read a token"]) == ("12.3", "2.0 MB")
     assert set(columns(found)) == set(first)

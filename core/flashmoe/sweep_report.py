@@ -106,7 +106,7 @@ def _row(point: dict, found: dict) -> dict:
 
 def _rate(found: dict) -> str:
     """Right and passed calls, or passed documents, of those asked for."""
-    right = "" if found["right"] is None else f"{found['right']}, "
+    right = "" if found["right"] is None else f"{found['right']} / "
     return f"{right}{found['passed']} of {found['asked']}"
 
 
