@@ -116,7 +116,8 @@ def _line(scale: _Scale, number: int, points: list[dict], stop: dict | None) -> 
         yield _marker(number, x, y, colour)
         if stop == {"version": point["version"], "experts": k}:
             yield f'<circle class="stop" cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
-        yield _text(x + 7, y - 7, str(k), "start")
+        # In its colour: lines come close to each other where K is small.
+        yield _text(x + 7, y - 7, str(k), "start", fill=colour)
 
 
 def _marker(number: int, x: float, y: float, colour: str) -> str:
@@ -140,6 +141,9 @@ def _legend(number: int, version: str) -> Iterator[str]:
     yield _text(x + 10, 44, shown if version == "own" else f"{shown} bits", "start")
 
 
-def _text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+def _text(
+    x: float, y: float, words: str, anchor: str, style: str = "", fill: str | None = None
+) -> str:
     kind = f' class="{style}"' if style else ""
+    kind += f' style="fill: {fill}"' if fill else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(words)}</text>'
