@@ -36,6 +36,7 @@ def test_wheel_installs_a_package_named_core(wheel):
         "flashmoe/catalogue.json",
         "flashmoe/machines.json",
         "flashmoe/routing.json",
+        "flashmoe/pass_rates.json",
         "langchain_flashmoe/py.typed",
     ],
 )

@@ -107,9 +107,9 @@ def test_memory_is_not_that_of_a_load(toy):
         assert split.plan.elastic
         assert split.plan.slots_per_layer == pytest.approx(model.plan.slots_per_layer, abs=3)
         assert (split.plan.dense, split.plan.working) == (model.plan.dense, model.plan.working)
-        sweep = model.room.for_prompt(1000, 1000, 4)
+        sweep = model.room.for_prompts(1000, [1000], 4)
         assert split.sweep == pytest.approx(sweep, abs=200)
-        model.room.for_decoding(4096)
+        model.room.for_decoding([4096])
         assert 6 < model.room.slots < EXPERTS
         assert split.slots == pytest.approx(model.room.slots, abs=3)
     finally:

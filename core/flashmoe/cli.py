@@ -8,7 +8,7 @@ from functools import partial
 
 import click
 
-from . import cli_bench, cli_doctor, cli_download, cli_models, cli_plan, cli_quantize
+from . import cli_bench, cli_doctor, cli_download, cli_models, cli_plan, cli_quantize, cli_sweep
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -40,6 +40,7 @@ for command in (
     cli_download.download,
     cli_plan.plan,
     cli_quantize.quantize,
+    cli_sweep.sweep,
     cli_bench.bench,
     cli_doctor.doctor,
 ):

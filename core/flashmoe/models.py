@@ -217,10 +217,13 @@ class StreamingMoE:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""
-        last = hidden[:, -1:]
+        return self.head(hidden[:, -1:])[:, 0]
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """hidden: (1, tokens, hidden), normed -> the logits (1, tokens, vocabulary)."""
         if self.text.args.tie_word_embeddings:
-            return self.text.model.embed_tokens.as_linear(last)[:, 0]
-        return self.text.lm_head(last)[:, 0]
+            return self.text.model.embed_tokens.as_linear(hidden)
+        return self.text.lm_head(hidden)
 
     def close(self) -> None:
         """End the reader's threads. The model cannot be used after that."""

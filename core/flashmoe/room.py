@@ -88,8 +88,8 @@ def prompt_room(
         needed = lasting_nbytes(plan) + fixed + least * each + slots
         there = room + lasting_nbytes(plan) + fixed
         raise ContextError(
-            f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with this model, "
-            f"and there are {format_size(there)}: shorten it, or load the model with "
+            f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with this "
+            f"model, and there are {format_size(there)}: shorten it, or load the model with "
             f'memory="{memory.round_up(needed)}" or more'
         )
     _, slots, sweep = best
