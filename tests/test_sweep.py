@@ -130,6 +130,7 @@ def test_two_models_are_in_memory(toy, text, tmp_path):
     checkpoint = Checkpoint.open(toy)
     settings = driver.Settings((3,), text, 40, calls=0, schemas=0)
     versions = read_versions(["own", "2"], checkpoint)
+    gc.collect()
     gc.disable()  # what it would free at some time must be free at once
     try:
         driver.Sweep(checkpoint, versions, settings, tmp_path, keep=True, progress=progress).run()
