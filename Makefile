@@ -31,7 +31,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 docs: setup
-	$(BIN)/python -m cogapp -r README.md docs/langchain.md
+	$(BIN)/python -m cogapp -r README.md docs/langchain.md docs/plan.md docs/pruning.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -57,7 +57,9 @@ def bandwidth(ranges: Iterator[Range], depth: int, seconds: float) -> float | No
     begin = threading.Barrier(depth)
 
     def work() -> None:
-        buffer = mmap.mmap(-1, 1 << 23)
+        buffer = mmap.mmap(-1, 1 << 23, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            buffer.madvise(mmap.MADV_HUGEPAGE)  # as slots have: twice as fast on some drives
         buffer.write(bytes(len(buffer)))  # takes its pages
         view = memoryview(buffer)
         begin.wait()

@@ -19,15 +19,17 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
-from perplexity import answers
+from perplexity import ASKED
 
 import flashmoe
 from flashmoe import quantize
 from flashmoe.calibration import calibrate
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.fidelity import compare, keep_exact
 from flashmoe.quantize_plan import SHARD_NBYTES, Recipe, make_plan
 from flashmoe.rounding import Rounded
+from flashmoe.sweep_text import own_answers
 
 
 def plain(w, importance, bits, group_size, dtype) -> Rounded:
@@ -38,17 +40,6 @@ def plain(w, importance, bits, group_size, dtype) -> Rounded:
     return Rounded(np.array(weight), *both, 0.0, float("inf"))
 
 
-def log_probabilities(path, texts) -> np.ndarray:
-    """(tokens of all answers, vocabulary), each row given what is before its token."""
-    model, _ = flashmoe.load(path)
-    rows = []
-    for prompt, answer in texts:
-        logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1].astype(mx.float32)
-        rows.append(np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64))
-    model.close()
-    return np.concatenate(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=DEMO)
@@ -57,31 +48,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=80, help="of an answer, at most")
     args = parser.parse_args()
     path = find(args.model)
+    scratch = tempfile.TemporaryDirectory()
+    exact = Path(scratch.name, "exact")
     model, tokenizer = flashmoe.load(path)
-    found = answers(model, tokenizer, args.tokens)
+    found = own_answers(model, tokenizer, ASKED, most=args.tokens)
+    texts = found[1::2]
+    keep_exact(model, texts, exact)
     model.close()
-    tokens = np.array([token for _, answer in found[1::2] for token in answer])
-    exact = log_probabilities(path, found[1::2])
     plan = make_plan(Checkpoint.open(path), Recipe(args.gate_up, args.down))
     for name in ("plain", "search", "calibrated"):
         with tempfile.TemporaryDirectory() as out:
             run = quantize.Run(plan, Path(out, "model"), {})
             if name == "calibrated":
                 text = Path(out, "text")
-                text.write_text("\n".join(tokenizer.decode(p + a) for p, a in found[::2]))
+                text.write_text("\n".join(tokenizer.decode(d.tokens) for d in found[::2]))
                 run.importance = calibrate(plan.checkpoint, text)
             quantize.begin(plan, run.directory, quantize.fingerprint(plan, SHARD_NBYTES, None))
             with mock.patch.object(
                 quantize, "search", plain if name == "plain" else quantize.search
             ):
                 run.run()
-            rounded = log_probabilities(run.directory, found[1::2])
+            version, _ = flashmoe.load(run.directory)
+            rounded = compare(version, texts, exact)
+            version.close()
         result = {
             "version": name,
-            "tokens": len(tokens),
-            "perplexity": round(float(np.exp(-rounded[np.arange(len(tokens)), tokens].mean())), 4),
-            "kl": round(float((np.exp(exact) * (exact - rounded)).sum(axis=1).mean()), 5),
-            "same_top": round(float((exact.argmax(axis=1) == rounded.argmax(axis=1)).mean()), 4),
+            "tokens": rounded.tokens,
+            "perplexity": round(rounded.perplexity, 4),
+            "kl": round(rounded.kl, 5),
+            "same_top": round(rounded.same_top, 4),
         }
         print(json.dumps(result), flush=True)
 

@@ -200,10 +200,10 @@ def plot(path: Path, cases: dict[str, dict], which: str) -> None:
     runs.save(figure, axes, path)
 
 
-def options() -> argparse.ArgumentParser:
-    """Those that growth.py and timeline.py have too."""
+def options(path: str | None = None) -> argparse.ArgumentParser:
+    """Those that growth.py, timeline.py and plan.py have too. path: "?" where none may be given."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("path", type=Path, help="an MLX checkpoint")
+    parser.add_argument("path", type=Path, nargs=path, help="an MLX checkpoint")
     parser.add_argument("--k", type=int, help="experts a token, instead of the trained number")
     parser.add_argument("--io", default=DEFAULTS["io"])
     parser.add_argument("--depth", type=int, default=DEFAULTS["depth"], help="reads in flight")

@@ -50,7 +50,8 @@ class ChatFlashMoE(BaseChatModel, Options):
         temperature, max_tokens, seed, reasoning, ...: see the fields.
 
         Nothing is loaded before the first call. Models of the same checkpoint, `memory`, `io` and
-        `activations` share one engine, which answers one request after the other; `close` frees it.
+        `activations` share one engine, which takes requests through the model together; `close`
+        frees it.
         Arguments that are not known are refused.
 
     Instantiate:

@@ -43,7 +43,8 @@ class Hub:
     """The repository owner/toy with the files of a directory.
 
     faults: by name of the file; "api" for the listing. requests: (name, first byte asked for) of
-    each file that was sent. claimed: sizes that the listing gives instead. needs_token: gated.
+    each file that was sent. sent: bytes of all answers. claimed: sizes that the listing gives
+    instead. needs_token: gated.
     """
 
     repo = "owner/toy"
@@ -52,6 +53,7 @@ class Hub:
         self.directory = directory
         self.faults: dict[str, Fault] = {}
         self.requests: list[tuple[str, int]] = []
+        self.sent = 0
         self.claimed: dict[str, int] = {}
         self.needs_token = False
         self.held = threading.Event()
@@ -173,14 +175,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if fault.spoilt:
                 content = content[:-1] + bytes([content[-1] ^ 1])
             content = content[: len(content) - fault.short]
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-            first = int(asked[1]) if asked and not fault.no_ranges else 0
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+            first, last = 0, len(content) - 1
+            if asked and not fault.no_ranges:
+                first, last = int(asked[1]), min(last, int(asked[2] or last))
+            part = content[first : last + 1]
             headers = {"ETag": etag, "X-Repo-Commit": COMMIT}
-            if first:
-                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            if len(part) < len(content):
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             if self.command == "GET":
                 hub.requests.append((name, int(asked[1]) if asked else 0))
-            self._send(206 if first else 200, content[first:], headers, fault)
+            self._send(206 if len(part) < len(content) else 200, part, headers, fault)
 
         def _send(self, status, body, headers=None, fault=None):
             self.send_response(status)
@@ -193,7 +198,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             limit = min(n for n in (fault.stop, fault.hold, len(body)) if n is not None)
             for start in range(0, limit, 1 << 16):
                 time.sleep(fault.pause)
-                self.wfile.write(body[start : min(start + (1 << 16), limit)])
+                hub.sent += self.wfile.write(body[start : min(start + (1 << 16), limit)])
             if fault.hold is not None:
                 hub.held.set()
                 hub.closing.wait()

@@ -22,6 +22,7 @@ from flashmoe.loading import load_streaming
 from flashmoe.prefill import Piece, sweep
 from flashmoe.requests import Request
 from flashmoe.resident import same
+from flashmoe.room import lasting_nbytes, sequences_nbytes
 from toys import FAMILIES, write_chat_toy, write_toy
 
 ADD = {
@@ -260,8 +261,10 @@ def test_rows_take_more_memory_than_there_is(toy):
         first, second = Waiting("word " * 200), Waiting("word " * 200)
         room = session.model.room
         assert batch.admit(first)
-        held = room._lasting + room._plan.least_slots * room._plan.slot_nbytes
-        one = room._fixed(400, [batch.rows[0].most_context], 3)
+        held = lasting_nbytes(room._plan) + room._plan.least_slots * room._plan.slot_nbytes
+        one = sequences_nbytes(
+            session.checkpoint, 400, [batch.rows[0].most_context], 3, on_gpu=False
+        )
         # Enough for one and a bit.
         room._budget = lambda: held + int(1.3 * one)
         assert not batch.admit(second)
@@ -282,8 +285,9 @@ def test_memory_that_becomes_short_ends_all(toy):
         jobs = [Waiting("One."), Waiting("word " * 900)]
         assert all(batch.admit(job) for job in jobs)
         room = session.model.room
-        held = room._lasting + room._plan.least_slots * room._plan.slot_nbytes
-        room._budget = lambda: held + room._fixed(600, [600], 3)
+        held = lasting_nbytes(room._plan) + room._plan.least_slots * room._plan.slot_nbytes
+        one = sequences_nbytes(session.checkpoint, 600, [600], 3, on_gpu=False)
+        room._budget = lambda: held + one
         while batch.rows:
             batch.step()
     assert isinstance(jobs[0].events[-1], End)

@@ -12,6 +12,7 @@ import gpu
 import growth
 import numpy as np
 import pytest
+import routing_data
 import runs
 import synth
 import synth_gguf
@@ -248,3 +249,24 @@ def test_gpu_streams_other_bits_than_resident_ones(tmp_path, monkeypatch):
         assert found[io]["same bits as resident"]
         assert 0 < found[io]["hit rate"] < 1
         assert found[io]["ms of a token"]["step"] > 0
+
+
+def test_plan_is_far_from_what_was_published(small):
+    """Published figures are predicted within 25 %; a run here is planned with its own slots."""
+    arguments = [small, "--case", "memory=700MB", "--room", "none", "--prompt", "8"]
+    found = run("plan.py", *arguments, "--probe-seconds", "0.1")
+    assert {row["k"] for row in found["published"]} == {4, 10}
+    assert all(abs(row["off"]) < 0.25 for row in found["published"])
+    by_name = {row["machine"]: row for row in found["macs"]}
+    assert by_name["m3-max-48gb"]["k4"]["tokens_per_second"] > 1
+    case = found["here"]["memory=700MB"]
+    assert case["slots"] == case["slots_planned"]
+    assert case["off"] == pytest.approx(case["predicted"] / case["measured"] - 1, abs=2e-3)
+    assert case["first_token_predicted"] > 0
+
+
+def test_routing_of_plans_is_old():
+    """core/flashmoe/routing.json is what the traces and the slots give: half of it, for time."""
+    shipped = json.loads((ROOT / "core/flashmoe/routing.json").read_text())
+    made = json.loads(json.dumps(routing_data.of_trace()))
+    assert made == shipped["sources"]["Qwen3-30B-A3B"]

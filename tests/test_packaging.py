@@ -34,6 +34,9 @@ def test_wheel_installs_a_package_named_core(wheel):
         "flashmoe/demo/model.safetensors",
         "flashmoe/demo/README.md",
         "flashmoe/catalogue.json",
+        "flashmoe/machines.json",
+        "flashmoe/routing.json",
+        "flashmoe/pass_rates.json",
         "langchain_flashmoe/py.typed",
     ],
 )

@@ -82,7 +82,7 @@ class ExpertBank:
                 # Where experts are whole blocks, every slot lies in blocks as its bytes do in the
                 # file, so that a drive can write into it.
                 phase = part.start % BLOCK
-                pages = _pages(phase + num_slots * part.nbytes)
+                pages = pages_of(phase + num_slots * part.nbytes)
                 self._pages.append((pages, phase, part.nbytes))
                 stack = np.frombuffer(pages, np.uint8)[phase:]
                 self._bytes[key] = stack.reshape(num_slots, part.nbytes)
@@ -179,7 +179,7 @@ class ExpertBank:
         )
 
 
-def _pages(nbytes: int) -> mmap.mmap:
+def pages_of(nbytes: int) -> mmap.mmap:
     """Memory whose pages the system gives when they are first written."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -10,12 +10,12 @@ what a step costs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from mlx_lm.generate import wired_limit
 
-from .errors import Cancelled, ContextError
+from .errors import Cancelled, ClusterError, ContextError
 from .prefill import fitting, sweep
 from .row import CONTEXT_AHEAD, Row
 from .session import Session
@@ -157,6 +157,10 @@ class Batch:
         for row, s in zip(answering, swept[len(prompts) :], strict=True):
             self._go_on(row, lambda row, s=s: row.take(model.logits(s.hidden)))
 
+    def _rest(self) -> None:
+        with suppress(ClusterError):  # the next request says so
+            self._session.rest()
+
     def _go_on(self, row: Row, take) -> None:
         """Let a row go on with what the model says; an error is its own."""
         try:
@@ -194,5 +198,6 @@ class Batch:
         self._shape = []
         if not self.rows:
             self._wired.close()
+            self._rest()
         if error is not None:
             job.put(error)

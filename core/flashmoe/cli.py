@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
 import click
 
-from . import cli_bench, cli_doctor, cli_download, cli_models, cli_quantize, cli_serve
+from . import (
+    cli_bench,
+    cli_doctor,
+    cli_download,
+    cli_models,
+    cli_plan,
+    cli_quantize,
+    cli_serve,
+    cli_sweep,
+)
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -37,7 +47,9 @@ def cli() -> None:
 for command in (
     *cli_models.COMMANDS,
     cli_download.download,
+    cli_plan.plan,
     cli_quantize.quantize,
+    cli_sweep.sweep,
     cli_bench.bench,
     cli_doctor.doctor,
     cli_serve.serve,
@@ -59,25 +71,32 @@ for command in (
     default="float32",
     help="int8: faster on a CPU, not exact.",
 )
+@click.option(
+    "--cluster",
+    metavar="SHARES",
+    help="Run on all hosts of mlx.launch: equal, or a number for each, such as 3,1.",
+)
 @click.option("--think/--no-think", default=None, help="Think before the answer.")
 @click.option("--max-tokens", type=int, help="End the answer after so many tokens.")
 @click.option("--temperature", type=float, help="0 picks the likeliest token each time.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and the figures.")
-def run(name, prompt, memory, slots, experts, depth, io, activations, verbose, **options):
+def run(name, prompt, memory, slots, experts, depth, io, activations, cluster, verbose, **options):
     """Answer PROMPT with MODEL: a name, or the directory of an MLX checkpoint.
 
     Without PROMPT, the prompt is read from standard input.
     """
     from .engine import Engine
 
+    if cluster is not None and not leads(find(name), memory, slots, depth, io):
+        return
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     content = sys.stdin.read() if prompt is None else prompt
     request = Request(messages=[{"role": "user", "content": content}], **options)
     experts = model(name).experts if experts is None else experts
     settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth, "io": io}
-    settings["activations"] = activations
+    settings |= {"activations": activations, "cluster": cluster}
     with Engine(find(name), **settings) as engine, ProgressLine() as line:
         for event in engine.stream(request):
             if isinstance(event, Progress):
@@ -91,6 +110,19 @@ def run(name, prompt, memory, slots, experts, depth, io, activations, verbose, *
             elif verbose and isinstance(event, End):
                 click.echo("\n" + figures(event), err=True, nl=False)
         click.echo()
+
+
+def leads(path, memory, slots, depth, io) -> bool:
+    """Whether this process is the lead of its cluster; another host works here until it ends."""
+    from .cluster import group
+
+    if group().rank() == 0:
+        return True
+    from .expert_host import serve
+
+    say = partial(click.echo, err=True)
+    serve(path, memory=memory, slots=slots, depth=depth, io=io, say=say)
+    return False
 
 
 def figures(end) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -14,7 +11,7 @@ from .checkpoint import Checkpoint
 from .errors import SettingError
 from .memory import format_size, parse_size
 from .quantize_plan import SHARD_NBYTES, Plan, Recipe, make_plan
-from .show import json_option, record
+from .show import json_option, progress, record
 
 
 def _dense(context, option, value: str) -> int | None:
@@ -115,7 +112,7 @@ def _write(driver, plan: Plan, directory: Path, text, tokens, memory, shard: int
     run = driver.Run(plan, directory, note)
     if text is not None:
         run.importance = _importance(driver, plan, directory, text, tokens, memory)
-    with _progress("rounding", sum(part.work for part in plan.parts)) as run.advance:
+    with progress("rounding", sum(part.work for part in plan.parts)) as run.advance:
         return run.run()
 
 
@@ -125,40 +122,10 @@ def _importance(driver, plan: Plan, directory: Path, text: Path, tokens: int, me
     kept = directory / driver.WORK / "importance.npz"
     if not kept.is_file():
         layers = len(plan.checkpoint.expert_layers)
-        with _progress("calibrating", layers) as advance:
+        with progress("calibrating", layers) as advance:
             found = calibrate(plan.checkpoint, text, tokens=tokens, memory=memory, advance=advance)
         found.save(kept)
     return Importance.load(kept)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with speed and time left, on stderr and on a terminal only."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeLeft(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total, speed="")
-
-        def advance(done: int) -> None:
-            bar.update(task, advance=done)
-            if (speed := bar.tasks[0].speed) and total > 10**6:
-                bar.update(task, speed=f"{speed / 1e6:.0f} M weights/s")
-
-        yield advance
 
 
 def _done(sizes: dict, note: dict, directory: Path, *, as_json: bool) -> None:

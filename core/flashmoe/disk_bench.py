@@ -7,20 +7,19 @@ better: it is what computes meanwhile.
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
-from .bank import ExpertBank
+from .bank import ExpertBank, pages_of
 from .checkpoint import Checkpoint
 from .drives import Drive
 from .io_modes import BLOCK, IO_MODES
-from .reader import Reader, ReadRequest
+from .reader import FileIdentity, Reader, ReadRequest
 
 DEPTHS = (1, 2, 4, 8, 16)
 SPLITS = (0, 1 << 20, 1 << 18)
@@ -71,14 +70,16 @@ def probe(
 def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Measured:
     """One way to read, at random places of the files: little memory, and a small model will do."""
     ranges = _ranges(checkpoint)
-    buffers = [mmap.mmap(-1, QUICK_NBYTES) for _ in range(2 * drive.depth)]
+    # Huge pages, as slots have: fewer pieces for the drive.
+    pages = memoryview(pages_of(2 * drive.depth * QUICK_NBYTES))
+    buffers = [pages[i : i + QUICK_NBYTES] for i in range(0, len(pages), QUICK_NBYTES)]
     for file in checkpoint.files:
-        _forget(file)
+        forget(file)
     with Reader(drive.depth, checkpoint.identities, drive.io, drive.split) as reader:
 
         def read() -> None:
             requests = [
-                ReadRequest(file, start, memoryview(buffer)[:nbytes], 0, 0)
+                ReadRequest(file, start, buffer[:nbytes], 0, 0)
                 for buffer, (file, start, nbytes) in zip(buffers, ranges, strict=False)
             ]
             for pending in [reader.submit([request]) for request in requests]:
@@ -86,6 +87,52 @@ def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Meas
 
         read()  # takes the pages of the buffers
         return _timed(drive, reader, read, seconds)
+
+
+def paced(
+    batches: Iterator[list[tuple[Path, int, int]]],
+    identities: dict[Path, FileIdentity],
+    drive: Drive,
+    *,
+    pause: float,
+    seconds: float,
+) -> Measured:
+    """How fast a drive gives batches of ranges with pauses between them, as decoding reads: some
+    drives give more to one who rests.
+
+    Args:
+        batches: (file, start, bytes) of the reads that go on together, without end.
+        pause: seconds between the end of a batch and the next one; they do not count.
+    """
+    room, pages = 0, None
+    with Reader(drive.depth, identities, drive.io, drive.split) as reader:
+
+        def read() -> float:
+            nonlocal room, pages
+            batch, at, requests = next(batches), 0, []
+            needed = sum(nbytes + 2 * BLOCK for _, _, nbytes in batch)
+            if needed > room:
+                # Huge pages, as slots have: fewer pieces for the drive.
+                room, pages = needed, memoryview(pages_of(needed))
+                pages[:] = bytes(needed)  # takes them
+            for file, start, nbytes in batch:
+                # In blocks as the bytes in the file, as slots lie.
+                at += (start - at) % BLOCK
+                requests.append(ReadRequest(file, start, pages[at : at + nbytes], 0, 0))
+                at += nbytes
+            begin = perf_counter()
+            for pending in [reader.submit([request]) for request in requests]:
+                pending.wait()
+            return perf_counter() - begin
+
+        read()
+        before, cpu, start, reading = reader.stats.bytes, _cpu_seconds(), perf_counter(), 0.0
+        while perf_counter() - start < seconds:
+            reading += read()
+            sleep(pause)
+        nbytes = reader.stats.bytes - before
+    cpu = _cpu_seconds() - cpu
+    return Measured(drive, nbytes / reading / 1e9, 1e3 * cpu / (nbytes / 1e9))
 
 
 def _ranges(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
@@ -110,7 +157,7 @@ def _batches(checkpoint: Checkpoint) -> Iterator[list[tuple[int, int]]]:
 
 def _measure(checkpoint: Checkpoint, drive: Drive, batches: Iterator, seconds: float) -> Measured:
     for file in checkpoint.files:
-        _forget(file)
+        forget(file)
     banks = {
         layer: ExpertBank(experts, checkpoint.top_k, on_gpu=False)
         for layer, experts in checkpoint.expert_layers.items()
@@ -142,7 +189,7 @@ def _timed(drive: Drive, reader: Reader, read: Callable[[], None], seconds: floa
     )
 
 
-def _forget(file) -> None:
+def forget(file) -> None:
     """Drop a file from the page cache, where the system can: buffered reads must reach the disk."""
     if hasattr(os, "posix_fadvise"):
         with open(file, "rb") as f:

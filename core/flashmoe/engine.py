@@ -147,7 +147,8 @@ class Engine:
         batch: requests that run together at most; 1: one after the other. None:
             `flashmoe.batch.DEFAULT_ROWS`. Memory may allow fewer.
         settings: memory, experts, slots, depth, io, activations as in `flashmoe.load`;
-            prompt_cache, prompt_store and prompt_store_path as in `flashmoe.session.Session`.
+            prompt_cache, prompt_store, prompt_store_path and cluster as in
+            `flashmoe.session.Session`.
 
     Raises:
         SettingError: batch is not 1 or more.

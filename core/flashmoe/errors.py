@@ -17,6 +17,10 @@ class QuantizeError(FlashMoEError):
     """A checkpoint that cannot be written: no room, something in the way, a faulty disk."""
 
 
+class SweepError(FlashMoEError):
+    """A comparison of versions of a model that cannot go on: no room, a faulty disk."""
+
+
 class RegistryError(FlashMoEError):
     """The list of the user's models cannot be read or changed, or a name in it is taken."""
 
@@ -56,6 +60,10 @@ class OutputError(FlashMoEError):
     """
 
     end = None
+
+
+class ClusterError(FlashMoEError):
+    """A host of a cluster that is gone, or does not fit the others. Says which, and why."""
 
 
 class Cancelled(Exception):

@@ -34,9 +34,10 @@ def lasting_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
     return RUNTIME_NBYTES + (0 if on_gpu else widened_nbytes(checkpoint))
 
 
-def prompt_nbytes(checkpoint: Checkpoint, experts: int, *, on_gpu: bool) -> int:
+def prompt_nbytes(
+    checkpoint: Checkpoint, experts: int, *, on_gpu: bool, context: int = PLANNED_CONTEXT
+) -> int:
     """Bytes that are planned for the prompt under way and its cache. experts: K."""
-    context = PLANNED_CONTEXT
     sweep = min(checkpoint.max_context, GPU_SWEEP if on_gpu else PIECE_TOKENS)
     return (
         cache_nbytes(checkpoint, context)

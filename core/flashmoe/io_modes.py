@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 _RWF_DONTCACHE = 0x80
-_F_NOCACHE = 48
+F_NOCACHE = 48
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 #: What drives ask of addresses, offsets and lengths, in bytes: some ask for 512. A buffer whose
 #: address is, modulo this, the offset of its bytes in the file is read without a copy.
@@ -62,7 +62,7 @@ class Uncached(Buffered):
     def open(self, path: Path) -> int:
         fd = super().open(path)
         if sys.platform == "darwin":
-            fcntl.fcntl(fd, _F_NOCACHE, 1)
+            fcntl.fcntl(fd, F_NOCACHE, 1)
         return fd
 
     def read(self, fd: int, buffer: Any, start: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +18,13 @@ from .checkpoint import Checkpoint
 from .cuda_memory import device_memory
 from .drives import Drive, drive_of
 from .errors import BudgetError, CheckpointError, FlashMoEError, SettingError
-from .footprint import lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
+from .footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
 from .io_modes import IO_MODES
 from .models import FAMILIES, StreamingMoE, check_experts
 from .reader import Reader
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 log = logging.getLogger("flashmoe")
 
@@ -35,6 +39,10 @@ def plan_memory(
     slots: int | None = None,
     experts: int | None = None,
     prompt_cache: int | None = None,
+    held: int | None = None,
+    beside: int = 0,
+    context: int = PLANNED_CONTEXT,
+    mac: int | None = None,
 ) -> memory_module.Plan:
     """How the memory of this process would be split for the checkpoint.
 
@@ -45,6 +53,10 @@ def plan_memory(
         experts: K, or None for the trained one.
         prompt_cache: bytes kept free for states of prompts, as an engine keeps them. None: those
             of one conversation of the planned length.
+        held: how many experts of each layer are read here. None: all.
+        beside: bytes kept free for something else.
+        context: tokens that memory is kept for; a load keeps it for the planned length.
+        mac: as on a Mac that can spare so many bytes, instead of here.
 
     Raises:
         BudgetError: it does not fit; the text says what would.
@@ -52,12 +64,17 @@ def plan_memory(
     if memory is not None and slots is not None:
         raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
     k = check_experts(experts, checkpoint)
-    gpu = ops.on_gpu()
-    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu)
-    held = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
+    held = checkpoint.num_experts if held is None else held
+    gpu = mac is not None or ops.on_gpu()
+    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu, context=context)
+    kept = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
     budget = None if memory is None else memory_module.parse_size(memory)
     base = memory_module.resident()
-    if device_memory() is not None:
+    if mac is not None:
+        base = 0
+        if budget is None and slots is None:
+            budget = mac
+    elif device_memory() is not None:
         # What lies on the card is planned for; the process itself holds little beside it.
         base = 0
         if budget is None and slots is None:
@@ -67,10 +84,10 @@ def plan_memory(
         slots=slots,
         base=base,
         dense=checkpoint.dense_nbytes,
-        working=lasting_nbytes(checkpoint, on_gpu=gpu) + held + passing,
+        working=lasting_nbytes(checkpoint, on_gpu=gpu) + kept + passing + beside,
         layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
-        num_experts=checkpoint.num_experts,
-        minimum=min(k + PREFILL_SLOTS, checkpoint.num_experts),
+        num_experts=held,
+        minimum=min(k + PREFILL_SLOTS, held),
         passing=passing,
         # The stacks of MLX arrays on a GPU cannot give memory back.
         elastic=slots is None and not gpu,
@@ -133,15 +150,27 @@ def load_streaming(
     io: str | None = None,
     activations: str = "float32",
     prompt_cache: int | None = 0,
+    cluster: Cluster | None = None,
 ) -> StreamingMoE:
-    """`load` without the tokenizer, from an open checkpoint."""
+    """`load` without the tokenizer, from an open checkpoint.
+
+    Args:
+        cluster: the hosts that have the other experts.
+    """
     if depth is not None and depth < 1:
         raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
     if io is not None and io not in IO_MODES:
         raise SettingError(f"io={io!r} must be one of {', '.join(IO_MODES)}")
     check_activations(activations, ops.pick())
+    held = checkpoint.num_experts if cluster is None else cluster.held
     plan = plan_memory(
-        checkpoint, memory=memory, slots=slots, experts=experts, prompt_cache=prompt_cache
+        checkpoint,
+        memory=memory,
+        slots=slots,
+        experts=experts,
+        prompt_cache=prompt_cache,
+        held=held,
+        beside=0 if cluster is None else cluster.nbytes,
     )
     log.info("%s: %s", checkpoint.path.name, plan.describe())
     model_class, args_class = FAMILIES[checkpoint.model_type]
@@ -153,7 +182,7 @@ def load_streaming(
 
     def build(args):
         model = model_class(args)
-        model.stream_from(checkpoint, plan, reader, activations)
+        model.stream_from(checkpoint, plan, reader, activations, held)
         return model
 
     try:
@@ -166,6 +195,8 @@ def load_streaming(
             mx.eval(layer.parameters())
         mx.eval(model.parameters())
         model.experts = check_experts(experts, checkpoint)
+        if cluster is not None:
+            cluster.join(model)
     except BaseException as e:
         reader.close()
         if isinstance(e, MemoryError) or "allocate" in str(e):

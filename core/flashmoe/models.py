@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,9 @@ from .errors import SettingError
 from .reader import Reader, ReadStats
 from .room import Room
 from .switch import StreamingSwitchGLU, Watch
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 
 def route(block: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -109,6 +113,8 @@ class StreamingMoE:
         room: how many slots there are now.
         activations: see `flashmoe.activations`.
         ops: the name of the module of `flashmoe.ops` that computes the experts.
+        held: how many experts of a layer may be in slots here: all, or those of this host.
+        cluster: the other hosts, None without any.
     """
 
     checkpoint: Checkpoint
@@ -118,6 +124,8 @@ class StreamingMoE:
     room: Room
     activations: str
     ops: str
+    held: int
+    cluster: Cluster | None
     block: type[nn.Module]
 
     def sanitize(self, weights: dict) -> dict:
@@ -131,8 +139,10 @@ class StreamingMoE:
         plan: memory_module.Plan,
         reader: Reader,
         activations: str,
+        held: int,
     ) -> None:
         """Replace the expert blocks, before the weights are loaded."""
+        self.held, self.cluster = held, None
         self.checkpoint, self.plan, self.reader = checkpoint, plan, reader
         self.activations = activations
         self.watch = Watch()
@@ -170,7 +180,7 @@ class StreamingMoE:
             SettingError: the model cannot run with it.
         """
         k = check_experts(k, self.checkpoint)
-        if k > self.plan.slots_per_layer:
+        if min(k, self.held) > self.plan.slots_per_layer:
             raise SettingError(
                 f"experts={k} needs {k} slots in each layer, and the model was loaded with "
                 f"{self.plan.slots_per_layer}: load it with experts={k} or with more memory"
@@ -189,10 +199,13 @@ class StreamingMoE:
 
     @property
     def stats(self) -> StreamStats:
+        reads = self.reader.stats
+        if self.cluster is not None:
+            reads = replace(reads, bytes=reads.bytes + self.cluster.elsewhere)
         return StreamStats(
             needed=sum(b.switch_mlp.stats.needed for b in self._blocks),
             loaded=sum(b.switch_mlp.stats.loaded for b in self._blocks),
-            reads=self.reader.stats,
+            reads=reads,
         )
 
     def next_logits(self, tokens: list[int], cache: list) -> mx.array:
@@ -204,10 +217,13 @@ class StreamingMoE:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""
-        last = hidden[:, -1:]
+        return self.head(hidden[:, -1:])[:, 0]
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """hidden: (1, tokens, hidden), normed -> the logits (1, tokens, vocabulary)."""
         if self.text.args.tie_word_embeddings:
-            return self.text.model.embed_tokens.as_linear(last)[:, 0]
-        return self.text.lm_head(last)[:, 0]
+            return self.text.model.embed_tokens.as_linear(hidden)
+        return self.text.lm_head(hidden)
 
     def close(self) -> None:
         """End the reader's threads. The model cannot be used after that."""

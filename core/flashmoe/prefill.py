@@ -25,6 +25,9 @@ from .events import Progress
 from .footprint import PIECE_TOKENS
 from .models import StreamingMoE
 
+#: Pieces of prompts in a sweep.
+MOST_PIECES = 64
+
 #: Seconds between two reports from inside a sweep.
 REPORT_SECONDS = 0.25
 
@@ -93,7 +96,10 @@ def prefill(
 def fitting(pieces: Sequence[Piece], limit: int) -> int:
     """How many of the pieces have at most `limit` tokens together; one at least."""
     count = 1
-    while count < len(pieces) and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit:
+    while (
+        count < min(len(pieces), MOST_PIECES)
+        and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit
+    ):
         count += 1
     return count
 
@@ -115,6 +121,17 @@ def sweep(model: StreamingMoE, pieces: Sequence[Piece]) -> list[Swept]:
         for _ in second:
             pass
     return [swept for run in runs for swept in run.end()]
+
+
+def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
+    """The hidden states (1, tokens, hidden), normed, of texts that know nothing of each other: one
+    sweep, so that each expert is read once for all of them. Each has at most PIECE_TOKENS tokens,
+    and the same bits as if it were alone."""
+    no_cache = [None] * len(model.layers)  # nothing comes after these texts
+    run = _Run(model, [Piece(text, no_cache) for text in texts])
+    for _ in run.phases():
+        pass
+    return run.all_hidden()
 
 
 _OVER = object()
@@ -163,10 +180,16 @@ class _Run:
         self._hidden[i], normed = _attended(layer, self._hidden[i], c, piece.step)
         if not piece.step:
             # One piece at a time: its scores are what takes the memory.
-            mx.eval(self._hidden[i], normed, c.state)
+            mx.eval(self._hidden[i], normed, [] if c is None else c.state)
         if piece.keep:
             self._states[i].append(copy.deepcopy(c))
         return normed
+
+    def all_hidden(self) -> list[mx.array]:
+        """(1, tokens, hidden) of each piece, normed."""
+        found = [self._inner.norm(h) for h in self._hidden]
+        mx.eval(found)
+        return found
 
     def end(self) -> list[Swept]:
         ends = [self._inner.norm(h[:, -1:]) for h in self._hidden]

@@ -9,7 +9,7 @@ Slots hold copies of what is on the disk, so no answer changes by a bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from . import memory, ops
@@ -26,6 +26,74 @@ LOOK_SECONDS = 0.25
 
 #: The share of what this process may hold that is left for others.
 RESERVE = 0.03
+
+
+def lasting_nbytes(plan: Plan) -> int:
+    """Bytes that are taken for as long as the model is loaded, besides slots."""
+    return plan.resident + plan.dense + plan.working - plan.passing
+
+
+def fitting(plan: Plan, budget: int, passing: int) -> int:
+    """The slots of a layer beside a prompt, or a conversation, that takes `passing` bytes."""
+    slots = (budget - lasting_nbytes(plan) - passing) // plan.slot_nbytes
+    return max(plan.least_slots, min(plan.most_slots, slots))
+
+
+def sequences_nbytes(
+    checkpoint: Checkpoint, tokens: int, contexts: Sequence[int], experts: int, *, on_gpu: bool
+) -> int:
+    """Bytes that sequences take whatever the length of a sweep. As `prompt_room`."""
+    piece = piece_nbytes(checkpoint, tokens, max(contexts), experts, on_gpu=on_gpu)
+    return sum(cache_nbytes(checkpoint, context) for context in contexts) + piece
+
+
+def prompt_room(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    tokens: int,
+    contexts: Sequence[int],
+    experts: int,
+    budget: Callable[[], int],
+    on_gpu: bool,
+) -> tuple[int, int, int]:
+    """Slots of a layer while prompts are read, tokens of a sweep, and bytes beside the slots.
+
+    tokens: to be read, of all. contexts: tokens of each sequence under way, with those that are to
+        be read and those that a kept state holds. experts: K. budget: asked for only where slots
+        may give way.
+
+    Raises:
+        ContextError: it does not fit beside the fewest slots.
+    """
+    each = swept_nbytes(checkpoint, experts)
+    fixed = sequences_nbytes(checkpoint, tokens, contexts, experts, on_gpu=on_gpu)
+    if not plan.elastic:
+        sweep = max(PIECE_TOKENS, (plan.passing - fixed) // each)
+        return plan.slots_per_layer, sweep, plan.passing
+    room, least = budget() - lasting_nbytes(plan) - fixed, min(tokens, PIECE_TOKENS)
+    best = None
+    for slots in range(plan.least_slots, plan.most_slots + 1):
+        sweep = min(tokens, (room - slots * plan.slot_nbytes) // each)
+        if sweep < least:
+            break
+        # In experts: each sweep reads those that are not resident, and slots that gave way are
+        # filled again.
+        sweeps = -(-tokens // sweep)
+        reads = sweeps * (checkpoint.num_experts - slots) + plan.most_slots - slots
+        if best is None or reads <= best[0]:
+            best = reads, slots, sweep
+    if best is None:
+        slots = plan.least_slots * plan.slot_nbytes
+        needed = lasting_nbytes(plan) + fixed + least * each + slots
+        there = room + lasting_nbytes(plan) + fixed
+        raise ContextError(
+            f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with this "
+            f"model, and there are {format_size(there)}: shorten it, or load the model with "
+            f'memory="{memory.round_up(needed)}" or more'
+        )
+    _, slots, sweep = best
+    return slots, sweep, fixed + sweep * each
 
 
 class Room:
@@ -45,93 +113,61 @@ class Room:
         self._on_gpu = ops.on_gpu()
         self._switches = switches
         self.slots = plan.slots_per_layer
-        # What is taken for as long as the model is loaded, and what a prompt takes besides.
-        self._lasting = plan.resident + plan.dense + plan.working - plan.passing
+        # What a prompt takes besides that which is taken for as long as the model is loaded.
         self._passing = plan.passing
         self._next_look = 0.0
         for switch in switches:
             switch.resize(self.slots)
 
     def for_prompts(self, tokens: int, contexts: Sequence[int], experts: int) -> int:
-        """Make room for a sweep of prompts; how many of their tokens it may take.
-
-        tokens: to be read, of all. contexts: tokens of each sequence under way, with those that are
-        to be read and those that a kept state holds. experts: K.
+        """Make room for a sweep of prompts; how many of their tokens it may take. As
+        `prompt_room`.
 
         Raises:
             ContextError: it does not fit beside the fewest slots.
         """
-        plan = self._plan
-        each = swept_nbytes(self._checkpoint, experts)
-        fixed = self._fixed(tokens, contexts, experts)
-        if not plan.elastic:
-            return max(PIECE_TOKENS, (plan.passing - fixed) // each)
-        budget, least = self._budget(), min(tokens, PIECE_TOKENS)
-        best = None
-        for slots in range(plan.least_slots, plan.most_slots + 1):
-            free = budget - self._lasting - fixed - slots * plan.slot_nbytes
-            sweep = min(tokens, free // each)
-            if sweep < least:
-                break
-            # In experts: each sweep reads those that are not resident, and slots that gave way
-            # are filled again.
-            sweeps = -(-tokens // sweep)
-            reads = sweeps * (self._checkpoint.num_experts - slots) + plan.most_slots - slots
-            if best is None or reads <= best[0]:
-                best = reads, slots, sweep
-        if best is None:
-            needed = self._lasting + fixed + least * each + plan.least_slots * plan.slot_nbytes
-            raise ContextError(
-                f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with "
-                f"this model, and there are {format_size(budget)}: shorten it, or load the model "
-                f'with memory="{memory.round_up(needed)}" or more'
-            )
-        _, slots, sweep = best
-        self._passing = fixed + sweep * each
+        slots, sweep, self._passing = prompt_room(
+            self._checkpoint,
+            self._plan,
+            tokens=tokens,
+            contexts=contexts,
+            experts=experts,
+            budget=self._budget,
+            on_gpu=self._on_gpu,
+        )
         self._resize(slots)
         return sweep
 
     def holds(self, tokens: int, contexts: Sequence[int], experts: int) -> bool:
-        """Whether sequences of so many tokens can be under way together. As `for_prompts`."""
+        """Whether sequences of so many tokens can be under way together. As `prompt_room`."""
         plan = self._plan
-        least = min(tokens, PIECE_TOKENS) * swept_nbytes(self._checkpoint, experts)
-        needed = self._fixed(tokens, contexts, experts) + least
+        needed = min(tokens, PIECE_TOKENS) * swept_nbytes(self._checkpoint, experts)
+        needed += sequences_nbytes(self._checkpoint, tokens, contexts, experts, on_gpu=self._on_gpu)
         if not plan.elastic:
             return needed <= plan.passing
-        return self._lasting + needed + plan.least_slots * plan.slot_nbytes <= self._budget()
+        least = plan.least_slots * plan.slot_nbytes
+        return lasting_nbytes(plan) + needed + least <= self._budget()
 
     def for_decoding(self, contexts: Sequence[int]) -> None:
         """Give the slots what sequences of so many tokens leave."""
         if self._plan.elastic:
             self._passing = sum(cache_nbytes(self._checkpoint, c) for c in contexts)
-            self._resize(self._fitting(self._budget()))
-
-    def _fixed(self, tokens: int, contexts: Sequence[int], experts: int) -> int:
-        """Bytes that sequences take, whatever the length of a sweep."""
-        context = max(contexts)
-        return sum(cache_nbytes(self._checkpoint, c) for c in contexts) + piece_nbytes(
-            self._checkpoint, tokens, context, experts, on_gpu=self._on_gpu
-        )
+            self._resize(fitting(self._plan, self._budget(), self._passing))
 
     def look(self) -> None:
         """Let slots give way if memory has become short; called between layers."""
         if not self._plan.elastic or monotonic() < self._next_look:
             return
-        fitting = self._fitting(self._budget())
+        slots = fitting(self._plan, self._budget(), self._passing)
         self._next_look = monotonic() + LOOK_SECONDS
-        if fitting < self.slots:
-            log.info("memory is short: %d slots a layer instead of %d", fitting, self.slots)
-            self._resize(fitting)
+        if slots < self.slots:
+            log.info("memory is short: %d slots a layer instead of %d", slots, self.slots)
+            self._resize(slots)
 
     def _budget(self) -> int:
         """Bytes this process may hold now."""
         reach = memory.resident() + memory.available()
         return min(self._plan.budget, int(reach * (1 - RESERVE)))
-
-    def _fitting(self, budget: int) -> int:
-        plan = self._plan
-        slots = (budget - self._lasting - self._passing) // plan.slot_nbytes
-        return max(plan.least_slots, min(plan.most_slots, slots))
 
     def _resize(self, slots: int) -> None:
         if slots != self.slots:

@@ -11,12 +11,13 @@ from time import perf_counter
 
 from . import footprint, grammars, memory
 from .chat import Template
+from .checkpoint import Checkpoint
 from .constraint import Constraint, Matchers
 from .control import Control
 from .errors import ContextError
 from .events import Event
 from .generation import Sampling
-from .loading import load
+from .loading import load_streaming, read_tokenizer
 from .prompt_cache import PromptCache
 from .prompt_store import DEFAULT_LIMIT, PromptStore
 from .reading import PromptReader, Reading
@@ -38,6 +39,7 @@ class Session:
             many as one conversation of the planned length takes.
         prompt_store: the same on disk.
         prompt_store_path: the directory of these. None: the platform's place for caches.
+        cluster: the shares of the hosts, when there are several: see `flashmoe.shares`.
     """
 
     def __init__(
@@ -47,11 +49,26 @@ class Session:
         prompt_cache: int | str | None = None,
         prompt_store: int | str = DEFAULT_LIMIT,
         prompt_store_path: str | Path | None = None,
+        cluster: str | None = None,
         **settings,
     ):
         limits = [memory.parse_size(x) if x else x for x in (prompt_cache, prompt_store)]
-        self.model, self.tokenizer = load(path, prompt_cache=limits[0], **settings)
-        self.checkpoint = self.model.checkpoint
+        self.checkpoint = Checkpoint.open(path)
+        self.tokenizer = read_tokenizer(self.checkpoint)
+        self._cluster = None
+        if cluster is not None:
+            from .cluster import Cluster
+
+            activations = settings.get("activations") or "float32"
+            self._cluster = Cluster(self.checkpoint, cluster, activations)
+        try:
+            self.model = load_streaming(
+                self.checkpoint, prompt_cache=limits[0], cluster=self._cluster, **settings
+            )
+        except BaseException:
+            if self._cluster is not None:
+                self._cluster.close()
+            raise
         self.control = Control.of(self.tokenizer)
         self.template = Template(self.tokenizer, self.control)
         self._defaults = sampling_defaults(self.checkpoint.path)
@@ -66,9 +83,16 @@ class Session:
         self._reader = PromptReader(self.model, self.prompts, self.store)
 
     def close(self) -> None:
-        """Free the prompt states and end the reader's threads."""
+        """Free the prompt states and end the reader's threads, and the other hosts."""
         self.prompts.clear()
         self.model.close()
+        if self._cluster is not None:
+            self._cluster.close()
+
+    def rest(self) -> None:
+        """There is nothing to do for a while."""
+        if self._cluster is not None:
+            self._cluster.rest()
 
     def prepare(
         self,

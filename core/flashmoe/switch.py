@@ -91,6 +91,18 @@ class StreamingSwitchGLU(nn.Module):
         return self._bank.device and self._bank.device.mailbox(words)
 
     @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert."""
+        return self._bank.layer.expert_nbytes
+
+    def weigh(self, y: mx.array, scores: mx.array) -> mx.array:
+        """The sum over a token's choices, each times its score, as a call makes it.
+
+        y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden).
+        """
+        return self._ops.weigh(y, scores)
+
+    @property
     def fused(self) -> bool:
         """Whether our GPU kernels can read the experts."""
         return self._bank.on_gpu and self._bank.matrices() is not None

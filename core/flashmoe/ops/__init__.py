@@ -2,7 +2,8 @@
 
 An ops module has `ACTIVATIONS`, the values of that setting which it computes with;
 `prepare(model, head)`, which readies the dense layers of a loaded model; and one class, `Work`:
-the expert block of one layer for one call of the model.
+the expert block of one layer for one call of the model. And `weigh(y, scores)`, which makes
+`work.combined(scores)` of `work.result()`.
 
     work = ops.Work(bank, x, top_k)   # x: (tokens, hidden), evaluated
     work.run({slot: pairs, ...})      # experts that are resident now; any split into calls

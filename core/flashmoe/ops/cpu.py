@@ -81,10 +81,19 @@ class Work:
 
     def combined(self, scores: mx.array) -> mx.array:
         """The sum over a token's choices, each times its score: (tokens, hidden), float32."""
-        out = np.empty_like(self.x)
-        with kernels.launching:
-            _weigh(self.y, *host(scores), out)
-        return mx.array(out)
+        return _weighed(self.y, scores)
+
+
+def weigh(y: mx.array, scores: mx.array) -> mx.array:
+    """y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden), as `combined`."""
+    return _weighed(host(y)[0].reshape(-1, y.shape[-1]), scores)
+
+
+def _weighed(y: np.ndarray, scores: mx.array) -> mx.array:
+    out = np.empty((scores.shape[0], y.shape[1]), np.float32)
+    with kernels.launching:
+        _weigh(y, *host(scores), out)
+    return mx.array(out)
 
 
 @njit(parallel=True, cache=True, nogil=True)

@@ -27,6 +27,7 @@ os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000000")
 AS_THEY_LAND = False
 
 ACTIVATIONS = gather.ACTIVATIONS
+weigh = gather.weigh
 
 #: Tokens that the kernels take.
 MOST_ROWS = 16

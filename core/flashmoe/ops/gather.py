@@ -21,6 +21,7 @@ GATHER_PAIRS = 64
 
 ACTIVATIONS = reference.ACTIVATIONS
 prepare = reference.prepare
+weigh = reference.weigh
 
 
 class Work(reference.Work):

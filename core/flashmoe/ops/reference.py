@@ -54,6 +54,11 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
         model.set_dtype(mx.float32)
 
 
+def weigh(y: mx.array, scores: mx.array) -> mx.array:
+    """y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden)."""
+    return (y * scores[..., None]).sum(axis=-2)
+
+
 class Work:
     """The expert block of one layer for one call. See `flashmoe.ops`."""
 
@@ -85,7 +90,7 @@ class Work:
 
     def combined(self, scores: mx.array) -> mx.array:
         """The sum over a token's choices, each times its score: (tokens, hidden)."""
-        return (self.result() * scores[..., None]).sum(axis=-2)
+        return weigh(self.result(), scores)
 
     def _expert(self, slot: int, x: mx.array) -> mx.array:
         quantization = self.bank.layer.quantization

@@ -59,7 +59,9 @@ async def test_answers_given_at_once_are_mixed():
     made = model(max_tokens=12)
     expected = [made.invoke(question).text for question in QUESTIONS[:5]] * 4
     assert len(set(expected)) == 5
-    assert [m.text for m in made.batch(QUESTIONS)] == expected
+    together = made.batch(QUESTIONS)
+    assert [m.text for m in together] == expected
+    assert max(m.response_metadata["batch"] for m in together) > 2
     assert [m.text for m in await made.abatch(QUESTIONS)] == expected
 
     async def cancelled():

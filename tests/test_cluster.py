@@ -1,0 +1,451 @@
+"""Several hosts, each with some of the experts: the answers of one, or an error within seconds."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmoe import hosts
+from flashmoe.engine import Engine
+from flashmoe.errors import ClusterError, SettingError
+from flashmoe.events import Text
+from flashmoe.requests import Request
+from flashmoe.shares import owners, parse_shares
+from toys import write_chat_toy
+
+BIN = Path(sys.executable).parent
+
+LEAD = """
+import json, sys, time
+from flashmoe.engine import Engine
+from flashmoe.errors import FlashMoEError
+from flashmoe.events import End, Text
+from flashmoe.requests import Request
+path, shares, asked, pause = sys.argv[1:]
+with Engine(path, cluster=shares, prompt_store=0, slots=6) as engine:
+    answers = [engine.stream(Request(**r)) for r in json.loads(asked)]
+    for answer in answers:
+        try:
+            for event in answer:
+                print(json.dumps(["text", event.text] if isinstance(event, Text) else
+                    ["end", event.figures()] if isinstance(event, End) else ["other"]), flush=True)
+        except FlashMoEError as e:
+            print(json.dumps(["error", type(e).__name__, str(e)]), flush=True)
+    time.sleep(float(pause))
+"""
+HOST = "import sys; from flashmoe.cli import cli; cli(sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_chat_toy(tmp_path_factory.mktemp("toys") / "chat", num_experts=12, top_k=4)
+
+
+def ask(text: str, **options) -> dict:
+    options = {"max_tokens": 6, "temperature": 0.0} | options
+    return {"messages": [{"role": "user", "content": text}], **options}
+
+
+ASKED = [ask("One."), ask("Tell me about cats. " * 12, max_tokens=3), ask("Two.", experts=4)]
+
+
+def alone(path, asked) -> list[str]:
+    with Engine(path, slots=12, prompt_store=0) as engine:
+        answers = [engine.stream(Request(**a)) for a in asked]
+        return ["".join(e.text for e in events if isinstance(e, Text)) for events in answers]
+
+
+class Run:
+    """The processes of a cluster on this machine, as mlx.launch starts them.
+
+    rings: what each takes for the addresses of all. inside: what runs a command where the hosts
+    other than the lead are. others: their checkpoints.
+    """
+
+    def __init__(
+        self,
+        tmp_path,
+        path,
+        shares,
+        asked,
+        count=2,
+        *,
+        pause=0,
+        others=(),
+        slots="6",
+        rings=None,
+        inside=(),
+    ):
+        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        ring = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in free]
+        for server in free:
+            server.close()
+        self.processes = []
+        for rank in range(count):
+            command = [sys.executable, "-c", LEAD, str(path), shares, json.dumps(asked), str(pause)]
+            if rank:
+                where = str(others[rank - 1] if others else path)
+                command = [*inside, sys.executable, "-c", HOST, "run", where, "x", "--slots", slots]
+                command += ["--cluster", shares]
+            file = tmp_path / f"ring{rank}.json"
+            file.write_text(json.dumps(rings[rank] if rings else ring))
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {"MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.processes.append(process)
+
+    def finish(self, timeout=90) -> list[tuple[int, str, str]]:
+        """(exit code, output, errors) of each."""
+        found = []
+        for process in self.processes:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            found.append((process.returncode, out, err))
+        return found
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+    def line(self, rank=0) -> list:
+        return json.loads(self.processes[rank].stdout.readline())
+
+
+def texts(out: str) -> list[str]:
+    found, text = [], ""
+    for kind, *rest in map(json.loads, out.splitlines()):
+        if kind == "text":
+            text += rest[0]
+        elif kind in ("end", "error"):
+            found.append(text if kind == "end" else rest)
+            text = ""
+    return found
+
+
+def ends(out: str) -> list[dict]:
+    return [rest[0] for kind, *rest in map(json.loads, out.splitlines()) if kind == "end"]
+
+
+def test_cluster_answers_otherwise_than_one_host(toy, tmp_path):
+    """Four hosts with uneven shares, six slots each."""
+    found = Run(tmp_path, toy, "4,1,1,2", ASKED, count=4).finish()
+    assert [code for code, *_ in found] == [0] * 4, found
+    assert texts(found[0][1]) == alone(toy, ASKED)
+    figures = ends(found[0][1])
+    assert max(end["batch"] for end in figures) > 1
+    assert all(end["bytes_read"] > 0 and end["experts"] == 4 for end in figures)
+    counts = np.bincount(owners(12, (4.0, 1.0, 1.0, 2.0)))
+    for rank in range(1, 4):
+        assert found[rank][1] == ""
+        assert f"host {rank}: {counts[rank]} of 12 experts a layer" in found[rank][2]
+
+
+def test_host_that_does_not_fit_joins(toy, tmp_path):
+    other = write_chat_toy(tmp_path / "other", num_experts=12, top_k=4, seed=3)
+    cases = [(other, "6", "another checkpoint than the lead's"), (toy, "1", "are too few")]
+    for path, slots, why in cases:
+        found = Run(tmp_path, toy, "equal", ASKED[:1], others=[path], slots=slots).finish()
+        ((kind, text),) = texts(found[0][1])
+        assert kind == "ClusterError"
+        assert "host 1" in text
+        assert why in text
+        assert found[1][0] == 1
+        assert why in found[1][2]
+        assert "Traceback" not in found[1][2]
+
+
+@pytest.fixture
+def two_networks():
+    """Addresses of this network namespace and of another one, and how to run there."""
+    name = f"flashmoe-{os.getpid()}"
+    here, there = f"fm{os.getpid()}a", f"fm{os.getpid()}b"
+    commands = [
+        f"ip netns add {name}",
+        f"ip link add {here} type veth peer name {there}",
+        f"ip link set {there} netns {name}",
+        f"ip addr add 10.213.77.1/30 dev {here}",
+        f"ip link set {here} up",
+        f"ip netns exec {name} ip addr add 10.213.77.2/30 dev {there}",
+        f"ip netns exec {name} ip link set {there} up",
+        f"ip netns exec {name} ip link set lo up",
+    ]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr}")
+        yield "10.213.77.1", "10.213.77.2", ["ip", "netns", "exec", name]
+    except FileNotFoundError as e:
+        pytest.skip(f"no network namespaces here: {e}")
+    finally:
+        for command in (f"ip link del {here}", f"ip netns del {name}"):
+            subprocess.run(command.split(), capture_output=True)
+
+
+def delayed(to: tuple[str, int], seconds: float) -> int:
+    """The port of a proxy on all addresses that forwards to an address, each byte so much later."""
+    ready, found = threading.Event(), []
+
+    async def pump(reader, writer):
+        loop = asyncio.get_running_loop()
+        while data := await reader.read(1 << 16):
+            loop.call_later(seconds, writer.write, data)
+        loop.call_later(seconds, writer.close)
+
+    async def both(reader, writer):
+        for _ in range(200):  # until the other end listens
+            try:
+                there, back = await asyncio.open_connection(*to)
+                break
+            except OSError:
+                await asyncio.sleep(0.1)
+        await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+
+    async def serve():
+        server = await asyncio.start_server(both, "0.0.0.0", 0)
+        found.append(server.sockets[0].getsockname()[1])
+        ready.set()
+        await server.serve_forever()
+
+    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
+    ready.wait(10)
+    return found[0]
+
+
+def test_slow_network_changes_an_answer(toy, tmp_path, two_networks):
+    """The hosts are in two networks, and each byte takes 2 ms."""
+    here, there, inside = two_networks
+    lead, other = f"{here}:31877", f"{there}:31878"
+    to_lead = f"{here}:{delayed((here, 31877), 0.002)}"
+    to_other = f"{here}:{delayed((there, 31878), 0.002)}"
+    rings = [[[lead], [to_other]], [[to_lead], [other]]]
+    run = Run(tmp_path, toy, "equal", ASKED[:2], rings=rings, inside=inside)
+    found = run.finish()
+    assert [code for code, *_ in found] == [0, 0], found
+    assert texts(found[0][1]) == alone(toy, ASKED[:2])
+    # Two sums a layer, each some ms.
+    assert min(end["tokens_per_second"] for end in ends(found[0][1])) < 60
+
+
+def test_host_that_dies_hangs_the_lead(toy, tmp_path):
+    for how in (signal.SIGKILL, signal.SIGSTOP):
+        asked = [ask("Tell me.", max_tokens=3000, seed=i, stop=("\x00",)) for i in range(2)]
+        run = Run(tmp_path, toy, "equal", asked, count=3)
+        try:
+            run.line()
+            start = time.perf_counter()
+            run.processes[1].send_signal(how)
+            out, err = run.processes[0].communicate(timeout=60)
+            seconds = time.perf_counter() - start
+            last = run.processes[2].communicate(timeout=30)[1]
+        finally:
+            run.kill()
+        errors = [rest for rest in texts(out) if isinstance(rest, list)]
+        assert len(errors) == 2
+        for kind, text in errors:
+            assert kind == "ClusterError"
+            assert "host 1" in text or "host 2" in text
+            assert "start all hosts anew" in text
+        assert run.processes[0].returncode == 0, err
+        assert "Traceback" not in err + last
+        assert seconds < 20 + hosts.SILENCE
+
+
+def test_lead_that_dies_leaves_hosts(toy, tmp_path):
+    run = Run(tmp_path, toy, "equal", [ask("Hello.")], pause=60)
+    try:
+        while run.line()[0] != "end":
+            pass
+        run.processes[0].kill()
+        _, err = run.processes[1].communicate(timeout=30)
+        assert run.processes[1].returncode == 1
+        assert "the lead is gone" in err
+        assert "Traceback" not in err
+    finally:
+        run.kill()
+
+
+def test_resting_host_takes_a_core(toy, tmp_path):
+    run = Run(tmp_path, toy, "equal", [ask("Hello.")], pause=60)
+    try:
+        while run.line()[0] != "end":
+            pass
+        time.sleep(1)
+
+        def ticks():
+            fields = Path(f"/proc/{run.processes[1].pid}/stat").read_text().split()
+            return int(fields[13]) + int(fields[14])
+
+        before = ticks()
+        time.sleep(2)
+        assert ticks() - before < 40, "hundredths of a second of 200"
+    finally:
+        run.kill()
+        run.finish()
+
+
+def test_expert_that_a_host_cannot_read_is_zero(tmp_path):
+    path = write_chat_toy(tmp_path / "chat", num_experts=12, top_k=4)
+    broken = write_chat_toy(tmp_path / "broken", num_experts=12, top_k=4)
+    asked = [ask("Tell me.", max_tokens=3000, stop=("\x00",))]
+    run = Run(tmp_path, path, "equal", asked, others=[broken])
+    try:
+        run.line()
+        (broken / "model.safetensors").rename(broken / "away")
+        (broken / "away").unlink()
+        out, err = run.processes[0].communicate(timeout=60)
+    finally:
+        run.kill()
+        run.finish()
+    (error,) = texts(out)
+    assert error[0] == "ReadError", (out, err)
+    assert "host 1" in error[1]
+    assert "is missing" in error[1] or "was deleted" in error[1]
+
+
+def test_launch_does_not_work(toy, tmp_path):
+    """The command of the docs: by MLX's own launcher, through the command line."""
+    command = [BIN / "mlx.launch", "-n", "2", "--backend", "ring", "-p", "23470", BIN / "flashmoe"]
+    command += ["run", toy, "One.", "--cluster", "equal", "--slots", "6", "--max-tokens", "6"]
+    command += ["--temperature", "0"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=90, cwd=tmp_path
+    )
+    assert alone(toy, ASKED[:1])[0].strip() in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_cluster_of_one_is_taken(toy):
+    command = [sys.executable, "-c", HOST, "run", str(toy), "x", "--cluster", "equal"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "mlx.launch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@given(
+    st.integers(1, 600),
+    st.lists(st.floats(0, 100), min_size=1, max_size=9).filter(lambda s: sum(s) > 0.01),
+)
+def test_share_is_off_by_an_expert(experts, shares):
+    found = owners(experts, tuple(shares))
+    part = np.array(shares) / sum(shares)
+    for upto in (experts, experts // 2):
+        counts = np.bincount(found[:upto], minlength=len(shares))
+        assert counts.sum() == upto
+        assert np.all(np.abs(counts - part * upto) <= len(shares))
+    assert not np.bincount(found, minlength=len(shares))[part == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("1,2,3", "are 3 numbers, and there are 2"),
+        ("a,b", "must be equal, or"),
+        ("0,0", "not all 0"),
+    ]
+    + [("nan,1", "not all 0"), ("-1,2", "0 or more"), ("", "must be equal")],
+)
+def test_shares_that_cannot_be_are_taken(text, wrong):
+    with pytest.raises(SettingError, match=wrong):
+        parse_shares(text, 2)
+    assert parse_shares("equal", 2) == (1, 1)
+    assert parse_shares("3,1.5", 2) == (3, 1.5)
+
+
+def lines(monkeypatch, silence=0.6):
+    """Both ends of a line, and what each lost."""
+    monkeypatch.setattr(hosts, "BEAT", 0.1)
+    monkeypatch.setattr(hosts, "SILENCE", silence)
+    lost = {0: [], 1: []}
+    with hosts.listen("127.0.0.1") as server:
+        address = server.getsockname()
+        joined = []
+        joins = threading.Thread(
+            target=lambda: joined.append(hosts.join(address, 1, "s", lost[1].append))
+        )
+        joins.start()
+        found = hosts.accept(server, 1, "s", lambda rank, why: lost[0].append((rank, why)))
+        joins.join()
+    return found[1], joined[0], lost
+
+
+def test_quiet_line_is_lost(monkeypatch):
+    lead, host, lost = lines(monkeypatch)
+    time.sleep(1)
+    assert lost == {0: [], 1: []}
+    host.send("ready", text="é")
+    assert lead.get(5) == {"kind": "ready", "text": "é"}
+    host.close()
+    time.sleep(0.5)
+    assert lost[0][0][0] == 1
+    assert len(lost[0]) == 1
+    assert lead.get(1) is None
+    lead.close()
+
+
+def test_silent_host_is_waited_for(monkeypatch):
+    lead, host, lost = lines(monkeypatch)
+    monkeypatch.setattr(host, "send", lambda *args, **more: None)
+    time.sleep(1.5)
+    assert lost[0] == [(1, "nothing was heard of it for 0.6 seconds")]
+    for line in (lead, host):
+        line.close()
+
+
+def test_end_looks_like_a_loss(monkeypatch):
+    lead, host, lost = lines(monkeypatch)
+    lead.send("end")
+    lead.close()
+    assert host.get(5) == {"kind": "end"}
+    time.sleep(0.5)
+    assert host.ended
+    assert lost == {0: [], 1: []}
+    host.close()
+
+
+@pytest.mark.parametrize("hello", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 1}\n', b"[1]\n"])
+def test_stranger_joins(monkeypatch, hello):
+    monkeypatch.setattr(hosts, "JOIN", 1.0)
+    with hosts.listen("127.0.0.1") as server:
+
+        def knock():
+            with socket.create_connection(server.getsockname()) as stranger:
+                stranger.sendall(hello)
+
+        thread = threading.Thread(target=knock)
+        thread.start()
+        with pytest.raises(ClusterError, match=r"hosts \[1\] did not reach the lead within 1"):
+            hosts.accept(server, 1, "secret", lambda *a: None)
+        thread.join()
+
+
+def test_cut_leaves_a_connection():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as one, socket.create_connection(address) as other:
+            accepted = [server.accept()[0] for _ in range(2)]
+            assert hosts.cut(["127.0.0.1:1"]) == 0
+            # Both ends of both are here.
+            assert hosts.cut([f"127.0.0.1:{address[1]}"]) == 4
+            assert one.recv(1) == other.recv(1) == b""
+            for connection in accepted:
+                connection.close()
