@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -210,6 +211,15 @@ def test_errors_are_of_other_classes(client):
         assert caught.value.body["message"] in str(caught.value)
 
 
+def test_schema_that_is_too_large_is_an_internal_error(server):
+    """It turns out when the answer has begun."""
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(600)}}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    found = post(server, body(response_format=wanted, max_tokens=40))
+    assert found.status_code == 400
+    assert "too large to be enforced" in found.json()["error"]["message"]
+
+
 def test_garbage_on_the_wire_ends_the_server(server):
     host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")
     for garbage in (
@@ -220,14 +230,11 @@ def test_garbage_on_the_wire_ends_the_server(server):
         b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"x: " + b"y" * 200_000 + b"\r\n\r\n",
     ):
-        with socket.create_connection((host, int(port))) as s:
+        with socket.create_connection((host, int(port))) as s, suppress(OSError):
+            s.settimeout(5)
             s.sendall(garbage)
             s.shutdown(socket.SHUT_WR)
-            s.settimeout(5)
-            try:
-                while s.recv(1000):
-                    pass
-            except ConnectionResetError:
+            while s.recv(1000):
                 pass
     until(lambda: server.metrics.in_flight == 0)
     assert post(server).status_code == 200

@@ -181,19 +181,29 @@ class Constraint:
         """Feed tokens to the matcher, then what it forces; the latter."""
         for token in tokens:
             if not self._matcher.consume_token(token):
-                raise RuntimeError(f"a masked token was sampled: {self._matcher.get_error()}")
+                raise self._broken("a masked token was sampled")
         forced = []
         while not self._matcher.is_stopped() and (more := self._matcher.compute_ff_tokens()):
             self._matcher.consume_tokens(more)
             forced += more
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar failed: {self._matcher.get_error()[:500]}")
+            raise self._broken("the grammar failed")
         self._follow([*tokens, *forced])
         if self._matcher.is_stopped():
             # The end of all, or of one call among text.
             self.finished = self.demands or not self._parallel
             self._matcher = None
         return forced
+
+    def _broken(self, what: str) -> Exception:
+        error = self._matcher.get_error()[:500]
+        # Its stop reason does not say so.
+        if "; max is " in error:
+            return SettingError(
+                f"the schemas or the grammar are too large to be enforced ({error}): ask for "
+                "less at a time"
+            )
+        return RuntimeError(f"{what}: {error}")
 
     def _follow(self, tokens: list[int]) -> None:
         """Tell the guard what came."""
