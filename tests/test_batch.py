@@ -1,5 +1,6 @@
 """Answers that go through the model together: the same as alone, each with its own state."""
 
+import asyncio
 import shutil
 import threading
 import time
@@ -368,3 +369,34 @@ def test_demo_answers_otherwise_in_a_batch():
         found = [outcome(a) for a in answers]
     assert found == expected
     assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize("ticks", range(6))
+def test_cancelling_is_forgotten_when_an_event_comes(toy, ticks):
+    """A task that is cancelled as an event reaches its loop ends, with a timeout and without."""
+
+    async def ask(engine, timeout) -> None:
+        loop, puts = asyncio.get_running_loop(), []
+        task = asyncio.current_task()
+        threadsafe = loop.call_soon_threadsafe
+
+        def later(left: int) -> None:
+            if left:
+                loop.call_soon(later, left - 1)
+            else:
+                task.cancel()
+
+        def put(*args):
+            threadsafe(*args)
+            puts.append(args)
+            if len(puts) == 4:
+                threadsafe(later, ticks)
+
+        loop.call_soon_threadsafe = put
+        async for _ in engine.astream(request("Go on.", max_tokens=40), timeout=timeout):
+            pass
+
+    with Engine(toy, **SETTINGS) as engine:
+        for timeout in (None, 60):
+            with pytest.raises(asyncio.CancelledError):
+                asyncio.run(ask(engine, timeout))

@@ -368,3 +368,21 @@ def test_hostile_schema_raises_something_else(schema, value):
             continue
         for usable in (hostile, closed(hostile), resolved(hostile)):
             fault(value, usable)
+
+
+@pytest.mark.parametrize("dialect", [None, DRAFT7, "https://json-schema.org/draft/2020-12/schema"])
+def test_pattern_is_searched_for_ever(dialect):
+    """By `re` this takes 2 ** 60 steps, in which no other thread runs."""
+    slow = {"type": "string", "pattern": "^(?=a)(a|a)*b$"}
+    slow |= {"$schema": dialect} if dialect else {}
+    for schema, value in (
+        (slow, "a" * 60),
+        ({"properties": {"x": slow}}, {"x": "a" * 60}),
+        ({"$defs": {"s": slow}, "items": {"$ref": "#/$defs/s"}}, ["a" * 60]),
+    ):
+        assert "does not" in fault(value, schema) or "too long" in fault(value, schema)
+        assert fault("ab" if value == "a" * 60 else [], schema) is None
+
+
+def test_pattern_that_is_none_raises():
+    assert "no regular expression" in fault("x", {"type": "string", "pattern": "(?P<"})

@@ -8,7 +8,16 @@ from functools import partial
 
 import click
 
-from . import cli_bench, cli_doctor, cli_download, cli_models, cli_plan, cli_quantize, cli_sweep
+from . import (
+    cli_bench,
+    cli_doctor,
+    cli_download,
+    cli_models,
+    cli_plan,
+    cli_quantize,
+    cli_serve,
+    cli_sweep,
+)
 from .activations import ACTIVATIONS
 from .catalog import find, model
 from .errors import FlashMoEError
@@ -43,6 +52,7 @@ for command in (
     cli_sweep.sweep,
     cli_bench.bench,
     cli_doctor.doctor,
+    cli_serve.serve,
 ):
     cli.add_command(command)
 

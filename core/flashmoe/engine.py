@@ -14,7 +14,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,23 @@ class _Deadline:
             f"the answer was not whole after timeout={self._timeout:g} seconds, in which others "
             "may have been before it: raise timeout, or lower max_tokens"
         )
+
+
+async def _within(deadline: _Deadline, coming: Coroutine) -> Event | BaseException:
+    """What comes. Not by `asyncio.wait_for`, which before Python 3.12 forgets that it was cancelled
+    when that comes at the same moment.
+
+    Raises:
+        TimedOut
+    """
+    task = asyncio.ensure_future(coming)
+    try:
+        await asyncio.wait([task], timeout=deadline.left())
+        if not task.done():
+            raise deadline.error()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class Answer(Iterator[Event]):
@@ -144,6 +161,7 @@ class Engine:
         self.settings = settings
         self._most = batch
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._waiting: deque[Job] = deque()
         self._closing = threading.Event()
         self._batch: Batch | None = None
         self._lock = threading.Lock()
@@ -155,6 +173,22 @@ class Engine:
     @property
     def closed(self) -> bool:
         return self._closing.is_set()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a model is in memory."""
+        return self._batch is not None
+
+    @property
+    def rows(self) -> int:
+        """Answers that are computed together now."""
+        batch = self._batch
+        return 0 if batch is None else len(batch.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return self._jobs.qsize() + len(self._waiting)
 
     def stream(
         self,
@@ -197,10 +231,7 @@ class Engine:
         try:
             event = None
             while not isinstance(event, End):
-                try:
-                    event = await asyncio.wait_for(events.get(), deadline.left())
-                except asyncio.TimeoutError:
-                    raise deadline.error() from None
+                event = await _within(deadline, events.get())
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -239,12 +270,14 @@ class Engine:
         return RuntimeError(f"the engine of {self.path} is closed")
 
     def _run(self) -> None:
-        waiting: deque[Job] = deque()
+        waiting = self._waiting
         while self._arrived(waiting):
             while waiting and self._begun(waiting[0]):
                 waiting.popleft()
             if self._batch is not None:
                 self._step(self._batch)
+            for job in [job for job in waiting if job.cancelled.closed]:
+                waiting.remove(job)
         self._drop_model()
         gc.collect()
         if "mlx.core" in sys.modules:

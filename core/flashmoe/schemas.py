@@ -32,15 +32,40 @@ NOTES = {"title", "description", "default", "examples", "$comment", "deprecated"
 NOTES |= {"$schema", *_DEFINITIONS}
 
 
+#: Seconds that a pattern may be searched for in a string. Some take longer than the universe lasts.
+PATTERN_SECONDS = 0.5
+
+
 @lru_cache(maxsize=256)
 def _validator(text: str):
-    from jsonschema import Draft202012Validator  # late: 0.1 s
-    from jsonschema.validators import validator_for
+    from jsonschema import Draft3Validator, Draft202012Validator  # late: 0.1 s
+    from jsonschema.validators import extend, validator_for
     from referencing import Registry
 
     schema = json.loads(text)
+    kind = validator_for(schema, default=Draft202012Validator)
+    if kind is not Draft3Validator:
+        kind = extend(kind, {"pattern": _pattern})
+        # One inside would bring its own validator, without ours.
+        schema = _rebuilt(schema, lambda s: {k: v for k, v in s.items() if k != "$schema"})
     # An empty registry: a remote reference is an error, not a download.
-    return validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+    return kind(schema, registry=Registry())
+
+
+def _pattern(validator, pattern: str, value, schema):
+    """jsonschema's keyword, but for the time that it may take: a search by `re` cannot be ended."""
+    import regex
+    from jsonschema.exceptions import ValidationError
+
+    if not validator.is_type(value, "string"):
+        return
+    try:
+        if not regex.search(pattern, value, timeout=PATTERN_SECONDS):
+            yield ValidationError(f"{value!r} does not match {pattern!r}")
+    except TimeoutError:
+        yield ValidationError(f"{pattern!r} takes too long to be searched for in {value!r}")
+    except regex.error as e:
+        yield ValidationError(f"{pattern!r} is no regular expression: {e}")
 
 
 def check_schema(schema: dict | bool, what: str) -> None:
