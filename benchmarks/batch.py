@@ -22,6 +22,14 @@ checkpoint choose; "real", drawn at the frequencies with which a real model took
     hit_rate                  of these
     wait_ms, cpu_ms           a token: standing still for the disk; of all cores
 
+With `--requests N` it is whole requests instead, from cold slots: N prompts of `--prompt` tokens
+and answers of `--steps`, so many at a time as there are rows. Prompts that are read together read
+each expert once:
+
+    request_tokens_per_second of prompts and answers of all, by the time of all
+    prompt_seconds            of that, reading prompts
+    request_bytes             read, by requests
+
 Ends with one JSON line; `speedup` is of tokens_per_second over those of one row.
 """
 
@@ -68,6 +76,8 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     from flashmoe.prefill import Piece, sweep
 
     rows = case.pop("rows")
+    if args.requests:
+        return whole(args, case, rows)
     model = streaming.load(args.path, case)
     print(model.plan.describe(), file=sys.stderr)
     vocab = model.checkpoint.text_config["vocab_size"]
@@ -116,10 +126,59 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     return found
 
 
+def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
+    """Requests from the first token of a prompt to the last of the answer, in groups of rows."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from flashmoe.prefill import Piece, fitting, split, sweep
+
+    model = streaming.load(args.path, case)
+    each = args.prompt + args.steps
+    vocab = model.checkpoint.text_config["vocab_size"]
+    count = args.requests * each
+    ids = np.array(runs.tokens(args.tokens, count, vocab, args.seed)).reshape(-1, each)
+    start, used, reading = time.perf_counter(), runs.Usage(), 0.0
+    for group in np.split(ids, range(rows, args.requests, rows)):
+        began = time.perf_counter()
+        caches = [make_prompt_cache(model) for _ in group]
+        left = [
+            Piece(piece, cache)
+            for row, cache in zip(group, caches, strict=True)
+            for piece in split(row[: args.prompt].tolist(), [])
+        ]
+        tokens = len(group) * args.prompt
+        limit = model.room.for_prompts(tokens, [args.prompt] * len(group), model.experts)
+        while left:
+            taken = fitting(left, limit)
+            mx.eval([model.logits(s.hidden) for s in sweep(model, left[:taken])])
+            left = left[taken:]
+        reading += time.perf_counter() - began
+        model.room.for_decoding([each] * len(group))
+        for tokens in group[:, args.prompt :].T.tolist():
+            if len(group) == 1:
+                mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
+                continue
+            pieces = [Piece([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
+            mx.eval([model.logits(s.hidden) for s in sweep(model, pieces)])
+    seconds, stats = time.perf_counter() - start, model.stats
+    found = {
+        "request_tokens_per_second": round(ids.size / seconds, 3),
+        "request_seconds": round(seconds / args.requests, 2),
+        "prompt_seconds": round(reading / args.requests, 2),
+        "request_bytes": stats.reads.bytes // args.requests,
+        "wait_seconds": round(stats.reads.wait_seconds / args.requests, 2),
+        "cores_of_others": used.so_far()["others"],
+        "slots": model.room.slots,
+    }
+    model.close()
+    return found
+
+
 def run_case(args: argparse.Namespace, case: dict) -> dict:
     """`child` in a process of its own, under the limit of the case."""
     command = [sys.executable, __file__, str(args.path), "--child", json.dumps(case)]
-    for name in ("prompt", "fill", "steps", "seed", "routing"):
+    for name in ("prompt", "fill", "steps", "seed", "routing", "requests"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--tokens", str(args.tokens)] if args.tokens else []
     return runs.run(command, limit=runs.nbytes(case["limit"]), keep=args.keep_cache)
@@ -135,6 +194,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--fill", type=int, default=24, help="tokens decoded before it is measured")
     parser.add_argument("--routing", choices=("random", "real"), default="random")
+    parser.add_argument("--requests", type=int, default=0, help="measure whole requests, so many")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -143,9 +203,10 @@ def main() -> None:
     base = streaming.base_case(args, memory=args.memory, limit=args.limit)
     cases = {f"{n} rows": base | {"rows": n} for n in args.rows}
     found = runs.alternated(cases, args.rounds, lambda case: run_case(args, case))
-    first = next(iter(found.values()))["tokens_per_second"]
+    speed = "request_tokens_per_second" if args.requests else "tokens_per_second"
+    first = next(iter(found.values()))[speed]
     for case in found.values():
-        case["speedup"] = round(case["tokens_per_second"] / first, 3)
+        case["speedup"] = round(case[speed] / first, 3)
     print(json.dumps({"routing": args.routing, **found}))
 
 

@@ -270,3 +270,14 @@ def test_routing_of_plans_is_old():
     shipped = json.loads((ROOT / "core/flashmoe/routing.json").read_text())
     made = json.loads(json.dumps(routing_data.of_trace()))
     assert made == shipped["sources"]["Qwen3-30B-A3B"]
+
+
+def test_batch_is_not_measured(small):
+    common = ("batch.py", small, "--setting", f"slots={SLOTS}", "--rows", "1", "3", "--prompt", 4)
+    found = run(*common, "--fill", 2)
+    one, three = found["1 rows"], found["3 rows"]
+    assert one["needed_per_token"] == LAYERS * K
+    assert LAYERS * K / 3 <= three["needed_per_token"] < LAYERS * K
+    assert three["speedup"] == round(three["tokens_per_second"] / one["tokens_per_second"], 3)
+    whole = run(*common, "--requests", 6)
+    assert whole["3 rows"]["request_bytes"] < whole["1 rows"]["request_bytes"]

@@ -172,6 +172,19 @@ def test_longer_context_takes_no_slots(toy):
     assert long["slots"] < short["slots"]
 
 
+def test_hosts_are_forgotten(toy):
+    asked = ("--routing", "uniform", "--machine", "m3-max-48gb", "--batch", 4)
+    one, two = (run_json(toy, *asked, "--hosts", n, "--network", 0.5) for n in (1, 2))
+    assert two["asked"]["hosts"] == 2
+    assert two["costs"]["network_gb_s"] == 0.5
+    assert two["token"]["network"] > one["token"]["network"] == 0
+    out = run(toy, *asked, "--hosts", 2)
+    assert "on 2 hosts" in out
+    assert "network" in out
+    for wrong, text in (("--hosts", "hosts=0"), ("--network", "network=0")):
+        assert f"{text} is out of range" in run(toy, wrong, 0, code=1)
+
+
 def test_batch_is_slower_together_or_faster_each(toy):
     room = budget(toy, 20)
     one, four = (run_json(toy, "--memory", room, "--batch", n, *MAC) for n in (1, 4))

@@ -107,6 +107,31 @@ def test_batch_shares_nothing():
     assert many.read_nbytes < 8 * one.read_nbytes
 
 
+def test_batch_by_hand():
+    """Rows go over the weights one by one, beside the reads of all."""
+    c = Costs(10.0, 1e-3, 2.0, 1000.0)
+    layers, e = MODEL.layers, MODEL.expert_nbytes
+    own = 4 * (1e-3 + (MODEL.layer_nbytes + MODEL.shared_nbytes + 10 * e) / 10e9)
+    for hits in (0.0, 1.0):
+        reads = 38 * (1 - hits) * e / 2e9
+        step = decode(MODEL, c, 10, hits, needed=38, rows=4)
+        head = 4 * MODEL.head_nbytes / 10e9
+        assert step.seconds == pytest.approx(layers * max(own, reads) + head)
+
+
+def test_hosts_share_nothing_or_the_network_is_free():
+    one = decode(MODEL, MAC, 10, 0.3)
+    two = decode(MODEL, replace(MAC, hosts=2), 10, 0.3)
+    assert one.bound == "disk"
+    assert two.reading == pytest.approx(one.reading / 2)
+    assert 0.5 * one.seconds < two.seconds < one.seconds
+    slow = replace(MAC, hosts=2, network_gb_s=0.001, sum_seconds=1e-4)
+    found = decode(replace(MODEL, row_nbytes=4 * 4096), slow, 10, 0.3)
+    assert found.bound == "network"
+    assert found.network == pytest.approx(MODEL.layers * (2e-4 + 11 * 16384 / 1e6))
+    assert found.seconds == pytest.approx(two.seconds + found.network)
+
+
 def test_longer_prompt_is_faster():
     found, first = routing(REAL, 512), decode(MODEL, MAC, 10, 0.6)
     settings = {"sweep": 2048, "slots": 66, "first": first}

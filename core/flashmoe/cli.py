@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partial
 
 import click
 
@@ -20,6 +19,7 @@ from . import (
 )
 from .activations import ACTIVATIONS
 from .catalog import find, model
+from .cli_cluster import cluster_option, leads
 from .errors import FlashMoEError
 from .events import End, Progress, Reasoning, Text
 from .io_modes import IO_MODES
@@ -71,11 +71,7 @@ for command in (
     default="float32",
     help="int8: faster on a CPU, not exact.",
 )
-@click.option(
-    "--cluster",
-    metavar="SHARES",
-    help="Run on all hosts of mlx.launch: equal, or a number for each, such as 3,1.",
-)
+@cluster_option
 @click.option("--think/--no-think", default=None, help="Think before the answer.")
 @click.option("--max-tokens", type=int, help="End the answer after so many tokens.")
 @click.option("--temperature", type=float, help="0 picks the likeliest token each time.")
@@ -88,7 +84,7 @@ def run(name, prompt, memory, slots, experts, depth, io, activations, cluster, v
     """
     from .engine import Engine
 
-    if cluster is not None and not leads(find(name), memory, slots, depth, io):
+    if not leads(find(name), cluster, memory, slots, depth, io):
         return
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -110,19 +106,6 @@ def run(name, prompt, memory, slots, experts, depth, io, activations, cluster, v
             elif verbose and isinstance(event, End):
                 click.echo("\n" + figures(event), err=True, nl=False)
         click.echo()
-
-
-def leads(path, memory, slots, depth, io) -> bool:
-    """Whether this process is the lead of its cluster; another host works here until it ends."""
-    from .cluster import group
-
-    if group().rank() == 0:
-        return True
-    from .expert_host import serve
-
-    say = partial(click.echo, err=True)
-    serve(path, memory=memory, slots=slots, depth=depth, io=io, say=say)
-    return False
 
 
 def figures(end) -> str:

@@ -50,6 +50,10 @@ class Source:
 @click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
 @click.option("--experts", type=int, help="Prune the router to its top K experts.")
 @click.option("--batch", default=1, show_default=True, help="Requests that run together.")
+@click.option("--hosts", default=1, show_default=True, help="Machines like it, see --cluster.")
+@click.option(
+    "--network", default=1.0, show_default=True, metavar="GB/S", help="Between the hosts."
+)
 @click.option(
     "--machine",
     metavar="MAC",
@@ -250,7 +254,8 @@ class Planned:
             "context",
             f"{self.asked.context} tokens: keys, values and states {format_size(m.keys)}{rows}",
         )
-        yield "slots", f"{m.slots} of {experts} experts of a layer while it answers"
+        hosts = f" on {self.asked.hosts} hosts" if self.asked.hosts > 1 else ""
+        yield "slots", f"{m.slots} of {experts} experts of a layer while it answers{hosts}"
 
     def _of_speed(self) -> Iterator[tuple[str, str]]:
         s, step, costs, prompt = self.speed, self.speed.token, self.speed.costs, self.speed.prompt
@@ -269,9 +274,10 @@ class Planned:
         yield (
             "bound",
             f"{step.bound}: a step takes {_ms(step.seconds)} = launches {_ms(step.launches)} + "
-            f"weights {_ms(step.compute)} + waiting for the disk {_ms(step.waiting)}",
+            f"weights {_ms(step.compute)} + waiting for the disk {_ms(step.waiting)}"
+            + (f" + network {_ms(step.network)}" if costs.hosts > 1 else ""),
         )
-        yield "formula", formula(self.checkpoint, s)
+        yield "formula", formula(self.checkpoint, self.k, s)
         yield (
             "prompt",
             f"{prompt.tokens} tokens in {prompt.sweeps} sweep{'s'[: prompt.sweeps > 1]}: computing "
@@ -292,7 +298,7 @@ class Planned:
         return f"{tokens}; first token after {first:.2g} s ({self.asked.prompt} tokens of prompt)"
 
 
-def formula(checkpoint: Checkpoint, speed) -> str:
+def formula(checkpoint: Checkpoint, k: int, speed) -> str:
     """The formula of a step with its numbers in it."""
     from .speed import Geometry
 
@@ -306,6 +312,18 @@ def formula(checkpoint: Checkpoint, speed) -> str:
         f"{n} x {1 - hits:.2f} misses x {format_size(round(model.expert_nbytes))} / "
         f"{costs.disk_gb_s:.3g} GB/s"
     )
+    if costs.hosts > 1:
+        reads += f" / {costs.hosts} hosts"
+    if step.rows > 1 or costs.hosts > 1:
+        own = model.layer_nbytes + model.shared_nbytes + k * model.expert_nbytes / costs.hosts
+        each = f"{step.rows} x ({1e3 * costs.layer_seconds:.2f} ms + {through(own)})"
+        together = f"max({each}, {reads})" if step.rows > 1 else f"about {each} beside {reads}"
+        network = f" + network {_ms(step.network / model.layers)}" if costs.hosts > 1 else ""
+        return (
+            f"{model.layers} layers x ({together}{network}) + {step.rows} x head "
+            f"{through(model.head_nbytes)}; the mean over how many miss; "
+            f"{format_size(round(step.read_nbytes))} read a step"
+        )
     if costs.as_they_land:
         shared = model.shared_nbytes + n * model.expert_nbytes
         experts = f"max({through(shared)}, {reads})"

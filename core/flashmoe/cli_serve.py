@@ -11,6 +11,7 @@ import click
 from . import catalog
 from .activations import ACTIVATIONS
 from .capabilities import capabilities
+from .cli_cluster import cluster_option, leads
 from .errors import SettingError
 from .io_modes import IO_MODES
 from .memory import parse_size
@@ -44,6 +45,7 @@ from .requests import Request
     default="float32",
     help="int8: faster on a CPU, not exact.",
 )
+@cluster_option
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and each request.")
 def serve(
     name,
@@ -56,6 +58,7 @@ def serve(
     queue,
     timeout,
     max_body,
+    cluster,
     verbose,
     **settings,
 ):
@@ -79,11 +82,18 @@ def serve(
         raise SettingError(f"timeout={timeout:g} must be above 0: it is a number of seconds")
     nbytes = parse_size(max_body)
     model, path = catalog.model(name), catalog.find(name)
+    here = [settings[option] for option in ("memory", "slots", "depth", "io")]
+    if not leads(path, cluster, *here):
+        return
     can = capabilities(path)
     with (
         serving.bind(host, port) as bound,
         Engine(
-            path, batch=batch, experts=model.experts if experts is None else experts, **settings
+            path,
+            batch=batch,
+            experts=model.experts if experts is None else experts,
+            cluster=cluster,
+            **settings,
         ) as engine,
     ):
         # The first client waits for nothing: the model is loaded, its kernels are compiled.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
 from . import memory, ops, room
 from .checkpoint import Checkpoint
@@ -21,6 +22,9 @@ from .machines import Machine
 from .models import check_experts
 from .speed import Costs, Geometry, Prompt, Step, decode, prompt
 
+#: Until a sum of a few bytes is made by all hosts: assumed, for a wired network.
+SUM_SECONDS = 2e-4
+
 #: Tokens of a prompt, where nothing else is said.
 PROMPT_TOKENS = 1000
 
@@ -30,13 +34,16 @@ class Asked:
     """What is asked. experts: K, None for the trained one. memory: a budget such as "8GB", None
     for what the machine can spare. context: tokens that memory is kept for. prompt: tokens to read
     before the first answer; None: the planned length, or what the model has. batch: requests that
-    are decoded together. routing: see `expected_routing.routing`."""
+    are decoded together. hosts: machines like this one that share the experts; network: GB/s
+    between them. routing: see `expected_routing.routing`."""
 
     experts: int | None = None
     memory: str | int | None = None
     context: int | None = None
     prompt: int | None = None
     batch: int = 1
+    hosts: int = 1
+    network: float = 1.0
     routing: str = REAL
 
 
@@ -55,8 +62,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """costs: of the machine. hit_rate: expected, of one request. token: one step; one_row: that of
-    a single request, the same where there is no batch. prompt: until the first token."""
+    """costs: of the machine. hit_rate: expected, of what a step needs. token: one step; one_row:
+    that of a single request, the same where there is no batch. prompt: until the first token."""
 
     costs: Costs
     hit_rate: float
@@ -85,6 +92,10 @@ def check(checkpoint: Checkpoint, asked: Asked) -> Asked:
             )
     if not 1 <= asked.batch <= 1024:
         raise SettingError(f"batch={asked.batch} is out of range: it must be 1 to 1024 requests")
+    if not 1 <= asked.hosts <= 64:
+        raise SettingError(f"hosts={asked.hosts} is out of range: it must be 1 to 64")
+    if not 0 < asked.network < inf:
+        raise SettingError(f"network={asked.network:g} is out of range: it is in GB/s, above 0")
     return asked
 
 
@@ -112,7 +123,8 @@ def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None
     slots = plan.slots_per_layer - -(-rows * keys // plan.slot_nbytes)
     if plan.elastic:
         slots = room.fitting(plan, plan.budget, (1 + rows) * keys)
-    slots = max(slots, min(k, checkpoint.num_experts))
+    # Each host has as many for its share; those without dense weights have more in truth.
+    slots = min(max(slots, k) * asked.hosts, checkpoint.num_experts)
     prompt_slots, sweep, _ = room.prompt_room(
         checkpoint,
         plan,
@@ -132,6 +144,10 @@ def expected(checkpoint: Checkpoint, asked: Asked, slots: int) -> tuple[Routing,
     found = routing(asked.routing, checkpoint.num_experts)
     hits = found.hit_rate(slots / checkpoint.num_experts, k)
     needed = found.union(asked.batch, k, checkpoint.num_experts)
+    if asked.batch > 1:
+        # What is used much is in slots already, so rows rarely share what has to be read.
+        misses = min(asked.batch * k * (1 - hits), needed)
+        hits = 1 - misses / needed
     return found, hits, needed
 
 
@@ -153,17 +169,21 @@ def speed(
     k = asked.experts
     model = Geometry.of(checkpoint)
     found, hits, needed = expected(checkpoint, asked, split.slots)
+    _, hits_alone, _ = expected(checkpoint, replace(asked, batch=1), split.slots)
+    if asked.hosts > 1:
+        network = {"network_gb_s": asked.network, "sum_seconds": SUM_SECONDS}
+        costs = replace(costs, hosts=asked.hosts, **network)
     if disk is not None:
         misses = max(1, round(needed * (1 - hits)))
         # What comes between a layer's reads and the next one's: the last expert, launches, dense.
         between = (model.layer_nbytes + model.expert_nbytes) / costs.weights_gb_s / 1e9
         costs = replace(costs, disk_gb_s=disk(misses, costs.layer_seconds + between))
 
-    def step(needed: float, rows: int) -> Step:
+    def step(hits: float, needed: float, rows: int) -> Step:
         return decode(model, costs, k, hits, context=asked.prompt, needed=needed, rows=rows)
 
-    one = step(k, 1)
-    token = step(needed, asked.batch) if asked.batch > 1 else one
+    one = step(hits_alone, k, 1)
+    token = step(hits, needed, asked.batch) if asked.batch > 1 else one
     until = prompt(
         model,
         costs,

@@ -10,6 +10,9 @@ come before them, and the shared expert and the experts in slots are computed me
 a layer's experts miss is drawn: the mean is taken over the binomial distribution of the hit rate,
 because a layer that misses none waits for nothing. A token is all layers and the head.
 
+Rows of a batch share their reads alone: each goes over the weights by itself, while the experts of
+others are read. Hosts of a cluster share reads and experts, and wait for the network twice a layer.
+
 One layer of a prompt: dense, then max(experts, reads), where each expert of the union is read once
 for all tokens of a sweep. Knows no machine and no file.
 """
@@ -33,6 +36,7 @@ class Geometry:
     layers: all of them; expert_layers: those with experts. layer_nbytes: dense bytes of a layer,
     shared_nbytes of its shared expert, which layer_nbytes does not hold. weights_per_byte: of an
     expert. context_nbytes: keys and values that a token reads of each token before it.
+    row_nbytes: of a hidden state between hosts.
     """
 
     layers: int
@@ -44,6 +48,7 @@ class Geometry:
     head_nbytes: int
     weights_per_byte: float
     context_nbytes: float = 0.0
+    row_nbytes: int = 0
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Geometry:
@@ -64,6 +69,7 @@ class Geometry:
             head_nbytes=head,
             weights_per_byte=3 * config["hidden_size"] * config["moe_intermediate_size"] / expert,
             context_nbytes=(cache_nbytes(checkpoint, 512) - cache_nbytes(checkpoint, 256)) / 256,
+            row_nbytes=4 * config["hidden_size"],
         )
 
 
@@ -76,7 +82,9 @@ class Costs:
     read as decoding reads them. prompt_gflops: arithmetic of many tokens. as_they_land: see above.
     cached_gb_s: experts that the page cache holds, where an engine has no slots of its own.
     overlap: whether anything is computed while reads are in flight. fresh_gb_s: memory that the
-    system gives, which the first reads into slots wait for.
+    system gives, which the first reads into slots wait for. hosts: like this one, which share the
+    experts; network_gb_s and sum_seconds: of the network between them, and until a sum of a few
+    bytes is made.
     """
 
     weights_gb_s: float
@@ -87,15 +95,19 @@ class Costs:
     cached_gb_s: float = inf
     overlap: bool = True
     fresh_gb_s: float = inf
+    hosts: int = 1
+    network_gb_s: float = inf
+    sum_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of decoding. seconds: all of it, which is the sum of launches, compute and waiting.
+    """One step of decoding. seconds: all of it, which is the sum of launches, compute, network and
+    waiting, unless rows overlap.
 
     rows: tokens that it decodes, one of each request. needed: experts of a layer. reading: seconds
     that the drive works. read_nbytes: from the drive. bound: what it would gain most from if that
-    took no time: "disk", "compute" or "launches".
+    took no time: "disk", "compute", "launches" or "network".
     """
 
     rows: int
@@ -103,6 +115,7 @@ class Step:
     seconds: float
     launches: float
     compute: float
+    network: float
     waiting: float
     reading: float
     read_nbytes: float
@@ -157,9 +170,11 @@ def decode(
         "disk": replace(costs, disk_gb_s=inf, cached_gb_s=inf),
         "compute": replace(costs, weights_gb_s=inf, prompt_gflops=inf),
         "launches": replace(costs, layer_seconds=0.0),
+        "network": replace(costs, sum_seconds=0.0, network_gb_s=inf),
     }
-    launches = model.layers * costs.layer_seconds
-    compute = _compute(model, costs, k, needed, rows) + keys / costs.weights_gb_s / 1e9
+    launches = rows * model.layers * costs.layer_seconds
+    compute = _compute(model, costs, k, rows) + keys / costs.weights_gb_s / 1e9
+    network = model.expert_layers * _network(model, costs, k, rows)
     read = model.expert_layers * needed * (1 - hit_rate) * model.expert_nbytes
     cached = model.expert_layers * needed * hit_rate * model.expert_nbytes
     return Step(
@@ -168,44 +183,57 @@ def decode(
         seconds=total,
         launches=launches,
         compute=compute,
-        waiting=max(0.0, total - launches - compute),
-        reading=read / costs.disk_gb_s / 1e9 + cached / costs.cached_gb_s / 1e9,
+        network=network,
+        waiting=max(0.0, total - launches - compute - network),
+        reading=read / costs.disk_gb_s / 1e9 / costs.hosts + cached / costs.cached_gb_s / 1e9,
         read_nbytes=read,
         bound=min(free, key=lambda name: seconds(free[name])),
     )
 
 
 def _seconds(model, costs: Costs, k: int, hit_rate: float, needed: int, rows: int) -> float:
-    one = _weights(model, costs, model.expert_nbytes, rows * k / needed)
-    shared = _weights(model, costs, model.shared_nbytes, rows)
-    dense = _weights(model, costs, model.layer_nbytes, rows)
-    from_disk = model.expert_nbytes / costs.disk_gb_s / 1e9
+    one = model.expert_nbytes / costs.weights_gb_s / 1e9
+    shared = model.shared_nbytes / costs.weights_gb_s / 1e9
+    before = costs.layer_seconds + model.layer_nbytes / costs.weights_gb_s / 1e9
+    from_disk = model.expert_nbytes / costs.disk_gb_s / 1e9 / costs.hosts
     from_cache = model.expert_nbytes / costs.cached_gb_s / 1e9
+    experts = rows * (shared + k * one / costs.hosts)
     layer = 0.0
     for misses in range(needed + 1):
         hits = needed - misses
         chance = comb(needed, misses) * (1 - hit_rate) ** misses * hit_rate**hits
         reads = misses * from_disk + hits * from_cache
         if not costs.overlap:
-            step = shared + needed * one + reads
+            step = rows * before + experts + reads
+        elif rows > 1:
+            # Two halves: one computes while the other's experts are read.
+            step = max(rows * before + experts, reads)
         elif costs.as_they_land:
-            step = max(shared + needed * one, reads + (one if misses else 0.0))
+            step = before + max(experts, reads + (one if misses else 0.0))
         else:
-            step = max(shared + hits * one, reads) + misses * one
+            rest = misses * one / costs.hosts
+            step = before + max(experts - rest, reads) + rest
         layer += chance * step
     rest = model.layers - model.expert_layers
     return (
-        model.layers * (costs.layer_seconds + dense)
-        + model.expert_layers * layer
-        + rest * shared
-        + _weights(model, costs, model.head_nbytes, rows)
+        model.expert_layers * (layer + _network(model, costs, k, rows))
+        + rest * rows * (before + shared)
+        + rows * model.head_nbytes / costs.weights_gb_s / 1e9
     )
 
 
-def _compute(model: Geometry, costs: Costs, k: int, needed: int, rows: int) -> float:
+def _network(model: Geometry, costs: Costs, k: int, rows: int) -> float:
+    """Of a layer: rows to the other hosts, and K results of each back, in two sums."""
+    if costs.hosts == 1:
+        return 0.0
+    nbytes = rows * (1 + k) * model.row_nbytes
+    return 2 * costs.sum_seconds + nbytes / costs.network_gb_s / 1e9
+
+
+def _compute(model: Geometry, costs: Costs, k: int, rows: int) -> float:
     dense = model.layers * (model.layer_nbytes + model.shared_nbytes) + model.head_nbytes
-    experts = model.expert_layers * needed * model.expert_nbytes
-    return _weights(model, costs, dense, rows) + _weights(model, costs, experts, rows * k / needed)
+    experts = model.expert_layers * k * model.expert_nbytes / costs.hosts
+    return rows * (dense + experts) / costs.weights_gb_s / 1e9
 
 
 def _weights(model: Geometry, costs: Costs, nbytes: float, rows: float) -> float:
@@ -242,12 +270,14 @@ def prompt(
         union = routing.union(rows, k, model.experts)
         # What an earlier sweep left in the slots.
         missing = union * (1 - (slots / model.experts if number else 0))
-        reads = missing * model.expert_nbytes / costs.disk_gb_s / 1e9
+        reads = missing * model.expert_nbytes / costs.disk_gb_s / 1e9 / costs.hosts
         if not number:
             reads += min(missing, slots) * model.expert_nbytes / costs.fresh_gb_s / 1e9
         dense = costs.layer_seconds + _weights(model, costs, model.layer_nbytes, rows)
         dense += _weights(model, costs, model.shared_nbytes, rows)
         experts = union * _weights(model, costs, model.expert_nbytes, rows * k / union)
+        experts /= costs.hosts
+        dense += _network(model, costs, k, rows)
         seconds += model.layers * dense
         seconds += model.expert_layers * (max(experts, reads) if costs.overlap else experts + reads)
         compute += model.layers * dense + model.expert_layers * experts
