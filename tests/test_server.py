@@ -272,13 +272,17 @@ def test_request_that_waits_outlives_its_client(server, toy):
     until(lambda: idle(toy))
 
 
-def test_client_that_waits_hears_nothing(server, toy):
+def test_client_that_waits_hears_nothing(toy):
     """Comments, while others are before it and while a prompt is read."""
     busy = [toy.stream(Request(messages(f"Long {i}."), max_tokens=3000)) for i in range(4)]
     until(lambda: toy.rows == 4)
     fields = body("word " * 2500, max_tokens=2, stream=True)
     heard = []
-    with httpx.stream("POST", server.url + "/chat/completions", json=fields, timeout=20) as answer:
+    with (
+        # Shorter than any step, so that there is a silence after each.
+        serve(toy, limits=Limits(pause=0.0002)) as server,
+        httpx.stream("POST", server.url + "/chat/completions", json=fields, timeout=20) as answer,
+    ):
         for line in answer.iter_lines():
             heard.append(line)
             if line == ": waiting":
