@@ -206,7 +206,7 @@ def test_figures_are_missing(model):
     figures = response.response_json
     assert set(figures) == {
         *("finish_reason", "tokens_per_second", "time_to_first_token", "experts", "activations"),
-        *("trained_experts", "bits", "hit_rate", "bytes_read", "bytes_per_token"),
+        *("batch", "trained_experts", "bits", "hit_rate", "bytes_read", "bytes_per_token"),
         *("io_wait_seconds", "steps", "peak_memory", "path", "ops"),
     }
     assert response.resolved_model == DEMO

@@ -22,6 +22,7 @@ from langchain_flashmoe.chunks import Translator
 
 END = End(
     finish_reason="tool_calls",
+    batch=1,
     prompt_tokens=20,
     cached_tokens=12,
     generated_tokens=9,
