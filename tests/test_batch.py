@@ -151,6 +151,22 @@ def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
     model.close()
 
 
+def test_halves_go_one_after_the_other(tmp_path):
+    """They take turns at each layer, where the slots hold the experts of both."""
+    model = load_streaming(Checkpoint.open(write_toy(tmp_path / "toy", num_experts=27)), slots=26)
+    caches = [make_prompt_cache(model) for _ in range(4)]
+    sweep(model, [Piece([i, 30 + i], c) for i, c in enumerate(caches)])
+    entered = []
+    model.watch.entered = entered.append
+    sweep(model, [Piece([i], c, step=True) for i, c in enumerate(caches)])
+    assert entered == [0, 0, 1, 1, 2, 2, 3, 3]
+    model.room._resize(5)
+    entered.clear()
+    sweep(model, [Piece([i], c, step=True) for i, c in enumerate(caches)])
+    assert entered == [0, 1, 2, 3]
+    model.close()
+
+
 def test_batch_reads_an_expert_twice(tmp_path):
     checkpoint = Checkpoint.open(write_toy(tmp_path / "toy", num_experts=11))
     model = load_streaming(checkpoint, slots=5)
