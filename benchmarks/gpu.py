@@ -1,6 +1,6 @@
 """The GPU kernels of the expert block, and whole models through them, beside stock MLX.
 
-    python benchmarks/gpu.py [--work DIR] [--only check block rows model streaming]
+    python benchmarks/gpu.py [--work DIR] [--only SECTION]...
 
 The physics: a token reads each weight of its K experts once, so a block cannot take less than
 K * 7.08 MB / B (397B geometry, 4 bits, group 64), with B the bandwidth of the GPU's memory, which
@@ -10,7 +10,9 @@ follow each other in a model: each takes what the one before gave, and both side
 hold. Rounds alternate between both sides; figures are medians.
 
     check      errors against float64, in units of what rounding the result costs
-    block      gate, up, SwiGLU, down, weighted sum: K = 4 and 10; then with shared expert
+    block      gate, up, SwiGLU, down, weighted sum, by the clock: K = 4 and 10, with and without
+               the shared expert, a compiled piece for each block and for all of a chain
+    kernels    the same, and single rows, by the GPU's own clock (needs PyTorch, for its profiler)
     rows       the same for 1 to 32 tokens: where `gather_qmm` takes over
     model      60 layers, experts resident, K = 4: tokens/s beside stock mlx-lm, and the errors of
                both against stock in float32
@@ -33,103 +35,17 @@ import click
 import mlx.core as mx
 import numpy as np
 import synth
+from gpu_block import Block, first, float64, product, stack
+from gpu_time import busy
 
 from flashmoe.ops.fused import MOST_ROWS
-from flashmoe_metal.down import Shared, down
-from flashmoe_metal.gate_up import gate_up
 from flashmoe_metal.kernel import available
-from flashmoe_metal.matrix import Matrix
+from flashmoe_metal.matvec import matvec
 from flashmoe_metal.router import router
 
 HIDDEN, EXPERT, SLOTS, VOCAB = 4096, 1024, 64, 248320
-ROUNDS, CHAIN = 7, 40
-SECTIONS = ("check", "block", "rows", "model", "streaming")
-
-
-def stack(slots: int, rows: int, columns: int, bits: int = 4, group: int = 64) -> Matrix:
-    """Random codes, scaled so that a product keeps the size of its input."""
-    words = mx.random.randint(0, 1 << 16, (slots, rows, columns * bits // 16)).astype(mx.uint16)
-    low = columns**-0.5 * 12**0.5 / 2**bits
-    scales = mx.random.uniform(0.75 * low, 1.25 * low, (slots, rows, columns // group))
-    scales = scales.astype(mx.bfloat16)
-    biases = (scales.astype(mx.float32) * (-(2**bits - 1) / 2)).astype(mx.bfloat16)
-    found = Matrix(words.view(mx.uint32), scales, biases, bits, group)
-    mx.eval(found.arrays)
-    return found
-
-
-class Block:
-    """The experts of one layer, and a shared one."""
-
-    def __init__(self, slots: int, hidden: int, expert: int, bits: int = 4, group: int = 64):
-        shapes = (expert, hidden), (expert, hidden), (hidden, expert)
-        self.gate, self.up, self.down = (stack(slots, *s, bits, group) for s in shapes)
-        self.shared = [_first(stack(1, *s, bits, group)) for s in shapes]
-
-    def nbytes(self, k: int) -> int:
-        """Of K experts."""
-        total = sum(a.nbytes for m in (self.gate, self.up, self.down) for a in m.arrays)
-        return total * k // self.gate.weight.shape[0]
-
-    def ours(self, x, slots, scores, logits=None):
-        with_shared = logits is not None
-        h, shared_h = gate_up(
-            x, slots, self.gate, self.up, self.shared[:2] if with_shared else None
-        )
-        shared = Shared(shared_h, self.shared[2], logits) if with_shared else None
-        return down(h, slots, scores, self.down, x.dtype, shared=shared)
-
-    def stock(self, x, slots, scores, logits=None):
-        """As mlx-lm's blocks compute it."""
-        from mlx_lm.models.activations import swiglu
-
-        rows = x[:, None, None]
-        h = swiglu(_gather(rows, self.gate, slots), _gather(rows, self.up, slots))
-        y = (_gather(h, self.down, slots).squeeze(-2) * scores[..., None]).sum(-2)
-        if logits is not None:
-            gate, up, last = self.shared
-            shared = _product(swiglu(_product(x, gate), _product(x, up)), last)
-            y = y + mx.sigmoid(logits) * shared
-        return y
-
-    def exact(self, x, slots, scores, logits) -> tuple[np.ndarray, np.ndarray]:
-        """In float64, and the sum of what is added up for each element, without signs."""
-        x, scores, logits = map(_float64, (x, scores, logits))
-        total, size = np.zeros_like(x), np.zeros_like(x)
-        for t, row in enumerate(np.array(slots)):
-            experts = [[_dense(m, int(s)) for m in (self.gate, self.up, self.down)] for s in row]
-            terms = list(zip(experts, scores[t], strict=True))
-            terms.append(([_dense(m) for m in self.shared], 1 / (1 + np.exp(-logits[t, 0]))))
-            for (gate, up, last), weight in terms:
-                g = gate @ x[t]
-                h = g / (1 + np.exp(-g)) * (up @ x[t])
-                total[t] += weight * (last @ h)
-                size[t] += np.abs(weight) * (np.abs(last) @ np.abs(h))
-        return total, size
-
-
-def _first(m: Matrix) -> Matrix:
-    return Matrix(m.weight[0], m.scales[0], m.biases[0], m.bits, m.group_size)
-
-
-def _gather(x, m: Matrix, slots):
-    kind = {"transpose": True, "group_size": m.group_size, "bits": m.bits}
-    return mx.gather_qmm(x, m.weight, m.scales, m.biases, rhs_indices=slots, **kind)
-
-
-def _product(x, m: Matrix):
-    kind = {"transpose": True, "group_size": m.group_size, "bits": m.bits}
-    return mx.quantized_matmul(x, m.weight, m.scales, m.biases, **kind)
-
-
-def _float64(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
-
-
-def _dense(m: Matrix, slot: int | None = None) -> np.ndarray:
-    w, s, b = m.arrays if slot is None else (a[slot] for a in m.arrays)
-    s, b = s.astype(mx.float32), b.astype(mx.float32)
-    return _float64(mx.dequantize(w, s, b, group_size=m.group_size, bits=m.bits))
+ROUNDS, CHAIN = 7, 240
+SECTIONS = ("check", "block", "kernels", "rows", "model", "streaming")
 
 
 def choices(rows: int, k: int, slots: int, count: int = 16) -> list[mx.array]:
@@ -185,7 +101,7 @@ def check(small: bool) -> dict:
         logits = mx.random.normal((rows, 1)).astype(mx.bfloat16)
         chosen = choices(rows, k, slots, 1)[0]
         scores = mx.softmax(mx.random.normal((rows, k)), axis=-1)
-        y = _float64(block.ours(x, chosen, scores, logits))
+        y = float64(block.ours(x, chosen, scores, logits))
         exact, size = block.exact(x, chosen, scores, logits)
         allowed = 2.0**-8 * np.abs(exact) + 2.0**-20 * size
         found[f"{bits} bits, K={k}"] = round(float((np.abs(y - exact) / allowed).max()), 3)
@@ -197,36 +113,54 @@ def check(small: bool) -> dict:
     return found
 
 
+class Chains:
+    """Chains of blocks, each of which takes what the one before gave, as in a model.
+
+    Args:
+        k: experts of a token.
+        calls: of a chain.
+    """
+
+    def __init__(self, layer: Block, k: int, calls: int = CHAIN):
+        self.k, self.calls, self._layer = k, calls, layer
+        self._x = mx.random.normal((1, HIDDEN)).astype(mx.bfloat16)
+        self._logits = mx.zeros((1, 1), mx.bfloat16)
+        self._scores = mx.full((1, k), 1 / k)
+        self._low = self._scores.astype(mx.bfloat16)
+        self._chosen = choices(1, k, SLOTS)
+        mx.eval(self._x, self._logits, self._scores, self._low, self._chosen)
+
+    def of(self, side: str, way: str = "", shared: bool = False) -> Callable[[], None]:
+        """What runs a chain.
+
+        side: "stock" or "ours".
+        way: "" compiles a block, "one piece" all of the chain, "not compiled" nothing.
+        """
+        block = getattr(self._layer, side)
+        rest = (self._scores if side == "ours" else self._low, *([self._logits] * shared))
+        step = mx.compile(block) if not way else block
+
+        def chain(y):
+            for i in range(self.calls):
+                y = step(y, self._chosen[i % len(self._chosen)], *rest)
+            return y
+
+        whole = mx.compile(chain) if way == "one piece" else chain
+        return lambda: mx.eval(whole(self._x))
+
+
 def block(peak: float) -> dict:
     found = {}
     layer = Block(SLOTS, HIDDEN, EXPERT)
-    x = mx.random.normal((1, HIDDEN)).astype(mx.bfloat16)
-    logits = mx.zeros((1, 1), mx.bfloat16)
     for k in (4, 10):
-        scores = mx.full((1, k), 1 / k)
-        low = scores.astype(mx.bfloat16)
-        chosen = choices(1, k, SLOTS)
-        mx.eval(x, logits, scores, low, chosen)
-
-        def chain(f, scores, *rest, chosen=chosen, compiled=True):
-            step = mx.compile(f) if compiled else f
-
-            def run():
-                y = x
-                for i in range(CHAIN):
-                    y = step(y, chosen[i % len(chosen)], scores, *rest)
-                mx.eval(y)
-
-            return run
-
+        chains = Chains(layer, k)
+        kinds = {"": {}, ", shared": {"shared": True}}
+        kinds |= {f", {way}": {"way": way} for way in ("one piece", "not compiled")}
         seconds = alternated(
             {
-                "stock": chain(layer.stock, low),
-                "ours": chain(layer.ours, scores),
-                "stock, shared": chain(layer.stock, low, logits),
-                "ours, shared": chain(layer.ours, scores, logits),
-                "stock, not compiled": chain(layer.stock, low, compiled=False),
-                "ours, not compiled": chain(layer.ours, scores, compiled=False),
+                side + name: chains.of(side, **kind)
+                for name, kind in kinds.items()
+                for side in ("stock", "ours")
             }
         )
         us = {name: round(s / CHAIN * 1e6, 1) for name, s in seconds.items()}
@@ -236,36 +170,74 @@ def block(peak: float) -> dict:
             "MB": round(layer.nbytes(k) / 1e6, 1),
             "GB/s": round(rate),
             "share of the copy": round(rate / peak, 3),
-            "ratio": round(us["stock"] / us["ours"], 2),
-            "ratio, shared": round(us["stock, shared"] / us["ours, shared"], 2),
+            "ratio": {n.strip(", "): round(us[f"stock{n}"] / us[f"ours{n}"], 2) for n in kinds},
         }
     return found
+
+
+def kernels(peak: float) -> dict:
+    """us that the GPU itself is busy, a block and a product of one row."""
+    layer = Block(SLOTS, HIDDEN, EXPERT)
+    found = {}
+    for k in (4, 10):
+        chains = Chains(layer, k)
+        parts = {side: busy(chains.of(side), CHAIN) for side in ("stock", "ours")}
+        found[f"block, K={k}"] = _beside(parts, layer.nbytes(k), peak)
+    for rows, columns in ((20608, 4096), (4096, 8192)):
+        found[f"{rows} x {columns}"] = _products(rows, columns, peak)
+    return found
+
+
+def _products(rows: int, columns: int, peak: float) -> dict:
+    # More matrices than caches hold.
+    matrices = [first(stack(1, rows, columns)) for _ in range(8)]
+    x = mx.random.normal((1, columns)).astype(mx.bfloat16)
+
+    def one_by_one(f):
+        for m in matrices:
+            mx.eval(f(x, m))
+
+    parts = {
+        "stock": busy(lambda: one_by_one(product), len(matrices)),
+        "ours": busy(lambda: one_by_one(matvec), len(matrices)),
+    }
+    return _beside(parts, sum(a.nbytes for a in matrices[0].arrays), peak)
+
+
+def _beside(parts: dict[str, dict[str, float]], nbytes: int, peak: float) -> dict:
+    us = {side: p.pop("all") for side, p in parts.items()}
+    rate = nbytes / us["ours"] / 1e3
+    found = {"us": us, "ratio": round(us["stock"] / us["ours"], 2)}
+    found |= {"GB/s": round(rate), "share of the copy": round(rate / peak, 3)}
+    return found | {"parts": parts}
 
 
 def rows() -> dict:
     """us a block of K=10 for so many tokens, ours and stock's."""
     layer = Block(SLOTS, HIDDEN, EXPERT)
     found = {}
-    for count in (1, 2, 4, 8, 16, 32):
+    for count in (1, 2, 4, 8, 16, 32, 64, 128):
         x = mx.random.normal((count, HIDDEN)).astype(mx.bfloat16)
         scores = mx.full((count, 10), 0.1)
         low = scores.astype(mx.bfloat16)
         chosen = choices(count, 10, SLOTS, 4)
         mx.eval(x, scores, low, chosen)
 
-        def chain(f, scores, x=x, chosen=chosen):
+        calls = max(8, 120 // count)
+
+        def chain(f, scores, x=x, chosen=chosen, calls=calls):
             step = mx.compile(f)
 
             def run():
                 y = x
-                for slots in chosen:
-                    y = step(y, slots, scores)
+                for i in range(calls):
+                    y = step(y, chosen[i % len(chosen)], scores)
                 mx.eval(y)
 
             return run
 
         seconds = alternated({"ours": chain(layer.ours, scores), "stock": chain(layer.stock, low)})
-        us = {name: round(s / len(chosen) * 1e6) for name, s in seconds.items()}
+        us = {name: round(s / calls * 1e6) for name, s in seconds.items()}
         found[count] = us | {"ratio": round(us["stock"] / us["ours"], 2)}
     return found | {"kernels take": MOST_ROWS}
 
@@ -297,7 +269,7 @@ def forced(model, tokens: list[int]) -> np.ndarray:
     cache = model.make_cache()
     found = []
     for token in tokens:
-        found.append(_float64(model(mx.array([[token]]), cache))[0, -1])
+        found.append(float64(model(mx.array([[token]]), cache))[0, -1])
     return np.array(found)
 
 
@@ -308,6 +280,11 @@ def checkpoint(work: Path, **geometry) -> Path:
     return path
 
 
+def say(what) -> None:
+    """Where a long run is."""
+    click.echo(f"{time.strftime('%X')} {what}", err=True)
+
+
 def model(work: Path, layers: int, experts: int) -> dict:
     from mlx_lm.utils import load_model
 
@@ -315,17 +292,21 @@ def model(work: Path, layers: int, experts: int) -> dict:
     from flashmoe.loading import load_streaming
 
     path = checkpoint(work, layers=layers, experts=experts, vocab=VOCAB)
+    say("written")
     stock, _ = load_model(path)
     for block in (layer.mlp for layer in stock.layers):
         block.top_k = 4
     ours = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
     # Long enough to need every expert of every layer.
     prompt = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
+    say("loaded")
     sides = {"stock": Decoding(stock, prompt), "ours": Decoding(ours, prompt)}
+    say("prompts read")
     settled = sum(layer.mlp.switch_mlp.settled for layer in ours.layers)
     steps = 20
     seconds = alternated({n: (lambda s=s: s.run(steps)) for n, s in sides.items()}, rounds=5)
     rates = {f"{n} tokens/s": round(steps / s, 1) for n, s in seconds.items()}
+    say(rates)
     # Random weights of many layers amplify rounding, of both in the same way.
     tokens = prompt[:6]
     errors = {"stock": forced(stock, tokens), "ours": forced(ours, tokens)}
@@ -395,11 +376,12 @@ def main(work, only, layers, experts, small, keep):
     only = only or SECTIONS
     mx.random.seed(0)
     result: dict = {"benchmark": "gpu", "device": mx.device_info(), "mlx": mx.__version__}
-    if "block" in only:
+    if {"block", "kernels"} & set(only):
         result["copy GB/s"] = round(bandwidth())
     sections = {
         "check": lambda: check(small),
         "block": lambda: block(result["copy GB/s"]),
+        "kernels": lambda: kernels(result["copy GB/s"]),
         "rows": rows,
         "model": lambda: model(work, layers, experts),
         "streaming": lambda: streaming(work, layers=8, experts=128, slots=32),

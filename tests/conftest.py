@@ -18,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Background jobs of a shell without job control ignore Ctrl-C, and hand that on to what they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before anything imports mlx: on an NVIDIA GPU it shortens the float32 factors of a product.
+os.environ["MLX_ENABLE_TF32"] = "0"
 # Before anything imports transformers or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Prompt states of tests, and of the processes they start, stay out of the user's own.

@@ -1,0 +1,102 @@
+"""The expert block that benchmarks/gpu.py times: by our kernels, by stock MLX, and in float64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
+
+from flashmoe_metal.down import Shared, down
+from flashmoe_metal.gate_up import gate_up
+from flashmoe_metal.matrix import Matrix
+
+
+def stack(slots: int, rows: int, columns: int, bits: int = 4, group: int = 64) -> Matrix:
+    """Random codes, scaled so that a product keeps the size of its input."""
+    words = mx.random.randint(0, 1 << 16, (slots, rows, columns * bits // 16)).astype(mx.uint16)
+    low = columns**-0.5 * 12**0.5 / 2**bits
+    scales = mx.random.uniform(0.75 * low, 1.25 * low, (slots, rows, columns // group))
+    scales = scales.astype(mx.bfloat16)
+    biases = (scales.astype(mx.float32) * (-(2**bits - 1) / 2)).astype(mx.bfloat16)
+    found = Matrix(words.view(mx.uint32), scales, biases, bits, group)
+    mx.eval(found.arrays)
+    return found
+
+
+class Block:
+    """The experts of one layer, and a shared one."""
+
+    def __init__(self, slots: int, hidden: int, expert: int, bits: int = 4, group: int = 64):
+        shapes = (expert, hidden), (expert, hidden), (hidden, expert)
+        self.gate, self.up, self.down = (stack(slots, *s, bits, group) for s in shapes)
+        self.shared = [first(stack(1, *s, bits, group)) for s in shapes]
+
+    def nbytes(self, k: int) -> int:
+        """Of K experts."""
+        total = sum(a.nbytes for m in (self.gate, self.up, self.down) for a in m.arrays)
+        return total * k // self.gate.weight.shape[0]
+
+    def ours(self, x, slots, scores, logits=None):
+        with_shared = logits is not None
+        h, shared_h = gate_up(
+            x, slots, self.gate, self.up, self.shared[:2] if with_shared else None
+        )
+        shared = Shared(shared_h, self.shared[2], logits) if with_shared else None
+        return down(h, slots, scores, self.down, x.dtype, shared=shared)
+
+    def stock(self, x, slots, scores, logits=None):
+        """As mlx-lm's blocks compute it: many pairs are sorted by their experts."""
+        rows, at, back = x[:, None, None], slots, None
+        if slots.size >= 64:
+            rows, at, back = _gather_sort(rows, slots)
+        h = swiglu(_gather(rows, self.gate, at, back), _gather(rows, self.up, at, back))
+        y = _gather(h, self.down, at, back)
+        if back is not None:
+            y = _scatter_unsort(y, back, slots.shape)
+        y = (y.squeeze(-2) * scores[..., None]).sum(-2)
+        if logits is not None:
+            gate, up, last = self.shared
+            shared = product(swiglu(product(x, gate), product(x, up)), last)
+            y = y + mx.sigmoid(logits) * shared
+        return y
+
+    def exact(self, x, slots, scores, logits) -> tuple[np.ndarray, np.ndarray]:
+        """In float64, and the sum of what is added up for each element, without signs."""
+        x, scores, logits = map(float64, (x, scores, logits))
+        total, size = np.zeros_like(x), np.zeros_like(x)
+        for t, row in enumerate(np.array(slots)):
+            experts = [[_dense(m, int(s)) for m in (self.gate, self.up, self.down)] for s in row]
+            terms = list(zip(experts, scores[t], strict=True))
+            terms.append(([_dense(m) for m in self.shared], 1 / (1 + np.exp(-logits[t, 0]))))
+            for (gate, up, last), weight in terms:
+                g = gate @ x[t]
+                h = g / (1 + np.exp(-g)) * (up @ x[t])
+                total[t] += weight * (last @ h)
+                size[t] += np.abs(weight) * (np.abs(last) @ np.abs(h))
+        return total, size
+
+
+def first(m: Matrix) -> Matrix:
+    return Matrix(m.weight[0], m.scales[0], m.biases[0], m.bits, m.group_size)
+
+
+def _gather(x, m: Matrix, slots, back):
+    kind = {"transpose": True, "group_size": m.group_size, "bits": m.bits}
+    kind |= {"rhs_indices": slots, "sorted_indices": back is not None}
+    return mx.gather_qmm(x, m.weight, m.scales, m.biases, **kind)
+
+
+def product(x, m: Matrix):
+    kind = {"transpose": True, "group_size": m.group_size, "bits": m.bits}
+    return mx.quantized_matmul(x, m.weight, m.scales, m.biases, **kind)
+
+
+def float64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def _dense(m: Matrix, slot: int | None = None) -> np.ndarray:
+    w, s, b = m.arrays if slot is None else (a[slot] for a in m.arrays)
+    s, b = s.astype(mx.float32), b.astype(mx.float32)
+    return float64(mx.dequantize(w, s, b, group_size=m.group_size, bits=m.bits))
