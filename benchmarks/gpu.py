@@ -35,7 +35,23 @@ import click
 import mlx.core as mx
 import numpy as np
 import synth
-from gpu_block import Block, first, float64, product, stack
+from gpu_block import (
+    CHAIN,
+    EXPERT,
+    HIDDEN,
+    KINDS,
+    SLOTS,
+    Block,
+    Chains,
+    chains,
+    choices,
+    expert_nbytes,
+    first,
+    float64,
+    product,
+    stack,
+)
+from gpu_sides import Sides
 from gpu_time import busy
 
 from flashmoe.ops.fused import MOST_ROWS
@@ -43,16 +59,8 @@ from flashmoe_metal.kernel import available
 from flashmoe_metal.matvec import matvec
 from flashmoe_metal.router import router
 
-HIDDEN, EXPERT, SLOTS, VOCAB = 4096, 1024, 64, 248320
-ROUNDS, CHAIN = 7, 240
+VOCAB, ROUNDS = 248320, 7
 SECTIONS = ("check", "block", "kernels", "rows", "model", "streaming")
-
-
-def choices(rows: int, k: int, slots: int, count: int = 16) -> list[mx.array]:
-    """Slots of some calls, (rows, k) each."""
-    rng = np.random.default_rng(0)
-    draws = [[rng.permutation(slots)[:k] for _ in range(rows)] for _ in range(count)]
-    return [mx.array(np.array(d, np.uint32)) for d in draws]
 
 
 def bandwidth() -> float:
@@ -113,66 +121,28 @@ def check(small: bool) -> dict:
     return found
 
 
-class Chains:
-    """Chains of blocks, each of which takes what the one before gave, as in a model.
-
-    Args:
-        k: experts of a token.
-        calls: of a chain.
-    """
-
-    def __init__(self, layer: Block, k: int, calls: int = CHAIN):
-        self.k, self.calls, self._layer = k, calls, layer
-        self._x = mx.random.normal((1, HIDDEN)).astype(mx.bfloat16)
-        self._logits = mx.zeros((1, 1), mx.bfloat16)
-        self._scores = mx.full((1, k), 1 / k)
-        self._low = self._scores.astype(mx.bfloat16)
-        self._chosen = choices(1, k, SLOTS)
-        mx.eval(self._x, self._logits, self._scores, self._low, self._chosen)
-
-    def of(self, side: str, way: str = "", shared: bool = False) -> Callable[[], None]:
-        """What runs a chain.
-
-        side: "stock" or "ours".
-        way: "" compiles a block, "one piece" all of the chain, "not compiled" nothing.
-        """
-        block = getattr(self._layer, side)
-        rest = (self._scores if side == "ours" else self._low, *([self._logits] * shared))
-        step = mx.compile(block) if not way else block
-
-        def chain(y):
-            for i in range(self.calls):
-                y = step(y, self._chosen[i % len(self._chosen)], *rest)
-            return y
-
-        whole = mx.compile(chain) if way == "one piece" else chain
-        return lambda: mx.eval(whole(self._x))
-
-
 def block(peak: float) -> dict:
     found = {}
-    layer = Block(SLOTS, HIDDEN, EXPERT)
-    for k in (4, 10):
-        chains = Chains(layer, k)
-        kinds = {"": {}, ", shared": {"shared": True}}
-        kinds |= {f", {way}": {"way": way} for way in ("one piece", "not compiled")}
-        seconds = alternated(
-            {
-                side + name: chains.of(side, **kind)
-                for name, kind in kinds.items()
-                for side in ("stock", "ours")
+    with Sides(chains) as sides:
+        for k in (4, 10):
+            us = {}
+            for kind in KINDS:
+                seconds = sides.alternated(f"K={k}{kind}", ROUNDS)
+                us[kind.strip(", ")] = {n: round(s / CHAIN * 1e6, 1) for n, s in seconds.items()}
+            nbytes = expert_nbytes() * k
+            rate = nbytes / (us[""]["ours"] * 1e3)
+            found[f"K={k}"] = {
+                "us": us,
+                "ratio": {kind: _ratios(times) for kind, times in us.items()},
+                "MB": round(nbytes / 1e6, 1),
+                "GB/s": round(rate),
+                "share of the copy": round(rate / peak, 3),
             }
-        )
-        us = {name: round(s / CHAIN * 1e6, 1) for name, s in seconds.items()}
-        rate = layer.nbytes(k) / (us["ours"] * 1e3)
-        found[f"K={k}"] = {
-            "us": us,
-            "MB": round(layer.nbytes(k) / 1e6, 1),
-            "GB/s": round(rate),
-            "share of the copy": round(rate / peak, 3),
-            "ratio": {n.strip(", "): round(us[f"stock{n}"] / us[f"ours{n}"], 2) for n in kinds},
-        }
     return found
+
+
+def _ratios(times: dict[str, float]) -> dict[str, float]:
+    return {n: round(t / times["ours"], 2) for n, t in times.items() if n != "ours"}
 
 
 def kernels(peak: float) -> dict:
@@ -180,9 +150,9 @@ def kernels(peak: float) -> dict:
     layer = Block(SLOTS, HIDDEN, EXPERT)
     found = {}
     for k in (4, 10):
-        chains = Chains(layer, k)
-        parts = {side: busy(chains.of(side), CHAIN) for side in ("stock", "ours")}
-        found[f"block, K={k}"] = _beside(parts, layer.nbytes(k), peak)
+        of = Chains(layer, k)
+        parts = {side: busy(of.of(side), CHAIN) for side in ("stock", "ours")}
+        found[f"block, K={k}"] = _beside(parts, expert_nbytes() * k, peak)
     for rows, columns in ((20608, 4096), (4096, 8192)):
         found[f"{rows} x {columns}"] = _products(rows, columns, peak)
     return found
@@ -285,40 +255,55 @@ def say(what) -> None:
     click.echo(f"{time.strftime('%X')} {what}", err=True)
 
 
+def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int) -> dict:
+    """What one side of `model` can run."""
+    if side == "stock":
+        from mlx_lm.utils import load_model
+
+        found, _ = load_model(path)
+        for block in (layer.mlp for layer in found.layers):
+            block.top_k = 4
+    else:
+        from flashmoe.checkpoint import Checkpoint
+        from flashmoe.loading import load_streaming
+
+        found = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
+    run = Decoding(found, prompt)
+    say(f"{side} has read its prompt")
+
+    def exact():
+        found.set_dtype(mx.float32)
+        return forced(found, prompt[:6])
+
+    return {
+        "decode": lambda: run.run(steps),
+        "logits": lambda: forced(found, prompt[:6]),
+        "exact logits": exact,
+        "settled": lambda: sum(layer.mlp.switch_mlp.settled for layer in found.layers),
+    }
+
+
 def model(work: Path, layers: int, experts: int) -> dict:
-    from mlx_lm.utils import load_model
-
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.loading import load_streaming
-
     path = checkpoint(work, layers=layers, experts=experts, vocab=VOCAB)
     say("written")
-    stock, _ = load_model(path)
-    for block in (layer.mlp for layer in stock.layers):
-        block.top_k = 4
-    ours = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
     # Long enough to need every expert of every layer.
-    prompt = np.random.default_rng(0).integers(0, VOCAB, 150).tolist()
-    say("loaded")
-    sides = {"stock": Decoding(stock, prompt), "ours": Decoding(ours, prompt)}
-    say("prompts read")
-    settled = sum(layer.mlp.switch_mlp.settled for layer in ours.layers)
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
     steps = 20
-    seconds = alternated({n: (lambda s=s: s.run(steps)) for n, s in sides.items()}, rounds=5)
-    rates = {f"{n} tokens/s": round(steps / s, 1) for n, s in seconds.items()}
-    say(rates)
-    # Random weights of many layers amplify rounding, of both in the same way.
-    tokens = prompt[:6]
-    errors = {"stock": forced(stock, tokens), "ours": forced(ours, tokens)}
-    stock.set_dtype(mx.float32)
-    exact = forced(stock, tokens)
+    with Sides(decoding, path=path, experts=experts, prompt=prompt, steps=steps) as sides:
+        settled = sides.run("ours", "settled")[1]
+        seconds = sides.alternated("decode", rounds=5)
+        rates = {f"{n}, tokens/s": round(steps / s, 1) for n, s in seconds.items()}
+        say(rates)
+        # Random weights of many layers amplify rounding, of both in the same way.
+        errors = {side: sides.run(side, "logits")[1] for side in ("stock", "ours")}
+        exact = sides.run("stock", "exact logits")[1]
     size = np.sqrt((exact**2).mean())
     return {
         "layers": layers,
         "experts": experts,
         "layers that are settled": settled,
         **rates,
-        "ratio": round(seconds["stock"] / seconds["ours"], 2),
+        "ratio": _ratios(seconds),
         "error of logits, root mean square": {
             n: float(f"{np.sqrt(((e - exact) ** 2).mean()) / size:.3g}") for n, e in errors.items()
         },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.activations import swiglu
@@ -10,6 +12,8 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 from flashmoe_metal.down import Shared, down
 from flashmoe_metal.gate_up import gate_up
 from flashmoe_metal.matrix import Matrix
+
+HIDDEN, EXPERT, SLOTS, CHAIN = 4096, 1024, 64, 240
 
 
 def stack(slots: int, rows: int, columns: int, bits: int = 4, group: int = 64) -> Matrix:
@@ -31,11 +35,8 @@ class Block:
         shapes = (expert, hidden), (expert, hidden), (hidden, expert)
         self.gate, self.up, self.down = (stack(slots, *s, bits, group) for s in shapes)
         self.shared = [first(stack(1, *s, bits, group)) for s in shapes]
-
-    def nbytes(self, k: int) -> int:
-        """Of K experts."""
-        total = sum(a.nbytes for m in (self.gate, self.up, self.down) for a in m.arrays)
-        return total * k // self.gate.weight.shape[0]
+        # A compiled function would compute lazy ones in each call.
+        mx.eval([m.arrays for m in self.shared])
 
     def ours(self, x, slots, scores, logits=None):
         with_shared = logits is not None
@@ -77,6 +78,11 @@ class Block:
         return total, size
 
 
+def expert_nbytes(bits: int = 4, group: int = 64) -> int:
+    """Of the expert that is timed."""
+    return 3 * HIDDEN * EXPERT * bits // 8 + 3 * HIDDEN * EXPERT // group * 4
+
+
 def first(m: Matrix) -> Matrix:
     return Matrix(m.weight[0], m.scales[0], m.biases[0], m.bits, m.group_size)
 
@@ -100,3 +106,65 @@ def _dense(m: Matrix, slot: int | None = None) -> np.ndarray:
     w, s, b = m.arrays if slot is None else (a[slot] for a in m.arrays)
     s, b = s.astype(mx.float32), b.astype(mx.float32)
     return float64(mx.dequantize(w, s, b, group_size=m.group_size, bits=m.bits))
+
+
+def choices(rows: int, k: int, slots: int, count: int = 16) -> list[mx.array]:
+    """Slots of some calls, (rows, k) each."""
+    rng = np.random.default_rng(0)
+    draws = [[rng.permutation(slots)[:k] for _ in range(rows)] for _ in range(count)]
+    return [mx.array(np.array(d, np.uint32)) for d in draws]
+
+
+class Chains:
+    """Chains of blocks, each of which takes what the one before gave, as in a model.
+
+    Args:
+        k: experts of a token.
+        calls: of a chain.
+    """
+
+    def __init__(self, layer: Block, k: int, calls: int = CHAIN):
+        self.k, self.calls, self._layer = k, calls, layer
+        self._x = mx.random.normal((1, HIDDEN)).astype(mx.bfloat16)
+        self._logits = mx.zeros((1, 1), mx.bfloat16)
+        self._scores = mx.full((1, k), 1 / k)
+        self._low = self._scores.astype(mx.bfloat16)
+        self._chosen = choices(1, k, SLOTS)
+        mx.eval(self._x, self._logits, self._scores, self._low, self._chosen)
+
+    def of(self, side: str, way: str = "", shared: bool = False) -> Callable[[], None]:
+        """What runs a chain.
+
+        side: "stock" or "ours".
+        way: "" compiles a block, "one piece" all of the chain, "not compiled" nothing.
+        """
+        block = getattr(self._layer, side)
+        rest = (self._scores if side == "ours" else self._low, *([self._logits] * shared))
+        step = mx.compile(block) if not way else block
+
+        def chain(y):
+            for i in range(self.calls):
+                y = step(y, self._chosen[i % len(self._chosen)], *rest)
+            return y
+
+        whole = mx.compile(chain) if way == "one piece" else chain
+        return lambda: mx.eval(whole(self._x))
+
+
+#: How chains are run: a compiled piece for each block or for all of a chain, or none.
+KINDS = {
+    "": {},
+    ", shared": {"shared": True},
+    ", one piece": {"way": "one piece"},
+    ", not compiled": {"way": "not compiled"},
+}
+
+
+def chains(side: str) -> dict[str, Callable[[], None]]:
+    """All chains of "stock" or "ours", K = 4 and 10."""
+    layer = Block(SLOTS, HIDDEN, EXPERT)
+    found = {}
+    for k in (4, 10):
+        of = Chains(layer, k)
+        found |= {f"K={k}{name}": of.of(side, **kind) for name, kind in KINDS.items()}
+    return found

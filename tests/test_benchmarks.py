@@ -17,9 +17,12 @@ import runs
 import synth
 import synth_gguf
 import timeline
+from gpu_sides import SIDES, Sides
+from gpu_time import union
 from timeline import Span
 
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.ops.fused import SETTINGS
 from launching import launched
 
 ROOT = Path(__file__).parent.parent
@@ -281,3 +284,36 @@ def test_batch_is_not_measured(small):
     assert three["speedup"] == round(three["tokens_per_second"] / one["tokens_per_second"], 3)
     whole = run(*common, "--requests", 6)
     assert whole["3 rows"]["request_bytes"] < whole["1 rows"]["request_bytes"]
+
+
+def test_kernels_side_by_side_count_twice():
+    assert union([(5, 6), (0, 2), (1, 3), (5.5, 5.7), (6, 7)]) == 5
+    assert union([]) == 0
+
+
+def test_large_matrix_has_scales_that_are_no_numbers():
+    """Larger than the tile that its bytes come from."""
+    scales = synth.Tensor("scales", "BF16", (5 << 20, 1), (0.75, 1.25, -7.5), 3)
+    found = np.concatenate([np.frombuffer(p, np.uint16) for p in synth.Source(0).pieces(scales)])
+    values = (found.astype(np.uint32) << 16).view(np.float32)
+    assert values.size == 5 << 20
+    assert -9.5 < values.min() < -9 < -6 < values.max() < -5.5
+
+
+def settings(side: str, shift: int) -> dict:
+    """What one side of a comparison runs: see gpu_sides.py."""
+    return {
+        "whose": lambda: (side, shift),
+        "settings": lambda: {n: os.environ.get(n) for n in SETTINGS},
+    }
+
+
+def test_side_has_the_settings_of_another():
+    with Sides(settings, shift=3) as sides:
+        assert [sides.run(n, "whose")[1] for n in SIDES] == [
+            (side, 3) for side, _ in SIDES.values()
+        ]
+        found = {n: sides.run(n, "settings")[1] for n in SIDES}
+        assert set(sides.alternated("whose", rounds=2)) == set(SIDES)
+    assert found["ours"] == found["stock, our settings"] == SETTINGS
+    assert set(found["stock"].values()) == {None}

@@ -16,7 +16,7 @@ from flashmoe.prefill import prefill
 from flashmoe.resident import load_resident, logits, same
 from flashmoe.switch import StreamingSwitchGLU
 from flashmoe_metal import kernel
-from fused_toys import TOYS, activations, random_tokens, settle, write
+from fused_toys import HIDDEN, TOYS, activations, random_tokens, settle, write
 from launching import launched
 
 ON_GPU = kernel.available()
@@ -130,9 +130,9 @@ def test_layer_settles_with_an_expert_elsewhere(toy, load):
         switch = model._blocks[0].switch_mlp
         numbers = list(range(toy.num_experts))
         for expert in numbers[:-1]:
-            switch(activations(1, 64), mx.array([[expert]]))
+            switch(activations(1, HIDDEN), mx.array([[expert]]))
             assert not switch.settled
-        switch(activations(1, 64), mx.array([numbers[-1:]]))
+        switch(activations(1, HIDDEN), mx.array([numbers[-1:]]))
         assert switch.settled == (slots == toy.num_experts)
     # A read that has not ended: its bytes may not be there.
     model = load()
@@ -267,6 +267,6 @@ def test_step_launches_more_than_it_needs(toy, load, launches):
             # By MLX.
             step = [name for name in step if name != "matvec"]
         launches.clear()
-        x = activations(1, 1, 64).astype(layer.input_layernorm.weight.dtype)
+        x = activations(1, 1, HIDDEN).astype(layer.input_layernorm.weight.dtype)
         mx.eval(layer(x, None, c))
         assert launches == step

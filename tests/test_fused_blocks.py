@@ -12,7 +12,7 @@ from flashmoe.ops import fused, kernel_twins
 from flashmoe.resident import logits, same
 from flashmoe.switch import StreamingSwitchGLU
 from flashmoe_metal import kernel
-from fused_toys import activations, random_tokens, settle, write
+from fused_toys import HIDDEN, activations, random_tokens, settle, write
 from host_memory import HostMailboxes, post
 from launching import launched
 
@@ -53,7 +53,7 @@ def numpy(xs) -> list[np.ndarray]:
 
 
 def pieces(*tokens: int) -> list[mx.array]:
-    return [activations(1, n, 64, seed=i) for i, n in enumerate(tokens)]
+    return [activations(1, n, HIDDEN, seed=i) for i, n in enumerate(tokens)]
 
 
 @pytest.mark.parametrize("tokens", [5, 16])
@@ -101,7 +101,7 @@ def test_lazy_result_reads_a_slot_after_it_was_given_away(load, monkeypatch, row
         for name in ("gate_up", "down", "combine"):
             monkeypatch.setattr(fused, name, getattr(kernel_twins, name))
     switch = load()._blocks[0].switch_mlp
-    x, scores = activations(rows, 64), mx.full((rows, 2), 0.5)
+    x, scores = activations(rows, HIDDEN), mx.full((rows, 2), 0.5)
 
     def call(first: int) -> mx.array:
         indices = mx.broadcast_to(mx.array([first, first + 1]), (rows, 2))
@@ -120,7 +120,7 @@ def test_piece_of_many_rows_is_split_wrongly_by_name(toy, load):
     if not ON_GPU:
         stock.set_dtype(mx.float32)
     ours, theirs = load()._blocks[0], stock.layers[0].mlp
-    x = activations(2, MANY, 64)
+    x = activations(2, MANY, HIDDEN)
     for name in ("gate", "shared_expert_gate"):
         if hasattr(theirs, name):
             a, b = numpy([getattr(ours, name)(x), getattr(theirs, name)(x)])

@@ -19,9 +19,14 @@ from flashmoe_metal.matrix import Matrix, lanes
 
 from . import gather
 
-# MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs.
-# Whole stacks of experts count, so each launch would be a batch of its own.
-os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000000")
+#: MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs, or
+#: so many launches. Whole stacks of experts count, so each launch would be a batch of its own.
+SETTINGS = {"MLX_MAX_MB_PER_BUFFER": "1000000"}
+if mx.cuda.is_available():
+    # The GPU waits until a batch is built, and few launches of ours are much work.
+    SETTINGS["MLX_MAX_OPS_PER_BUFFER"] = "20"
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
 
 #: Launches are what costs: wait for all reads that there are slots for, then compute at once.
 AS_THEY_LAND = False

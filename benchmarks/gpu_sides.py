@@ -1,0 +1,84 @@
+"""The sides of a comparison, each in a process of its own.
+
+MLX reads its settings once. flashmoe sets some (`flashmoe.ops.fused.SETTINGS`) that whoever runs
+stock mlx-lm does not have, so stock is timed with those that it comes with, and with ours as well.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flashmoe.ops.fused import SETTINGS
+
+#: Name of a side: whose code, and whether it has our settings.
+SIDES = {
+    "stock": ("stock", False),
+    "stock, our settings": ("stock", True),
+    "ours": ("ours", True),
+}
+
+
+class Sides:
+    """Processes that each make their side of a comparison, and run it when they are told to.
+
+    Args:
+        make: called in each process with "stock" or "ours" and `arguments`; gives what it can run,
+            by name.
+    """
+
+    def __init__(self, make: Callable[..., dict[str, Callable[[], Any]]], **arguments):
+        self._make, self._arguments = make, arguments
+        self._pipes: dict[str, Any] = {}
+
+    def __enter__(self) -> Sides:
+        context = multiprocessing.get_context("spawn")
+        for name, (side, ours) in SIDES.items():
+            pipe, other = context.Pipe()
+            work = (other, self._make, side, self._arguments, ours)
+            context.Process(target=_work, args=work, daemon=True).start()
+            other.close()
+            pipe.recv()  # one after the other: they share a disk, and compile
+            self._pipes[name] = pipe
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pipe in self._pipes.values():
+            pipe.close()
+
+    def run(self, side: str, what: str) -> tuple[float, Any]:
+        """Seconds, and what it gave."""
+        self._pipes[side].send(what)
+        return self._pipes[side].recv()
+
+    def alternated(self, what: str, rounds: int) -> dict[str, float]:
+        """Median seconds of each side, one after the other in each round."""
+        times: dict[str, list[float]] = {side: [] for side in self._pipes}
+        for side in times:
+            self.run(side, what)
+            self.run(side, what)
+        for _ in range(rounds):
+            for side, found in times.items():
+                found.append(self.run(side, what)[0])
+        return {side: statistics.median(found) for side, found in times.items()}
+
+
+def _work(pipe, make, side: str, arguments: dict, ours: bool) -> None:
+    # The parent's are inherited, and MLX has looked at none yet.
+    for name, value in SETTINGS.items():
+        if not ours and os.environ.get(name) == value:
+            del os.environ[name]
+    runs = make(side, **arguments)
+    pipe.send(sorted(runs))
+    while True:
+        try:
+            run = runs[pipe.recv()]
+        except EOFError:
+            return
+        start = time.perf_counter()
+        result = run()
+        pipe.send((time.perf_counter() - start, result))
