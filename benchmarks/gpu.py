@@ -24,6 +24,7 @@ model and streaming write a checkpoint below --work: 17 GB and 8 GB. The last li
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import statistics
@@ -223,15 +224,24 @@ class Decoding:
             self._logits = model(mx.array([[token]]), self._cache)
             mx.eval(self._logits)
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int) -> dict[str, float]:
+        """ms of a token: to build its operations in Python, to hand them to the GPU, to wait."""
+        parts = dict.fromkeys(("building", "handing over", "waiting"), 0.0)
         token = mx.argmax(self._logits[:, -1:], axis=-1)
         for _ in range(steps):
+            moments = [time.perf_counter()]
             self._logits = self._model(token, self._cache)
             following = mx.argmax(self._logits[:, -1:], axis=-1)
+            moments.append(time.perf_counter())
             mx.async_eval(following)
+            moments.append(time.perf_counter())
             token.tolist()
+            moments.append(time.perf_counter())
             token = following
+            for name, start, end in zip(parts, moments, moments[1:], strict=False):
+                parts[name] += (end - start) * 1e3 / steps
         mx.eval(token)
+        return {name: round(ms, 2) for name, ms in parts.items()}
 
 
 def forced(model, tokens: list[int]) -> np.ndarray:
@@ -277,10 +287,15 @@ def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int)
 
     return {
         "decode": lambda: run.run(steps),
+        "busy": lambda: dict(_largest(busy(lambda: run.run(5), 5))),
         "logits": lambda: forced(found, prompt[:6]),
         "exact logits": exact,
         "settled": lambda: sum(layer.mlp.switch_mlp.settled for layer in found.layers),
     }
+
+
+def _largest(parts: dict[str, float], count: int = 15) -> list[tuple[str, float]]:
+    return sorted(parts.items(), key=lambda part: -part[1])[:count]
 
 
 def model(work: Path, layers: int, experts: int) -> dict:
@@ -294,6 +309,12 @@ def model(work: Path, layers: int, experts: int) -> dict:
         seconds = sides.alternated("decode", rounds=5)
         rates = {f"{n}, tokens/s": round(steps / s, 1) for n, s in seconds.items()}
         say(rates)
+        where = {side: sides.run(side, "decode")[1] for side in seconds}
+        say(where)
+        if importlib.util.find_spec("torch"):
+            gpu = {side: sides.run(side, "busy")[1] for side in ("stock", "ours")}
+            where["us of a token on the GPU"] = gpu
+            say(gpu)
         # Random weights of many layers amplify rounding, of both in the same way.
         errors = {side: sides.run(side, "logits")[1] for side in ("stock", "ours")}
         exact = sides.run("stock", "exact logits")[1]
@@ -304,6 +325,7 @@ def model(work: Path, layers: int, experts: int) -> dict:
         "layers that are settled": settled,
         **rates,
         "ratio": _ratios(seconds),
+        "ms of a token": where,
         "error of logits, root mean square": {
             n: float(f"{np.sqrt(((e - exact) ** 2).mean()) / size:.3g}") for n, e in errors.items()
         },
