@@ -36,8 +36,8 @@ TOYS = {
 }
 
 
-#: On an NVIDIA GPU a row is more than one group of scales: MLX 0.32.4 takes another product for rows
-#: of one group, on Hopper alone, and joined weights came out of it as zeros and no numbers.
+#: On an NVIDIA GPU a row is more than one group of scales. For rows of one group MLX 0.32.4 has a
+#: product of its own on Hopper, which gave numbers that are none, others each time.
 HIDDEN = 128 if mx.default_device() == mx.gpu else 64
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe import batch as batch_module
@@ -149,6 +150,34 @@ def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
 
     assert same(steps(True), steps(False))
     model.close()
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_row_of_a_stack_has_other_bits_than_the_model_gives(tmp_path, family, bits, activations):
+    """Nine answers as one array, of contexts of their own, against the model's own calls."""
+    path = write_toy(tmp_path / "toy", family, num_experts=11, bits=bits)
+    for slots in (11, 6):
+        model = load_streaming(Checkpoint.open(path), slots=slots, activations=activations)
+        assert model.stacks == (model.ops == "cpu")
+        lengths = [1, 2, 30, 5, 17, 3, 300, 8, 4]
+        caches = [[make_prompt_cache(model) for _ in lengths] for _ in range(2)]
+        for mine in caches:
+            for n, cache in zip(lengths, mine, strict=True):
+                mx.eval(model.next_logits([i % 150 for i in range(n)], cache))
+        for token in (3, 5, 7):
+            pieces = [Piece([token + i], c, step=True) for i, c in enumerate(caches[0])]
+            stacked = model.logits_of([s.hidden for s in sweep(model, pieces)])
+            alone = [model.next_logits([token + i], c) for i, c in enumerate(caches[1])]
+            assert same([*map(np.array, stacked)], [*map(np.array, alone)])
+        states = [
+            [x for c in mine for _, x in tree_flatten([y.state for y in c])] for mine in caches
+        ]
+        assert same(
+            *([np.array(x) for x in s if isinstance(x, mx.array) and x.ndim] for s in states)
+        )
+        model.close()
 
 
 def test_halves_go_one_after_the_other(tmp_path):

@@ -107,6 +107,39 @@ def test_an_unquantised_matrix_is_read_wrongly(dtype):
             assert_product(multiply(w, 1, x), values[1], x)
 
 
+def assert_alone(w, up=None):
+    """Runs of pairs of one slot, whole tiles and what is left, have the bits of single pairs."""
+    slots = [0] * 5 + [1] + [2] * 8 + [1] * 3
+    x = normal(9, w.shape[2])
+    rows = np.random.default_rng(2).integers(0, 9, len(slots)).tolist()
+    together = run(w, slots, x, rows) if up is None else run_gate_up(w, up, slots, x, rows)
+    for p, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+        one = run(w, [slot], x, [row]) if up is None else run_gate_up(w, up, [slot], x, [row])
+        np.testing.assert_array_equal(together[p], one[0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_a_row_has_other_bits_beside_others(bits, group_size):
+    # Whole and broken parts of the inputs, and steps of groups; one matrix row and 19.
+    for height, groups, dtype in ((19, 3, "float32"), (1, 16, "float16"), (3, 37, "bfloat16")):
+        assert_alone(affine((3, height, groups * group_size), bits, group_size, dtype)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_unquantised_row_has_other_bits_beside_others(dtype):
+    for height, width in ((3, 1), (19, 100), (2, 1024), (17, 2500)):
+        assert_alone(plain((3, height, width), dtype)[0])
+
+
+def test_a_gated_row_has_other_bits_beside_others():
+    up = affine((3, 37, 2240), 8, 32, "float16", seed=1)[0]
+    assert_alone(affine((3, 37, 2240), 4, 64, "bfloat16")[0], up)
+    rounding = dataclasses.replace(up, activations="int8")
+    assert_alone(affine((3, 37, 2240), 4, 64, "bfloat16")[0], rounding)
+    assert_alone(rounding, rounding)
+
+
 def test_a_half_float_is_widened_inexactly():
     """All of them: subnormals, infinities and nan too."""
     raw = np.arange(2**16, dtype=np.uint16)

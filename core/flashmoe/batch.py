@@ -154,8 +154,9 @@ class Batch:
         for row in taking:
             mine = [s for s in swept if s.piece in row.reading.left]
             self._go_on(row, lambda row, mine=mine: row.was_read(mine))
-        for row, s in zip(answering, swept[len(prompts) :], strict=True):
-            self._go_on(row, lambda row, s=s: row.take(model.logits(s.hidden)))
+        logits = model.logits_of([s.hidden for s in swept[len(prompts) :]])
+        for row, mine in zip(answering, logits, strict=True):
+            self._go_on(row, lambda row, mine=mine: row.take(mine))
 
     def _rest(self) -> None:
         with suppress(ClusterError):  # the next request says so

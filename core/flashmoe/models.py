@@ -215,9 +215,21 @@ class StreamingMoE:
         """
         return self.logits(self.text.model(mx.array([tokens]), cache))
 
+    @property
+    def stacks(self) -> bool:
+        """Whether a token of each of several sequences can go through it as one array."""
+        return ops.pick().STACKS
+
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""
         return self.head(hidden[:, -1:])[:, 0]
+
+    def logits_of(self, hidden: Sequence[mx.array]) -> list[mx.array]:
+        """The same of several sequences, (1, 1, hidden) each: the weights are read once."""
+        if not self.stacks or len(hidden) < 2:
+            return [self.logits(h) for h in hidden]
+        found = self.logits(mx.concatenate(list(hidden)))
+        return [found[i : i + 1] for i in range(len(hidden))]
 
     def head(self, hidden: mx.array) -> mx.array:
         """hidden: (1, tokens, hidden), normed -> the logits (1, tokens, vocabulary)."""

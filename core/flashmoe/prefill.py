@@ -6,7 +6,8 @@ them all eight times if each piece of 512 tokens went through the whole model al
 be of one sequence or of several. A piece goes through attention and through its experts as if it
 were alone: attention rounds by the size of a piece, and experts by how many of its tokens they
 have. So the split of a sequence into pieces settles every bit of what comes out, and the split of
-pieces into sweeps, or what else is in one, none.
+pieces into sweeps, or what else is in one, none. Where the ops can, pieces of one token are one
+array, which costs less and gives the same bits.
 """
 
 from __future__ import annotations
@@ -147,57 +148,77 @@ def _in_halves(model: StreamingMoE, pieces: Sequence[Piece]) -> bool:
 
 
 class _Run:
-    """Pieces on their way through the layers."""
+    """Pieces on their way through the layers, in groups that are one array each."""
 
     def __init__(self, model: StreamingMoE, pieces: Sequence[Piece]):
         self._inner = model.text.model
         self._pieces = pieces
-        self._hidden = [self._inner.embed_tokens(mx.array([piece.tokens])) for piece in pieces]
-        self._states: list[list[Any]] = [[] for _ in pieces]
+        self._groups = _groups(pieces, model.stacks)
+        self._hidden = [
+            self._inner.embed_tokens(mx.array([piece.tokens for piece in group]))
+            for group in self._groups
+        ]
+        self._states: dict[Piece, list[Any]] = {piece: [] for piece in pieces}
 
     def phases(self) -> Iterator[None]:
         """Three for each layer: attention was computed; the reads have been started; its experts
         were computed."""
-        hidden, pieces = self._hidden, self._pieces
-        answers = all(piece.step for piece in pieces)
+        hidden, steps = self._hidden, [group[0].step for group in self._groups]
         for index, layer in enumerate(self._inner.layers):
-            normed = [self._attend(i, index, layer) for i in range(len(pieces))]
+            normed = [self._attend(i, index, layer) for i in range(len(hidden))]
             yield
-            results = _through_block(layer.mlp, normed, hidden, pieces)
+            results = _through_block(layer.mlp, normed, hidden, steps)
             yield
             for i, y in enumerate(results):
                 hidden[i] = y
-                if not pieces[i].step:
+                if not steps[i]:
                     mx.eval(y)
-            if not answers:
+            if not all(steps):
                 mx.clear_cache()
             yield
 
     def _attend(self, i: int, index: int, layer: nn.Module) -> mx.array:
-        """Add what attention does to a piece; its norm."""
-        piece = self._pieces[i]
+        """Add what attention does to a group; its norm."""
+        piece, *others = self._groups[i]
         c = piece.cache[index]
+        if others:
+            caches = [piece.cache[index] for piece in self._groups[i]]
+            self._hidden[i], normed = _attended_rows(layer, self._hidden[i], caches)
+            return normed
         self._hidden[i], normed = _attended(layer, self._hidden[i], c, piece.step)
         if not piece.step:
             # One piece at a time: its scores are what takes the memory.
             mx.eval(self._hidden[i], normed, [] if c is None else c.state)
         if piece.keep:
-            self._states[i].append(copy.deepcopy(c))
+            self._states[piece].append(copy.deepcopy(c))
         return normed
 
     def all_hidden(self) -> list[mx.array]:
-        """(1, tokens, hidden) of each piece, normed."""
+        """(1, tokens, hidden) of each piece, normed. None is in a group with others."""
         found = [self._inner.norm(h) for h in self._hidden]
         mx.eval(found)
         return found
 
     def end(self) -> list[Swept]:
-        ends = [self._inner.norm(h[:, -1:]) for h in self._hidden]
-        mx.eval(ends, [[c.state for c in piece.cache] for piece in self._pieces if piece.step])
+        ends: dict[Piece, mx.array] = {}
+        for group, h in zip(self._groups, self._hidden, strict=True):
+            normed = self._inner.norm(h[:, -1:])
+            ends |= {piece: normed[i : i + 1] for i, piece in enumerate(group)}
+        mx.eval(
+            list(ends.values()),
+            [[c.state for c in piece.cache] for piece in self._pieces if piece.step],
+        )
         return [
-            Swept(piece, end, state if piece.keep else None)
-            for piece, end, state in zip(self._pieces, ends, self._states, strict=True)
+            Swept(piece, ends[piece], self._states[piece] if piece.keep else None)
+            for piece in self._pieces
         ]
+
+
+def _groups(pieces: Sequence[Piece], stacks: bool) -> list[list[Piece]]:
+    """Those of answers and of one token in one group, at the end, where they can be one array."""
+    ones = [p for p in pieces if stacks and p.step and len(p.tokens) == 1 and not p.keep]
+    groups = [[p] for p in pieces if p not in ones]
+    return [*groups, ones] if ones else groups
 
 
 def _attended(layer: nn.Module, x: mx.array, cache: Any, step: bool) -> tuple[mx.array, mx.array]:
@@ -209,13 +230,23 @@ def _attended(layer: nn.Module, x: mx.array, cache: Any, step: bool) -> tuple[mx
     return h, layer.post_attention_layernorm(h)
 
 
-def _through_block(block: nn.Module, normed, hidden, pieces: Sequence[Piece]) -> Iterator[mx.array]:
-    """What a layer gives for each piece: hidden + block(normed). Starts the reads at once."""
+def _attended_rows(layer: nn.Module, x: mx.array, caches) -> tuple[mx.array, mx.array]:
+    """The same for one token of each of several sequences, x (R, 1, hidden)."""
+    attention = layer.linear_attn if getattr(layer, "is_linear", False) else layer.self_attn
+    h = x + attention.rows(layer.input_layernorm(x), caches)
+    return h, layer.post_attention_layernorm(h)
+
+
+def _through_block(block: nn.Module, normed, hidden, steps: Sequence[bool]) -> Iterator[mx.array]:
+    """What a layer gives for each group: hidden + block(normed). Starts the reads at once.
+
+    steps: whether they are of answers.
+    """
     if not hasattr(type(block), "with_residual"):
         outputs = block.sweep(normed) if hasattr(block, "sweep") else map(block, normed)
         return (h + y for h, y in zip(hidden, outputs, strict=True))
     # Answers leave the last sum to the block.
-    left = [h if piece.step else None for h, piece in zip(hidden, pieces, strict=True)]
+    left = [h if step else None for h, step in zip(hidden, steps, strict=True)]
     outputs = block.sweep(normed, left)
     return (y if r is not None else h + y for h, r, y in zip(hidden, left, outputs, strict=True))
 

@@ -200,7 +200,7 @@ class Call:
         switch._given = []
         rows = [x.reshape(-1, x.shape[-1]) for x, _ in inputs]
         self._works = [
-            switch._ops.Work(switch._bank, x, indices.shape[-1])
+            switch._ops.Work(switch._bank, x, indices.shape[-1], **_alone(switch._ops, indices))
             for x, (_, indices) in zip(rows, inputs, strict=True)
         ]
         # Expert -> its pairs in each input that has any: (number of the input, pairs).
@@ -287,6 +287,12 @@ class Call:
             expert = self._missing.popleft()
             self._pinned.add(expert)
             self._landing.append(expert)
+
+
+def _alone(ops: ModuleType, indices: mx.array) -> dict[str, bool]:
+    """Whether indices (sequences, tokens, top_k) are of several sequences of one token."""
+    several = indices.ndim > 2 and indices.shape[-2] == 1 and indices.shape[0] > 1
+    return {"alone": True} if several and ops.STACKS else {}
 
 
 def _by_expert(indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

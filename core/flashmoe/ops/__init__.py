@@ -1,6 +1,7 @@
 """The maths of the expert block. One definition (`reference`), several speeds; `pick` chooses.
 
-An ops module has `ACTIVATIONS`, the values of that setting which it computes with;
+An ops module has `ACTIVATIONS`, the values of that setting which it computes with; `STACKS`,
+whether a `Work` can be told that its tokens are of sequences of their own (alone=True);
 `prepare(model, head)`, which readies the dense layers of a loaded model; and one class, `Work`:
 the expert block of one layer for one call of the model. And `weigh(y, scores)`, which makes
 `work.combined(scores)` of `work.result()`.

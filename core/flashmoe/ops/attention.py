@@ -8,6 +8,7 @@ keys and values once for all heads that share them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FunctionType
 
 import mlx.core as mx
@@ -145,12 +146,42 @@ def attend(queries, keys, values, cache, scale, mask, **others) -> mx.array:
     return mx.array(out)[None].swapaxes(1, 2)
 
 
+class _OneRow:
+    """A module of attention whose projections of one row were made with those of others."""
+
+    def __init__(self, module: nn.Module, **given: mx.array):
+        self._module = module
+        for name, value in given.items():
+            setattr(self, name, lambda _, value=value: value)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+    @staticmethod
+    def o_proj(x: mx.array) -> mx.array:
+        return x  # made with those of others, too
+
+
+def _rows(self, inputs: mx.array, caches: Sequence) -> mx.array:
+    """A token of each of several sequences, with the bits that it has alone.
+
+    inputs: (R, 1, hidden) -> (R, 1, hidden). caches: of each.
+    """
+    made = {name: getattr(self, name)(inputs) for name in ("q_proj", "k_proj", "v_proj")}
+    outs = []
+    for i, cache in enumerate(caches):
+        mine = slice(i, i + 1)
+        row = _OneRow(self, **{name: y[mine] for name, y in made.items()})
+        outs.append(type(self).__call__(row, inputs[mine], None, cache))
+    return self.o_proj(mx.concatenate(outs))
+
+
 def _with_ours(attention: type[nn.Module]) -> type[nn.Module]:
     """mlx-lm's module, its forward unchanged, which finds `attend` under the name that it calls."""
     forward = attention.__call__
     names = {**forward.__globals__, "scaled_dot_product_attention": attend}
     ours = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
-    return type(attention.__name__, (attention,), {"__call__": ours})
+    return type(attention.__name__, (attention,), {"__call__": ours, "rows": _rows})
 
 
 NextAttention = _with_ours(qwen3_next.Qwen3NextAttention)

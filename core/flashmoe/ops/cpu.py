@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 #: Each expert is computed as soon as it has landed, while the others are still being read.
 AS_THEY_LAND = True
 
+#: One token of each of several sequences can go through a layer as one array, (R, 1, hidden), with
+#: the bits that each has alone.
+STACKS = True
+
 #: Values of the setting that these ops have. See `flashmoe.activations`.
 ACTIVATIONS = ("float32", "int8")
 
@@ -50,16 +54,17 @@ class Work:
 
     lazy = False
 
-    def __init__(self, bank: ExpertBank, x: mx.array, top_k: int):
+    def __init__(self, bank: ExpertBank, x: mx.array, top_k: int, alone: bool = False):
         (self.x,) = host(x)
         self.top_k = top_k
+        self._alone = alone
         self.matrices = [bank.packed(p) for p in ("gate_proj", "up_proj", "down_proj")]
         self.y = np.empty((x.shape[0] * top_k, x.shape[1]), np.float32)
 
     def run(self, experts: dict[int, np.ndarray]) -> None:
         """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
         most = glu.few(self.matrices)
-        few = {s: p for s, p in experts.items() if p.size <= most}
+        few = {s: p for s, p in experts.items() if self._alone or p.size <= most}
         if few:
             slots = np.repeat(np.fromiter(few, np.int64), [p.size for p in few.values()])
             pairs = np.concatenate(list(few.values()))

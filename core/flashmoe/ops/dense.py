@@ -3,6 +3,8 @@
 Instances become one of these classes in place (`module.__class__ = ...`): they keep their weights
 under mlx-lm's names, and only their forward changes. A kernel needs evaluated arrays, so each call
 is a synchronisation with MLX: about 0.05 ms.
+
+x is (..., tokens, in): each sequence gets the bits that it has alone, however many there are.
 """
 
 from __future__ import annotations
@@ -26,27 +28,25 @@ class Linear(nn.Linear):
     """By BLAS: MLX's own product on x86 is scalar."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = host(x)[0].reshape(-1, x.shape[-1])
-        return mx.array(project(self, rows).reshape(*x.shape[:-1], -1))
+        return _projected(self, x)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
     activations = "float32"
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = host(x)[0].reshape(-1, x.shape[-1])
-        return mx.array(project(self, rows).reshape(*x.shape[:-1], -1))
+        return _projected(self, x)
 
 
 class Head(QuantizedLinear):
     """The output projection. mlx-lm asks for the logits of a whole prefill chunk and drops them.
 
-    One row is computed at once. More rows are left lazy, so that logits which nobody reads cost
+    One token is computed at once. More are left lazy, so that logits which nobody reads cost
     nothing: a chunk of 512 tokens times a vocabulary of 248,320 would be half a gigabyte.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) if is_one_row(x) else lazy_matmul(self, x)
+        return super().__call__(x) if tokens_of(x) == 1 else lazy_matmul(self, x)
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
@@ -65,7 +65,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         )
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return QuantizedLinear.__call__(self, x) if is_one_row(x) else lazy_matmul(self, x)
+        return _projected(self, x) if tokens_of(x) == 1 else lazy_matmul(self, x)
 
 
 class _MLP:
@@ -78,7 +78,7 @@ class _MLP:
         matrices = [packed(layer) for layer in layers]
         rows = host(x)[0].reshape(-1, x.shape[-1])
         count = rows.shape[0]
-        if count <= glu.few(matrices):
+        if tokens_of(x) <= glu.few(matrices):
             y = glu.few_rows(*matrices, np.zeros(count, np.int64), rows, np.arange(count))
         else:
             y = glu.many_rows(*matrices, 0, rows)
@@ -93,8 +93,14 @@ class MLP(_MLP, qwen3_moe.MLP):
     pass
 
 
-def is_one_row(x: mx.array) -> bool:
-    return x.size == x.shape[-1]
+def tokens_of(x: mx.array) -> int:
+    """Of each sequence of x (..., tokens, in)."""
+    return x.shape[-2] if x.ndim > 1 else 1
+
+
+def _projected(layer: nn.Module, x: mx.array) -> mx.array:
+    rows = host(x)[0].reshape(-1, x.shape[-1])
+    return mx.array(project(layer, rows, tokens_of(x)).reshape(*x.shape[:-1], -1))
 
 
 def packed(layer: nn.Module) -> Packed:
@@ -111,14 +117,19 @@ def packed(layer: nn.Module) -> Packed:
     return layer._packed
 
 
-def project(layer: nn.Module, x: np.ndarray) -> np.ndarray:
-    """A linear layer applied to rows, in numpy. x: (R, in) float32 -> (R, out) float32."""
+def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
+    """A linear layer applied to rows, in numpy. x: (R, in) float32 -> (R, out) float32.
+
+    tokens: rows of a sequence.
+    """
     if isinstance(layer, nn.Linear):
-        y = x @ host(layer.weight)[0].T
+        # BLAS rounds by the number of rows.
+        weight = host(layer.weight)[0].T
+        y = np.concatenate([x[i : i + tokens] @ weight for i in range(0, len(x), tokens)])
     else:
         matrix = packed(layer)
         y = np.empty((x.shape[0], matrix.weight.shape[1]), np.float32)
-        gemm.matmul(matrix, 0, x, y)
+        gemm.matmul(matrix, 0, x, y, tokens)
     return y + host(layer.bias)[0] if "bias" in layer else y
 
 

@@ -32,6 +32,7 @@ for _name, _value in SETTINGS.items():
 AS_THEY_LAND = False
 
 ACTIVATIONS = gather.ACTIVATIONS
+STACKS = gather.STACKS
 weigh = gather.weigh
 
 #: Tokens that the kernels take.

@@ -7,6 +7,7 @@ thread takes heads, and each row of a state stays in the cache while the tokens 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import mlx.core as mx
@@ -103,8 +104,28 @@ class _GatedDeltaNet:
             return super().__call__(inputs, mask, cache)
         batch, tokens, _ = inputs.shape
         rows = host(inputs)[0].reshape(batch * tokens, -1)
-        parts = [p.reshape(batch, tokens, -1) for p in self._project(rows)]
+        parts = [p.reshape(batch, tokens, -1) for p in self._project(rows, tokens)]
+        out = self._recur(parts, cache)
+        y = project(self.out_proj, out.reshape(batch * tokens, -1), tokens)
+        return mx.array(y.reshape(inputs.shape))
+
+    def rows(self, inputs: mx.array, caches: Sequence) -> mx.array:
+        """A token of each of several sequences, with the bits that it has alone.
+
+        inputs: (R, 1, hidden) -> (R, 1, hidden). caches: of each.
+        """
+        parts = self._project(host(inputs)[0].reshape(len(caches), -1), 1)
+        outs = [
+            self._recur([p[i : i + 1, None] for p in parts], cache)
+            for i, cache in enumerate(caches)
+        ]
+        y = project(self.out_proj, np.concatenate(outs).reshape(len(caches), -1), 1)
+        return mx.array(y.reshape(inputs.shape))
+
+    def _recur(self, parts: Sequence[np.ndarray], cache) -> np.ndarray:
+        """What comes between the projections. parts: (B, T, ...) each -> (B, T, H, Dv)."""
         mixed, z, b, a = parts
+        batch, tokens = z.shape[:2]
         keep = self.conv_kernel_size - 1
         if cache is not None and cache[0] is not None:
             (before,) = host(cache[0])
@@ -139,8 +160,7 @@ class _GatedDeltaNet:
             cache[0] = mx.array(x[:, -keep:])
             cache[1] = mx.array(after)
             cache.advance(tokens)
-        y = project(self.out_proj, out.reshape(batch * tokens, -1))
-        return mx.array(y.reshape(inputs.shape))
+        return out
 
     @cached_property
     def _weights(self) -> list[np.ndarray]:
@@ -155,19 +175,19 @@ class _GatedDeltaNet:
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):
-    def _project(self, x: np.ndarray) -> list[np.ndarray]:
+    def _project(self, x: np.ndarray, tokens: int) -> list[np.ndarray]:
         """Rows to (queries | keys | values, z, b, a)."""
         layers = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        return [project(layer, x) for layer in layers]
+        return [project(layer, x, tokens) for layer in layers]
 
 
 class NextGatedDeltaNet(_GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
-    def _project(self, x: np.ndarray) -> list[np.ndarray]:
+    def _project(self, x: np.ndarray, tokens: int) -> list[np.ndarray]:
         """Rows to (queries | keys | values, z, b, a). This family interleaves them by key head."""
         count, heads = x.shape[0], self.num_k_heads
         width, share = self.head_k_dim, self.num_v_heads // heads
-        qkvz = project(self.in_proj_qkvz, x).reshape(count, heads, -1)
-        ba = project(self.in_proj_ba, x).reshape(count, heads, -1)
+        qkvz = project(self.in_proj_qkvz, x, tokens).reshape(count, heads, -1)
+        ba = project(self.in_proj_ba, x, tokens).reshape(count, heads, -1)
         ends = np.cumsum([width, width, share * self.head_v_dim])
         q, k, v, z = (p.reshape(count, -1) for p in np.split(qkvz, ends, axis=-1))
         b, a = (np.ascontiguousarray(p).reshape(count, -1) for p in np.split(ba, [share], axis=-1))

@@ -20,6 +20,7 @@ GATHER_PAIRS = 64
 
 
 ACTIVATIONS = reference.ACTIVATIONS
+STACKS = reference.STACKS
 prepare = reference.prepare
 weigh = reference.weigh
 

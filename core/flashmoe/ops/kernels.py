@@ -20,7 +20,16 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from . import int8
-from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
+from .unpack import (
+    BITS,
+    BLOCK,
+    GROUP_SIZES,
+    arrange,
+    arrangement,
+    block_kernel,
+    rows_kernel,
+    rows_scratch,
+)
 from .vectors import SIZES
 
 # GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads.
@@ -41,7 +50,9 @@ MATVEC_ROWS = 2
 #: would be faster for any number of them.
 INT8_ROWS = 20
 
-_BLOCK = 16  # matrix rows of one task
+_BLOCK = BLOCK  # matrix rows of one task
+_MANY = 4  # rows of x that one unpacking of the weights serves
+_SCRATCH = rows_scratch(_MANY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +133,13 @@ class Packed:
             return int8.dot_kernel(self.bits, self.group_size, self.dtype, how).address
         return block_kernel(op, self.bits, self.group_size, self.dtype).address
 
+    @property
+    def many_kernel(self) -> int:
+        """Address of the kernel for _MANY rows of x; 0 where there is none."""
+        if self.rounds_x:
+            return 0
+        return rows_kernel(_MANY, self.bits, self.group_size, self.dtype).address
+
 
 def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
@@ -158,42 +176,77 @@ def call(typingctx, kernel, w, scales, biases, x, height, n, out):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _launch(first, second, slots, rows, limits, height, out, row):
-    """Run a kernel over (pair, block of matrix rows), shared out among the threads.
+def _launch(first, second, slots, rows, tiles, limits, height, out, row):
+    """Run a kernel over (tile of pairs, block of matrix rows), shared out among the threads.
 
-    first, second: (kernel, *place, x, bytes of a row of x); see Packed. Where second has a kernel,
-    out = silu(first) * second.
+    first, second: (kernel, that of _MANY rows, *place, x, bytes of a row of x); see Packed. Where
+    second has a kernel, out = silu(first) * second.
+    tiles: see `_tiles`. Those of one slot take a block one after the other: it is read once.
     limits: how many slots and rows of x there are. Returns the first pair outside them, or -1.
     height: matrix rows. Row r's result for pair p starts at out[(p * height + r) * row].
     """
     for p in range(len(slots)):
         if not (0 <= slots[p] < limits[0] and 0 <= rows[p] < limits[1]):
             return p
-    kernel, w, scales, biases, w_row, s_row, n, x, x_row = first
-    kernel2, w2, scales2, biases2, w_row2, s_row2, n2, x2, x_row2 = second
+    kernel, wide, w, scales, biases, w_row, s_row, n, x, x_row = first
+    kernel2, wide2, w2, scales2, biases2, w_row2, s_row2, n2, x2, x_row2 = second
+    xs, xs2 = x + rows * x_row, x2 + rows * x_row2
     blocks = (height + _BLOCK - 1) // _BLOCK
     base = out.ctypes.data
-    for task in prange(len(slots) * blocks):
-        p, start = task // blocks, task % blocks * _BLOCK
+    for task in prange(len(tiles) * blocks):
+        begin, of_run = tiles[task // blocks, 2], tiles[task // blocks, 3]
+        place = task - begin * blocks
+        tile, start = begin + place % of_run, place // of_run * _BLOCK
+        p, pairs = tiles[tile, 0], tiles[tile, 1]
         count = min(_BLOCK, height - start)
         line = slots[p] * height + start
-        to = (p * height + start) * row
         at, skip = w + line * w_row, line * s_row
-        xs = x + rows[p] * x_row
-        call(kernel, at, scales + skip, biases + skip, xs, count, n, base + 4 * to)
-        if kernel2 != 0:
-            up = np.empty(_BLOCK, np.float32)
-            at, skip = w2 + line * w_row2, line * s_row2
-            xs = x2 + rows[p] * x_row2
-            into = up.ctypes.data
-            call(kernel2, at, scales2 + skip, biases2 + skip, xs, count, n2, into)
-            for i in range(count):
-                gate = out[to + i]
-                out[to + i] = gate / (np.float32(1) + np.exp(-gate)) * up[i]
+        at2, skip2 = w2 + line * w_row2, line * s_row2
+        if pairs == 1 and kernel2 == 0:
+            to = base + 4 * (p * height + start) * row
+            call(kernel, at, scales + skip, biases + skip, xs[p], count, n, to)
+            continue
+        one, two = np.empty(_SCRATCH, np.float32), np.empty(_SCRATCH, np.float32)
+        into, into2 = one.ctypes.data, two.ctypes.data
+        if pairs > 1:
+            call(wide, at, scales + skip, biases + skip, xs[p:].ctypes.data, count, n, into)
+        else:
+            call(kernel, at, scales + skip, biases + skip, xs[p], count, n, into)
+        if pairs > 1 and kernel2 != 0:
+            from_ = xs2[p:].ctypes.data
+            call(wide2, at2, scales2 + skip2, biases2 + skip2, from_, count, n2, into2)
+        elif kernel2 != 0:
+            call(kernel2, at2, scales2 + skip2, biases2 + skip2, xs2[p], count, n2, into2)
+        for i in range(pairs):
+            to = (p + i) * height + start
+            for j in range(count):
+                gate = one[i * _BLOCK + j]
+                if kernel2 != 0:
+                    gate = gate / (np.float32(1) + np.exp(-gate)) * two[i * _BLOCK + j]
+                out[to + j] = gate
     return -1
 
 
-_NONE = (0,) * 9  # no second operand
+_NONE = (0,) * 10  # no second operand
+_ONE = np.array([[0, 1, 0, 1]])
+
+
+def _tiles(slots: np.ndarray, many: int) -> np.ndarray:
+    """How pairs are taken together, (T, 4): the first of `many` neighbours of one slot, or one; how
+    many they are; the first tile of that slot's run, and how many tiles the run has."""
+    if len(slots) == 1:
+        return _ONE
+    if not len(slots):
+        return _ONE[:0]
+    found = []
+    begin = 0
+    for end in [*np.flatnonzero(np.diff(slots)) + 1, len(slots)]:
+        whole = (end - begin) // many * many
+        firsts = [*range(begin, begin + whole, many), *range(begin + whole, end)]
+        run = len(found), len(firsts)
+        found += [(p, many if p < begin + whole else 1, *run) for p in firsts]
+        begin = end
+    return np.array(found)
 
 
 def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
@@ -208,6 +261,12 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     return out
 
 
+def _operand(w: Packed, xs: np.ndarray) -> tuple[int, ...]:
+    """As `_launch` takes it. xs: arranged."""
+    many = w.many_kernel if len(xs) > 1 else 0
+    return w.kernel("dot"), many, *w.place, address(xs), xs.strides[0]
+
+
 def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
     for w in (gate,) if up is None else (gate, up):
         check("x", x, np.float32, (len(x), w.shape[2]))
@@ -220,14 +279,16 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
             raise IndexError(f"row {row} of {len(x)}")
         x = x[used]
     xs = _arranged(gate, x)
-    first, second = (gate.kernel("dot"), *gate.place, address(xs), xs.strides[0]), _NONE
+    first, second = _operand(gate, xs), _NONE
     if up is not None:
         ys = xs if up.reads == gate.reads else _arranged(up, x)
-        second = up.kernel("dot"), *up.place, address(ys), ys.strides[0]
+        second = _operand(up, ys)
+    together = first[1] and (up is None or second[1])
+    tiles = _tiles(slots, _MANY if together else 1)
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
     with launching:
-        bad = _launch(first, second, slots, rows, limits, height, out.reshape(-1), 1)
+        bad = _launch(first, second, slots, rows, tiles, limits, height, out.reshape(-1), 1)
     if bad >= 0:
         raise IndexError(
             f"pair {bad}: slot {slots[bad]} of {limits[0]}, row {rows[bad]} of {limits[1]}"
@@ -264,7 +325,7 @@ def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
     check("out", out, np.float32, w.shape[1:])
     if not 0 <= slot < w.shape[0]:
         raise IndexError(f"slot {slot} of {w.shape[0]}")
-    first, zero = (w.kernel("unpack"), *w.place, 0, 0), np.zeros(1, np.int64)
+    first, zero = (w.kernel("unpack"), 0, *w.place, 0, 0), np.zeros(1, np.int64)
     flat, limits = out.reshape(-1), (w.shape[0], 1)
     with launching:
-        _launch(first, _NONE, zero + slot, zero, limits, len(out), flat, out.shape[1])
+        _launch(first, _NONE, zero + slot, zero, _ONE, limits, len(out), flat, out.shape[1])

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 AS_THEY_LAND = True
 
 
+#: See `flashmoe.ops.cpu`.
+STACKS = False
+
 #: Values of the setting that these ops have. See `flashmoe.activations`.
 ACTIVATIONS = ("float32",)
 

@@ -110,63 +110,97 @@ def arrange(x, index, factor, sums, out):
             out[r, sums[b]] = total
 
 
-def _affine_dot(builder, form, w, scales, biases, x, n, out):
+def _affine_dot(builder, form, w, scales, biases, xs, part, sums):
+    """Add the part start..stop of the n groups of a matrix row, times each row of x, to its sums:
+    one of _LANES lanes over whole steps, one of a group's words over groups that do not fill one.
+
+    part: (start, stop, n).
+    """
     bits, group_size, dtype = form
     mask, _, _ = pieces(bits)
     words = bits * group_size // 32  # of a group
 
-    def step(group, count, lanes, total):
-        """Add `count` groups, as whole vectors of `lanes` words."""
+    def step(group, count, lanes, totals):
+        """Add `count` groups, as whole vectors of `lanes` words, to the sum of each row of x."""
         scale = floats(builder, offset(builder, scales, group, SIZES[dtype]), count, dtype)
         bias = floats(builder, offset(builder, biases, group, SIZES[dtype]), count, dtype)
-        value = builder.load(total)
+        values = [builder.load(total) for total in totals]
         for first in range(0, count * words, lanes):
             word = range(first, first + lanes)
             skip = builder.add(builder.mul(group, I64(4 * words)), I64(4 * first))
             at = builder.add(w, skip)
             prefetch(builder, at)
             q = load(builder, at, I32, lanes)
-            dot, at = None, offset(builder, x, skip, len(mask) + 1)
+            dots = [None] * len(xs)
+            factors = [offset(builder, x, skip, len(mask) + 1) for x in xs]
+
+            def factor(r, k, factors=factors):
+                return load(builder, builder.add(factors[r], I64(4 * lanes * k)), F32, lanes)
+
             for k, numbers in enumerate(mask):
                 place = builder.lshr if k == len(mask) - 1 else builder.and_
                 piece = place(q, constants([numbers[m % bits] for m in word]))
-                factor = load(builder, at, F32, lanes)
-                dot = add_product(builder, dot, builder.sitofp(piece, factor.type), factor)
-                at = builder.add(at, I64(4 * lanes))
+                piece = builder.sitofp(piece, ir.VectorType(F32, lanes))
+                for r, dot in enumerate(dots):
+                    dots[r] = add_product(builder, dot, piece, factor(r, k))
             group_of = [m // words for m in word]
-            value = add_product(builder, value, spread(builder, scale, group_of), dot)
-            sums = load(builder, at, F32, lanes)
-            value = add_product(builder, value, spread(builder, bias, group_of), sums)
-        builder.store(value, total)
+            for weights, others in (
+                (scale, dots),
+                (bias, [factor(r, len(mask)) for r in range(len(xs))]),
+            ):
+                weights = spread(builder, weights, group_of)
+                values = [
+                    add_product(builder, value, weights, other)
+                    for value, other in zip(values, others, strict=True)
+                ]
+        for value, total in zip(values, totals, strict=True):
+            builder.store(value, total)
 
     many = _step_words(bits, group_size) // words
-    body, rest = zeros(builder, _LANES), zeros(builder, words)
-    whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
-    with cgutils.for_range_slice(builder, I64(0), whole, I64(many)) as (group, _):
-        step(group, many, _LANES, body)
-    with cgutils.for_range_slice(builder, whole, n, I64(1)) as (group, _):
-        step(group, 1, words, rest)
-    store_sum(builder, (body, rest), out)
+    _in_steps(
+        builder,
+        part,
+        many,
+        sums,
+        lambda at, totals: step(at, many, _LANES, totals),
+        lambda at, totals: step(at, 1, words, totals),
+    )
 
 
-def _plain_dot(builder, form, w, scales, biases, x, n, out):
+def _plain_dot(builder, form, w, scales, biases, xs, part, sums):
     _, _, dtype = form
 
-    def step(i, lanes, total):
+    def step(i, lanes, totals):
         at = offset(builder, w, i, SIZES[dtype])
         prefetch(builder, at)
         values = floats(builder, at, lanes, dtype)
-        factor = load(builder, offset(builder, x, i, 4), F32, lanes)
-        builder.store(add_product(builder, builder.load(total), values, factor), total)
+        for x, total in zip(xs, totals, strict=True):
+            factor = load(builder, offset(builder, x, i, 4), F32, lanes)
+            builder.store(add_product(builder, builder.load(total), values, factor), total)
 
     many = 2 * _LANES
-    body, rest = zeros(builder, many), zeros(builder, 1)
+    _in_steps(
+        builder,
+        part,
+        many,
+        sums,
+        lambda at, totals: step(at, many, totals),
+        lambda at, totals: step(at, 1, totals),
+    )
+
+
+def _in_steps(builder, part, many, sums, step, rest) -> None:
+    """Over the part start..stop of n: whole steps of `many`; what is left, if it is the last part,
+    one by one."""
+    start, stop, n = part
     whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
-    with cgutils.for_range_slice(builder, I64(0), whole, I64(many)) as (i, _):
-        step(i, many, body)
-    with cgutils.for_range_slice(builder, whole, n, I64(1)) as (i, _):
-        step(i, 1, rest)
-    store_sum(builder, (body, rest), out)
+    is_last = builder.icmp_signed("==", stop, n)
+    end, left = builder.select(is_last, whole, stop), builder.select(is_last, whole, n)
+    bodies, rests = zip(*sums, strict=True)
+    with cgutils.for_range_slice(builder, start, end, I64(many)) as (at, _):
+        step(at, bodies)
+    with cgutils.for_range_slice(builder, left, n, I64(1)) as (at, _):
+        rest(at, rests)
 
 
 def _affine_unpack(builder, form, w, scales, biases, x, n, out):
@@ -215,24 +249,75 @@ def _plain_unpack(builder, form, w, scales, biases, x, n, out):
         step(at, 1)
 
 
-_EMIT = {
-    ("dot", True): _affine_dot,
-    ("dot", False): _plain_dot,
-    ("unpack", True): _affine_unpack,
-    ("unpack", False): _plain_unpack,
-}
+#: Matrix rows of a task, at most.
+BLOCK = 16
+#: Inputs of which a kernel of several rows of x takes all matrix rows, before it goes on: those of
+#: four rows stay in the CPU's first cache.
+_DEPTH = 1024
+#: float32 of the sums of a matrix row and a row of x.
+_SUMS = 64
+
+
+def _lanes(bits: int, group_size: int) -> tuple[int, int]:
+    """Of the two sums of a row: over whole steps, and over the rest."""
+    return (_LANES, bits * group_size // 32) if group_size else (2 * _LANES, 1)
 
 
 @intrinsic(prefer_literal=True)
 def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out):
     form = [t.literal_value for t in (bits, group_size, dtype)]
-    emit = _EMIT[op.literal_value, bool(form[1])]
+    unpack, dot = (_affine_unpack, _affine_dot) if form[1] else (_plain_unpack, _plain_dot)
+    op_ = op.literal_value
 
     def codegen(context, builder, signature, args):
-        emit(builder, form, *args[4:])
+        *weights, x, n, out = args[4:]
+        if op_ == "unpack":
+            unpack(builder, form, *weights, x, n, out)
+        else:
+            sums = [[zeros(builder, size) for size in _lanes(*form[:2])]]
+            dot(builder, form, *weights, [x], (I64(0), n, n), sums)
+            store_sum(builder, sums[0], out)
         return context.get_dummy_value()
 
     return types.void(op, bits, group_size, dtype, *[types.int64] * 6), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _emit_part(
+    typingctx, rows, bits, group_size, dtype, w, scales, biases, xs, start, stop, n, out, kept
+):
+    """The part start..stop of a matrix row times `rows` rows of x, whose addresses are at xs. The
+    sums lie at `kept` between parts, and go to out after the last one."""
+    form = [t.literal_value for t in (bits, group_size, dtype)]
+    count, dot = rows.literal_value, _affine_dot if form[1] else _plain_dot
+
+    def codegen(context, builder, signature, args):
+        *weights, xs, start, stop, n, out, kept = args[4:]
+        ats = [offset(builder, xs, I64(r), 8) for r in range(count)]
+        xs = [builder.load(builder.inttoptr(at, I64.as_pointer())) for at in ats]
+        sums, places = [], []
+        for r in range(count):
+            at = builder.add(kept, I64(4 * _SUMS * r))
+            sizes = _lanes(*form[:2])
+            places.append([at, builder.add(at, I64(4 * sizes[0]))])
+            sums.append([zeros(builder, size) for size in sizes])
+            for total, place, size in zip(sums[r], places[r], sizes, strict=True):
+                with builder.if_then(builder.icmp_signed(">", start, I64(0))):
+                    builder.store(load(builder, place, F32, size), total)
+        dot(builder, form, *weights, xs, (start, stop, n), sums)
+        with builder.if_else(builder.icmp_signed("<", stop, n)) as (more, done):
+            with more:
+                for r in range(count):
+                    for total, place in zip(sums[r], places[r], strict=True):
+                        value = builder.load(total)
+                        target = pointer(builder, place, F32, value.type.count)
+                        builder.store(value, target, align=1)
+            with done:
+                for r in range(count):
+                    store_sum(builder, sums[r], builder.add(out, I64(4 * BLOCK * r)))
+        return context.get_dummy_value()
+
+    return types.void(rows, bits, group_size, dtype, *[types.int64] * 9), codegen
 
 
 @cache
@@ -245,8 +330,7 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
 
     op "dot" writes a float32 for each matrix row, "unpack" the matrix rows themselves.
     """
-    weight_bytes = bits * group_size // 8 if group_size else SIZES[dtype]
-    scale_bytes = SIZES[dtype] if group_size else 0
+    weight_bytes, scale_bytes = _row_bytes(bits, group_size, dtype)
     out_bytes = 4 * (group_size or 1)
     unpacks = op == "unpack"
 
@@ -259,3 +343,54 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
             _emit(op, bits, group_size, dtype, w_at, scales + skip, biases + skip, x, n, to)
 
     return block
+
+
+@cache
+def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
+    """The "dot" of `block_kernel` for several rows of x, for which the weights are unpacked once.
+    The bits of each row are those that it has alone: the order of its sum is the same.
+
+    Arguments as there, but x: address of the rows' addresses; height: up to BLOCK; out: of
+    `rows_scratch(rows)` float32. The first are the results, (rows, BLOCK).
+    """
+    weight_bytes, scale_bytes = _row_bytes(bits, group_size, dtype)
+    depth = _DEPTH
+    if group_size:
+        whole = _step_words(bits, group_size) * 32 // (bits * group_size)
+        depth = max(1, _DEPTH // (whole * group_size)) * whole
+
+    @cfunc(types.void(*[types.int64] * 7), cache=True)
+    def block(w, scales, biases, x, height, n, out):
+        kept = out + 4 * BLOCK * rows
+        for start in range(0, n, depth):
+            stop = min(n, start + depth)
+            for r in range(height):
+                w_at, skip = w + r * n * weight_bytes, r * n * scale_bytes
+                to, sums = out + 4 * r, kept + r * (4 * _SUMS * rows)
+                _emit_part(
+                    rows,
+                    bits,
+                    group_size,
+                    dtype,
+                    w_at,
+                    scales + skip,
+                    biases + skip,
+                    x,
+                    start,
+                    stop,
+                    n,
+                    to,
+                    sums,
+                )
+
+    return block
+
+
+def rows_scratch(rows: int) -> int:
+    """float32 that a `rows_kernel` writes."""
+    return rows * BLOCK * (1 + _SUMS)
+
+
+def _row_bytes(bits: int, group_size: int, dtype: str) -> tuple[int, int]:
+    """Of weights and of scales, for each group or value of a row."""
+    return (bits * group_size // 8, SIZES[dtype]) if group_size else (SIZES[dtype], 0)
