@@ -207,9 +207,7 @@ def product(w: Packed, slot: int, x: np.ndarray, out: np.ndarray, up: Packed | N
         _launch(multiply, first, second, *at, *shape, scratch, out)
 
 
-def matmul(
-    w: Packed, slot: int, x: np.ndarray, out: np.ndarray, tokens: int | None = None
-) -> None:
+def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray, tokens: int | None = None) -> None:
     """out = x @ W[slot].T: as `product`; up to `w.matvec_rows` rows as `kernels.matvec`.
 
     tokens: rows of a sequence, by default all. Each sequence is computed as if it were alone.

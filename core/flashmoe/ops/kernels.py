@@ -11,7 +11,7 @@ Weights are read without the GIL, so reader threads go on meanwhile.
 import os
 import threading
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 import numpy as np
@@ -175,6 +175,12 @@ def call(typingctx, kernel, w, scales, biases, x, height, n, out):
     return types.void(*[types.int64] * 8), codegen
 
 
+@njit(cache=True, nogil=True)
+def _gated(gate, up):
+    """silu(gate) * up"""
+    return gate / (np.float32(1) + np.exp(-gate)) * up
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _launch(first, second, slots, rows, tiles, limits, height, out, row):
     """Run a kernel over (tile of pairs, block of matrix rows), shared out among the threads.
@@ -202,42 +208,45 @@ def _launch(first, second, slots, rows, tiles, limits, height, out, row):
         line = slots[p] * height + start
         at, skip = w + line * w_row, line * s_row
         at2, skip2 = w2 + line * w_row2, line * s_row2
-        if pairs == 1 and kernel2 == 0:
-            to = base + 4 * (p * height + start) * row
-            call(kernel, at, scales + skip, biases + skip, xs[p], count, n, to)
+        if pairs == 1:
+            to = (p * height + start) * row
+            call(kernel, at, scales + skip, biases + skip, xs[p], count, n, base + 4 * to)
+            if kernel2 != 0:
+                up = np.empty(_BLOCK, np.float32)
+                into = up.ctypes.data
+                call(kernel2, at2, scales2 + skip2, biases2 + skip2, xs2[p], count, n2, into)
+                for i in range(count):
+                    out[to + i] = _gated(out[to + i], up[i])
             continue
         one, two = np.empty(_SCRATCH, np.float32), np.empty(_SCRATCH, np.float32)
-        into, into2 = one.ctypes.data, two.ctypes.data
-        if pairs > 1:
-            call(wide, at, scales + skip, biases + skip, xs[p:].ctypes.data, count, n, into)
-        else:
-            call(kernel, at, scales + skip, biases + skip, xs[p], count, n, into)
-        if pairs > 1 and kernel2 != 0:
-            from_ = xs2[p:].ctypes.data
-            call(wide2, at2, scales2 + skip2, biases2 + skip2, from_, count, n2, into2)
-        elif kernel2 != 0:
-            call(kernel2, at2, scales2 + skip2, biases2 + skip2, xs2[p], count, n2, into2)
+        from_, into = xs[p:].ctypes.data, one.ctypes.data
+        call(wide, at, scales + skip, biases + skip, from_, count, n, into)
+        if kernel2 != 0:
+            from_, into = xs2[p:].ctypes.data, two.ctypes.data
+            call(wide2, at2, scales2 + skip2, biases2 + skip2, from_, count, n2, into)
         for i in range(pairs):
             to = (p + i) * height + start
             for j in range(count):
-                gate = one[i * _BLOCK + j]
-                if kernel2 != 0:
-                    gate = gate / (np.float32(1) + np.exp(-gate)) * two[i * _BLOCK + j]
-                out[to + j] = gate
+                value = one[i * _BLOCK + j]
+                out[to + j] = _gated(value, two[i * _BLOCK + j]) if kernel2 != 0 else value
     return -1
 
 
 _NONE = (0,) * 10  # no second operand
-_ONE = np.array([[0, 1, 0, 1]])
+
+
+@cache
+def _apart(count: int) -> np.ndarray:
+    """The tiles of pairs that are taken one by one, each a run of its own."""
+    first = np.arange(count)
+    return np.stack([first, np.ones_like(first), first, np.ones_like(first)], axis=1)
 
 
 def _tiles(slots: np.ndarray, many: int) -> np.ndarray:
     """How pairs are taken together, (T, 4): the first of `many` neighbours of one slot, or one; how
     many they are; the first tile of that slot's run, and how many tiles the run has."""
-    if len(slots) == 1:
-        return _ONE
-    if not len(slots):
-        return _ONE[:0]
+    if many == 1 or len(slots) < many or not (slots[1:] == slots[:-1]).any():
+        return _apart(len(slots))
     found = []
     begin = 0
     for end in [*np.flatnonzero(np.diff(slots)) + 1, len(slots)]:
@@ -328,4 +337,4 @@ def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
     first, zero = (w.kernel("unpack"), 0, *w.place, 0, 0), np.zeros(1, np.int64)
     flat, limits = out.reshape(-1), (w.shape[0], 1)
     with launching:
-        _launch(first, _NONE, zero + slot, zero, _ONE, limits, len(out), flat, out.shape[1])
+        _launch(first, _NONE, zero + slot, zero, _apart(1), limits, len(out), flat, out.shape[1])
