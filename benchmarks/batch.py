@@ -96,7 +96,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
             mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
             return
         pieces = [Piece([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
-        mx.eval([model.logits(s.hidden) for s in sweep(model, pieces)])
+        mx.eval(model.logits_of([s.hidden for s in sweep(model, pieces)]))
 
     seconds = []
     columns = ids[:, args.prompt :].T.tolist()
@@ -160,7 +160,7 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
                 mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
                 continue
             pieces = [Piece([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
-            mx.eval([model.logits(s.hidden) for s in sweep(model, pieces)])
+            mx.eval(model.logits_of([s.hidden for s in sweep(model, pieces)]))
     seconds, stats = time.perf_counter() - start, model.stats
     found = {
         "request_tokens_per_second": round(ids.size / seconds, 3),

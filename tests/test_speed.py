@@ -107,16 +107,22 @@ def test_batch_shares_nothing():
     assert many.read_nbytes < 8 * one.read_nbytes
 
 
-def test_batch_by_hand():
-    """Rows go over the weights one by one, beside the reads of all."""
-    c = Costs(10.0, 1e-3, 2.0, 1000.0)
+@pytest.mark.parametrize(
+    ("cpu", "rows", "layer", "dense"), [(False, 4, 4, 4), (True, 4, 1.6, 4), (True, 8, 2.4, 5.2)]
+)
+def test_batch_by_hand(cpu, rows, layer, dense):
+    """Rows go over their experts one by one, beside the reads of all. On the CPU they share most of
+    a layer, and dense weights from eight on."""
+    c = Costs(10.0, 1e-3, 2.0, 1000.0, as_they_land=cpu)
     layers, e = MODEL.layers, MODEL.expert_nbytes
-    own = 4 * (1e-3 + (MODEL.layer_nbytes + MODEL.shared_nbytes + 10 * e) / 10e9)
+    own = layer * 1e-3 + dense * (MODEL.layer_nbytes + MODEL.shared_nbytes) / 10e9
+    own += rows * 10 * e / 10e9
     for hits in (0.0, 1.0):
         reads = 38 * (1 - hits) * e / 2e9
-        step = decode(MODEL, c, 10, hits, needed=38, rows=4)
-        head = 4 * MODEL.head_nbytes / 10e9
+        step = decode(MODEL, c, 10, hits, needed=38, rows=rows)
+        head = dense * MODEL.head_nbytes / 10e9
         assert step.seconds == pytest.approx(layers * max(own, reads) + head)
+        assert step.compute + step.launches == pytest.approx(layers * own + head)
 
 
 def test_hosts_share_nothing_or_the_network_is_free():

@@ -31,7 +31,7 @@ def doctor(context: click.Context, name: str | None, as_json: bool) -> None:
     """
     waiting = sys.stderr.isatty() and not as_json
     if waiting:
-        text = "looking (the very first time compiles kernels, some 30 s)"
+        text = "looking (the first time compiles kernels: some 30 s, on CUDA minutes)"
         click.echo(click.style(text, dim=True), nl=False, err=True)
     report = examine(name)
     if waiting:

@@ -73,6 +73,12 @@ class Geometry:
         )
 
 
+# What a further row adds to a layer beside arithmetic, as a share of what one row takes; and the
+# time of a product for each of four rows, as a share of that of one alone. Both measured on two
+# cores of AMD EPYC (AVX2): see docs/experiments.md.
+_ROW_OF_LAYER, _ROW_OF_FOUR = 0.2, 0.65
+
+
 @dataclass(frozen=True)
 class Costs:
     """The speeds of a machine, or of an engine on it.
@@ -172,7 +178,7 @@ def decode(
         "launches": replace(costs, layer_seconds=0.0),
         "network": replace(costs, sum_seconds=0.0, network_gb_s=inf),
     }
-    launches = rows * model.layers * costs.layer_seconds
+    launches = model.layers * _launches(costs, rows)
     compute = _compute(model, costs, k, rows) + keys / costs.weights_gb_s / 1e9
     network = model.expert_layers * _network(model, costs, k, rows)
     read = model.expert_layers * needed * (1 - hit_rate) * model.expert_nbytes
@@ -193,21 +199,21 @@ def decode(
 
 def _seconds(model, costs: Costs, k: int, hit_rate: float, needed: int, rows: int) -> float:
     one = model.expert_nbytes / costs.weights_gb_s / 1e9
-    shared = model.shared_nbytes / costs.weights_gb_s / 1e9
-    before = costs.layer_seconds + model.layer_nbytes / costs.weights_gb_s / 1e9
+    shared = _dense(costs, model.shared_nbytes, rows)
+    before = _launches(costs, rows) + _dense(costs, model.layer_nbytes, rows)
     from_disk = model.expert_nbytes / costs.disk_gb_s / 1e9 / costs.hosts
     from_cache = model.expert_nbytes / costs.cached_gb_s / 1e9
-    experts = rows * (shared + k * one / costs.hosts)
+    experts = shared + rows * k * one / costs.hosts
     layer = 0.0
     for misses in range(needed + 1):
         hits = needed - misses
         chance = comb(needed, misses) * (1 - hit_rate) ** misses * hit_rate**hits
         reads = misses * from_disk + hits * from_cache
         if not costs.overlap:
-            step = rows * before + experts + reads
+            step = before + experts + reads
         elif rows > 1:
             # Two halves: one computes while the other's experts are read.
-            step = max(rows * before + experts, reads)
+            step = max(before + experts, reads)
         elif costs.as_they_land:
             step = before + max(experts, reads + (one if misses else 0.0))
         else:
@@ -217,8 +223,8 @@ def _seconds(model, costs: Costs, k: int, hit_rate: float, needed: int, rows: in
     rest = model.layers - model.expert_layers
     return (
         model.expert_layers * (layer + _network(model, costs, k, rows))
-        + rest * rows * (before + shared)
-        + rows * model.head_nbytes / costs.weights_gb_s / 1e9
+        + rest * (before + shared)
+        + _dense(costs, model.head_nbytes, rows)
     )
 
 
@@ -233,7 +239,19 @@ def _network(model: Geometry, costs: Costs, k: int, rows: int) -> float:
 def _compute(model: Geometry, costs: Costs, k: int, rows: int) -> float:
     dense = model.layers * (model.layer_nbytes + model.shared_nbytes) + model.head_nbytes
     experts = model.expert_layers * k * model.expert_nbytes / costs.hosts
-    return rows * (dense + experts) / costs.weights_gb_s / 1e9
+    return _dense(costs, dense, rows) + rows * experts / costs.weights_gb_s / 1e9
+
+
+def _launches(costs: Costs, rows: int) -> float:
+    """Of a layer. The CPU's ops make one array of the rows."""
+    shared = _ROW_OF_LAYER if costs.as_they_land else 1.0
+    return costs.layer_seconds * (1 + shared * (rows - 1))
+
+
+def _dense(costs: Costs, nbytes: float, rows: int) -> float:
+    """Of dense weights, which the CPU's ops unpack once for four rows: of each half of them."""
+    share = _ROW_OF_FOUR if costs.as_they_land and rows >= 8 else 1.0
+    return share * rows * nbytes / costs.weights_gb_s / 1e9
 
 
 def _weights(model: Geometry, costs: Costs, nbytes: float, rows: float) -> float:
