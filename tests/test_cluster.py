@@ -11,15 +11,18 @@ import threading
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from flashmoe import hosts
+from flashmoe import exchange, hosts
+from flashmoe.checkpoint import Checkpoint
 from flashmoe.engine import Engine
 from flashmoe.events import Text
+from flashmoe.loading import load_streaming
 from flashmoe.requests import Request
 from flashmoe.shares import owners
-from toys import write_chat_toy
+from toys import write_chat_toy, write_toy
 
 BIN = Path(sys.executable).parent
 
@@ -153,6 +156,29 @@ def test_cluster_answers_otherwise_than_one_host(toy, tmp_path):
     for rank in range(1, 4):
         assert found[rank][1] == ""
         assert f"host {rank}: {counts[rank]} of 12 experts a layer" in found[rank][2]
+
+
+def test_shares_of_several_answers_have_other_bits(tmp_path):
+    """Nine rows that want few experts: each as if it were alone, whoever computes it."""
+    path = write_toy(tmp_path / "toy", num_experts=8, top_k=2)
+    model = load_streaming(Checkpoint.open(path), slots=8)
+    switch, hidden = model._blocks[0].switch_mlp, 64
+    x = mx.random.normal((9, 1, hidden), key=mx.random.key(0))
+    indices = np.random.default_rng(0).integers(0, 4, (9, 1, 1)) + np.array([0, 4])
+    alone = [switch(x[i : i + 1], mx.array(indices[i : i + 1])) for i in range(9)]
+    alone = np.concatenate([np.array(y) for y in alone]).reshape(18, hidden)
+    (y,) = switch.start([(x, mx.array(indices))]).finish()
+    np.testing.assert_array_equal(np.array(y).reshape(18, hidden), alone)
+
+    rows, chosen = np.array(x).reshape(9, hidden), indices.reshape(9, 2)
+    asked = exchange.Request(0, [rows], [chosen], mx.float32, [True])
+    found = np.zeros_like(alone)
+    for owned in (np.arange(8) % 3 == 0, np.arange(8) % 3 != 0):
+        pairs = exchange.mine(asked, owned)
+        (y,) = switch.start(exchange.inputs(asked, pairs)).finish()
+        found[pairs[0]] = np.array(y).reshape(-1, hidden)
+    np.testing.assert_array_equal(found, alone)
+    model.close()
 
 
 def test_host_that_does_not_fit_joins(toy, tmp_path):

@@ -30,7 +30,7 @@ from .exchange import Exchange, Request, inputs, mine
 from .footprint import PIECE_TOKENS
 from .ops.host import host
 from .shares import owners, parse_shares
-from .switch import StreamingSwitchGLU, SwitchStats
+from .switch import StreamingSwitchGLU, SwitchStats, of_one_token
 
 if TYPE_CHECKING:
     from .models import StreamingMoE
@@ -265,7 +265,8 @@ class ClusterCall:
         width = inputs_[0][0].shape[-1]
         xs = [host(x)[0].reshape(-1, width) for x, _ in inputs_]
         chosen = [look(i).astype(np.int64).reshape(-1, i.shape[-1]) for _, i in inputs_]
-        self._request = Request(switch.layer, xs, chosen, self._dtype)
+        alone = [of_one_token(i) for _, i in inputs_]
+        self._request = Request(switch.layer, xs, chosen, self._dtype, alone)
         switch.cluster.ask(self._request)
         self._pairs = mine(self._request, switch.cluster.owned)
         own = inputs(self._request, self._pairs)

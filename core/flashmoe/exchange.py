@@ -2,7 +2,8 @@
 
 A sum over all hosts, where all but one have zeros, gives everybody what that one has, bit for bit.
 
-    request   from the lead: layer, K, sizes of the pieces, then x and the router's choice
+    request   from the lead: layer, K, sizes of the pieces (below 0 where rows are of sequences of
+              their own), then x and the router's choice
     results   of each piece: (rows * K, hidden), where each host has those of its experts, and what
               the host did
 
@@ -37,12 +38,14 @@ class Request:
         xs: of each piece (rows, hidden) float32.
         indices: of each piece (rows, K) int64.
         dtype: that the rows had.
+        alone: of each piece, whether its rows are of sequences of their own.
     """
 
     layer: int
     xs: Sequence[np.ndarray]
     indices: Sequence[np.ndarray]
     dtype: mx.Dtype
+    alone: Sequence[bool]
 
 
 class Exchange:
@@ -74,7 +77,7 @@ class Exchange:
         """From the lead, to all."""
         k = request.indices[0].shape[1]
         rows = [np.hstack(pair) for pair in zip(request.xs, request.indices, strict=True)]
-        sizes = [len(r) for r in rows]
+        sizes = [-len(r) if alone else len(r) for r, alone in zip(rows, request.alone, strict=True)]
         rows = np.concatenate(rows).astype(np.float32)
         dtype = _DTYPES.index(request.dtype)
         first = self._first(_WORK, request.layer, k, dtype, len(sizes))
@@ -95,6 +98,7 @@ class Exchange:
         if what == _REST:
             return None
         sizes = first[5 : 5 + pieces].astype(int)
+        alone, sizes = (sizes < 0).tolist(), np.abs(sizes)
         width = self.hidden + k
         rows = first[None, _HEAD : _HEAD + width]
         if (more := int(sizes.sum()) - 1) > 0:
@@ -103,7 +107,7 @@ class Exchange:
         parts = np.split(rows, np.cumsum(sizes)[:-1])
         xs = [np.ascontiguousarray(part[:, : self.hidden]) for part in parts]
         indices = [part[:, self.hidden :].astype(np.int64) for part in parts]
-        return Request(layer, xs, indices, _DTYPES[dtype])
+        return Request(layer, xs, indices, _DTYPES[dtype], alone)
 
     def results(self, mine: np.ndarray, notes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         """Of one piece, from and to all. mine: (pairs, hidden) float32, zeros where others have
@@ -131,8 +135,10 @@ def inputs(request: Request, pairs: Sequence[np.ndarray]) -> list[tuple[mx.array
     without a cluster: so each has the bits that it would have there.
     """
     found = []
-    for x, indices, chosen in zip(request.xs, request.indices, pairs, strict=True):
+    pieces = zip(request.xs, request.indices, pairs, request.alone, strict=True)
+    for x, indices, chosen, alone in pieces:
         if chosen.size:
             rows = mx.array(x[chosen // indices.shape[1]]).astype(request.dtype)
-            found.append((rows, mx.array(indices.reshape(-1)[chosen][:, None])))
+            experts = mx.array(indices.reshape(-1)[chosen][:, None])
+            found.append((rows[:, None], experts[:, None]) if alone else (rows, experts))
     return found

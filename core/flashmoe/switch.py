@@ -289,10 +289,13 @@ class Call:
             self._landing.append(expert)
 
 
-def _alone(ops: ModuleType, indices: mx.array) -> dict[str, bool]:
+def of_one_token(indices: mx.array) -> bool:
     """Whether indices (sequences, tokens, top_k) are of several sequences of one token."""
-    several = indices.ndim > 2 and indices.shape[-2] == 1 and indices.shape[0] > 1
-    return {"alone": True} if several and ops.STACKS else {}
+    return indices.ndim > 2 and indices.shape[-2] == 1 and indices.shape[0] > 1
+
+
+def _alone(ops: ModuleType, indices: mx.array) -> dict[str, bool]:
+    return {"alone": True} if of_one_token(indices) and ops.STACKS else {}
 
 
 def _by_expert(indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
