@@ -20,16 +20,8 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from . import int8
-from .unpack import (
-    BITS,
-    BLOCK,
-    GROUP_SIZES,
-    arrange,
-    arrangement,
-    block_kernel,
-    rows_kernel,
-    rows_scratch,
-)
+from .rows import BLOCK, rows_kernel, rows_scratch
+from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
 from .vectors import SIZES
 
 # GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads.
@@ -50,7 +42,6 @@ MATVEC_ROWS = 2
 #: would be faster for any number of them.
 INT8_ROWS = 20
 
-_BLOCK = BLOCK  # matrix rows of one task
 _MANY = 4  # rows of x that one unpacking of the weights serves
 _SCRATCH = rows_scratch(_MANY)
 
@@ -197,14 +188,14 @@ def _launch(first, second, slots, rows, tiles, limits, height, out, row):
     kernel, wide, w, scales, biases, w_row, s_row, n, x, x_row = first
     kernel2, wide2, w2, scales2, biases2, w_row2, s_row2, n2, x2, x_row2 = second
     xs, xs2 = x + rows * x_row, x2 + rows * x_row2
-    blocks = (height + _BLOCK - 1) // _BLOCK
+    blocks = (height + BLOCK - 1) // BLOCK
     base = out.ctypes.data
     for task in prange(len(tiles) * blocks):
         begin, of_run = tiles[task // blocks, 2], tiles[task // blocks, 3]
         place = task - begin * blocks
-        tile, start = begin + place % of_run, place // of_run * _BLOCK
+        tile, start = begin + place % of_run, place // of_run * BLOCK
         p, pairs = tiles[tile, 0], tiles[tile, 1]
-        count = min(_BLOCK, height - start)
+        count = min(BLOCK, height - start)
         line = slots[p] * height + start
         at, skip = w + line * w_row, line * s_row
         at2, skip2 = w2 + line * w_row2, line * s_row2
@@ -212,7 +203,7 @@ def _launch(first, second, slots, rows, tiles, limits, height, out, row):
             to = (p * height + start) * row
             call(kernel, at, scales + skip, biases + skip, xs[p], count, n, base + 4 * to)
             if kernel2 != 0:
-                up = np.empty(_BLOCK, np.float32)
+                up = np.empty(BLOCK, np.float32)
                 into = up.ctypes.data
                 call(kernel2, at2, scales2 + skip2, biases2 + skip2, xs2[p], count, n2, into)
                 for i in range(count):
@@ -227,8 +218,8 @@ def _launch(first, second, slots, rows, tiles, limits, height, out, row):
         for i in range(pairs):
             to = (p + i) * height + start
             for j in range(count):
-                value = one[i * _BLOCK + j]
-                out[to + j] = _gated(value, two[i * _BLOCK + j]) if kernel2 != 0 else value
+                value = one[i * BLOCK + j]
+                out[to + j] = _gated(value, two[i * BLOCK + j]) if kernel2 != 0 else value
     return -1
 
 

@@ -71,7 +71,7 @@ def pieces(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mask, source, factor
 
 
-def _step_words(bits: int, group_size: int) -> int:
+def step_words(bits: int, group_size: int) -> int:
     """The words that the product takes in one step: whole vectors and whole groups."""
     return lcm(_LANES, bits * group_size // 32)
 
@@ -87,7 +87,7 @@ def arrangement(bits: int, group_size: int, n: int) -> tuple[np.ndarray, np.ndar
     mask, source, power = pieces(bits)
     count, group = len(mask), bits * group_size // 32
     word = np.arange(n * group)
-    whole = word.size - word.size % _step_words(bits, group_size)
+    whole = word.size - word.size % step_words(bits, group_size)
     lanes = np.where(word < whole, _LANES, group)
     lane = np.where(word < whole, word, word - whole) % lanes
     at = (word - lane) * (count + 1) + lane + np.arange(count + 1)[:, None] * lanes
@@ -110,7 +110,7 @@ def arrange(x, index, factor, sums, out):
             out[r, sums[b]] = total
 
 
-def _affine_dot(builder, form, w, scales, biases, xs, part, sums):
+def affine_dot(builder, form, w, scales, biases, xs, part, sums):
     """Add the part start..stop of the n groups of a matrix row, times each row of x, to its sums:
     one of _LANES lanes over whole steps, one of a group's words over groups that do not fill one.
 
@@ -156,7 +156,7 @@ def _affine_dot(builder, form, w, scales, biases, xs, part, sums):
         for value, total in zip(values, totals, strict=True):
             builder.store(value, total)
 
-    many = _step_words(bits, group_size) // words
+    many = step_words(bits, group_size) // words
     _in_steps(
         builder,
         part,
@@ -167,7 +167,7 @@ def _affine_dot(builder, form, w, scales, biases, xs, part, sums):
     )
 
 
-def _plain_dot(builder, form, w, scales, biases, xs, part, sums):
+def plain_dot(builder, form, w, scales, biases, xs, part, sums):
     _, _, dtype = form
 
     def step(i, lanes, totals):
@@ -249,16 +249,7 @@ def _plain_unpack(builder, form, w, scales, biases, x, n, out):
         step(at, 1)
 
 
-#: Matrix rows of a task, at most.
-BLOCK = 16
-#: Inputs of which a kernel of several rows of x takes all matrix rows, before it goes on: those of
-#: four rows stay in the CPU's first cache.
-_DEPTH = 1024
-#: float32 of the sums of a matrix row and a row of x.
-_SUMS = 64
-
-
-def _lanes(bits: int, group_size: int) -> tuple[int, int]:
+def sum_lanes(bits: int, group_size: int) -> tuple[int, int]:
     """Of the two sums of a row: over whole steps, and over the rest."""
     return (_LANES, bits * group_size // 32) if group_size else (2 * _LANES, 1)
 
@@ -266,7 +257,7 @@ def _lanes(bits: int, group_size: int) -> tuple[int, int]:
 @intrinsic(prefer_literal=True)
 def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out):
     form = [t.literal_value for t in (bits, group_size, dtype)]
-    unpack, dot = (_affine_unpack, _affine_dot) if form[1] else (_plain_unpack, _plain_dot)
+    unpack, dot = (_affine_unpack, affine_dot) if form[1] else (_plain_unpack, plain_dot)
     op_ = op.literal_value
 
     def codegen(context, builder, signature, args):
@@ -274,50 +265,12 @@ def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out):
         if op_ == "unpack":
             unpack(builder, form, *weights, x, n, out)
         else:
-            sums = [[zeros(builder, size) for size in _lanes(*form[:2])]]
+            sums = [[zeros(builder, size) for size in sum_lanes(*form[:2])]]
             dot(builder, form, *weights, [x], (I64(0), n, n), sums)
             store_sum(builder, sums[0], out)
         return context.get_dummy_value()
 
     return types.void(op, bits, group_size, dtype, *[types.int64] * 6), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _emit_part(
-    typingctx, rows, bits, group_size, dtype, w, scales, biases, xs, start, stop, n, out, kept
-):
-    """The part start..stop of a matrix row times `rows` rows of x, whose addresses are at xs. The
-    sums lie at `kept` between parts, and go to out after the last one."""
-    form = [t.literal_value for t in (bits, group_size, dtype)]
-    count, dot = rows.literal_value, _affine_dot if form[1] else _plain_dot
-
-    def codegen(context, builder, signature, args):
-        *weights, xs, start, stop, n, out, kept = args[4:]
-        ats = [offset(builder, xs, I64(r), 8) for r in range(count)]
-        xs = [builder.load(builder.inttoptr(at, I64.as_pointer())) for at in ats]
-        sums, places = [], []
-        for r in range(count):
-            at = builder.add(kept, I64(4 * _SUMS * r))
-            sizes = _lanes(*form[:2])
-            places.append([at, builder.add(at, I64(4 * sizes[0]))])
-            sums.append([zeros(builder, size) for size in sizes])
-            for total, place, size in zip(sums[r], places[r], sizes, strict=True):
-                with builder.if_then(builder.icmp_signed(">", start, I64(0))):
-                    builder.store(load(builder, place, F32, size), total)
-        dot(builder, form, *weights, xs, (start, stop, n), sums)
-        with builder.if_else(builder.icmp_signed("<", stop, n)) as (more, done):
-            with more:
-                for r in range(count):
-                    for total, place in zip(sums[r], places[r], strict=True):
-                        value = builder.load(total)
-                        target = pointer(builder, place, F32, value.type.count)
-                        builder.store(value, target, align=1)
-            with done:
-                for r in range(count):
-                    store_sum(builder, sums[r], builder.add(out, I64(4 * BLOCK * r)))
-        return context.get_dummy_value()
-
-    return types.void(rows, bits, group_size, dtype, *[types.int64] * 9), codegen
 
 
 @cache
@@ -330,7 +283,7 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
 
     op "dot" writes a float32 for each matrix row, "unpack" the matrix rows themselves.
     """
-    weight_bytes, scale_bytes = _row_bytes(bits, group_size, dtype)
+    weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
     out_bytes = 4 * (group_size or 1)
     unpacks = op == "unpack"
 
@@ -345,52 +298,6 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
     return block
 
 
-@cache
-def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
-    """The "dot" of `block_kernel` for several rows of x, for which the weights are unpacked once.
-    The bits of each row are those that it has alone: the order of its sum is the same.
-
-    Arguments as there, but x: address of the rows' addresses; height: up to BLOCK; out: of
-    `rows_scratch(rows)` float32. The first are the results, (rows, BLOCK).
-    """
-    weight_bytes, scale_bytes = _row_bytes(bits, group_size, dtype)
-    depth = _DEPTH
-    if group_size:
-        whole = _step_words(bits, group_size) * 32 // (bits * group_size)
-        depth = max(1, _DEPTH // (whole * group_size)) * whole
-
-    @cfunc(types.void(*[types.int64] * 7), cache=True)
-    def block(w, scales, biases, x, height, n, out):
-        kept = out + 4 * BLOCK * rows
-        for start in range(0, n, depth):
-            stop = min(n, start + depth)
-            for r in range(height):
-                w_at, skip = w + r * n * weight_bytes, r * n * scale_bytes
-                to, sums = out + 4 * r, kept + r * (4 * _SUMS * rows)
-                _emit_part(
-                    rows,
-                    bits,
-                    group_size,
-                    dtype,
-                    w_at,
-                    scales + skip,
-                    biases + skip,
-                    x,
-                    start,
-                    stop,
-                    n,
-                    to,
-                    sums,
-                )
-
-    return block
-
-
-def rows_scratch(rows: int) -> int:
-    """float32 that a `rows_kernel` writes."""
-    return rows * BLOCK * (1 + _SUMS)
-
-
-def _row_bytes(bits: int, group_size: int, dtype: str) -> tuple[int, int]:
+def row_bytes(bits: int, group_size: int, dtype: str) -> tuple[int, int]:
     """Of weights and of scales, for each group or value of a row."""
     return (bits * group_size // 8, SIZES[dtype]) if group_size else (SIZES[dtype], 0)
