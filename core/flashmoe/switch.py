@@ -277,9 +277,15 @@ class Call:
         for expert, slot in slots.items():
             for i, pairs in self._pairs[expert]:
                 mine[i][slot] = pairs
-        for work, experts in zip(self._works, mine, strict=True):
-            if experts:
-                work.run(experts)
+        works = [
+            (work, experts) for work, experts in zip(self._works, mine, strict=True) if experts
+        ]
+        run_all = getattr(self._switch._ops, "run_all", None)
+        if works and run_all is not None:
+            run_all(*zip(*works, strict=True))
+            return
+        for work, experts in works:
+            work.run(experts)
 
     def _load_ahead(self) -> None:
         """Start as many of the missing experts' reads as there are slots to take them."""

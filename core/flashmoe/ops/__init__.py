@@ -2,6 +2,7 @@
 
 An ops module has `ACTIVATIONS`, the values of that setting which it computes with; `STACKS`,
 whether a `Work` can be told that its tokens are of sequences of their own (alone=True);
+`run_all(works, experts)`, if it is faster than `run` of each work of a call with its experts;
 `prepare(model, head)`, which readies the dense layers of a loaded model; and one class, `Work`:
 the expert block of one layer for one call of the model. And `weigh(y, scores)`, which makes
 `work.combined(scores)` of `work.result()`.

@@ -6,6 +6,7 @@ every quantised matrix, and GatedDeltaNet, is computed by numba here, in float32
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -63,19 +64,15 @@ class Work:
 
     def run(self, experts: dict[int, np.ndarray]) -> None:
         """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
-        most = glu.few(self.matrices)
-        few = {s: p for s, p in experts.items() if self._alone or p.size <= most}
-        if few:
-            slots = np.repeat(np.fromiter(few, np.int64), [p.size for p in few.values()])
-            pairs = np.concatenate(list(few.values()))
-            for start in range(0, pairs.size, PAIRS_AT_ONCE):
-                part = slice(start, start + PAIRS_AT_ONCE)
-                rows = pairs[part] // self.top_k
-                self.y[pairs[part]] = glu.few_rows(*self.matrices, slots[part], self.x, rows)
-        for slot, pairs in experts.items():
-            if slot not in few:
-                x = self.x[pairs // self.top_k]
-                self.y[pairs] = glu.many_rows(*self.matrices, slot, x)
+        run_all([self], [experts])
+
+    def few(self, pairs: np.ndarray) -> bool:
+        """Whether the pairs of one expert are computed one by one."""
+        return self._alone or pairs.size <= glu.few(self.matrices)
+
+    def rows(self, pairs: np.ndarray) -> np.ndarray:
+        """x of pairs."""
+        return self.x[pairs // self.top_k]
 
     def settle(self) -> None:
         """Nothing that was run reads a slot after this."""
@@ -87,6 +84,49 @@ class Work:
     def combined(self, scores: mx.array) -> mx.array:
         """The sum over a token's choices, each times its score: (tokens, hidden), float32."""
         return _weighed(self.y, scores)
+
+
+def run_all(works: Sequence[Work], experts: Sequence[dict[int, np.ndarray]]) -> None:
+    """`run` of works of one bank, each its experts. A slot is multiplied by what all want of it: no
+    bit of a pair depends on whose other pairs there are, see `glu`."""
+    few: list[tuple[int, Work, np.ndarray]] = []
+    many: dict[int, list[tuple[Work, np.ndarray]]] = {}
+    for work, mine in zip(works, experts, strict=True):
+        for slot, pairs in mine.items():
+            if work.few(pairs):
+                few.append((slot, work, pairs))
+            else:
+                many.setdefault(slot, []).append((work, pairs))
+    few.sort(key=lambda part: part[0])
+    for group in _at_most(PAIRS_AT_ONCE, few):
+        sizes = [pairs.size for _, _, pairs in group]
+        slots = np.repeat([slot for slot, _, _ in group], sizes)
+        x = np.concatenate([work.rows(pairs) for _, work, pairs in group])
+        y = glu.few_rows(*works[0].matrices, slots, x, np.arange(len(x)))
+        _hand_out(y, [part[1:] for part in group])
+    for slot, parts in many.items():
+        for group in _at_most(PAIRS_AT_ONCE, parts):
+            x = np.concatenate([work.rows(pairs) for work, pairs in group])
+            _hand_out(glu.many_rows(*works[0].matrices, slot, x), group)
+
+
+def _at_most(count: int, parts: Sequence[tuple]) -> Iterator[Sequence[tuple]]:
+    """Neighbours that have so many pairs together, or one that has more. It bounds the memory."""
+    group: list[tuple] = []
+    for part in parts:
+        if group and sum(p[-1].size for p in group) + part[-1].size > count:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _hand_out(y: np.ndarray, parts: Sequence[tuple[Work, np.ndarray]]) -> None:
+    start = 0
+    for work, pairs in parts:
+        work.y[pairs] = y[start : start + pairs.size]
+        start += pairs.size
 
 
 def weigh(y: mx.array, scores: mx.array) -> mx.array:
