@@ -152,16 +152,15 @@ def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
     model.close()
 
 
-@pytest.mark.parametrize("activations", ["float32", "int8"])
-@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize(("bits", "activations"), [(4, "float32"), (None, "float32"), (4, "int8")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_of_a_stack_has_other_bits_than_the_model_gives(tmp_path, family, bits, activations):
     """Nine answers as one array, of contexts of their own, against the model's own calls."""
     path = write_toy(tmp_path / "toy", family, num_experts=11, bits=bits)
-    for slots in (11, 6):
+    for slots in (11, 6) if bits and activations == "float32" else (6,):
         model = load_streaming(Checkpoint.open(path), slots=slots, activations=activations)
         assert model.stacks == (model.ops == "cpu")
-        lengths = [1, 2, 30, 5, 17, 3, 300, 8, 4]
+        lengths = [1, 2, 30, 5, 17, 3, 260, 8, 4]
         caches = [[make_prompt_cache(model) for _ in lengths] for _ in range(2)]
         for mine in caches:
             for n, cache in zip(lengths, mine, strict=True):
