@@ -61,7 +61,8 @@ class Recorder:
         from flashmoe import reader, switch
 
         # On a GPU what an expert block launches is lazy: its time is that of the next `start`.
-        work, run = (ops.FewRows, "combined") if hasattr(ops, "FewRows") else (ops.Work, "run")
+        fused = hasattr(ops, "FewRows")
+        work, run = (ops.FewRows, "combined") if fused else (switch.Call, "_run")
         kept = []
         for owner, name, kind in (
             (switch.StreamingSwitchGLU, "start", "start"),
