@@ -13,7 +13,7 @@ hold. Rounds alternate between both sides; figures are medians.
     block      gate, up, SwiGLU, down, weighted sum, by the clock: K = 4 and 10, with and without
                the shared expert, a compiled piece for each block and for all of a chain
     kernels    the same, and single rows, by the GPU's own clock (needs PyTorch, for its profiler)
-    rows       the same for 1 to 32 tokens: where `gather_qmm` takes over
+    rows       the same for 1 to 128 tokens: where `gather_qmm` takes over
     model      60 layers, experts resident, K = 4: tokens/s beside stock mlx-lm, and the errors of
                both against stock in float32
     streaming  experts on disk and slots on the GPU: bit for bit the resident result, and where the

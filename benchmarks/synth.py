@@ -181,7 +181,7 @@ class Source:
     def pieces(self, tensor: Tensor) -> Iterator[memoryview]:
         tile = self._tile(tensor.fill)
         each = tensor.nbytes // tensor.units
-        piece = min(each, PIECE_BYTES, len(tile) // 4 * 2)
+        piece = min(each, PIECE_BYTES, len(tile) // 4 * 2)  # whole BF16 numbers
         places = (len(tile) - piece) // 2 - 1
         places -= places % STEP == 0
         for unit in range(tensor.first, tensor.first + tensor.units):

@@ -108,12 +108,12 @@ def test_batch_shares_nothing():
 
 
 @pytest.mark.parametrize(
-    ("cpu", "rows", "layer", "dense"), [(False, 4, 4, 4), (True, 4, 1.6, 4), (True, 8, 2.4, 5.2)]
+    ("stacks", "rows", "layer", "dense"), [(False, 4, 4, 4), (True, 4, 1.6, 4), (True, 8, 2.4, 5.2)]
 )
-def test_batch_by_hand(cpu, rows, layer, dense):
-    """Rows go over their experts one by one, beside the reads of all. On the CPU they share most of
-    a layer, and dense weights from eight on."""
-    c = Costs(10.0, 1e-3, 2.0, 1000.0, as_they_land=cpu)
+def test_batch_by_hand(stacks, rows, layer, dense):
+    """Rows go over their experts one by one, beside the reads of all. As one array they share
+    most of a layer, and dense weights from eight on."""
+    c = Costs(10.0, 1e-3, 2.0, 1000.0, stacks=stacks)
     layers, e = MODEL.layers, MODEL.expert_nbytes
     own = layer * 1e-3 + dense * (MODEL.layer_nbytes + MODEL.shared_nbytes) / 10e9
     own += rows * 10 * e / 10e9

@@ -70,6 +70,7 @@ def _machine(data: dict, chip: str, gb: int) -> Machine:
         disk_gb_s=entry["ssd_gb_s"],
         prompt_gflops=entry["tflops"] * 1e3 * data["flops_share"]["value"],
         as_they_land=False,  # as the GPU's kernels take them
+        stacks=False,
     )
     return Machine(
         name=f"{chip}-{gb}gb",

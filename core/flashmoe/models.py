@@ -218,7 +218,7 @@ class StreamingMoE:
     @property
     def stacks(self) -> bool:
         """Whether a token of each of several sequences can go through it as one array."""
-        return ops.pick().STACKS
+        return ops.pick(self.ops).STACKS
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""

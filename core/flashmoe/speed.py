@@ -86,6 +86,7 @@ class Costs:
     weights_gb_s: weights through the cores, one token. layer_seconds: what a layer takes where
     there is nothing to compute: launches, and the host's part. disk_gb_s: experts from the drive,
     read as decoding reads them. prompt_gflops: arithmetic of many tokens. as_they_land: see above.
+    stacks: whether the rows of a batch are one array, see `flashmoe.ops`.
     cached_gb_s: experts that the page cache holds, where an engine has no slots of its own.
     overlap: whether anything is computed while reads are in flight. fresh_gb_s: memory that the
     system gives, which the first reads into slots wait for. hosts: like this one, which share the
@@ -98,6 +99,7 @@ class Costs:
     disk_gb_s: float
     prompt_gflops: float
     as_they_land: bool = True
+    stacks: bool = True
     cached_gb_s: float = inf
     overlap: bool = True
     fresh_gb_s: float = inf
@@ -243,14 +245,14 @@ def _compute(model: Geometry, costs: Costs, k: int, rows: int) -> float:
 
 
 def _launches(costs: Costs, rows: int) -> float:
-    """Of a layer. The CPU's ops make one array of the rows."""
-    shared = _ROW_OF_LAYER if costs.as_they_land else 1.0
+    """Of a layer."""
+    shared = _ROW_OF_LAYER if costs.stacks else 1.0
     return costs.layer_seconds * (1 + shared * (rows - 1))
 
 
 def _dense(costs: Costs, nbytes: float, rows: int) -> float:
-    """Of dense weights, which the CPU's ops unpack once for four rows: of each half of them."""
-    share = _ROW_OF_FOUR if costs.as_they_land and rows >= 8 else 1.0
+    """Of dense weights: where rows are one array, those of each half are unpacked once for four."""
+    share = _ROW_OF_FOUR if costs.stacks and rows >= 8 else 1.0
     return share * rows * nbytes / costs.weights_gb_s / 1e9
 
 

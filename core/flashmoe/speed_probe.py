@@ -97,6 +97,7 @@ def kernels(checkpoint: Checkpoint, k: int, activations: str = "float32") -> Cos
         disk_gb_s=math.inf,
         prompt_gflops=flops / max(many - rest, 0.1 * many) / 1e9,
         as_they_land=ops.pick().AS_THEY_LAND,
+        stacks=ops.pick().STACKS,
         fresh_gb_s=_fresh(),
     )
 

@@ -123,9 +123,9 @@ def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
     tokens: rows of a sequence.
     """
     if isinstance(layer, nn.Linear):
-        # BLAS rounds by the number of rows.
-        weight = host(layer.weight)[0].T
-        y = np.concatenate([x[i : i + tokens] @ weight for i in range(0, len(x), tokens)])
+        # BLAS rounds by the number of rows: one product for each sequence.
+        y = x.reshape(-1, tokens, x.shape[1]) @ host(layer.weight)[0].T
+        y = y.reshape(len(x), -1)
     else:
         matrix = packed(layer)
         y = np.empty((x.shape[0], matrix.weight.shape[1]), np.float32)

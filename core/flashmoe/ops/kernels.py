@@ -126,9 +126,7 @@ class Packed:
 
     @property
     def many_kernel(self) -> int:
-        """Address of the kernel for _MANY rows of x; 0 where there is none."""
-        if self.rounds_x:
-            return 0
+        """Address of the kernel for _MANY rows of x that are not rounded."""
         return rows_kernel(_MANY, self.bits, self.group_size, self.dtype).address
 
 
@@ -261,9 +259,10 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     return out
 
 
-def _operand(w: Packed, xs: np.ndarray) -> tuple[int, ...]:
-    """As `_launch` takes it. xs: arranged."""
-    many = w.many_kernel if len(xs) > 1 else 0
+def _operand(w: Packed, xs: np.ndarray, wide: bool) -> tuple[int, ...]:
+    """As `_launch` takes it. xs: arranged. wide: whether there are tiles of _MANY rows, for which a
+    kernel is compiled."""
+    many = w.many_kernel if wide else 0
     return w.kernel("dot"), many, *w.place, address(xs), xs.strides[0]
 
 
@@ -278,13 +277,13 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
         for row in used[(used < 0) | (used >= len(x))]:
             raise IndexError(f"row {row} of {len(x)}")
         x = x[used]
+    tiles = _tiles(slots, 1 if gate.rounds_x or (up and up.rounds_x) else _MANY)
+    wide = len(tiles) < len(slots)
     xs = _arranged(gate, x)
-    first, second = _operand(gate, xs), _NONE
+    first, second = _operand(gate, xs, wide), _NONE
     if up is not None:
         ys = xs if up.reads == gate.reads else _arranged(up, x)
-        second = _operand(up, ys)
-    together = first[1] and (up is None or second[1])
-    tiles = _tiles(slots, _MANY if together else 1)
+        second = _operand(up, ys, wide)
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
     with launching:
