@@ -1,6 +1,11 @@
 """Launches of kernels in tests: by MLX where there is a GPU, else by the stand-in `msl_cpu`."""
 
+import io
+import re
+from collections import Counter
 from contextlib import contextmanager
+
+import mlx.core as mx
 
 from flashmoe_metal import kernel
 
@@ -24,3 +29,18 @@ def launched(seed: int = 0):
 
     with kernel.launched_by(launch):
         yield launches
+
+
+def operations(f, *args) -> Counter[str]:
+    """The operations of MLX in the graph of an array f(*args), each launch as one "Depends"."""
+
+    def launch(_, inputs, output_shapes, output_dtypes, **call):
+        outputs = [mx.zeros(*kind) for kind in zip(output_shapes, output_dtypes, strict=True)]
+        mx.eval(outputs)
+        return mx.depends(outputs, list(inputs))
+
+    with kernel.launched_by(launch):
+        graph = io.StringIO()
+        mx.export_to_dot(graph, f(*args))
+    # Arrays have letters, operations have words.
+    return Counter(re.findall(r'label ?= ?"([A-Z]\w*[a-z]\w*)"', graph.getvalue()))

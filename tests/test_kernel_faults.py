@@ -122,9 +122,18 @@ def test_fault_of_down_passes(old, new):
         ("lane == 0 && first + r < outs", "lane == 0"),
         ("g * sigmoid(g) * u", "u * sigmoid(u) * g"),
         ("first, SHARED_OUT - 1", "first, OUT - 1"),
-        ("pair / TOP_K : pair - pairs", "pair / TOP_K : 0"),
+        ("x + token * IN", "x"),
+        ("pair = token * TOP_K", "pair = token * (TOP_K + SHARED)"),
+        ("term < TOP_K", "term <= TOP_K"),
     ],
-    ids=["rows past the end", "gate and up swapped", "another height", "the first token's x"],
+    ids=[
+        "rows past the end",
+        "gate and up swapped",
+        "another height",
+        "the first token's x",
+        "the shared expert counts as a pair",
+        "the shared expert of a stack",
+    ],
 )
 def test_fault_of_gate_up_passes(old, new):
     case = Case(shared=Kind(8, 32), shared_size=99)

@@ -83,8 +83,8 @@ class _FusedBlock(Joined):
         return self._matrices is not None
 
     def route(self, x: mx.array) -> list[mx.array]:
-        """The router's choice for rows x (tokens, hidden), and the products that it comes from:
-        indices and scores (tokens, top_k), products."""
+        """The router's choice for rows x (..., hidden), and the products that it comes from:
+        indices and scores (..., top_k), products."""
         products = self.products(x)
         logits = products[0]
         normalise = bool(self.norm_topk_prob)
@@ -105,7 +105,8 @@ class _FusedBlock(Joined):
         return self._mailbox.words[: indices.size].copy()
 
     def settled_sum(self, x: mx.array, routed: list[mx.array], residual) -> mx.array:
-        """The block applied to rows x, when every expert is in the slot of its number; lazy."""
+        """The block applied to rows x (..., hidden), when every expert is in the slot of its
+        number; lazy."""
         indices, scores, *products = routed
         work = self.switch_mlp.work(x, indices)
         return work.combined(scores, **self._extra(products, residual))
@@ -124,7 +125,7 @@ class _FusedBlock(Joined):
 
     def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
         """What the sum takes besides the routed experts."""
-        return {} if residual is None else {"residual": _rows(residual)}
+        return {} if residual is None else {"residual": residual}
 
 
 class FusedSharedBlock(_FusedBlock, SharedExpertBlock):

@@ -123,7 +123,7 @@ class StreamingSwitchGLU(nn.Module):
         self.stats.needed += top_k
 
     def work(self, x: mx.array, indices: mx.array):
-        """The work of a settled layer, x (rows, hidden) and indices (rows, top_k): no expert is
+        """The work of a settled layer, x (..., hidden) and indices (..., top_k): no expert is
         read, and nothing evaluated."""
         work = self._ops.Work(self._bank, x, indices.shape[-1])
         work.run_chosen(indices)

@@ -35,7 +35,7 @@ class Shared:
 
     Attributes:
         h: (rows, in) float32, from `gate_up`. down: (out, in).
-        gate: (rows, any) of bf16, f16 or f32, whose column `column` is its gate before the sigmoid.
+        gate: (..., any) of bf16, f16 or f32, whose column `column` is its gate before the sigmoid.
     """
 
     h: mx.array
@@ -62,17 +62,18 @@ def down(
 
     Args:
         h: (rows * top_k, in) float32, from `gate_up`.
-        slots: (rows, top_k) uint32. scores: (rows, top_k) float32.
+        slots: (..., top_k) uint32, rows of them. scores: (..., top_k) float32.
         matrix: a stack of (out, in).
         dtype: of the result.
-        residual: (rows, out).
+        residual: (..., out).
         team: lanes that share a row, those of `matrix` by default: they settle the order of a sum,
             also of the shared expert's.
 
     Returns:
-        (rows, out).
+        (..., out).
     """
-    rows, top_k = slots.shape
+    *lead, top_k = slots.shape
+    rows = slots.size // top_k
     other = shared or Shared(h, matrix, scores)
     residual_or = scores if residual is None else residual
     team = team or lanes(matrix.columns)
@@ -80,7 +81,7 @@ def down(
     groups = -(-matrix.rows // (ROWS * 32 // team))
     (y,) = _kernel(
         inputs=[
-            h, slots.reshape(-1), scores.reshape(-1), *matrix.arrays,
+            h, slots, scores, *matrix.arrays,
             other.h, *other.down.arrays, other.gate, residual_or,
         ],
         template=[
@@ -103,7 +104,7 @@ def down(
         ],
         grid=(groups * simds * 32, rows, 1),
         threadgroup=(simds * 32, 1, 1),
-        output_shapes=[(rows, matrix.rows)],
+        output_shapes=[(*lead, matrix.rows)],
         output_dtypes=[dtype],
     )  # fmt: skip
     return y
@@ -124,21 +125,22 @@ def combine(
 
     Args:
         terms: (pairs, out) float32.
-        places: (rows, top_k) uint32, the row of terms that is each token's k-th.
-        scores: (rows, top_k) float32.
+        places: (..., top_k) uint32, the row of terms that is each token's k-th, rows of them.
+        scores: (..., top_k) float32.
         shared: (rows, out) float32, the shared expert's; gate, column: see `Shared`.
-        residual: (rows, out).
+        residual: (..., out).
 
     Returns:
-        (rows, out).
+        (..., out).
     """
-    rows, top_k = places.shape
+    *lead, top_k = places.shape
+    rows = places.size // top_k
     out = terms.shape[-1]
     gate_or = scores if gate is None else gate
     residual_or = scores if residual is None else residual
     (y,) = _combine(
         inputs=[
-            terms, places.reshape(-1), scores.reshape(-1),
+            terms, places, scores,
             terms if shared is None else shared, gate_or, residual_or,
         ],
         template=[
@@ -154,7 +156,7 @@ def combine(
         ],
         grid=(-(-out // 256) * 256, rows, 1),
         threadgroup=(256, 1, 1),
-        output_shapes=[(rows, out)],
+        output_shapes=[(*lead, out)],
         output_dtypes=[dtype],
     )  # fmt: skip
     return y

@@ -29,15 +29,16 @@ def gate_up(
     """silu(gate(x)) * up(x) of each token's experts, and of the shared one, in one launch.
 
     Args:
-        x: (rows, in) of bf16, f16 or f32.
-        slots: (rows, top_k) uint32, where each token's experts lie in the stacks.
+        x: (..., in) of bf16, f16 or f32, rows of them.
+        slots: (..., top_k) uint32, where each token's experts lie in the stacks.
         gate, up: stacks of (out, in).
         shared: gate and up (shared out, in) of the shared expert.
 
     Returns:
         (rows * top_k, out) float32, and (rows, shared out) float32: (1, 1) without a shared one.
     """
-    rows, top_k = slots.shape
+    top_k = slots.shape[-1]
+    rows = slots.size // top_k
     shared_gate, shared_up = shared or (gate, up)
     team = lanes(gate.columns)
     outs = max(gate.rows, shared_gate.rows)
@@ -45,7 +46,7 @@ def gate_up(
     return _kernel(
         inputs=[
             x,
-            slots.reshape(-1),
+            slots,
             *gate.arrays,
             *up.arrays,
             *shared_gate.arrays,
@@ -56,6 +57,7 @@ def gate_up(
             ("IN", gate.columns),
             ("OUT", gate.rows),
             ("TOP_K", top_k),
+            ("SHARED", shared is not None),
             *gate.template(),
             ("SHARED_OUT", shared_gate.rows),
             *shared_gate.template("SHARED_"),

@@ -8,6 +8,7 @@ on Metal), and all 32 lanes of a simdgroup meet at each collective.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -26,7 +27,11 @@ _launcher: Launcher | None = None
 @cache
 def text(path: str) -> str:
     """The text of a file of this package, such as "kernels/router.metal"."""
-    return files(__package__).joinpath(path).read_text()
+    return _place(path).read_text()
+
+
+def _place(path: str):
+    return files(__package__).joinpath(path)
 
 
 class Kernel:
@@ -83,13 +88,23 @@ class Kernel:
         """The body."""
         return text(f"kernels/{self.name}.metal")
 
+    @property
+    def bare(self) -> str:
+        """The body without what only a reader wants."""
+        lines = (re.sub("//.*", "", line).strip() for line in self.source.splitlines())
+        return "\n".join(line for line in lines if line)
+
     def header(self, target: str) -> str:
         """What comes before the body. target: "metal" or "cuda"."""
-        helpers = "\n".join(text(f"kernels/{name}") for name in self.helpers)
-        if target == "cuda" and helpers:
-            # Where the body is, and where the names of its words are.
-            helpers = f"namespace mlx::core::cu {{\n{helpers}\n}}\n"
-        return f"{text(f'headers/{target}.h')}\n{helpers}"
+        if target == "metal":
+            return "\n".join(map(text, self._headers(target)))
+        # MLX hashes the whole text in each launch: 3 us for what these files hold.
+        words, *helpers = (f'#include "{_place(path)}"\n' for path in self._headers(target))
+        # Where the body is, and where the names of its words are.
+        return f"{words}namespace mlx::core::cu {{\n{''.join(helpers)}}}\n"
+
+    def _headers(self, target: str) -> list[str]:
+        return [f"headers/{target}.h", *(f"kernels/{name}" for name in self.helpers)]
 
     @cached_property
     def metal(self):
@@ -110,14 +125,14 @@ class Kernel:
         types of the inputs.
         """
         if dtypes not in self._cuda:
-            header = self.header("cuda")
-            digest = sha256(repr((header, self.source, dtypes)).encode()).hexdigest()
+            texts = [text(path) for path in self._headers("cuda")]
+            digest = sha256(repr((texts, self.bare, dtypes)).encode()).hexdigest()
             self._cuda[dtypes] = mx.fast.cuda_kernel(
                 name=f"flashmoe_{self.name}_{digest[:12]}",
                 input_names=self.inputs,
                 output_names=self.outputs,
-                source=self.source,
-                header=header,
+                source=self.bare,
+                header=self.header("cuda"),
             )
         return self._cuda[dtypes]
 

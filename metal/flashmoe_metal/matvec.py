@@ -14,8 +14,8 @@ _kernel = Kernel("matvec", ["x", "w", "s", "b"], ["y"], ["rows.h"])
 
 
 def matvec(x: mx.array, matrix: Matrix) -> mx.array:
-    """x @ matrix.T. x: (rows, in) of bf16, f16 or f32; matrix: (out, in) -> (rows, out)."""
-    rows = x.shape[0]
+    """x @ matrix.T. x: (..., in) of bf16, f16 or f32; matrix: (out, in) -> (..., out)."""
+    rows = x.size // matrix.columns
     team = lanes(matrix.columns)
     groups = -(-matrix.rows // (ROWS * 32 // team * SIMDS))
     (y,) = _kernel(
@@ -31,7 +31,7 @@ def matvec(x: mx.array, matrix: Matrix) -> mx.array:
         ],
         grid=(groups * SIMDS * 32, rows, 1),
         threadgroup=(SIMDS * 32, 1, 1),
-        output_shapes=[(rows, matrix.rows)],
+        output_shapes=[(*x.shape[:-1], matrix.rows)],
         output_dtypes=[x.dtype],
     )
     return y

@@ -22,7 +22,7 @@ def router(
     """softmax, top-k and the weights of the chosen experts, in one launch.
 
     Args:
-        logits: (rows, at least experts); further columns are not looked at.
+        logits: (..., at least experts); further columns are not looked at.
         top_k: 1..experts.
         normalise: divide the weights by their sum.
         mailbox: (1,) uint64, an address of page-locked memory where the indices are written as
@@ -30,10 +30,10 @@ def router(
             the whole block. 0 is none.
 
     Returns:
-        indices (rows, top_k) uint32 and scores (rows, top_k) float32, ascending; of equal
+        indices (..., top_k) uint32 and scores (..., top_k) float32, ascending; of equal
         probabilities, the lower index first.
     """
-    rows, stride = logits.shape
+    *lead, stride = logits.shape
     return _kernel(
         inputs=[logits, _no_mailbox() if mailbox is None else mailbox],
         template=[
@@ -43,9 +43,9 @@ def router(
             ("TOP_K", top_k),
             ("NORMALISE", normalise),
         ],
-        grid=(32 * rows, 1, 1),
+        grid=(32 * (logits.size // stride), 1, 1),
         threadgroup=(32, 1, 1),
-        output_shapes=[(rows, top_k), (rows, top_k)],
+        output_shapes=[(*lead, top_k)] * 2,
         output_dtypes=[mx.uint32, mx.float32],
     )
 

@@ -30,7 +30,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if x.size != x.shape[-1] or self._matrix is None or not kernel.available():
             return super().__call__(x)
-        return matvec.matvec(x.reshape(1, -1), self._matrix).reshape(*x.shape[:-1], -1)
+        return matvec.matvec(x, self._matrix)
 
     @cached_property
     def _matrix(self) -> Matrix | None:

@@ -104,8 +104,8 @@ def router(
     logits: mx.array, top_k: int, *, experts: int, normalise: bool
 ) -> tuple[mx.array, mx.array]:
     """The arguments and results of `flashmoe_metal.router.router`."""
-    chances = mx.softmax(logits[:, :experts], axis=-1, precise=True)
-    indices = mx.argsort(chances, axis=-1)[:, -top_k:]
+    chances = mx.softmax(logits[..., :experts], axis=-1, precise=True)
+    indices = mx.argsort(chances, axis=-1)[..., -top_k:]
     scores = mx.take_along_axis(chances, indices, axis=-1).astype(mx.float32)
     if normalise:
         scores = scores / scores.sum(axis=-1, keepdims=True)
@@ -139,7 +139,8 @@ def gate_up(
 ) -> tuple[mx.array, mx.array]:
     """The arguments and results of `flashmoe_metal.gate_up.gate_up`."""
     pairs = slots.reshape(-1)
-    repeated = mx.repeat(x, slots.shape[1], axis=0)
+    x = x.reshape(-1, x.shape[-1])
+    repeated = mx.repeat(x, slots.shape[-1], axis=0)
     h = _silu(_products(gate, repeated, pairs)) * _products(up, repeated, pairs)
     if shared is None:
         return h, mx.zeros((1, 1))
@@ -179,9 +180,9 @@ def combine(
     residual: mx.array | None = None,
 ) -> mx.array:
     """The arguments and results of `flashmoe_metal.down.combine`."""
-    y = (terms[places] * scores[..., None]).sum(axis=1)
+    y = (terms[places] * scores[..., None]).sum(axis=-2)
     if shared is not None:
-        y = y + mx.sigmoid(gate[:, column, None].astype(mx.float32)) * shared
+        y = y + mx.sigmoid(gate[..., column, None].astype(mx.float32)) * shared.reshape(y.shape)
     if residual is not None:
         y = y + residual.astype(mx.float32)
     return y.astype(dtype)

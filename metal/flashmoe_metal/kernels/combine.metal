@@ -1,8 +1,8 @@
   // y[t] as `down` gives it, from products that were computed apart; the same bits.
   //
   //   terms     float  [P, OUT]       down . h of each pair, in any order
-  //   places    uint32 [R * TOP_K]    which row of terms is pair t * TOP_K + k
-  //   scores    float  [R * TOP_K]
+  //   places    uint32 [R, TOP_K]    which row of terms is pair t * TOP_K + k
+  //   scores    float  [R, TOP_K]
   //   shared    float  [R, OUT]       shared_down . shared_h
   //   gate      T      [R, GATE_STRIDE], its column GATE_AT
   //   residual  T      [R, OUT]

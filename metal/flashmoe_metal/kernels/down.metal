@@ -2,8 +2,8 @@
   //        + sigmoid(gate[t]) * (shared_down . shared_h[t])
   //
   //   h           float  [R * TOP_K, IN]
-  //   slots       uint32 [R * TOP_K]
-  //   scores      float  [R * TOP_K]
+  //   slots       uint32 [R, TOP_K]
+  //   scores      float  [R, TOP_K]
   //   w           uint32 [S, OUT, IN * BITS / 32]
   //   s, b        W      [S, OUT, IN / GROUP]
   //   shared_h    float  [R, SHARED_IN]; shared_*: as w, s, b without S

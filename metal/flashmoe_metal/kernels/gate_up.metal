@@ -1,21 +1,21 @@
   // h[p, i] = silu(gate[s, i] . x[t]) * (up[s, i] . x[t]), for pair p = t * TOP_K + k in slot s.
   //
   //   x        T      [R, IN]
-  //   slots    uint32 [R * TOP_K]
+  //   slots    uint32 [R, TOP_K]
   //   *_w      uint32 [S, OUT, IN * BITS / 32]
   //   *_s, *_b W      [S, OUT, IN / GROUP]
   //   h        float  [R * TOP_K, OUT]
   //
-  // LANES lanes share ROWS rows of both matrices; a simdgroup has 32 / LANES such teams. Grid rows
-  // from R * TOP_K on are the shared expert's, one for each token, when SHARED.
+  // LANES lanes share ROWS rows of both matrices; a simdgroup has 32 / LANES such teams. A token has
+  // a grid row for each of its experts, and one for the shared expert when SHARED.
   const uint team = thread_index_in_simdgroup / LANES;
   const uint lane = thread_index_in_simdgroup % LANES;
   const uint simd = threadgroup_position_in_grid.x * SIMDS + simdgroup_index_in_threadgroup;
   const uint first = (simd * (32 / LANES) + team) * ROWS;
-  const uint pair = threadgroup_position_in_grid.y;
-  const uint pairs = slots_shape[0];
-  const bool routed = pair < pairs;
-  const uint token = routed ? pair / TOP_K : pair - pairs;
+  const uint token = threadgroup_position_in_grid.y / (TOP_K + SHARED);
+  const uint term = threadgroup_position_in_grid.y % (TOP_K + SHARED);
+  const bool routed = !SHARED || term < TOP_K;
+  const uint pair = token * TOP_K + term;
   const uint outs = routed ? OUT : SHARED_OUT;
 
   float gate[ROWS], up[ROWS];
