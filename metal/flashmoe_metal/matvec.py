@@ -23,7 +23,6 @@ def matvec(x: mx.array, matrix: Matrix) -> mx.array:
         template=[
             ("T", x.dtype),
             ("IN", matrix.columns),
-            ("OUT", matrix.rows),
             *matrix.template(),
             ("LANES", team),
             ("ROWS", ROWS),

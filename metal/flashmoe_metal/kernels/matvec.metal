@@ -1,11 +1,13 @@
   // y[t, n] = w[n] . x[t]
   //
   //   x     T      [R, IN]
-  //   w     uint32 [OUT, IN * BITS / 32]
-  //   s, b  W      [OUT, IN / GROUP]
-  //   y     T      [R, OUT]
+  //   w     uint32 [outs, IN * BITS / 32]
+  //   s, b  W      [outs, IN / GROUP]
+  //   y     T      [R, outs]
   //
-  // LANES lanes share ROWS rows; a simdgroup has 32 / LANES such teams.
+  // LANES lanes share ROWS rows; a simdgroup has 32 / LANES such teams. A model has matrices of many
+  // heights: none of them is compiled for itself.
+  const uint outs = w_shape[0];
   const uint team = thread_index_in_simdgroup / LANES;
   const uint lane = thread_index_in_simdgroup % LANES;
   const uint simd = threadgroup_position_in_grid.x * SIMDS + simdgroup_index_in_threadgroup;
@@ -16,9 +18,9 @@
   for (int r = 0; r < ROWS; r++) sums[r] = 0;
   dot_rows<LANES, ROWS>(
       Matrix<BITS, GROUP, IN, W>{(const device uint*)w, s, b},
-      first, OUT - 1, x + token * IN, lane, sums);
+      first, outs - 1, x + token * IN, lane, sums);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const float sum = lanes_sum<LANES>(sums[r]);
-    if (lane == 0 && first + r < OUT) y[size_t(token) * OUT + first + r] = static_cast<T>(sum);
+    if (lane == 0 && first + r < outs) y[size_t(token) * outs + first + r] = static_cast<T>(sum);
   }
