@@ -40,10 +40,10 @@ class Block:
 
     def ours(self, x, slots, scores, logits=None):
         with_shared = logits is not None
-        h, shared_h = gate_up(
+        h, *shared_h = gate_up(
             x, slots, self.gate, self.up, self.shared[:2] if with_shared else None
         )
-        shared = Shared(shared_h, self.shared[2], logits) if with_shared else None
+        shared = Shared(*shared_h, self.shared[2], logits) if with_shared else None
         return down(h, slots, scores, self.down, x.dtype, shared=shared)
 
     def stock(self, x, slots, scores, logits=None):

@@ -25,7 +25,7 @@ def planted(file: str, old: str, new: str, *, seed: int = 0, flags: tuple[str, .
 
     def launch(k: kernel.Kernel, **call):
         # Another one: they keep what they compiled.
-        made = kernel.Kernel(k.name, k.inputs, k.outputs, k.helpers)
+        made = kernel.Kernel(k.name, k.inputs, k.outputs, k.helpers, **k.has)
         return msl_cpu.run(made.metal, title=k.name, seed=seed, flags=flags, **call)
 
     assert old in text(f"kernels/{file}"), old

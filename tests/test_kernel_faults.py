@@ -98,7 +98,7 @@ def test_fault_of_rows_passes(old, new, case):
         ("scores[token * TOP_K + k]", "scores[k]"),
         ("shared_h + size_t(token) * SHARED_IN", "shared_h"),
         ("token * GATE_STRIDE + GATE_AT", "token * GATE_STRIDE"),
-        ("if (RESIDUAL) sum +=", "if (RESIDUAL) sum -="),
+        ("sum += float(residual", "sum -= float(residual"),
     ],
     ids=[
         "no barrier",

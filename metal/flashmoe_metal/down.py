@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -15,15 +16,17 @@ ROWS = 4
 #: Simdgroups of a threadgroup at most: one for each expert of a token.
 MAX_SIMDS = 16
 
-_kernel = Kernel(
-    "down",
-    [
-        "h", "slots", "scores", "w", "s", "b",
-        "shared_h", "shared_w", "shared_s", "shared_b", "gate", "residual",
-    ],
-    ["y"],
-    ["rows.h"],
-)  # fmt: skip
+
+@cache
+def _kernel(shared: bool, residual: bool) -> Kernel:
+    inputs = ["h", "slots", "scores", "w", "s", "b"]
+    if shared:
+        inputs += ["shared_h", "shared_w", "shared_s", "shared_b", "gate"]
+    if residual:
+        inputs.append("residual")
+    return Kernel("down", inputs, ["y"], ["rows.h"], SHARED=shared, RESIDUAL=residual)
+
+
 _combine = Kernel(
     "combine", ["terms", "places", "scores", "shared", "gate", "residual"], ["y"], ["rows.h"]
 )
@@ -74,30 +77,25 @@ def down(
     """
     *lead, top_k = slots.shape
     rows = slots.size // top_k
-    other = shared or Shared(h, matrix, scores)
-    residual_or = scores if residual is None else residual
     team = team or lanes(matrix.columns)
+    inputs, template = [h, slots, scores, *matrix.arrays], []
+    if shared is not None:
+        inputs += [shared.h, *shared.down.arrays, shared.gate]
+        template += [("SHARED_IN", shared.down.columns), *shared.down.template("SHARED_")]
+        template += [("GATE_STRIDE", shared.gate.shape[-1]), ("GATE_AT", shared.column)]
+    if residual is not None:
+        inputs.append(residual)
     simds = min(top_k + (shared is not None), MAX_SIMDS)
     groups = -(-matrix.rows // (ROWS * 32 // team))
-    (y,) = _kernel(
-        inputs=[
-            h, slots, scores, *matrix.arrays,
-            other.h, *other.down.arrays, other.gate, residual_or,
-        ],
+    (y,) = _kernel(shared is not None, residual is not None)(
+        inputs=inputs,
         template=[
             ("Y", dtype),
             ("IN", matrix.columns),
             ("OUT", matrix.rows),
             ("TOP_K", top_k),
             *matrix.template(),
-            ("SHARED", shared is not None),
-            ("SHARED_IN", other.down.columns),
-            *other.down.template("SHARED_"),
-            ("GATE_STRIDE", other.gate.shape[-1]),
-            ("GATE_AT", other.column),
-            ("G", other.gate.dtype),
-            ("RESIDUAL", residual is not None),
-            ("R", residual_or.dtype),
+            *template,
             ("LANES", team),
             ("ROWS", ROWS),
             ("SIMDS", simds),
@@ -106,7 +104,7 @@ def down(
         threadgroup=(simds * 32, 1, 1),
         output_shapes=[(*lead, matrix.rows)],
         output_dtypes=[dtype],
-    )  # fmt: skip
+    )
     return y
 
 

@@ -11,11 +11,14 @@ from .matrix import Matrix, lanes
 ROWS, SIMDS = 1, 4
 
 _PARTS = [f"{m}_{part}" for m in ("gate", "up") for part in "wsb"]
-_kernel = Kernel(
+_SHARED_PARTS = [f"shared_{part}" for part in _PARTS]
+_alone = Kernel("gate_up", ["x", "slots", *_PARTS], ["h"], ["rows.h"], SHARED=False)
+_beside_shared = Kernel(
     "gate_up",
-    ["x", "slots", *_PARTS, *(f"shared_{part}" for part in _PARTS)],
+    ["x", "slots", *_PARTS, *_SHARED_PARTS],
     ["h", "shared_h"],
     ["rows.h"],
+    SHARED=True,
 )
 
 
@@ -25,7 +28,7 @@ def gate_up(
     gate: Matrix,
     up: Matrix,
     shared: tuple[Matrix, Matrix] | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> list[mx.array]:
     """silu(gate(x)) * up(x) of each token's experts, and of the shared one, in one launch.
 
     Args:
@@ -35,41 +38,35 @@ def gate_up(
         shared: gate and up (shared out, in) of the shared expert.
 
     Returns:
-        (rows * top_k, out) float32, and (rows, shared out) float32: (1, 1) without a shared one.
+        (rows * top_k, out) float32, and (rows, shared out) float32 if there is a shared one.
     """
     top_k = slots.shape[-1]
     rows = slots.size // top_k
-    shared_gate, shared_up = shared or (gate, up)
     team = lanes(gate.columns)
-    outs = max(gate.rows, shared_gate.rows)
-    groups = -(-outs // (ROWS * 32 // team * SIMDS))
-    return _kernel(
-        inputs=[
-            x,
-            slots,
-            *gate.arrays,
-            *up.arrays,
-            *shared_gate.arrays,
-            *shared_up.arrays,
-        ],  # fmt: skip
+    inputs, outs, template = [x, slots, *gate.arrays, *up.arrays], [gate.rows], []
+    shapes = [(rows * top_k, gate.rows)]
+    if shared:
+        inputs += [*shared[0].arrays, *shared[1].arrays]
+        outs.append(shared[0].rows)
+        shapes.append((rows, shared[0].rows))
+        template = [("SHARED_OUT", shared[0].rows), *shared[0].template("SHARED_")]
+    groups = -(-max(outs) // (ROWS * 32 // team * SIMDS))
+    kernel = _beside_shared if shared else _alone
+    return kernel(
+        inputs=inputs,
         template=[
             ("T", x.dtype),
             ("IN", gate.columns),
             ("OUT", gate.rows),
             ("TOP_K", top_k),
-            ("SHARED", shared is not None),
             *gate.template(),
-            ("SHARED_OUT", shared_gate.rows),
-            *shared_gate.template("SHARED_"),
+            *template,
             ("LANES", team),
             ("ROWS", ROWS),
             ("SIMDS", SIMDS),
         ],
         grid=(groups * SIMDS * 32, rows * (top_k + (shared is not None)), 1),
         threadgroup=(SIMDS * 32, 1, 1),
-        output_shapes=[
-            (rows * top_k, gate.rows),
-            (rows, shared_gate.rows) if shared else (1, 1),
-        ],
-        output_dtypes=[mx.float32, mx.float32],
+        output_shapes=shapes,
+        output_dtypes=[mx.float32] * len(shapes),
     )

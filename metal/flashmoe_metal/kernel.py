@@ -41,14 +41,21 @@ class Kernel:
         name: of the file in `kernels/`.
         inputs, outputs: the names that its body gives them.
         helpers: files of `kernels/` that come before it.
+        has: words of its `#if`, and whether this variant has what they stand for. An input that is
+            not read costs the host as much as one that is, so a variant has its own.
     """
 
     def __init__(
-        self, name: str, inputs: Sequence[str], outputs: Sequence[str], helpers: Sequence[str] = ()
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        helpers: Sequence[str] = (),
+        **has: bool,
     ):
         self.name = name
         self.inputs, self.outputs = list(inputs), list(outputs)
-        self.helpers = list(helpers)
+        self.helpers, self.has = list(helpers), has
         self._cuda: dict[tuple[mx.Dtype, ...], Any] = {}
 
     def __call__(
@@ -96,12 +103,13 @@ class Kernel:
 
     def header(self, target: str) -> str:
         """What comes before the body. target: "metal" or "cuda"."""
+        has = "".join(f"#define {word} {int(value)}\n" for word, value in self.has.items())
         if target == "metal":
-            return "\n".join(map(text, self._headers(target)))
+            return "\n".join([*map(text, self._headers(target)), has])
         # MLX hashes the whole text in each launch: 3 us for what these files hold.
         words, *helpers = (f'#include "{_place(path)}"\n' for path in self._headers(target))
         # Where the body is, and where the names of its words are.
-        return f"{words}namespace mlx::core::cu {{\n{''.join(helpers)}}}\n"
+        return f"{words}{has}namespace mlx::core::cu {{\n{''.join(helpers)}}}\n"
 
     def _headers(self, target: str) -> list[str]:
         return [f"headers/{target}.h", *(f"kernels/{name}" for name in self.helpers)]
@@ -110,7 +118,7 @@ class Kernel:
     def metal(self):
         """As an `mx.fast.metal_kernel`. It can be made, and traced, where there is no Metal."""
         return mx.fast.metal_kernel(
-            name=f"flashmoe_{self.name}",
+            name="_".join(["flashmoe", self.name, *(w.lower() for w in self.has if self.has[w])]),
             input_names=self.inputs,
             output_names=self.outputs,
             source=self.source,
@@ -126,7 +134,7 @@ class Kernel:
         """
         if dtypes not in self._cuda:
             texts = [text(path) for path in self._headers("cuda")]
-            digest = sha256(repr((texts, self.bare, dtypes)).encode()).hexdigest()
+            digest = sha256(repr((texts, self.has, self.bare, dtypes)).encode()).hexdigest()
             self._cuda[dtypes] = mx.fast.cuda_kernel(
                 name=f"flashmoe_{self.name}_{digest[:12]}",
                 input_names=self.inputs,

@@ -116,7 +116,7 @@ class FewRows:
             self._slots = mx.array(slots[np.argsort(pairs)].reshape(self._shape))
         if self._slots is None:
             return self._sum_of_apart(scores, shared, residual)
-        h, shared_h = gate_up(
+        h, *shared_h = gate_up(
             self._x, self._slots, self._gate, self._up, shared and (shared.gate, shared.up)
         )
         return down(
@@ -125,7 +125,7 @@ class FewRows:
             scores,
             self._down,
             self._x.dtype,
-            shared=shared and Shared(shared_h, shared.down, shared.logits, shared.column),
+            shared=shared and Shared(*shared_h, shared.down, shared.logits, shared.column),
             residual=residual,
         )
 
@@ -156,13 +156,13 @@ class FewRows:
     def _apart(self, pairs: np.ndarray, slots: np.ndarray) -> mx.array:
         x = self._x[mx.array(pairs // self._shape[1])]
         slots = mx.array(slots)[:, None]
-        h, _ = gate_up(x, slots, self._gate, self._up)
+        (h,) = gate_up(x, slots, self._gate, self._up)
         return down(h, slots, mx.ones(slots.shape), self._down, mx.float32)
 
     def _shared_apart(self, shared: SharedExpert) -> mx.array:
         """The shared expert's result, before its gate: (tokens, hidden) float32."""
         slots = mx.zeros((self._shape[0], 1), mx.uint32)
-        h, _ = gate_up(self._x, slots, shared.gate, shared.up)
+        (h,) = gate_up(self._x, slots, shared.gate, shared.up)
         team = lanes(self._down.columns)
         return down(h, slots, mx.ones(slots.shape), shared.down, mx.float32, team=team)
 

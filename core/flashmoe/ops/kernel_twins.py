@@ -136,15 +136,15 @@ def gate_up(
     gate: Matrix,
     up: Matrix,
     shared: tuple[Matrix, Matrix] | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> list[mx.array]:
     """The arguments and results of `flashmoe_metal.gate_up.gate_up`."""
     pairs = slots.reshape(-1)
     x = x.reshape(-1, x.shape[-1])
     repeated = mx.repeat(x, slots.shape[-1], axis=0)
     h = _silu(_products(gate, repeated, pairs)) * _products(up, repeated, pairs)
     if shared is None:
-        return h, mx.zeros((1, 1))
-    return h, _silu(_products(shared[0], x)) * _products(shared[1], x)
+        return [h]
+    return [h, _silu(_products(shared[0], x)) * _products(shared[1], x)]
 
 
 def down(

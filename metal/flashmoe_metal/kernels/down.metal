@@ -32,12 +32,15 @@
       dot_rows<LANES, ROWS>(
           Matrix<BITS, GROUP, IN, W>{(const device uint*)w, s, b},
           row + first, row + OUT - 1, h + pair * IN, lane, sums);
-    } else {
+    }
+#if SHARED
+    if (term == TOP_K) {
       dot_rows<LANES, ROWS>(
           Matrix<SHARED_BITS, SHARED_GROUP, SHARED_IN, SHARED_W>{
               (const device uint*)shared_w, shared_s, shared_b},
           first, OUT - 1, shared_h + size_t(token) * SHARED_IN, lane, sums);
     }
+#endif
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const float sum = lanes_sum<LANES>(sums[r]);
@@ -53,11 +56,13 @@
       for (uint k = 0; k < TOP_K; k++) {
         sum = fma(scores[token * TOP_K + k], terms[k * TEAMS * ROWS + i], sum);
       }
-      if (SHARED) {
-        const float g = sigmoid(float(gate[token * GATE_STRIDE + GATE_AT]));
-        sum = fma(g, terms[TOP_K * TEAMS * ROWS + i], sum);
-      }
-      if (RESIDUAL) sum += float(residual[size_t(token) * OUT + out]);
+#if SHARED
+      const float g = sigmoid(float(gate[token * GATE_STRIDE + GATE_AT]));
+      sum = fma(g, terms[TOP_K * TEAMS * ROWS + i], sum);
+#endif
+#if RESIDUAL
+      sum += float(residual[size_t(token) * OUT + out]);
+#endif
       y[size_t(token) * OUT + out] = static_cast<Y>(sum);
     }
   }

@@ -14,9 +14,14 @@
   const uint first = (simd * (32 / LANES) + team) * ROWS;
   const uint token = threadgroup_position_in_grid.y / (TOP_K + SHARED);
   const uint term = threadgroup_position_in_grid.y % (TOP_K + SHARED);
-  const bool routed = !SHARED || term < TOP_K;
   const uint pair = token * TOP_K + term;
+#if SHARED
+  const bool routed = term < TOP_K;
   const uint outs = routed ? OUT : SHARED_OUT;
+#else
+  const bool routed = true;
+  const uint outs = OUT;
+#endif
 
   float gate[ROWS], up[ROWS];
 #pragma unroll
@@ -27,22 +32,24 @@
     dot_rows<LANES, ROWS>(
         M{(const device uint*)gate_w, gate_s, gate_b}, M{(const device uint*)up_w, up_s, up_b},
         row + first, row + OUT - 1, x + token * IN, lane, gate, up);
-  } else {
+  }
+#if SHARED
+  if (!routed) {
     typedef Matrix<SHARED_BITS, SHARED_GROUP, IN, SHARED_W> M;
     dot_rows<LANES, ROWS>(
         M{(const device uint*)shared_gate_w, shared_gate_s, shared_gate_b},
         M{(const device uint*)shared_up_w, shared_up_s, shared_up_b},
         first, SHARED_OUT - 1, x + token * IN, lane, gate, up);
   }
+#endif
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const float g = lanes_sum<LANES>(gate[r]), u = lanes_sum<LANES>(up[r]);
     if (lane == 0 && first + r < outs) {
       const float y = g * sigmoid(g) * u;
-      if (routed) {
-        h[size_t(pair) * OUT + first + r] = y;
-      } else {
-        shared_h[token * SHARED_OUT + first + r] = y;
-      }
+      if (routed) h[size_t(pair) * OUT + first + r] = y;
+#if SHARED
+      if (!routed) shared_h[token * SHARED_OUT + first + r] = y;
+#endif
     }
   }
