@@ -126,11 +126,14 @@ class Chains:
     def __init__(self, layer: Block, k: int, calls: int = CHAIN):
         self.k, self.calls, self._layer = k, calls, layer
         self._x = mx.random.normal((1, HIDDEN)).astype(mx.bfloat16)
-        self._logits = mx.zeros((1, 1), mx.bfloat16)
+        # As in a model, where they are of one product with the router's: MLX places an array of at
+        # most 8 bytes where the host writes such, too, and the GPU waits for its page.
+        self._logits = mx.random.normal((1, SLOTS)).astype(mx.bfloat16)
+        self._own = self._logits[:, :1]
         self._scores = mx.full((1, k), 1 / k)
         self._low = self._scores.astype(mx.bfloat16)
         self._chosen = choices(1, k, SLOTS)
-        mx.eval(self._x, self._logits, self._scores, self._low, self._chosen)
+        mx.eval(self._x, self._logits, self._own, self._scores, self._low, self._chosen)
 
     def of(self, side: str, way: str = "", shared: bool = False) -> Callable[[], None]:
         """What runs a chain.
@@ -139,7 +142,8 @@ class Chains:
         way: "" compiles a block, "one piece" all of the chain, "not compiled" nothing.
         """
         block = getattr(self._layer, side)
-        rest = (self._scores if side == "ours" else self._low, *([self._logits] * shared))
+        scores, logits = (self._scores, self._logits) if side == "ours" else (self._low, self._own)
+        rest = (scores, logits) if shared else (scores,)
         step = mx.compile(block) if not way else block
 
         def chain(y):

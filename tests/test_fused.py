@@ -200,18 +200,20 @@ def test_interrupted_call_leaves_a_layer_that_is_wrong(toy, expected, load, sett
     assert same(run(model, *CALLS[1]), expected[CALLS[1]])
 
 
-@one_toy
 @pytest.mark.parametrize("name", ["gather", "reference"])
-def test_other_ops_differ(toy, expected, load, launches, monkeypatch, name):
+def test_other_ops_differ(tmp_path, launches, monkeypatch, name):
+    # In the types of the weights, as a GPU computes, rounding may choose other experts.
+    dtype = "float32" if ON_GPU else "bfloat16"
+    toy = Checkpoint.open(write(tmp_path, "qwen3_5_moe", dtype=dtype))
+    expected = run(load_resident(toy.path), *CALLS[1])
     monkeypatch.setenv(ops.ENV, name)
-    model = load(toy.top_k + 2)
+    model = load_streaming(toy, slots=toy.top_k + 2)
     launches.clear()
     found = run(model, *CALLS[1])
+    model.close()
     assert launches == []
-    # In bfloat16 on a GPU.
-    atol = 0.5 if ON_GPU else TOY_TOLERANCE
-    for a, b in zip(found, expected[CALLS[1]], strict=True):
-        np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=TOY_TOLERANCE, rtol=0)
 
 
 def test_cpu_ops_are_picked_beside_kernels(monkeypatch):

@@ -40,15 +40,11 @@ def project(x: mx.array, weight, scales, biases, quantization: Quantization | No
     """x @ W.T for one expert. x: (rows, in); weight: (out, in), packed when quantised."""
     if quantization is None:
         return x @ weight.T
-    return mx.quantized_matmul(
-        x,
-        weight,
-        scales,
-        biases,
-        transpose=True,
-        group_size=quantization.group_size,
-        bits=quantization.bits,
-    )
+    kind = {"group_size": quantization.group_size, "bits": quantization.bits}
+    if scales.shape[-1] == 1 and mx.cuda.is_available():
+        # For rows of one group MLX 0.32.4 gave numbers that are none on Hopper.
+        return x @ mx.dequantize(weight, scales, biases, **kind).T
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **kind)
 
 
 def prepare(model: nn.Module, head: nn.Module | None) -> None:
