@@ -34,7 +34,7 @@
           row + first, row + OUT - 1, h + pair * IN, lane, sums);
     }
 #if SHARED
-    if (term == TOP_K) {
+    else {
       dot_rows<LANES, ROWS>(
           Matrix<SHARED_BITS, SHARED_GROUP, SHARED_IN, SHARED_W>{
               (const device uint*)shared_w, shared_s, shared_b},

@@ -34,7 +34,7 @@
         row + first, row + OUT - 1, x + token * IN, lane, gate, up);
   }
 #if SHARED
-  if (!routed) {
+  else {
     typedef Matrix<SHARED_BITS, SHARED_GROUP, IN, SHARED_W> M;
     dot_rows<LANES, ROWS>(
         M{(const device uint*)shared_gate_w, shared_gate_s, shared_gate_b},
@@ -49,7 +49,7 @@
       const float y = g * sigmoid(g) * u;
       if (routed) h[size_t(pair) * OUT + first + r] = y;
 #if SHARED
-      if (!routed) shared_h[token * SHARED_OUT + first + r] = y;
+      else shared_h[token * SHARED_OUT + first + r] = y;
 #endif
     }
   }
