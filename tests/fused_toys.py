@@ -36,13 +36,8 @@ TOYS = {
 }
 
 
-#: On an NVIDIA GPU a row is more than one group of scales. For rows of one group MLX 0.32.4 has a
-#: product of its own on Hopper, which gave numbers that are none, others each time.
-HIDDEN = 128 if mx.default_device() == mx.gpu else 64
-
-
 def write(directory, name: str, **changes):
-    return write_toy(directory / name, hidden_size=HIDDEN, **TOYS[name] | changes)
+    return write_toy(directory / name, **TOYS[name] | changes)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

@@ -16,8 +16,9 @@ from flashmoe.prefill import prefill
 from flashmoe.resident import load_resident, logits, same
 from flashmoe.switch import StreamingSwitchGLU
 from flashmoe_metal import kernel
-from fused_toys import HIDDEN, TOYS, activations, random_tokens, settle, write
+from fused_toys import TOYS, activations, random_tokens, settle, write
 from launching import launched, operations
+from toys import HIDDEN
 
 ON_GPU = kernel.available()
 TOKENS = random_tokens(23)

@@ -12,9 +12,10 @@ from flashmoe.ops import fused, kernel_twins
 from flashmoe.resident import logits, same
 from flashmoe.switch import StreamingSwitchGLU
 from flashmoe_metal import kernel
-from fused_toys import HIDDEN, activations, random_tokens, settle, write
+from fused_toys import activations, random_tokens, settle, write
 from host_memory import HostMailboxes, post
 from launching import launched
+from toys import HIDDEN
 
 ON_GPU = kernel.available()
 on_stand_in = pytest.mark.skipif(ON_GPU, reason="a GPU has memory and mailboxes of its own")
