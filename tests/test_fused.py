@@ -274,6 +274,6 @@ def test_step_launches_more_than_it_needs(toy, load, launches):
         mx.eval(layer(x, None, c))
         assert launches == step
         if linear and routed and "matvec" in step:
-            # A change of shape costs the host half of what a launch does.
+            # A change of shape costs the host much of a launch.
             found = operations(layer, x, None, c) - operations(layer.input_layernorm, x)
             assert found == {"Depends": len(step)}

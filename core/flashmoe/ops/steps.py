@@ -82,7 +82,7 @@ class Steps:
         h, normed, kept = self._attended(*inputs)
         if not self._routed:
             return [h + block(normed), *kept]
-        # No axis comes or goes on the way: on CUDA, MLX's host pays for that as for half a launch.
+        # No axis comes or goes on the way: on CUDA a reshape costs the host much of a launch.
         return [block.settled_sum(normed, block.route(normed), h), *kept]
 
 
