@@ -128,9 +128,9 @@ class Kernel:
     def cuda(self, dtypes: tuple[mx.Dtype, ...]):
         """As an `mx.fast.cuda_kernel` for inputs of these types, where MLX has its CUDA back end.
 
-        MLX keeps what it compiled by name and template arguments alone, and keeps it on disk for
-        other processes too. So the name says what else the code depends on: its text, and the
-        types of the inputs.
+        MLX keeps what it compiled by name, template arguments and, not always, text, in which an
+        included file is a path. So the name says what the code depends on: all of its text, and
+        the types of the inputs.
         """
         if dtypes not in self._cuda:
             texts = [text(path) for path in self._headers("cuda")]

@@ -15,6 +15,8 @@ import mlx.nn as nn
 
 from flashmoe_metal.kernel import available, compiled
 
+from .gpu_attention import position
+
 
 def steps_of(layer: nn.Module) -> Steps | None:
     """The steps of one of our decoder layers; None: its experts do not go through our kernels."""
@@ -119,8 +121,6 @@ class _AttentionSteps(Steps):
         return self._layer.self_attn.before(self._layer.input_layernorm(x), position)
 
     def _inputs(self, x: mx.array, cache) -> list[mx.array]:
-        from .gpu_layers import position
-
         *qkv, gate = self._project(x, position(cache.offset))
         return [x, self._layer.self_attn.attend(*qkv, cache), gate]
 
