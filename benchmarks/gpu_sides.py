@@ -67,6 +67,11 @@ class Sides:
         return {side: statistics.median(found) for side, found in times.items()}
 
 
+def ratios(times: dict[str, float]) -> dict[str, float]:
+    """How many times as long as ours the other sides take."""
+    return {n: round(t / times["ours"], 2) for n, t in times.items() if n != "ours"}
+
+
 def _work(pipe, make, side: str, arguments: dict, ours: bool) -> None:
     # The parent's are inherited, and MLX has looked at none yet.
     for name, value in SETTINGS.items():

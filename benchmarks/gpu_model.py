@@ -1,0 +1,175 @@
+"""Whole models for benchmarks/gpu.py: all resident beside stock mlx-lm, and streamed from disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import numpy as np
+import synth
+from gpu_block import float64
+from gpu_sides import Sides, ratios
+from gpu_time import busy
+
+VOCAB = 248320
+
+
+class Decoding:
+    """A model that decodes greedily from a prompt, as mlx-lm's generate does: the next step is
+    launched before the last one's token is looked at."""
+
+    def __init__(self, model, prompt: list[int]):
+        self._model = model
+        self._cache = model.make_cache()
+        for token in prompt:
+            self._logits = model(mx.array([[token]]), self._cache)
+            mx.eval(self._logits)
+
+    def run(self, steps: int) -> dict[str, float]:
+        """ms of a token: to build its operations in Python, to hand them to the GPU, to wait."""
+        parts = dict.fromkeys(("building", "handing over", "waiting"), 0.0)
+        token = mx.argmax(self._logits[:, -1:], axis=-1)
+        for _ in range(steps):
+            moments = [time.perf_counter()]
+            self._logits = self._model(token, self._cache)
+            following = mx.argmax(self._logits[:, -1:], axis=-1)
+            moments.append(time.perf_counter())
+            mx.async_eval(following)
+            moments.append(time.perf_counter())
+            token.tolist()
+            moments.append(time.perf_counter())
+            token = following
+            for name, start, end in zip(parts, moments, moments[1:], strict=False):
+                parts[name] += (end - start) * 1e3 / steps
+        mx.eval(token)
+        return {name: round(ms, 2) for name, ms in parts.items()}
+
+
+def forced(model, tokens: list[int]) -> np.ndarray:
+    """Logits of each token, one step each: (tokens, vocabulary)."""
+    cache = model.make_cache()
+    found = []
+    for token in tokens:
+        found.append(float64(model(mx.array([[token]]), cache))[0, -1])
+    return np.array(found)
+
+
+def checkpoint(work: Path, **geometry) -> Path:
+    path = work / "-".join(f"{k}{v}" for k, v in geometry.items())
+    if not path.exists():
+        synth.write(path, **geometry)
+    return path
+
+
+def say(what) -> None:
+    """Where a long run is."""
+    click.echo(f"{time.strftime('%X')} {what}", err=True)
+
+
+def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int) -> dict:
+    """What one side of `model` can run."""
+    if side == "stock":
+        from mlx_lm.utils import load_model
+
+        found, _ = load_model(path)
+        for block in (layer.mlp for layer in found.layers):
+            block.top_k = 4
+    else:
+        from flashmoe.checkpoint import Checkpoint
+        from flashmoe.loading import load_streaming
+
+        found = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
+    run = Decoding(found, prompt)
+    say(f"{side} has read its prompt")
+
+    def exact():
+        found.set_dtype(mx.float32)
+        return forced(found, prompt[:6])
+
+    return {
+        "decode": lambda: run.run(steps),
+        "busy": lambda: dict(_largest(busy(lambda: run.run(5), 5))),
+        "logits": lambda: forced(found, prompt[:6]),
+        "exact logits": exact,
+        "settled": lambda: sum(layer.mlp.switch_mlp.settled for layer in found.layers),
+    }
+
+
+def _largest(parts: dict[str, float], count: int = 15) -> list[tuple[str, float]]:
+    return sorted(parts.items(), key=lambda part: -part[1])[:count]
+
+
+def model(work: Path, layers: int, experts: int) -> dict:
+    path = checkpoint(work, layers=layers, experts=experts, vocab=VOCAB)
+    say("written")
+    # Long enough to need every expert of every layer.
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
+    steps = 20
+    with Sides(decoding, path=path, experts=experts, prompt=prompt, steps=steps) as sides:
+        settled = sides.run("ours", "settled")[1]
+        seconds = sides.alternated("decode", rounds=5)
+        rates = {f"{n}, tokens/s": round(steps / s, 1) for n, s in seconds.items()}
+        say(rates)
+        where = {side: sides.run(side, "decode")[1] for side in seconds}
+        say(where)
+        if importlib.util.find_spec("torch"):
+            gpu = {side: sides.run(side, "busy")[1] for side in ("stock", "ours")}
+            where["us of a token on the GPU"] = gpu
+            say(gpu)
+        # Random weights of many layers amplify rounding, of both in the same way.
+        errors = {side: sides.run(side, "logits")[1] for side in ("stock", "ours")}
+        exact = sides.run("stock", "exact logits")[1]
+    size = np.sqrt((exact**2).mean())
+    return {
+        "layers": layers,
+        "experts": experts,
+        "layers that are settled": settled,
+        **rates,
+        "ratio": ratios(seconds),
+        "ms of a token": where,
+        "error of logits, root mean square": {
+            n: float(f"{np.sqrt(((e - exact) ** 2).mean()) / size:.3g}") for n, e in errors.items()
+        },
+    }
+
+
+def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12) -> dict:
+    from timeline import Recorder, by_kind
+
+    from flashmoe import ops
+    from flashmoe.checkpoint import Checkpoint
+    from flashmoe.loading import load_streaming
+
+    path = checkpoint(work, layers=layers, experts=experts)
+    opened = Checkpoint.open(path)
+    tokens = np.random.default_rng(0).integers(0, 1024, 2 * steps).tolist()
+    resident = load_streaming(opened, slots=experts, experts=4, io="buffered")
+    expected = [forced(resident, tokens) for _ in range(2)][1]
+    found = {"layers": layers, "experts": experts, "slots": slots}
+    for io in ("buffered", "direct"):
+        streamed = load_streaming(opened, slots=slots, experts=4, io=io)
+        same = bool((forced(streamed, tokens) == expected).all())
+        side = Decoding(streamed, tokens)
+        side.run(4)
+        before, recorder, moments = streamed.stats, Recorder(), [time.perf_counter()]
+        with recorder.recording(ops.pick()):
+            for _ in range(steps):
+                side.run(1)
+                moments.append(time.perf_counter())
+        stats = streamed.stats - before
+        parts = [by_kind(recorder.spans, *m) for m in zip(moments, moments[1:], strict=False)]
+        found[io] = {
+            "same bits as resident": same,
+            "hit rate": round(stats.hit_rate, 3),
+            "MB a token": round(stats.reads.bytes / steps / 1e6, 1),
+            "ms of a token": {
+                k: round(statistics.median(p[k] for p in parts), 2) for k in parts[0]
+            },
+        }
+        streamed.close()
+    resident.close()
+    return found
