@@ -180,7 +180,7 @@ def planned(args: argparse.Namespace, case: dict) -> dict:
     """What the plan of this process says, in a process of its own."""
     from flashmoe import speed_probe
     from flashmoe.checkpoint import Checkpoint
-    from flashmoe.cli_plan import Planned, Source
+    from flashmoe.plan_report import Planned, Source
 
     if args.probe_seconds is not None:
         speed_probe.STEPS_SECONDS = speed_probe.DISK_SECONDS = args.probe_seconds

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from flashmoe import errors
 from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 from flashmoe.openai_answers import Completion, failure
-from flashmoe.openai_api import FIELDS, ApiError, Served, read_call
+from flashmoe.openai_api import Served, read_call
+from flashmoe.openai_errors import ApiError
+from flashmoe.openai_fields import FIELDS
 
 SERVED = Served(("toy", "t"), context=512, thinks=True, created=7)
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -422,7 +422,7 @@ def test_allowed_page_is_kept_out(toy):
 
 
 def test_body_that_does_not_come_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr("flashmoe.server.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("flashmoe.server_wire.BODY_SECONDS", 0.2)
 
     def slow():
         yield b"{"
@@ -434,7 +434,7 @@ def test_body_that_does_not_come_is_waited_for(server, monkeypatch):
 
 def test_client_that_does_not_read_holds_a_row(toy, monkeypatch):
     """Its answer is given up when nothing was taken for so long."""
-    monkeypatch.setattr("flashmoe.server.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("flashmoe.server_wire.SEND_SECONDS", 0.2)
     text = json.dumps(body("Go on.", max_tokens=3900, stream=True)).encode()
     with serve(toy, send_buffer=4096) as server, socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

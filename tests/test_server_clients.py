@@ -13,7 +13,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from flashmoe.openai_api import FIELDS
+from flashmoe.openai_fields import FIELDS
 from serving_app import serve
 
 ADD = {

@@ -17,7 +17,8 @@ from typing import Any
 
 from .errors import ContextError, FlashMoEError, OutputError, SettingError, TimedOut
 from .events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
-from .openai_api import ApiError, refused
+from .openai_api import refused
+from .openai_errors import ApiError
 
 log = logging.getLogger("flashmoe")
 

@@ -7,8 +7,6 @@ about the answer are taken and ignored.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -16,43 +14,13 @@ from typing import Any
 from . import schemas
 from .errors import FlashMoEError
 from .messages import for_template
+from .openai_errors import ApiError, bad, shown
+from .openai_fields import FIELDS, SAME, is_flag, is_text
 from .requests import RANGES, Request, check_request
 from .tools import check_choice, read_tools
 
 #: Objects and lists inside each other, at most.
 MAX_DEPTH = 100
-
-
-class ApiError(Exception):
-    """What a client is told, as OpenAI's API tells it.
-
-    Attributes:
-        status: of HTTP.
-        param: the field that is wrong. code: for programs, one of OpenAI's where it has one.
-        headers: more of the answer's.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers or {}
-
-    def body(self) -> dict:
-        """The JSON of the answer, and of the last event of a stream."""
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        default = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind.get(self.status, default)}
-        return {"error": error | {"param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -79,7 +47,7 @@ class Served:
         if name not in self.names:
             raise ApiError(
                 404,
-                f"the model {_show(name)} is not served here: ask for {self.names[0]!r}",
+                f"the model {shown(name)} is not served here: ask for {self.names[0]!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -116,12 +84,12 @@ def read_call(body: bytes, served: Served) -> Call:
         if name not in FIELDS:
             near = get_close_matches(name, FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise _bad(name, f"{_show(name)} is not a field that is known here: {hint}")
+            raise bad(name, f"{shown(name)} is not a field that is known here: {hint}")
         if value is not None:
             FIELDS[name](name, value)
     for name in ("model", "messages"):
         if found.get(name) is None:
-            raise _bad(name, f"{name} is missing", code="missing_required_parameter")
+            raise bad(name, f"{name} is missing", code="missing_required_parameter")
     served.check(found["model"])
     tools = [_tool(tool) for tool in found.get("tools") or ()]
     request = Request(
@@ -133,7 +101,7 @@ def read_call(body: bytes, served: Served) -> Call:
         parallel_tool_calls=found.get("parallel_tool_calls") is not False,
         response_format=_format(found.get("response_format")),
         think=_think(found, served),
-        **{name: found.get(name) for name in _SAME},
+        **{name: found.get(name) for name in SAME},
     )
     _check(request)
     options = found.get("stream_options") or {}
@@ -145,7 +113,7 @@ def _parse(body: bytes) -> dict:
         found = schemas.loads(body.decode())
         deep = _deeper(found, MAX_DEPTH)
     except (ValueError, RecursionError) as e:
-        raise ApiError(400, f"the body is not JSON: {_show(str(e))}", code="invalid_json") from e
+        raise ApiError(400, f"the body is not JSON: {shown(str(e))}", code="invalid_json") from e
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     if deep:
@@ -188,117 +156,27 @@ def _check(request: Request) -> None:
 def refused(error: FlashMoEError, param: str | None = None) -> ApiError:
     """The 400 for what the engine refuses. Its texts begin with the option that is wrong."""
     name = str(error).partition("=")[0]
-    return _bad(name if name in FIELDS else param, str(error))
-
-
-def _bad(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    return ApiError(400, message, param=param, code=code)
-
-
-# What each field may be: checks that raise.
-
-_Check = Callable[[str, Any], None]
-
-
-def _of(kinds: type | tuple[type, ...], words: str) -> _Check:
-    def check(name: str, value: Any) -> None:
-        kinds_ = kinds if isinstance(kinds, tuple) else (kinds,)
-        # A bool is an int to Python.
-        if not isinstance(value, kinds_) or (isinstance(value, bool) and bool not in kinds_):
-            raise _bad(name, f"{name} is {_show(value)}: it must be {words}", code="invalid_type")
-
-    return check
-
-
-def _only(*values: Any, way_out: str) -> _Check:
-    def check(name: str, value: Any) -> None:
-        if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
-            raise _bad(
-                name, f"{name}={_show(value)} is not supported: {way_out}", code="unsupported_value"
-            )
-
-    return check
-
-
-def _ignored(name: str, value: Any) -> None:
-    pass
-
-
-def _number(name: str, value: Any) -> None:
-    _of((int, float), "a number")(name, value)
-    if abs(value) > sys.float_info.max:
-        raise _bad(name, f"{name} is {_show(value)}: that is out of range")
-
-
-_flag = _of(bool, "true or false")
-_integer = _of(int, "an integer")
-_text = _of(str, "text")
-_object = _of(dict, "an object")
-_list = _of(list, "a list")
-
-#: Of the request, under the same name in both.
-_SAME = {name: _number for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
-_SAME |= {name: _integer for name in ("seed", "top_k", "thinking_budget", "experts")}
-
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
-FIELDS: dict[str, _Check] = {
-    **_SAME,
-    "model": _text,
-    "messages": _list,
-    "stream": _flag,
-    "stream_options": _object,
-    "max_tokens": _integer,
-    "max_completion_tokens": _integer,
-    "stop": _of((str, list), "text or a list of texts"),
-    "tools": _list,
-    "tool_choice": _of((str, dict), "auto, none, required, or an object that names a function"),
-    "parallel_tool_calls": _flag,
-    "response_format": _object,
-    "reasoning_effort": _only(*_EFFORTS, way_out=f"give one of {', '.join(_EFFORTS)}"),
-    "think": _flag,
-    "chat_template_kwargs": _object,
-    "n": _only(1, way_out="an answer is one; send the request again for another"),
-    "logprobs": _only(False, way_out="leave it out"),
-    "top_logprobs": _only(0, way_out="leave it out"),
-    "logit_bias": _only({}, way_out="leave it out"),
-    "presence_penalty": _only(0, way_out="leave it out, or try repetition_penalty"),
-    "frequency_penalty": _only(0, way_out="leave it out, or try repetition_penalty"),
-    "modalities": _only(["text"], way_out="these models write text only"),
-    "audio": _only(way_out="these models write text only"),
-    "web_search_options": _only(way_out="nothing is searched here; give a tool that does"),
-    "functions": _only([], way_out="give tools instead"),
-    "function_call": _only("auto", "none", way_out="give tools and tool_choice instead"),
-    # They are of OpenAI's own service, or hints, and change nothing about the answer.
-    **dict.fromkeys(
-        ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-        + ("prompt_cache_retention", "prediction", "verbosity", "moderation"),
-        _ignored,
-    ),
-}
-
-
-# Fields as the request has them.
+    return bad(name if name in FIELDS else param, str(error))
 
 
 def _max_tokens(found: dict) -> int | None:
     new, old = found.get("max_completion_tokens"), found.get("max_tokens")
     if None not in (new, old) and new != old:
-        raise _bad(
+        raise bad(
             "max_tokens",
             f"max_tokens={old} and max_completion_tokens={new} are the same option: give one",
         )
     most = old if new is None else new
     if most is not None and most < RANGES["max_tokens"][0]:
         name = "max_tokens" if new is None else "max_completion_tokens"
-        raise _bad(name, f"{name}={most} is out of range: it must be 1 or more")
+        raise bad(name, f"{name}={most} is out of range: it must be 1 or more")
     return most
 
 
 def _stop(stop: str | list | None) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     for text in stops:
-        _text("stop", text)
+        is_text("stop", text)
     return tuple(stops)
 
 
@@ -308,11 +186,9 @@ def _think(found: dict, served: Served) -> bool | None:
         return found["think"]
     template = found.get("chat_template_kwargs") or {}
     if unknown := sorted(set(template) - {"enable_thinking"}):
-        raise _bad(
-            "chat_template_kwargs", f"{_show(unknown[0])} is not known: give enable_thinking"
-        )
+        raise bad("chat_template_kwargs", f"{shown(unknown[0])} is not known: give enable_thinking")
     if template.get("enable_thinking") is not None:
-        _flag("chat_template_kwargs", template["enable_thinking"])
+        is_flag("chat_template_kwargs", template["enable_thinking"])
         return template["enable_thinking"]
     effort = found.get("reasoning_effort")
     if effort is None:
@@ -323,9 +199,9 @@ def _think(found: dict, served: Served) -> bool | None:
 def _tool(tool: Any) -> dict:
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or tool.get("type", "function") != "function":
-        raise _bad(
+        raise bad(
             "tools",
-            f'{_show(tool)} is no function: give {{"type": "function", "function": {{...}}}}',
+            f'{shown(tool)} is no function: give {{"type": "function", "function": {{...}}}}',
         )
     # Not for the model: the grammar is strict in any case.
     return {k: v for k, v in function.items() if k != "strict"}
@@ -342,9 +218,9 @@ def _choice(choice: str | dict | None) -> str:
         name = choice["function"].get("name")
         if isinstance(name, str) and name not in words:
             return name
-    raise _bad(
+    raise bad(
         "tool_choice",
-        f"tool_choice={_show(choice)} is not known: give auto, none, required or "
+        f"tool_choice={shown(choice)} is not known: give auto, none, required or "
         '{"type": "function", "function": {"name": ...}}',
     )
 
@@ -356,7 +232,7 @@ def _format(wanted: dict | None) -> dict | None:
         return wanted  # json_object, and the engine's own: regex and lark
     inner = wanted.get("json_schema")
     if not isinstance(inner, dict) or inner.get("schema") is None:
-        raise _bad(
+        raise bad(
             "response_format",
             'response_format has no schema: give {"type": "json_schema", "json_schema": {"name": '
             '..., "schema": {...}}}',
@@ -370,7 +246,7 @@ def _message(message: Any, index: int) -> Any:
         return message
     for name, way_out in (("function_call", "give tool_calls"), ("audio", "give its text")):
         if message.get(name) is not None:
-            raise _bad("messages", f"message {index} has {name}, which is not supported: {way_out}")
+            raise bad("messages", f"message {index} has {name}, which is not supported: {way_out}")
     kept = {k: v for k, v in message.items() if v is not None and k != "error"}
     if message.get("role") == "assistant":
         # Newer clients' name of the same.
@@ -378,8 +254,3 @@ def _message(message: Any, index: int) -> Any:
         if isinstance(thought, str):
             kept.setdefault("reasoning_content", thought)
     return kept
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -30,14 +30,13 @@ from .engine import Engine
 from .errors import OutputError
 from .events import End, Event, Progress
 from .openai_answers import Completion, busy, failure, stopping
-from .openai_api import ApiError, Call, Served, read_call
+from .openai_api import Call, Served, read_call
+from .openai_errors import ApiError
 from .server_access import Access, respond
 from .server_metrics import Metrics
+from .server_wire import Stream, disconnected, read_body, sent, with_pauses
 
 log = logging.getLogger("flashmoe")
-
-#: Seconds that a client may take to send its request, and to take what is sent to it.
-BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
 
 _CHAT, _MODELS, _HEALTH, _METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
 
@@ -134,7 +133,7 @@ class Server:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream = _Stream(send)
+        stream = Stream(send)
         try:
             with self._counted():
                 body = await read_body(Request(scope, receive), self._limits.body)
@@ -143,7 +142,7 @@ class Server:
                 answer = self._streamed(call, stream) if call.stream else self._whole(call)
                 response = await self._unless_over(receive, answer)
                 if response is not None:
-                    await _sent(response(scope, receive, send))
+                    await sent(response(scope, receive, send))
         except ClientDisconnect:
             self.metrics.add("disconnects")
         except Exception as e:
@@ -161,9 +160,9 @@ class Server:
                 _say(completion, event)
         return Response(json.dumps(completion.whole()), media_type="application/json")
 
-    async def _streamed(self, call: Call, stream: _Stream) -> None:
+    async def _streamed(self, call: Call, stream: Stream) -> None:
         completion, words = self._completion(call), "waiting"
-        events = _with_pauses(self._events(call), lambda: stream.silence(self._limits.pause))
+        events = with_pauses(self._events(call), lambda: stream.silence(self._limits.pause))
         async with aclosing(events):
             async for event in events:
                 if event is None:
@@ -225,7 +224,7 @@ class Server:
             ApiError: the same for the server.
         """
         doing, gone, over = tasks = [
-            asyncio.ensure_future(c) for c in (work, _disconnected(receive), self._stopping.wait())
+            asyncio.ensure_future(c) for c in (work, disconnected(receive), self._stopping.wait())
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -251,142 +250,10 @@ class _Endpoint:
         await self._app(scope, receive, send)
 
 
-class _Stream:
-    """Server-sent events. Nothing is sent before there is something to say, so that an error until
-    then has its own status."""
-
-    def __init__(self, send: Send):
-        self.begun = False
-        self._send = send
-        self._last = time.monotonic()
-
-    def silence(self, pause: float) -> float:
-        """Seconds until nothing has been said for so long."""
-        return max(0.0, self._last + pause - time.monotonic())
-
-    async def data(self, content: dict) -> None:
-        # In ASCII: some clients split lines at characters that are none to JSON.
-        await self._write(f"data: {json.dumps(content, separators=(',', ':'))}\n\n")
-
-    async def comment(self, words: str) -> None:
-        await self._write(f": {words}\n\n")
-
-    async def end(self) -> None:
-        await self._write("data: [DONE]\n\n", more=False)
-
-    async def fail(self, error: ApiError) -> None:
-        """End with an error. A client that does not take it is gone."""
-        try:
-            await self.data(error.body())
-            await self._write("", more=False)
-        except ClientDisconnect:
-            pass
-
-    async def _write(self, text: str, more: bool = True) -> None:
-        self._last = time.monotonic()
-        if not self.begun:
-            self.begun = True
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-                (b"x-accel-buffering", b"no"),
-            ]
-            start = {"type": "http.response.start", "status": 200, "headers": headers}
-            await _sent(self._send(start))
-        body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-        await _sent(self._send(body))
-
-
-async def read_body(request: Request, most: int) -> bytes:
-    """The JSON text of a request.
-
-    Raises:
-        ApiError: 408, 413 or 415.
-        ClientDisconnect
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" or request.headers.get("content-encoding", "identity") != (
-        "identity"
-    ):
-        raise ApiError(
-            415, "send the body as it is, with Content-Type: application/json", code="not_json"
-        )
-    found = bytearray()
-
-    async def read() -> None:
-        async for piece in request.stream():
-            # The rest of what is too large is taken and dropped: a client that is still sending
-            # would not see the answer.
-            if len(found) <= most:
-                found.extend(piece)
-
-    in_time = await _within(BODY_SECONDS, read())
-    if len(found) > most:
-        raise ApiError(
-            413,
-            f"the body is larger than {most} bytes: shorten it, or start the server with a larger "
-            "--max-body",
-            code="body_too_large",
-        )
-    if not in_time:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s", code="timeout")
-    return bytes(found)
-
-
 def _say(completion: Completion, event: Event | OutputError) -> list[dict]:
     if isinstance(event, OutputError):
         return completion.fails(event)
     return completion.chunks(event)
-
-
-async def _with_pauses(events: AsyncIterator, seconds) -> AsyncIterator:
-    """The events, and None whenever the next one takes longer than `seconds()`."""
-    coming = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(events))
-            await asyncio.wait([coming], timeout=seconds())
-            if not coming.done():
-                yield None
-                continue
-            done, coming = coming, None
-            try:
-                event = done.result()
-            except StopAsyncIteration:
-                return
-            yield event
-    finally:
-        if coming is not None:
-            coming.cancel()
-            await asyncio.wait([coming])
-        await events.aclose()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _sent(sending: Coroutine) -> None:
-    """
-    Raises:
-        ClientDisconnect: it was not taken in time.
-    """
-    if not await _within(SEND_SECONDS, sending):
-        raise ClientDisconnect
-
-
-async def _within(seconds: float, work: Coroutine) -> bool:
-    """Whether it was done in time. Not `asyncio.wait_for`, which before Python 3.12 forgets that it
-    was cancelled when the work is done at that moment."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if task.done():
-            task.result()
-        return task.done()
-    finally:
-        task.cancel()
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

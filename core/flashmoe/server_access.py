@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import SettingError
-from .openai_api import ApiError
+from .openai_errors import ApiError
 
 #: Needs no key: it says that the server is there, and no more.
 OPEN = ("/health",)
