@@ -25,7 +25,7 @@ def launched(seed: int = 0):
             return k.on_gpu(**call)
         import msl_cpu
 
-        return msl_cpu.run(k.metal, seed=seed, **call)
+        return msl_cpu.launcher(seed=seed)(k, **call)
 
     with kernel.launched_by(launch):
         yield launches

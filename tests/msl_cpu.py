@@ -33,7 +33,8 @@ def launcher(*, seed: int = 0, flags: Sequence[str] = ()):
     """For `flashmoe_metal.kernel.launched_by`. Unlike MLX it computes at once."""
 
     def launch(kernel, **call) -> list[mx.array]:
-        return run(kernel.metal, title=kernel.name, seed=seed, flags=flags, **call)
+        made = kernel.made("metal", call["inputs"])
+        return run(made, title=kernel.name, seed=seed, flags=flags, **call)
 
     return launch
 

@@ -25,8 +25,8 @@ def planted(file: str, old: str, new: str, *, seed: int = 0, flags: tuple[str, .
 
     def launch(k: kernel.Kernel, **call):
         # Another one: they keep what they compiled.
-        made = kernel.Kernel(k.name, k.inputs, k.outputs, k.helpers, **k.has)
-        return msl_cpu.run(made.metal, title=k.name, seed=seed, flags=flags, **call)
+        other = kernel.Kernel(k.name, k.inputs, k.outputs, k.helpers, **k.defines)
+        return msl_cpu.launcher(seed=seed, flags=flags)(other, **call)
 
     assert old in text(f"kernels/{file}"), old
     with mock.patch.object(kernel, "text", changed), kernel.launched_by(launch):

@@ -133,7 +133,8 @@ def test_a_pointer_to_device_memory_points_to_a_constant():
 
 def clang_errors(call) -> str:
     ((kernel, arguments),) = launches(call)
-    return msl_spaces.errors(kernel.metal, title=kernel.name, **arguments)
+    made = kernel.made("metal", arguments["inputs"])
+    return msl_spaces.errors(made, title=kernel.name, **arguments)
 
 
 @pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")

@@ -15,7 +15,7 @@ from . import schemas
 from .errors import FlashMoEError
 from .messages import for_template
 from .openai_errors import ApiError, bad, shown
-from .openai_fields import FIELDS, SAME, is_flag, is_text
+from .openai_fields import FIELDS, SAME, check_flag, check_text
 from .requests import RANGES, Request, check_request
 from .tools import check_choice, read_tools
 
@@ -176,7 +176,7 @@ def _max_tokens(found: dict) -> int | None:
 def _stop(stop: str | list | None) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     for text in stops:
-        is_text("stop", text)
+        check_text("stop", text)
     return tuple(stops)
 
 
@@ -188,7 +188,7 @@ def _think(found: dict, served: Served) -> bool | None:
     if unknown := sorted(set(template) - {"enable_thinking"}):
         raise bad("chat_template_kwargs", f"{shown(unknown[0])} is not known: give enable_thinking")
     if template.get("enable_thinking") is not None:
-        is_flag("chat_template_kwargs", template["enable_thinking"])
+        check_flag("chat_template_kwargs", template["enable_thinking"])
         return template["enable_thinking"]
     effort = found.get("reasoning_effort")
     if effort is None:

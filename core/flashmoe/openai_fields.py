@@ -42,9 +42,9 @@ def _number(name: str, value: Any) -> None:
         raise bad(name, f"{name} is {shown(value)}: that is out of range")
 
 
-is_flag = _of(bool, "true or false")
+check_flag = _of(bool, "true or false")
 _integer = _of(int, "an integer")
-is_text = _of(str, "text")
+check_text = _of(str, "text")
 _object = _of(dict, "an object")
 _list = _of(list, "a list")
 
@@ -56,19 +56,19 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 FIELDS: dict[str, _Check] = {
     **SAME,
-    "model": is_text,
+    "model": check_text,
     "messages": _list,
-    "stream": is_flag,
+    "stream": check_flag,
     "stream_options": _object,
     "max_tokens": _integer,
     "max_completion_tokens": _integer,
     "stop": _of((str, list), "text or a list of texts"),
     "tools": _list,
     "tool_choice": _of((str, dict), "auto, none, required, or an object that names a function"),
-    "parallel_tool_calls": is_flag,
+    "parallel_tool_calls": check_flag,
     "response_format": _object,
     "reasoning_effort": _only(*_EFFORTS, way_out=f"give one of {', '.join(_EFFORTS)}"),
-    "think": is_flag,
+    "think": check_flag,
     "chat_template_kwargs": _object,
     "n": _only(1, way_out="an answer is one; send the request again for another"),
     "logprobs": _only(False, way_out="leave it out"),

@@ -86,7 +86,7 @@ async def read_body(request: Request, most: int) -> bytes:
             if len(found) <= most:
                 found.extend(piece)
 
-    in_time = await within(BODY_SECONDS, read())
+    in_time = await _within(BODY_SECONDS, read())
     if len(found) > most:
         raise ApiError(
             413,
@@ -123,20 +123,22 @@ async def with_pauses(events: AsyncIterator, seconds) -> AsyncIterator:
 
 
 async def disconnected(receive: Receive) -> None:
+    """Returns when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def sent(sending: Coroutine) -> None:
-    """
+    """Waits until the client has taken it.
+
     Raises:
         ClientDisconnect: it was not taken in time.
     """
-    if not await within(SEND_SECONDS, sending):
+    if not await _within(SEND_SECONDS, sending):
         raise ClientDisconnect
 
 
-async def within(seconds: float, work: Coroutine) -> bool:
+async def _within(seconds: float, work: Coroutine) -> bool:
     """Whether it was done in time. Not `asyncio.wait_for`, which before Python 3.12 forgets that it
     was cancelled when the work is done at that moment."""
     task = asyncio.ensure_future(work)

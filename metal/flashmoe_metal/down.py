@@ -19,17 +19,15 @@ MAX_SIMDS = 16
 
 @cache
 def _kernel(shared: bool, residual: bool) -> Kernel:
-    inputs = ["h", "slots", "scores", "w", "s", "b"]
-    if shared:
-        inputs += ["shared_h", "shared_w", "shared_s", "shared_b", "gate"]
-    if residual:
-        inputs.append("residual")
+    own = ["shared_h", "shared_w", "shared_s", "shared_b", "gate"]
+    inputs = ["h", "slots", "scores", "w", "s", "b", *own * shared, *["residual"] * residual]
     return Kernel("down", inputs, ["y"], ["rows.h"], SHARED=shared, RESIDUAL=residual)
 
 
-_combine = Kernel(
-    "combine", ["terms", "places", "scores", "shared", "gate", "residual"], ["y"], ["rows.h"]
-)
+@cache
+def _combine(shared: bool, residual: bool) -> Kernel:
+    inputs = ["terms", "places", "scores", *["shared", "gate"] * shared, *["residual"] * residual]
+    return Kernel("combine", inputs, ["y"], ["rows.h"], SHARED=shared, RESIDUAL=residual)
 
 
 @dataclass(frozen=True)
@@ -134,27 +132,18 @@ def combine(
     *lead, top_k = places.shape
     rows = places.size // top_k
     out = terms.shape[-1]
-    gate_or = scores if gate is None else gate
-    residual_or = scores if residual is None else residual
-    (y,) = _combine(
-        inputs=[
-            terms, places, scores,
-            terms if shared is None else shared, gate_or, residual_or,
-        ],
-        template=[
-            ("Y", dtype),
-            ("OUT", out),
-            ("TOP_K", top_k),
-            ("SHARED", shared is not None),
-            ("GATE_STRIDE", gate_or.shape[-1]),
-            ("GATE_AT", column),
-            ("G", gate_or.dtype),
-            ("RESIDUAL", residual is not None),
-            ("R", residual_or.dtype),
-        ],
+    inputs, template = [terms, places, scores], []
+    if shared is not None:
+        inputs += [shared, gate]
+        template = [("GATE_STRIDE", gate.shape[-1]), ("GATE_AT", column)]
+    if residual is not None:
+        inputs.append(residual)
+    (y,) = _combine(shared is not None, residual is not None)(
+        inputs=inputs,
+        template=[("Y", dtype), ("OUT", out), ("TOP_K", top_k), *template],
         grid=(-(-out // 256) * 256, rows, 1),
         threadgroup=(256, 1, 1),
         output_shapes=[(*lead, out)],
         output_dtypes=[dtype],
-    )  # fmt: skip
+    )
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 
 from .kernel import Kernel
@@ -10,16 +12,15 @@ from .matrix import Matrix, lanes
 #: Rows of each matrix that a team of lanes takes, and simdgroups of a threadgroup: measured.
 ROWS, SIMDS = 1, 4
 
-_PARTS = [f"{m}_{part}" for m in ("gate", "up") for part in "wsb"]
-_SHARED_PARTS = [f"shared_{part}" for part in _PARTS]
-_alone = Kernel("gate_up", ["x", "slots", *_PARTS], ["h"], ["rows.h"], SHARED=False)
-_beside_shared = Kernel(
-    "gate_up",
-    ["x", "slots", *_PARTS, *_SHARED_PARTS],
-    ["h", "shared_h"],
-    ["rows.h"],
-    SHARED=True,
-)
+
+@cache
+def _kernel(shared: bool) -> Kernel:
+    parts = [f"{m}_{part}" for m in ("gate", "up") for part in "wsb"]
+    inputs, outputs = ["x", "slots", *parts], ["h"]
+    if shared:
+        inputs += [f"shared_{part}" for part in parts]
+        outputs.append("shared_h")
+    return Kernel("gate_up", inputs, outputs, ["rows.h"], SHARED=shared)
 
 
 def gate_up(
@@ -45,14 +46,13 @@ def gate_up(
     team = lanes(gate.columns)
     inputs, outs, template = [x, slots, *gate.arrays, *up.arrays], [gate.rows], []
     shapes = [(rows * top_k, gate.rows)]
-    if shared:
+    if shared is not None:
         inputs += [*shared[0].arrays, *shared[1].arrays]
         outs.append(shared[0].rows)
         shapes.append((rows, shared[0].rows))
         template = [("SHARED_OUT", shared[0].rows), *shared[0].template("SHARED_")]
     groups = -(-max(outs) // (ROWS * 32 // team * SIMDS))
-    kernel = _beside_shared if shared else _alone
-    return kernel(
+    return _kernel(shared is not None)(
         inputs=inputs,
         template=[
             ("T", x.dtype),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any
@@ -41,8 +41,8 @@ class Kernel:
         name: of the file in `kernels/`.
         inputs, outputs: the names that its body gives them.
         helpers: files of `kernels/` that come before it.
-        has: words of its `#if`, and whether this variant has what they stand for. An input that is
-            not read costs the host as much as one that is, so a variant has its own.
+        defines: what is defined for its `#if`. An input that is not read costs the host as much as
+            one that is, so each variant has its own inputs.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Kernel:
         inputs: Sequence[str],
         outputs: Sequence[str],
         helpers: Sequence[str] = (),
-        **has: bool,
+        **defines: bool,
     ):
         self.name = name
         self.inputs, self.outputs = list(inputs), list(outputs)
-        self.helpers, self.has = list(helpers), has
-        self._cuda: dict[tuple[mx.Dtype, ...], Any] = {}
+        self.helpers, self.defines = list(helpers), defines
+        self._made: dict[tuple[str, tuple[mx.Dtype, ...]], Any] = {}
 
     def __call__(
         self,
@@ -86,9 +86,8 @@ class Kernel:
 
     def on_gpu(self, **call) -> list[mx.array]:
         """Launch it by MLX, whoever else may launch kernels now."""
-        if mx.metal.is_available():
-            return self.metal(**call)
-        return self.cuda(tuple(x.dtype for x in call["inputs"]))(**call)
+        target = "metal" if mx.metal.is_available() else "cuda"
+        return self.made(target, call["inputs"])(**call)
 
     @property
     def source(self) -> str:
@@ -103,46 +102,38 @@ class Kernel:
 
     def header(self, target: str) -> str:
         """What comes before the body. target: "metal" or "cuda"."""
-        has = "".join(f"#define {word} {int(value)}\n" for word, value in self.has.items())
+        defines = "".join(f"#define {word} {int(on)}\n" for word, on in self.defines.items())
         if target == "metal":
-            return "\n".join([*map(text, self._headers(target)), has])
+            return "\n".join([*map(text, self._headers(target)), defines])
         # MLX hashes the whole text in each launch: 3 us for what these files hold.
         words, *helpers = (f'#include "{_place(path)}"\n' for path in self._headers(target))
         # Where the body is, and where the names of its words are.
-        return f"{words}{has}namespace mlx::core::cu {{\n{''.join(helpers)}}}\n"
+        return f"{words}{defines}namespace mlx::core::cu {{\n{''.join(helpers)}}}\n"
 
     def _headers(self, target: str) -> list[str]:
         return [f"headers/{target}.h", *(f"kernels/{name}" for name in self.helpers)]
 
-    @cached_property
-    def metal(self):
-        """As an `mx.fast.metal_kernel`. It can be made, and traced, where there is no Metal."""
-        return mx.fast.metal_kernel(
-            name="_".join(["flashmoe", self.name, *(w.lower() for w in self.has if self.has[w])]),
-            input_names=self.inputs,
-            output_names=self.outputs,
-            source=self.source,
-            header=self.header("metal"),
-        )
-
-    def cuda(self, dtypes: tuple[mx.Dtype, ...]):
-        """As an `mx.fast.cuda_kernel` for inputs of these types, where MLX has its CUDA back end.
+    def made(self, target: str, inputs: Sequence[mx.array]):
+        """As an `mx.fast.metal_kernel` or `cuda_kernel`, for inputs of these types. One for Metal
+        can be made, and traced, where there is no Metal. target: "metal" or "cuda".
 
         MLX keeps what it compiled by name, template arguments and, not always, text, in which an
         included file is a path. So the name says what the code depends on: all of its text, and
         the types of the inputs.
         """
-        if dtypes not in self._cuda:
-            texts = [text(path) for path in self._headers("cuda")]
-            digest = sha256(repr((texts, self.has, self.bare, dtypes)).encode()).hexdigest()
-            self._cuda[dtypes] = mx.fast.cuda_kernel(
+        dtypes = tuple(x.dtype for x in inputs)
+        if (target, dtypes) not in self._made:
+            texts = [text(path) for path in self._headers(target)]
+            digest = sha256(repr((texts, self.defines, self.source, dtypes)).encode()).hexdigest()
+            make = mx.fast.metal_kernel if target == "metal" else mx.fast.cuda_kernel
+            self._made[target, dtypes] = make(
                 name=f"flashmoe_{self.name}_{digest[:12]}",
                 input_names=self.inputs,
                 output_names=self.outputs,
-                source=self.bare,
-                header=self.header("cuda"),
+                source=self.source if target == "metal" else self.bare,
+                header=self.header(target),
             )
-        return self._cuda[dtypes]
+        return self._made[target, dtypes]
 
 
 def available() -> bool:

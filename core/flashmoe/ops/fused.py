@@ -57,7 +57,7 @@ class SharedExpert:
 
 def Work(bank, x: mx.array, top_k: int):
     """The expert block of one layer for one call. See `flashmoe.ops`."""
-    few = x.shape[0] <= MOST_ROWS and bank.matrices() is not None
+    few = x.size <= MOST_ROWS * x.shape[-1] and bank.matrices() is not None
     return FewRows(bank, x, top_k) if few else gather.Work(bank, x, top_k)
 
 
@@ -74,7 +74,7 @@ class FewRows:
     def __init__(self, bank, x: mx.array, top_k: int):
         self._gate, self._up, self._down = bank.matrices()
         self._x = x
-        self._shape = (x.shape[0], top_k)
+        self._shape = (x.size // x.shape[-1], top_k)
         self._slots: mx.array | None = None  # of all pairs, when they can be read at once
         self._held: dict[int, np.ndarray] = {}  # run, and not computed yet
         self._pairs: list[np.ndarray] = []
@@ -85,7 +85,7 @@ class FewRows:
         self._held |= experts
 
     def run_chosen(self, slots: mx.array) -> None:
-        """Compute all pairs at once, by `combined` alone. slots: (tokens, top_k)."""
+        """Compute all pairs at once, by `combined` alone. slots: (..., top_k)."""
         self._slots = slots
 
     def settle(self) -> None:
@@ -109,7 +109,10 @@ class FewRows:
         residual: mx.array | None = None,
     ) -> mx.array:
         """The sum over a token's choices, each times its score, with the shared expert's part and
-        the residual (tokens, hidden), if given: (tokens, hidden) in the dtype of x."""
+        the residual (..., hidden), if given: (..., hidden) in the dtype of x.
+
+        scores: (..., top_k), where the slots of `run_chosen` have that shape; else (tokens, top_k).
+        """
         scores = scores.astype(mx.float32)
         if not self._terms and self._slots is None:
             pairs, slots = self._take_held()

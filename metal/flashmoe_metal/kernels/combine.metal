@@ -1,7 +1,7 @@
   // y[t] as `down` gives it, from products that were computed apart; the same bits.
   //
   //   terms     float  [P, OUT]       down . h of each pair, in any order
-  //   places    uint32 [R, TOP_K]    which row of terms is pair t * TOP_K + k
+  //   places    uint32 [R, TOP_K]     which row of terms is pair t * TOP_K + k
   //   scores    float  [R, TOP_K]
   //   shared    float  [R, OUT]       shared_down . shared_h
   //   gate      T      [R, GATE_STRIDE], its column GATE_AT
@@ -15,10 +15,12 @@
       const uint pair = token * TOP_K + k;
       sum = fma(scores[pair], terms[size_t(places[pair]) * OUT + out], sum);
     }
-    if (SHARED) {
-      const float g = sigmoid(float(gate[token * GATE_STRIDE + GATE_AT]));
-      sum = fma(g, shared[size_t(token) * OUT + out], sum);
-    }
-    if (RESIDUAL) sum += float(residual[size_t(token) * OUT + out]);
+#if SHARED
+    const float g = sigmoid(float(gate[token * GATE_STRIDE + GATE_AT]));
+    sum = fma(g, shared[size_t(token) * OUT + out], sum);
+#endif
+#if RESIDUAL
+    sum += float(residual[size_t(token) * OUT + out]);
+#endif
     y[size_t(token) * OUT + out] = static_cast<Y>(sum);
   }
