@@ -41,15 +41,16 @@ from statistics import median
 
 import numpy as np
 import runs
-import streaming
 from replay import TRACES, draw, read_frequencies
+
+import streaming
 
 
 def route_as_real(model, tokens: int, seed: int) -> None:
     """Let the routers choose as those of the trace, spread over its layers, whatever they see."""
     import mlx.core as mx
 
-    from flashmoe import models
+    from flashmoe.models import qwen_moe as models
 
     shares = read_frequencies(TRACES / "qwen3.5-397b.freq")
     experts = model.checkpoint.num_experts
@@ -73,7 +74,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe.prefill import Piece, sweep
+    from flashmoe.models.layerwise import Piece, sweep
 
     rows = case.pop("rows")
     if args.requests:
@@ -131,7 +132,7 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe.prefill import Piece, fitting, split, sweep
+    from flashmoe.models.layerwise import Piece, fitting, split, sweep
 
     model = streaming.load(args.path, case)
     each = args.prompt + args.steps

@@ -54,9 +54,9 @@ def moe_blocks(model):
 
 
 def run_flashmoe(path: Path, ks: list[int], count: int, activations: str) -> dict:
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.loading import load_streaming
-    from flashmoe.memory import peak
+    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.memory.budget import peak
+    from flashmoe.models.loading import load_streaming
 
     checkpoint = Checkpoint.open(path)
     vocab = checkpoint.text_config["vocab_size"]

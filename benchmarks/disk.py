@@ -27,7 +27,7 @@ Range = tuple[Path, int, int]  # file, first byte, bytes
 
 def experts(path: Path, seed: int = 0) -> Iterator[Range]:
     """The ranges of random experts of an MLX checkpoint, endlessly."""
-    from flashmoe.checkpoint import Checkpoint
+    from flashmoe.checkpoint.checkpoint import Checkpoint
 
     layers = list(Checkpoint.open(path).expert_layers.values())
     draw = random.Random(seed)

@@ -54,7 +54,7 @@ from gpu_model import model, streaming
 from gpu_sides import Sides, ratios
 from gpu_time import busy
 
-from flashmoe.ops.fused import MOST_ROWS
+from flashmoe.ops.gpu.fused import MOST_ROWS
 from flashmoe_metal.kernel import available
 from flashmoe_metal.matvec import matvec
 from flashmoe_metal.router import router

@@ -79,8 +79,8 @@ def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int)
         for block in (layer.mlp for layer in found.layers):
             block.top_k = 4
     else:
-        from flashmoe.checkpoint import Checkpoint
-        from flashmoe.loading import load_streaming
+        from flashmoe.checkpoint.checkpoint import Checkpoint
+        from flashmoe.models.loading import load_streaming
 
         found = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
     run = Decoding(found, prompt)
@@ -140,9 +140,9 @@ def model(work: Path, layers: int, experts: int) -> dict:
 def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12) -> dict:
     from timeline import Recorder, by_kind
 
-    from flashmoe import ops
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.loading import load_streaming
+    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.models.loading import load_streaming
+    from flashmoe.ops import backend as ops
 
     path = checkpoint(work, layers=layers, experts=experts)
     opened = Checkpoint.open(path)

@@ -1,7 +1,7 @@
 """The sides of a comparison, each in a process of its own.
 
-MLX reads its settings once. flashmoe sets some (`flashmoe.ops.fused.SETTINGS`) that whoever runs
-stock mlx-lm does not have, so stock is timed with those that it comes with, and with ours as well.
+MLX reads its settings once. flashmoe sets some (`flashmoe.ops.gpu.fused.SETTINGS`) that whoever
+runs stock mlx-lm does not have, so stock is timed with those that it comes with, and with ours as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flashmoe.ops.fused import SETTINGS
+from flashmoe.ops.gpu.fused import SETTINGS
 
 #: Name of a side: whose code, and whether it has our settings.
 SIDES = {

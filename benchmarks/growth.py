@@ -28,6 +28,7 @@ import json
 from pathlib import Path
 
 import runs
+
 import streaming
 
 

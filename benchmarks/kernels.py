@@ -24,7 +24,8 @@ import click
 import numba
 import numpy as np
 
-from flashmoe.ops import gemm, kernels
+from flashmoe.ops.cpu import gemm
+from flashmoe.ops.cpu import matvec as kernels
 
 HIDDEN, EXPERT, DENSE = 4096, 1024, 12288  # Qwen3.5-397B-A17B
 GROUP = 64

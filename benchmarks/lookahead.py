@@ -24,9 +24,9 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe.catalog import find
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.loading import load_streaming
-from flashmoe.models import SharedExpertBlock, route
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.models.loading import load_streaming
+from flashmoe.models.qwen_moe import SharedExpertBlock, route
 
 
 class Ahead:

@@ -19,8 +19,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import flashmoe
 from flashmoe.catalog import DEMO, find
-from flashmoe.fidelity import differences
-from flashmoe.sweep_text import QUESTIONS, Document, own_answers
+from flashmoe.sweep.documents import QUESTIONS, Document, own_answers
+from flashmoe.sweep.fidelity import differences
 
 #: Those of the figures in the README.
 ASKED = QUESTIONS[:12]

@@ -35,10 +35,11 @@ from math import inf
 from pathlib import Path
 
 import runs
-import streaming
 import synth
 from policies import LRU
 from replay import EXPERT_NBYTES, TRACES, draw, hit_rate, read_frequencies
+
+import streaming
 
 VOCABULARY = 248_320
 CASES = ("memory=2GB", "memory=3GB", "memory=4GB", "memory=4GB k=4", "memory=6GB", "memory=10GB")
@@ -93,7 +94,7 @@ PUBLISHED = (
 @contextmanager
 def hollow(layers: int = 60, experts: int = 512) -> Iterator[Path]:
     """The 397B as synth.py writes it, with a hole instead of weights."""
-    from flashmoe.safetensors_writer import header
+    from flashmoe.checkpoint.safetensors_writer import header
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
@@ -108,8 +109,8 @@ def hollow(layers: int = 60, experts: int = 512) -> Iterator[Path]:
 
 
 def published(path: Path) -> list[dict]:
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.speed import Costs, Geometry, decode
+    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.plan.speed_model import Costs, Geometry, decode
 
     model = Geometry.of(Checkpoint.open(path))
     assert model.expert_nbytes == EXPERT_NBYTES
@@ -147,10 +148,10 @@ def published(path: Path) -> list[dict]:
 
 def macs(path: Path) -> list[dict]:
     """Predictions for the 397B, K as trained and 4."""
-    from flashmoe.checkpoint import Checkpoint
+    from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.errors import BudgetError
-    from flashmoe.machines import machine
-    from flashmoe.plan import Asked, plan_of_memory, speed
+    from flashmoe.plan.estimate import Asked, plan_of_memory, speed
+    from flashmoe.plan.machines import machine
 
     checkpoint = Checkpoint.open(path)
     rows = []
@@ -178,9 +179,9 @@ def macs(path: Path) -> list[dict]:
 
 def planned(args: argparse.Namespace, case: dict) -> dict:
     """What the plan of this process says, in a process of its own."""
-    from flashmoe import speed_probe
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.plan_report import Planned, Source
+    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.plan import speed_probe
+    from flashmoe.plan.report import Planned, Source
 
     if args.probe_seconds is not None:
         speed_probe.STEPS_SECONDS = speed_probe.DISK_SECONDS = args.probe_seconds
@@ -204,7 +205,7 @@ def ran(args: argparse.Namespace, case: dict) -> dict:
     """What streaming.py measures, and GB/s of the disk while it was reading for decoding."""
     from timeline import Recorder, busy
 
-    from flashmoe import ops
+    from flashmoe.ops import backend as ops
 
     recorder = Recorder()
     with recorder.recording(ops.pick()):
@@ -218,8 +219,8 @@ def ran(args: argparse.Namespace, case: dict) -> dict:
 
 def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float, disk_gb_s=None) -> float:
     """Seconds of a step by the costs of a plan, this hit rate, and this disk."""
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.speed import Costs, Geometry, decode
+    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.plan.speed_model import Costs, Geometry, decode
 
     model = Geometry.of(Checkpoint.open(args.path))
     costs = Costs(**{name: inf if v is None else v for name, v in plan["costs"].items()})

@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Sequence
 from math import inf
 
-from flashmoe.slots import Slots
+from flashmoe.streaming.slot_table import Slots
 
 
 class Aged:

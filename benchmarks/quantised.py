@@ -22,14 +22,14 @@ import numpy as np
 from perplexity import ASKED
 
 import flashmoe
-from flashmoe import quantize
-from flashmoe.calibration import calibrate
 from flashmoe.catalog import DEMO, find
-from flashmoe.checkpoint import Checkpoint
-from flashmoe.fidelity import compare, keep_exact
-from flashmoe.quantize_plan import SHARD_NBYTES, Recipe, make_plan
-from flashmoe.rounding import Rounded
-from flashmoe.sweep_text import own_answers
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.quantize import writer as quantize
+from flashmoe.quantize.calibration import calibrate
+from flashmoe.quantize.recipe import SHARD_NBYTES, Recipe, make_plan
+from flashmoe.quantize.rounding import Rounded
+from flashmoe.sweep.documents import own_answers
+from flashmoe.sweep.fidelity import compare, keep_exact
 
 
 def plain(w, importance, bits, group_size, dtype) -> Rounded:

@@ -14,7 +14,7 @@ import numpy as np
 from policies import Aged
 from replay import Layer, hit_rate
 
-from flashmoe.switch import StreamingSwitchGLU
+from flashmoe.streaming.switch_glu import StreamingSwitchGLU
 
 
 class Routing:

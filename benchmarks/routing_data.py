@@ -1,4 +1,4 @@
-"""Writes core/flashmoe/routing.json: what real routing says of hit rates, for `flashmoe plan`.
+"""Writes core/flashmoe/plan/routing.json: what real routing says of hit rates, for `flashmoe plan`.
 
     python benchmarks/routing_data.py [OUT]
 
@@ -19,7 +19,7 @@ import numpy as np
 from policies import Aged
 from replay import TRACES, Layer, draw, hit_rate, read_frequencies, read_trace
 
-OUT = Path(__file__).parent.parent / "core/flashmoe/routing.json"
+OUT = Path(__file__).parent.parent / "core/flashmoe/plan/routing.json"
 TOKENS = [2**i for i in range(13)]
 DRAWN = 400
 SEEN = 150  # tokens behind the frequencies of the 397B

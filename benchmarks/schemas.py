@@ -22,8 +22,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flashmoe import schemas
 from flashmoe.catalog import DEMO, find
+from flashmoe.chat import json_schema as schemas
 from flashmoe.engine import Engine
 from flashmoe.errors import OutputError, SettingError
 from flashmoe.events import End, Text, ToolCall

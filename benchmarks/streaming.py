@@ -72,8 +72,8 @@ def _value(text: str) -> object:
 
 
 def load(path: Path, case: dict):
-    from flashmoe.checkpoint import Checkpoint
-    from flashmoe.loading import load_streaming
+    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.models.loading import load_streaming
 
     settings = {k: v for k, v in case.items() if k not in ("limit", "k")}
     return load_streaming(Checkpoint.open(path), experts=case["k"], **settings)
@@ -85,7 +85,7 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
     from mlx_lm.models.cache import make_prompt_cache
     from routing import Routing
 
-    from flashmoe.prefill import prefill, split
+    from flashmoe.models.layerwise import prefill, split
 
     expert_nbytes = next(iter(model.checkpoint.expert_layers.values())).expert_nbytes
     cache = make_prompt_cache(model)
@@ -143,7 +143,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
         return disk.bandwidth(disk.experts(args.path), case["depth"], args.raw_seconds)
 
     speeds = [raw()]
-    from flashmoe.memory import peak
+    from flashmoe.memory.budget import peak
 
     start = time.perf_counter()
     model = load(args.path, case)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe.safetensors_index import ITEM_BYTES
-from flashmoe.safetensors_writer import header
+from flashmoe.checkpoint.safetensors_header import ITEM_BYTES
+from flashmoe.checkpoint.safetensors_writer import header
 
 HIDDEN, EXPERT, HEADS, KV_HEADS, HEAD_DIM = 4096, 1024, 32, 2, 256
 KEY_HEADS, VALUE_HEADS, LINEAR_DIM, CONV, INTERVAL = 16, 64, 128, 4, 4

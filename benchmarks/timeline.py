@@ -32,6 +32,7 @@ from pathlib import Path
 from time import perf_counter
 
 import runs
+
 import streaming
 
 KINDS = ("dense", "experts", "waiting", "slots")
@@ -58,7 +59,8 @@ class Recorder:
     @contextmanager
     def recording(self, ops):
         """ops: the module of flashmoe.ops that computes."""
-        from flashmoe import reader, switch
+        from flashmoe.streaming import reader
+        from flashmoe.streaming import switch_glu as switch
 
         # On a GPU what an expert block launches is lazy: its time is that of the next `start`.
         fused = hasattr(ops, "FewRows")
@@ -157,8 +159,8 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe import ops
-    from flashmoe.prefill import prefill, split
+    from flashmoe.models.layerwise import prefill, split
+    from flashmoe.ops import backend as ops
 
     model = streaming.load(args.path, case)
     print(model.plan.describe(), file=sys.stderr)

@@ -32,7 +32,7 @@ from .structured import SchemaParser, with_raw
 from .tools import engine_choice, engine_format, openai_tools, response_format
 
 if TYPE_CHECKING:
-    from flashmoe.counting import Counter
+    from flashmoe.chat.token_counter import Counter
 
 
 class ChatFlashMoE(BaseChatModel, Options):
@@ -103,11 +103,10 @@ class ChatFlashMoE(BaseChatModel, Options):
     """Peak memory of the process, such as "8GB". `None`: what the machine can spare."""
 
     io: str | None = None
-    """How experts are read: "buffered", "uncached" or "direct", see `flashmoe.io_modes`. `None`: as
-    `flashmoe bench disk` found, or direct."""
+    """How experts are read: "buffered", "uncached" or "direct". `None`: as `flashmoe bench disk` found, or direct."""
 
     activations: str | None = None
-    """"float32", or "int8" on a CPU: faster, not exact; see `flashmoe.activations`."""
+    """"float32", or "int8" on a CPU: faster, not exact; see `flashmoe.ops.activations`."""
 
     streaming: bool = False
     """Stream inside `invoke`, so that callbacks see each token as a chunk of a stream."""
@@ -176,7 +175,7 @@ class ChatFlashMoE(BaseChatModel, Options):
             raise translated(e) from e
 
     def _counter(self) -> Counter:
-        from flashmoe.counting import counter
+        from flashmoe.chat.token_counter import counter
 
         try:
             return counter(find(self.model))

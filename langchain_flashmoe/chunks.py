@@ -9,15 +9,7 @@ from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.utils.json import parse_partial_json
 
 from flashmoe.errors import FlashMoEError, OutputError
-from flashmoe.events import (
-    End,
-    Event,
-    Reasoning,
-    Text,
-    ToolCall,
-    ToolCallArguments,
-    ToolCallStart,
-)
+from flashmoe.events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 
 from .errors import IncompleteOutput, translated
 

@@ -23,7 +23,7 @@ _TEXTS = {"text", "text-plain"}
 
 
 def engine_messages(messages: Sequence[BaseMessage]) -> list[dict]:
-    """The conversation, as `flashmoe.messages` describes it.
+    """The conversation, as `flashmoe.chat.messages` describes it.
 
     Raises:
         InvalidRequest: a message is of an unknown kind, or holds more than text and calls.

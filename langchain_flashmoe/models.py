@@ -8,7 +8,7 @@ from typing import Any
 from langchain_core.language_models import LangSmithParams, ModelProfile
 
 from flashmoe import __version__, catalog
-from flashmoe.capabilities import capabilities, fingerprint
+from flashmoe.checkpoint.capabilities import capabilities, fingerprint
 from flashmoe.errors import FlashMoEError
 
 from .errors import ModelNotFound

@@ -12,7 +12,7 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.json import parse_partial_json
 
-from flashmoe import schemas
+from flashmoe.chat import json_schema as schemas
 
 from .schemas import Schema
 

@@ -7,7 +7,6 @@ command loads this module.
 from __future__ import annotations
 
 import llm
-
 from flashmoe import catalog
 
 from .models import AsyncFlashMoE, FlashMoE, Options

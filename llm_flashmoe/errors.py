@@ -1,6 +1,7 @@
 """The error that users see."""
 
 import click
+
 import llm
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import llm
 from llm.parts import Message, ReasoningPart, StreamEvent, TextPart, ToolCallPart, ToolResultPart
+
+import llm
 
 from .errors import UserError
 
@@ -12,7 +13,7 @@ _OURS, _ERROR = "flashmoe", "error"
 
 
 def engine_messages(messages: list[Message]) -> list[dict]:
-    """The whole conversation, as `flashmoe.messages` describes it.
+    """The whole conversation, as `flashmoe.chat.messages` describes it.
 
     Raises:
         UserError: a message holds what these models do not take.

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, nullcontext
 
 import click
-import llm
 from llm.parts import StreamEvent
 
+import llm
 from flashmoe import catalog
 from flashmoe.errors import FlashMoEError
-from flashmoe.show import ProgressLine
+from flashmoe.terminal import ProgressLine
 
 from .errors import UserError
 from .messages import engine_messages, engine_tools, failure, schema_of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-import llm
 from pydantic import Field, field_validator
+
+import llm
 
 
 class Options(llm.Options):

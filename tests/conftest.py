@@ -84,9 +84,9 @@ def on_device():
     """How the package's kernels are launched in this test: "metal", "cuda", or "stand-in", which
     runs them on the CPU with lanes in a shuffled order (see msl_cpu.py)."""
     import mlx.core as mx
-
     import msl_build
     import msl_cpu
+
     from flashmoe_metal import kernel
 
     if kernel.available():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .errors import BudgetError, CheckpointError, FlashMoEError, ReadError, SettingError
 
 if TYPE_CHECKING:
-    from .loading import load
+    from .models.loading import load
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "load":
-        from .loading import load
+        from .models.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,9 +11,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import registry
 from .errors import CheckpointError
-from .published import CATALOGUE, HUB, Published, from_hub_name
+from .hub import registry
+from .hub.known_models import CATALOGUE, HUB, Published, from_hub_name
 
 __all__ = ["CATALOGUE", "DEMO", "Model", "Published", "find", "hub_cache", "model", "models"]
 

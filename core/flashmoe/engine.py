@@ -3,7 +3,7 @@
 MLX arrays, streams and seeds belong to the thread that made them. So one thread loads the model,
 generates, keeps the prompt cache, and ends its own streams; callers on any thread, or in asyncio,
 only pass messages. Requests begin in the order in which they came, and run together as far as the
-memory goes: see `flashmoe.batch`.
+memory goes: see `flashmoe.generation.batch`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .events import End, Event
 from .requests import Request, check_request
 
 if TYPE_CHECKING:
-    from .batch import Batch
+    from .generation.batch import Batch
 
 
 class _Cancellation:
@@ -145,10 +145,10 @@ class Engine:
     Args:
         path: the checkpoint directory.
         batch: requests that run together at most; 1: one after the other. None:
-            `flashmoe.batch.DEFAULT_ROWS`. Memory may allow fewer.
+            `flashmoe.generation.batch.DEFAULT_ROWS`. Memory may allow fewer.
         settings: memory, experts, slots, depth, io, activations as in `flashmoe.load`;
             prompt_cache, prompt_store, prompt_store_path and cluster as in
-            `flashmoe.session.Session`.
+            `flashmoe.generation.loaded_model.Session`.
 
     Raises:
         SettingError: batch is not 1 or more.
@@ -307,8 +307,8 @@ class Engine:
         try:
             if self._batch is None:
                 # Late, and here: an MLX that cannot be imported is an answer too.
-                from .batch import DEFAULT_ROWS, Batch
-                from .session import Session
+                from .generation.batch import DEFAULT_ROWS, Batch
+                from .generation.loaded_model import Session
 
                 session = Session(self.path, **self.settings)
                 self._batch = Batch(session, self._most or DEFAULT_ROWS)

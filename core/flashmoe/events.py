@@ -88,7 +88,7 @@ class End:
             what was read: hit_rate, bytes_read and wait_seconds are its part of each step.
         experts: K in use; trained_experts: the K of training.
         bits: of the expert weights, 16 or 32 when they are not quantised.
-        activations: "float32" or "int8", see `flashmoe.activations`.
+        activations: "float32" or "int8", see `flashmoe.ops.activations`.
         ops: what computed the experts, a module of `flashmoe.ops`: "cpu", "fused" (our GPU
             kernels), or "gather" or "reference", which FLASHMOE_OPS selects to find a fault.
         hit_rate: share of the needed experts that were resident, 0..1.

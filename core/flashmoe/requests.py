@@ -33,7 +33,7 @@ class Request:
     """One answer to generate.
 
     Attributes:
-        messages: the conversation, see `flashmoe.messages`.
+        messages: the conversation, see `flashmoe.chat.messages`.
         max_tokens: None: what is left of the context, at most 4096.
         temperature, top_p, top_k, min_p: None: as the checkpoint's generation_config.json says.
         repetition_penalty: above 1 makes tokens of late less likely. None is off.

@@ -9,7 +9,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from pydantic import BaseModel, Field
 
 from flashmoe.catalog import DEMO
-from flashmoe.schemas import fault, loads
+from flashmoe.chat.json_schema import fault, loads
 from langchain_flashmoe import ChatFlashMoE, IncompleteOutput
 
 

@@ -9,12 +9,12 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from qwen_tokenizers import tokenizer
 
-from flashmoe.chat import Template
-from flashmoe.control import Control
+from flashmoe.chat.special_tokens import Control
+from flashmoe.chat.template import Template
 from langchain_flashmoe import InvalidRequest
 from langchain_flashmoe.messages import engine_messages
-from qwen import tokenizer
 
 CALL = {"name": "add", "args": {"a": 1}, "id": "c1", "type": "tool_call"}
 

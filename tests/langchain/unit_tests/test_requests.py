@@ -4,9 +4,9 @@ import pytest
 from langchain_core.messages import HumanMessage
 from pydantic import BaseModel
 
-from flashmoe import registry
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import release
+from flashmoe.hub import registry
 from flashmoe.requests import RANGES, Request
 from langchain_flashmoe import ChatFlashMoE
 from langchain_flashmoe.options import Call

@@ -1,0 +1,236 @@
+"""Reads the headers of safetensors files, and nothing else of them.
+
+The files are hostile input: each header is held against the rules of the format before a byte range
+leaves this module. No tensor data is read, so a 200 GB checkpoint costs a few small reads.
+"""
+
+import json
+import math
+import os
+import re
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..streaming.reader import FileIdentity
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors format for a header
+AGAIN = "the download is incomplete; download it again"
+EXPERT_TENSOR = re.compile(r".*\.layers\.(?P<layer>\d{1,9})\.mlp\.switch_mlp\..+")
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+_repr.maxlevel = 2
+show = _repr.repr  # escapes control characters and cuts hostile lengths and depths
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor in a file. dtype is the safetensors word ("BF16"); start and stop are absolute
+    byte offsets in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def is_int(value: object, low: int, high: int) -> bool:
+    """True for an int in low..high; JSON's true and false are not ints."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_file(path: Path) -> bool:
+    """True for a regular file or a link to one: opening a FIFO would hang. No exceptions."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def parse_object(text: bytes, what: str) -> dict:
+    """Parses one JSON object that is bad if it repeats a key. `what` names it in errors."""
+
+    def unique(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set = set()
+            key = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise CheckpointError(f"{what} holds the key {show(key)} twice: it is corrupt")
+        return found
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{what} is not UTF-8 ({e.reason} at byte {e.start}); {AGAIN}") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{what} is not valid JSON ({e}); {AGAIN}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must hold a JSON object, it holds {show(value)}")
+    return value
+
+
+def read_object(path: Path) -> dict:
+    """Reads a JSON file that must hold one object."""
+    if not is_file(path):
+        raise CheckpointError(
+            f"{path} is missing or no regular file: give the directory of a whole MLX checkpoint"
+        )
+    try:
+        with open(path, "rb") as f:
+            text = f.read(MAX_JSON_BYTES + 1)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is longer than {MAX_JSON_BYTES} bytes: it is corrupt")
+    return parse_object(text, str(path))
+
+
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIdentity]]:
+    """Indexes all shards of a checkpoint directory: tensors by name, and the identity of each shard
+    at the time its header was read.
+
+    They are model*.safetensors, as in mlx-lm, which loads the dense weights from all of them. An
+    index file, if there is one, must agree with their headers. Raises CheckpointError.
+    """
+    index = directory / INDEX_NAME
+    listed = _weight_map(index) if os.path.lexists(index) else None
+    shards = {directory / shard for shard in (listed or {}).values()}
+    files = sorted(shards.union(directory.glob("model*.safetensors")))
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds no model*.safetensors: give the directory of an MLX checkpoint"
+        )
+    tensors: dict[str, Tensor] = {}
+    identities = {}
+    for file in files:
+        identities[file], found = read_header(file)
+        for tensor in found:
+            name = tensor.name
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {show(name)} is in both {tensors[name].file.name} and {file.name}: "
+                    "remove the files that are not part of this checkpoint"
+                )
+            if listed is not None and listed.get(name) != file.name:
+                raise CheckpointError(
+                    f"tensor {show(name)} is in {file.name}, but {INDEX_NAME} places it in "
+                    f"{show(listed.get(name))}: the files are of two checkpoints; download again"
+                )
+            tensors[name] = tensor
+    for name in listed or ():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{INDEX_NAME} places tensor {show(name)} in {listed[name]}, which does not hold "
+                "it: the files are of two checkpoints; download again"
+            )
+    return tensors, identities
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{index} must have an object weight_map, it has {show(listed)}")
+    for name, shard in listed.items():
+        # One plain name: a path from a stranger's file must not lead out of the directory.
+        if not isinstance(shard, str) or not re.fullmatch(
+            r"model[A-Za-z0-9_.+-]*\.safetensors", shard
+        ):
+            raise CheckpointError(
+                f"{index} places tensor {show(name)} in {show(shard)}: a shard must be a "
+                "model*.safetensors file in the same directory"
+            )
+    return listed
+
+
+def read_header(file: Path) -> tuple[FileIdentity, list[Tensor]]:
+    """The tensors of one safetensors file in file order, each range checked: inside the file, as
+    long as its shape says, no byte shared, no byte unowned. Raises CheckpointError."""
+    if not is_file(file):
+        raise CheckpointError(f"{file} is missing or no regular file: {AGAIN}")
+    try:
+        with open(file, "rb") as f:
+            identity = FileIdentity.of(f.fileno())
+            size = identity.nbytes
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
+                raise CheckpointError(
+                    f"{file} gives its header {length} bytes; the file has {size} and the limit is "
+                    f"{MAX_JSON_BYTES}: it is corrupt or {AGAIN}"
+                )
+            text = f.read(length)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {file}: {e.strerror}") from e
+    header = parse_object(text, f"the header of {file}")
+    header.pop("__metadata__", None)
+    base = 8 + length
+    tensors = [_tensor(name, entry, file, base) for name, entry in header.items()]
+    tensors.sort(key=lambda t: (t.start, t.stop))
+    end, before = base, "the header"
+    for t in tensors:
+        if t.start != end:
+            fault = "overlaps" if t.start < end else f"leaves {t.start - end} unowned bytes after"
+            raise CheckpointError(
+                f"{file.name}: tensor {show(t.name)} at bytes {t.start}..{t.stop} {fault} "
+                f"{before}, which ends at {end}: the file is corrupt; download it again"
+            )
+        if t.stop > size:
+            raise CheckpointError(_truncated(t, size))
+        end, before = t.stop, f"tensor {show(t.name)}"
+    if end != size:
+        raise CheckpointError(
+            f"{file.name} has {size} bytes, but its last tensor ends at {end}: "
+            "the file is corrupt; download it again"
+        )
+    return identity, tensors
+
+
+def _tensor(name: str, entry: object, file: Path, base: int) -> Tensor:
+    where = f"{file.name}: tensor {show(name)}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} must be described by an object, not {show(entry)}")
+    dtype, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{where} has the unknown dtype {show(dtype)}")
+    # The bounds are those of MLX; they also keep the product below from growing without end.
+    if (
+        not isinstance(shape, list)
+        or len(shape) > 8
+        or not all(is_int(n, 0, 2**31 - 1) for n in shape)
+    ):
+        raise CheckpointError(f"{where} has shape {show(shape)}: up to 8 non-negative sizes needed")
+    if not isinstance(offsets, list) or [is_int(n, 0, 2**62) for n in offsets] != [True, True]:
+        raise CheckpointError(f"{where} has data_offsets {show(offsets)}: two byte offsets needed")
+    start, stop = offsets
+    needed = math.prod(shape) * ITEM_BYTES[dtype]
+    if stop - start != needed:
+        raise CheckpointError(
+            f"{where}, {dtype} {shape}, needs {needed} bytes, but data_offsets {offsets} hold "
+            f"{stop - start}: the file is corrupt; download it again"
+        )
+    return Tensor(name, dtype, tuple(shape), file, base + start, base + stop)
+
+
+def _truncated(t: Tensor, size: int) -> str:
+    owner, start, stop = f"tensor {show(t.name)}", t.start, t.stop
+    if (match := EXPERT_TENSOR.fullmatch(t.name)) and t.shape:
+        each = t.nbytes // t.shape[0]
+        expert = (size - t.start) // each
+        owner = f"expert {expert} of layer {int(match['layer'])}"
+        start = t.start + expert * each
+        stop = start + each
+    return f"{owner} needs bytes {start}..{stop} of {t.file.name}, which has {size}: {AGAIN}"

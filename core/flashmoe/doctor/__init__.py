@@ -1,0 +1,1 @@
+"""Report what this installation uses, and find what is wrong with it."""

@@ -1,0 +1,1 @@
+"""Generate the answers of one loaded model."""

@@ -1,0 +1,1 @@
+"""Constrained decoding for tool calls and structured output, with llguidance."""

@@ -1,0 +1,1 @@
+"""Model names, and downloads from the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""Measure memory and split a budget between dense weights, caches and expert slots."""

@@ -1,0 +1,113 @@
+"""How many bytes a model takes besides its dense weights and its expert slots.
+
+An estimate from config.json alone, made before anything is loaded. It errs on the high side: a
+budget that is kept is worth more than a few more slots.
+"""
+
+from ..checkpoint.checkpoint import Checkpoint
+
+#: Tokens of a piece of a prompt, which goes through attention at one time. It settles bits.
+PIECE_TOKENS = 512
+
+#: Tokens of context that memory is kept for, in the plan and in the cache of prompts that were
+#: read. A longer one grows past the plan, or takes memory from slots where they can give way.
+PLANNED_CONTEXT = 8192
+
+#: Tokens of a prompt that share the reads of experts where slots cannot give way.
+GPU_SWEEP = 2048
+
+#: Queries whose attention scores are in memory at one time on the CPU, for all the heads that share
+#: their keys.
+BLOCK_QUERIES = 128
+
+#: Tokenizer, compiled kernels, and what allocators keep: measured 0.2 GB on Linux.
+RUNTIME_NBYTES = 256 * 2**20
+
+#: Bytes of prompt states at least, also of a small model.
+MIN_PROMPT_CACHE_NBYTES = 32 * 2**20
+
+_F32 = 4
+
+
+def lasting_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
+    """Bytes for widened weights and the runtime."""
+    return RUNTIME_NBYTES + (0 if on_gpu else widened_nbytes(checkpoint))
+
+
+def prompt_nbytes(
+    checkpoint: Checkpoint, experts: int, *, on_gpu: bool, context: int = PLANNED_CONTEXT
+) -> int:
+    """Bytes that are planned for the prompt under way and its cache. experts: K."""
+    sweep = min(checkpoint.max_context, GPU_SWEEP if on_gpu else PIECE_TOKENS)
+    return (
+        cache_nbytes(checkpoint, context)
+        + piece_nbytes(checkpoint, sweep, context, experts, on_gpu=on_gpu)
+        + sweep * swept_nbytes(checkpoint, experts)
+    )
+
+
+def widened_nbytes(checkpoint: Checkpoint) -> int:
+    """What float32 adds to the 16-bit dense weights that are not quantised. CPU only."""
+    names = {t.name for t in checkpoint.dense}
+    return sum(
+        t.nbytes
+        for t in checkpoint.dense
+        if t.dtype in ("BF16", "F16")
+        and f"{t.name.removesuffix('.weight')}.scales" not in names
+        and not t.name.endswith((".scales", ".biases"))
+    )
+
+
+def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
+    """Keys, values and recurrent states of one conversation of so many tokens, float32."""
+    config = checkpoint.text_config
+    # mlx-lm takes room for 256 tokens at a time.
+    tokens = min(checkpoint.max_context, -(-context // 256) * 256)
+    # Every so many layers one has full attention; the others keep a recurrent state.
+    interval = 1 if checkpoint.model_type == "qwen3_moe" else config["full_attention_interval"]
+    full = checkpoint.num_layers // interval
+    keys = config["num_key_value_heads"] * config["head_dim"] * tokens
+    linear = checkpoint.num_layers - full
+    state = conv = 0
+    if linear:
+        key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+        key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        state = value_heads * value_dim * key_dim
+        channels = 2 * key_heads * key_dim + value_heads * value_dim
+        conv = channels * config["linear_conv_kernel_dim"]
+    return _F32 * (2 * full * keys + linear * (state + conv))
+
+
+def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes for states of prompts that were read: of one conversation of the planned length, or of
+    several short ones. They lie beside those of the conversation under way."""
+    return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
+
+
+def piece_nbytes(
+    checkpoint: Checkpoint, tokens: int, context: int, experts: int, *, on_gpu: bool
+) -> int:
+    """Activations of one piece of a prompt while it goes through a layer, float32.
+
+    tokens: of the prompt. context: that its attention sees. experts: K.
+    """
+    config = checkpoint.text_config
+    context, tokens = min(checkpoint.max_context, context), min(tokens, PIECE_TOKENS)
+    # Projections of one layer and their copies: measured about 16 hidden states. On a GPU, expert
+    # outputs as they are weighted and summed.
+    each = (16 + (2 * experts if on_gpu else 0)) * config["hidden_size"]
+    heads = config["num_attention_heads"]
+    if on_gpu:
+        scores = 2 * heads * tokens * context
+    else:
+        shared = heads // config["num_key_value_heads"]
+        scores = shared * min(tokens, BLOCK_QUERIES) * context
+    # One expert's matrix, dequantised.
+    matrix = config["hidden_size"] * config["moe_intermediate_size"]
+    return _F32 * (tokens * each + scores + matrix)
+
+
+def swept_nbytes(checkpoint: Checkpoint, experts: int) -> int:
+    """Bytes that a sweep holds of each token: the outputs of its K experts, and hidden states
+    before and after its norm and from the shared expert, float32."""
+    return _F32 * (experts + 4) * checkpoint.text_config["hidden_size"]

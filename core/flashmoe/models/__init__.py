@@ -1,0 +1,1 @@
+"""mlx-lm's models with experts that stay on disk."""

@@ -1,0 +1,1 @@
+"""Layers on the CPU, as numba kernels."""

@@ -1,0 +1,1 @@
+"""Layers on a GPU, by flashmoe's own kernels or by MLX's."""

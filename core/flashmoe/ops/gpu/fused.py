@@ -1,0 +1,182 @@
+"""The expert block on a GPU by our own kernels: two launches for all experts of a few tokens.
+
+They take up to MOST_ROWS tokens, as decoding has; more go through MLX's `gather_qmm`. The choice
+depends on the shape of a call alone, so no bit depends on what is resident.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from flashmoe_metal.down import Shared, combine, down
+from flashmoe_metal.gate_up import gate_up
+from flashmoe_metal.matrix import Matrix, lanes
+
+from . import gather
+
+#: MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs, or
+#: so many launches. Whole stacks of experts count, so each launch would be a batch of its own.
+SETTINGS = {"MLX_MAX_MB_PER_BUFFER": "1000000"}
+if mx.cuda.is_available():
+    # The GPU waits until a batch is built, and few launches of ours are much work.
+    SETTINGS["MLX_MAX_OPS_PER_BUFFER"] = "20"
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+NAME = "fused"
+
+#: Launches are what costs: wait for all reads that there are slots for, then compute at once.
+AS_THEY_LAND = False
+
+ACTIVATIONS = gather.ACTIVATIONS
+STACKS = gather.STACKS
+weigh = gather.weigh
+
+#: Tokens that the kernels take.
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The shared expert of a block, for one call.
+
+    Attributes:
+        gate, up, down: its matrices.
+        logits: (tokens, any), whose column `column` is its own gate, before the sigmoid.
+    """
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    logits: mx.array
+    column: int = 0
+
+
+def Work(bank, x: mx.array, top_k: int):
+    """The expert block of one layer for one call. See `flashmoe.ops`."""
+    few = x.size <= MOST_ROWS * x.shape[-1] and bank.matrices() is not None
+    return FewRows(bank, x, top_k) if few else gather.Work(bank, x, top_k)
+
+
+class FewRows:
+    """The work of at most MOST_ROWS tokens. See `flashmoe.ops`.
+
+    When all experts of the call are resident at once, nothing is computed before `combined`.
+    Otherwise each pair is computed while its expert is resident, and the sum comes from those: the
+    same bits, in more launches.
+    """
+
+    lazy = True
+
+    def __init__(self, bank, x: mx.array, top_k: int):
+        self._gate, self._up, self._down = bank.matrices()
+        self._x = x
+        self._shape = (x.size // x.shape[-1], top_k)
+        self._slots: mx.array | None = None  # of all pairs, when they can be read at once
+        self._held: dict[int, np.ndarray] = {}  # run, and not computed yet
+        self._pairs: list[np.ndarray] = []
+        self._terms: list[mx.array] = []  # of the pairs, (pairs, hidden) float32
+
+    def run(self, experts: dict[int, np.ndarray]) -> None:
+        """Compute the pairs of resident experts: slot -> pairs."""
+        self._held |= experts
+
+    def run_chosen(self, slots: mx.array) -> None:
+        """Compute all pairs at once, by `combined` alone. slots: (..., top_k)."""
+        self._slots = slots
+
+    def settle(self) -> None:
+        """Nothing that was run reads a slot after this."""
+        if self._held:
+            pairs, slots = self._take_held()
+            self._pairs.append(pairs)
+            self._terms.append(self._apart(pairs, slots))
+            mx.eval(self._terms)
+
+    def result(self) -> mx.array:
+        """(tokens, top_k, hidden), in the dtype of x."""
+        terms, places = self._all_apart()
+        y = terms[places.reshape(-1)].astype(self._x.dtype)
+        return y.reshape(*self._shape, -1)
+
+    def combined(
+        self,
+        scores: mx.array,
+        shared: SharedExpert | None = None,
+        residual: mx.array | None = None,
+    ) -> mx.array:
+        """The sum over a token's choices, each times its score, with the shared expert's part and
+        the residual (..., hidden), if given: (..., hidden) in the dtype of x.
+
+        scores: (..., top_k), where the slots of `run_chosen` have that shape; else (tokens, top_k).
+        """
+        scores = scores.astype(mx.float32)
+        if not self._terms and self._slots is None:
+            pairs, slots = self._take_held()
+            self._slots = mx.array(slots[np.argsort(pairs)].reshape(self._shape))
+        if self._slots is None:
+            return self._sum_of_apart(scores, shared, residual)
+        h, *shared_h = gate_up(
+            self._x, self._slots, self._gate, self._up, shared and (shared.gate, shared.up)
+        )
+        return down(
+            h,
+            self._slots,
+            scores,
+            self._down,
+            self._x.dtype,
+            shared=shared and Shared(*shared_h, shared.down, shared.logits, shared.column),
+            residual=residual,
+        )
+
+    def _sum_of_apart(self, scores, shared, residual) -> mx.array:
+        terms, places = self._all_apart()
+        return combine(
+            terms,
+            places,
+            scores,
+            self._x.dtype,
+            shared=shared and self._shared_apart(shared),
+            gate=shared and shared.logits,
+            column=shared.column if shared else 0,
+            residual=residual,
+        )
+
+    def _all_apart(self) -> tuple[mx.array, mx.array]:
+        """All pairs' results, and where those of each token are: (tokens, top_k)."""
+        self.settle()
+        places = np.argsort(np.concatenate(self._pairs)).astype(np.uint32)
+        return mx.concatenate(self._terms), mx.array(places.reshape(self._shape))
+
+    def _take_held(self) -> tuple[np.ndarray, np.ndarray]:
+        held, self._held = self._held, {}
+        slots = np.repeat(np.fromiter(held, np.uint32), [p.size for p in held.values()])
+        return np.concatenate(list(held.values())), slots
+
+    def _apart(self, pairs: np.ndarray, slots: np.ndarray) -> mx.array:
+        x = self._x[mx.array(pairs // self._shape[1])]
+        slots = mx.array(slots)[:, None]
+        (h,) = gate_up(x, slots, self._gate, self._up)
+        return down(h, slots, mx.ones(slots.shape), self._down, mx.float32)
+
+    def _shared_apart(self, shared: SharedExpert) -> mx.array:
+        """The shared expert's result, before its gate: (tokens, hidden) float32."""
+        slots = mx.zeros((self._shape[0], 1), mx.uint32)
+        (h,) = gate_up(self._x, slots, shared.gate, shared.up)
+        team = lanes(self._down.columns)
+        return down(h, slots, mx.ones(slots.shape), shared.down, mx.float32, team=team)
+
+
+def prepare(model: nn.Module, head: nn.Module | None) -> None:
+    """Let the model's layers compute through the kernels."""
+    from ...models import fused_blocks
+    from . import layers as gpu_layers
+
+    gather.prepare(model, head)
+    fused_blocks.prepare(model)
+    gpu_layers.prepare(model)

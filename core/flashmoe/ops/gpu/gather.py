@@ -1,0 +1,84 @@
+"""The expert block on a GPU by MLX's own `gather_qmm` and `gather_mm` over the slots.
+
+MLX picks its kernel by the shape of the call, and different kernels round differently. So each
+call here has a shape that depends on the router only, never on what happened to be resident.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.activations import swiglu
+
+from ..reference import experts as reference
+
+NAME = "gather"
+
+#: Launches are what costs on a GPU: wait for all reads of a wave, then compute it at once.
+AS_THEY_LAND = False
+
+#: Up to this many pairs go through one gather; more are computed expert by expert.
+GATHER_PAIRS = 64
+
+
+ACTIVATIONS = reference.ACTIVATIONS
+STACKS = reference.STACKS
+prepare = reference.prepare
+weigh = reference.weigh
+
+
+class Work(reference.Work):
+    """The expert block of one layer for one call. See `flashmoe.ops`."""
+
+    def __init__(self, bank, x: mx.array, top_k: int):
+        super().__init__(bank, x, top_k)
+        self._y: mx.array | None = None
+        pairs = x.shape[0] * top_k
+        self._slots = np.zeros(pairs, np.uint32) if pairs <= GATHER_PAIRS else None
+
+    def run(self, experts: dict[int, np.ndarray]) -> None:
+        """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
+        if self._slots is None:
+            super().run(experts)
+            return
+        # One shape whatever is resident: pairs of other experts are computed with a resident
+        # expert in their place, so that no slot is read while it is written, and thrown away.
+        self._slots.fill(next(iter(experts)))
+        mine = np.zeros(self._slots.size, bool)
+        for slot, pairs in experts.items():
+            self._slots[pairs] = slot
+            mine[pairs] = True
+        x = mx.repeat(self.x, self.top_k, axis=0)[:, None, :]
+        y = self._chain(x, mx.array(self._slots)).squeeze(-2)
+        self._y = y if self._y is None else mx.where(mx.array(mine)[:, None], y, self._y)
+        mx.eval(self._y)
+
+    def result(self) -> mx.array:
+        """(tokens, top_k, hidden), in the dtype of x."""
+        if self._slots is None:
+            return super().result()
+        return self._y.reshape(self.x.shape[0], self.top_k, -1)
+
+    def _expert(self, slot: int, x: mx.array) -> mx.array:
+        return self._chain(x[None], mx.array([slot], mx.uint32))[0]
+
+    def _chain(self, x: mx.array, slots: mx.array) -> mx.array:
+        """x: (pairs, rows, in), slots: (pairs,) -> (pairs, rows, in)."""
+        h = swiglu(self._linear("gate_proj", x, slots), self._linear("up_proj", x, slots))
+        return self._linear("down_proj", h, slots)
+
+    def _linear(self, projection: str, x: mx.array, slots: mx.array) -> mx.array:
+        weight, scales, biases = self.bank.stacks(projection)
+        quantization = self.bank.layer.quantization[projection]
+        if quantization is None:
+            return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=slots)
+        return mx.gather_qmm(
+            x,
+            weight,
+            scales,
+            biases,
+            rhs_indices=slots,
+            transpose=True,
+            group_size=quantization.group_size,
+            bits=quantization.bits,
+        )

@@ -1,0 +1,1 @@
+"""Layers in plain MLX: the definition that the faster ones are tested against."""

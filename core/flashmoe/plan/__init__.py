@@ -1,0 +1,1 @@
+"""Predict whether a model runs on a machine, and how fast."""

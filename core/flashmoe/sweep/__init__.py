@@ -1,0 +1,1 @@
+"""Measure what pruning and fewer bits cost in quality."""

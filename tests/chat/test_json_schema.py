@@ -1,0 +1,388 @@
+"""schemas.py against jsonschema itself: closing and cutting lose or admit nothing."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
+
+from flashmoe.chat.json_schema import (
+    check_schema,
+    closed,
+    fault,
+    parameter,
+    resolved,
+    without_patterns,
+)
+from flashmoe.errors import SettingError
+
+DRAFT7 = "http://json-schema.org/draft-07/schema#"
+A = {"properties": {"a": {"type": "integer"}}}
+B = {"properties": {"b": {"type": "integer"}}}
+NEEDS_A, NEEDS_B = {**A, "required": ["a"]}, {**B, "required": ["b"]}
+SHUT = {"additionalProperties": False}
+
+# Random schemas over few names, so that their parts meet in the same values.
+
+NAMES = st.sampled_from(["a", "b"])
+FLAT = [1, "x", None, {}, {"a": 1}, {"b": 1}, {"c": 1}, {"a": 1, "b": 1}, {"a": 1, "c": 1}]
+VALUES = [*FLAT, {"a": "x"}, {"a": "x", "b": 1}, *({"a": v} for v in FLAT), *([v] for v in FLAT)]
+VALUES += [[], [{"a": 1}, {"b": 1}], [{"a": 1}, {"a": 1, "b": 1}], {"b": {"a": 1}}]
+OBJECTS = [A, B, NEEDS_A, NEEDS_B, {"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]
+LEAVES = st.sampled_from([*OBJECTS, True, {"type": "integer"}, {"$ref": "#"}, {"const": {}}])
+
+
+def compound(inner):
+    """Schemas of one to three keywords."""
+    some = st.lists(st.sampled_from(OBJECTS) | inner, min_size=1, max_size=2)
+    one = st.sampled_from(OBJECTS) | inner
+    keywords = {k: some for k in ("anyOf", "oneOf", "allOf", "prefixItems")}
+    keywords |= {k: one for k in ("items", "additionalProperties", "not", "if", "then", "contains")}
+    keywords |= {k: st.dictionaries(NAMES, one) for k in ("properties", "dependentSchemas")}
+    keywords |= {"patternProperties": st.dictionaries(st.just("^[ab]"), one)}
+    keywords |= {"required": st.lists(NAMES, unique=True, max_size=2)}
+    keywords |= {k: st.integers(0, 1) for k in ("minProperties", "maxContains")}
+    # What means nothing, though it looks like a schema.
+    keywords |= {"x": st.just({"required": True, "oneOf": 3, "allOf": 3, "properties": [{}]})}
+    usual = ["oneOf", "anyOf", "allOf", "not", "contains", "properties", "required"]
+    names = st.sets(st.sampled_from([*usual, *keywords]), min_size=1, max_size=3)
+    return names.flatmap(lambda some: st.fixed_dictionaries({k: keywords[k] for k in some}))
+
+
+PARTS = compound(LEAVES) | LEAVES
+# No schema that refers to itself for ever: each is slow to be found.
+DEFINED = PARTS.filter(lambda part: not any(r in str(part) for r in ("'#'", "#/$defs/a")))
+DEFINITIONS = st.fixed_dictionaries({"a": DEFINED, "b": st.just(NEEDS_B)})
+SCHEMAS = st.builds(lambda root, defs: {**root, "$defs": defs}, compound(PARTS), DEFINITIONS)
+
+
+def accepts(schema, value):
+    """None when nobody can tell, because the schema refers to itself for ever."""
+    try:
+        return validator_for(schema, Draft202012Validator)(schema).is_valid(value)
+    except RecursionError:
+        return None
+
+
+# Closing.
+
+
+@settings(max_examples=300, deadline=None)
+@given(SCHEMAS)
+def test_closed_schema_takes_what_the_schema_refuses(schema):
+    shut = closed(schema)
+    for value in VALUES if shut != schema else ():
+        if accepts(shut, value):
+            assert accepts(schema, value), value
+
+
+REF_A = {"$ref": "#/$defs/a"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"oneOf": [A, B]}, {"a": 1}),
+        ({"items": {"oneOf": [REF_A, B]}}, [{"a": 1}]),
+        ({"not": REF_A}, {"b": 1}),
+        ({"if": REF_A, "then": False}, {"b": 1}),
+        ({"contains": REF_A, "maxContains": 1}, [{}, {"b": 1}]),
+        ({"properties": {"not": {"not": REF_A}}}, {"not": {"b": 1}}),
+        ({"properties": {"default": {"not": REF_A}}}, {"default": {"b": 1}}),
+    ],
+)
+def test_closing_an_alternative_or_a_condition_admits_a_value(schema, value):
+    schema = {**schema, "$defs": {"a": A}}
+    assert not accepts(schema, value)
+    assert not accepts(closed(schema), value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"allOf": [A, B]}, {"a": 1, "b": 1}),
+        ({**A, "anyOf": [NEEDS_B, NEEDS_A]}, {"b": 1}),
+        ({"anyOf": [A], "oneOf": [NEEDS_B]}, {"b": 1}),
+        ({"anyOf": [A], "allOf": [NEEDS_B]}, {"b": 1}),
+        ({"required": ["b"], "anyOf": [A]}, {"b": 1}),
+        ({"minProperties": 2, "anyOf": [A]}, {"a": 1, "b": 1}),
+        ({"enum": [{"b": 1}], "anyOf": [A]}, {"b": 1}),
+        ({"required": ["b"], **REF_A}, {"b": 1}),
+        ({**REF_A, "anyOf": [NEEDS_B]}, {"b": 1}),
+        ({**A, "required": ["b"]}, {"b": 1}),
+        ({**A, "patternProperties": {"b": {}}}, {"b": 1}),
+        ({**A, "additionalProperties": {"type": "integer"}}, {"b": 1}),
+        ({**A, "additionalProperties": True}, {"b": 1}),
+        ({**A, "minProperties": 2}, {"a": 1, "b": 1}),
+        ({**A, "unevaluatedProperties": {"type": "integer"}}, {"b": 1}),
+        ({**A, "dependentRequired": {"a": ["b"]}}, {"a": 1, "b": 1}),
+        ({**A, "dependentSchemas": {"a": NEEDS_B}}, {"a": 1, "b": 1}),
+        ({"type": "object"}, {"b": 1}),
+    ],
+)
+def test_closing_contradicts_what_else_is_said_of_the_object(schema, value):
+    schema = {**schema, "$defs": {"a": A}}
+    assert accepts(schema, value)
+    assert accepts(closed(schema), value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (A, {"b": 1}),
+        ({"type": "object", **NEEDS_A}, {"a": 1, "b": 1}),
+        ({"properties": {}}, {"b": 1}),
+        ({"properties": {"x": A}}, {"x": {"b": 1}}),
+        ({"items": A}, [{"b": 1}]),
+        ({"prefixItems": [A]}, [{"b": 1}]),
+        ({"anyOf": [A, {"type": "null"}]}, {"b": 1}),
+        ({"oneOf": [A, {"type": "null"}]}, {"b": 1}),
+        ({"oneOf": [A, {"type": ["null", "string"]}]}, {"b": 1}),
+        ({"allOf": [A]}, {"b": 1}),
+        (REF_A, {"b": 1}),
+        ({"anyOf": [REF_A, B], "description": "x"}, {"c": 1}),
+        ({"additionalProperties": A}, {"x": {"b": 1}}),
+        ({"patternProperties": {"x": A}}, {"x": {"b": 1}}),
+        ({"properties": {"properties": A, "required": {}, "anyOf": {}}}, {"b": 1}),
+        ({"properties": {"not": A, "if": {}, "enum": {}, "$ref": {}}}, {"not": {"b": 1}}),
+        ({"properties": {"default": A}, "default": {"not": 3}}, {"default": {"b": 1}}),
+    ],
+)
+def test_object_that_lists_its_properties_stays_open(schema, value):
+    schema = {**schema, "$defs": {"a": A}}
+    assert accepts(schema, value)
+    assert not accepts(closed(schema), value)
+
+
+def test_discriminated_alternatives_stay_open():
+    """As pydantic writes them: no value can satisfy two, closed or open."""
+    kinds = {
+        k: {"properties": {"kind": {"const": k}, k: {}}, "required": ["kind"]}
+        for k in ("cat", "dog")
+    }
+    schema = {"oneOf": [{"$ref": f"#/$defs/{k}"} for k in kinds], "$defs": kinds}
+    schema["discriminator"] = {"propertyName": "kind", "mapping": {}}
+    assert accepts(closed(schema), {"kind": "cat", "cat": 1})
+    assert not accepts(closed(schema), {"kind": "cat", "dog": 1})
+
+
+def test_data_is_closed_as_if_it_were_a_schema():
+    schema = {k: A for k in ("default", "const")} | {"enum": [A], "examples": [A]}
+    assert closed(schema) == schema
+
+
+# Cutting.
+
+ODD_NAMES = st.sampled_from(["a", "a/b", "~", "~1", "%", "%25", "a b", "é", "#", '"', "$ref", ""])
+ODD_NAMES |= st.sampled_from(["enum", "default", "const", "examples", "properties", "0"])
+DIALECTS = st.sampled_from([{}, {"$schema": DRAFT7}, {"$schema": DRAFT7, "$id": "http://x.y/z"}])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(ODD_NAMES, PARTS, min_size=1, max_size=3), DEFINITIONS, DIALECTS, st.data())
+def test_parameter_is_another_schema_than_the_property(properties, defined, dialect, data):
+    name = data.draw(st.sampled_from(sorted(properties)))
+    # A name of a definition that is written otherwise in a reference.
+    text = json.dumps([properties, defined]).replace("#/$defs/a", "#/$defs/~1%25 a")
+    properties, defined = json.loads(text)
+    schema = {"properties": properties, "$defs": {**defined, "/% a": defined["a"]}, **dialect}
+    cut = parameter(schema, name)
+    for value in VALUES:
+        expected = accepts(schema, {name: value})
+        assert accepts(cut, value) == expected, value
+        # Draft 7 does not look at what stands beside a reference.
+        if not dialect:
+            assert accepts(resolved(cut), value) == expected, value
+
+
+@pytest.mark.parametrize("name", ["default", "enum", "const", "examples", "not", "if", "$ref"])
+def test_reference_below_a_property_named_as_a_keyword_dangles(name):
+    """`default` of a schema is data, but a property may have that name."""
+    inner = {"properties": {name: REF_A}}
+    schema = {"properties": {name: inner}, "$defs": {"a": A}}
+    cut = parameter(schema, name)
+    assert fault({name: {"a": 1}}, cut) is None
+    assert "'x' is not of type 'integer'" in fault({name: {"a": "x"}}, cut)
+
+
+def test_parameter_of_an_older_draft_is_read_as_of_the_newest():
+    pair = {"type": "array", "items": [{"type": "integer"}, {"$ref": "#/definitions/s"}]}
+    plain = {"type": "array", "items": [{"type": "integer"}]}
+    schema = {"$schema": DRAFT7, "properties": {"a": pair, "b": plain}}
+    schema["definitions"] = {"s": {"type": "string"}}
+    for name in "ab":
+        cut = parameter(schema, name)
+        assert fault([1, "x"], cut) is None
+        assert "is not of type 'integer'" in fault(["x"], cut)
+
+
+def test_parameter_loses_an_anchor_or_a_reference_by_the_own_name():
+    schema = {
+        "$id": "http://x.y/z",
+        "properties": {"a": {"$ref": "#here"}, "b": {"$ref": "http://x.y/z#/$defs/a"}},
+        "$defs": {"a": {"type": "integer", "$anchor": "here"}},
+    }
+    for name in "ab":
+        assert fault(1, parameter(schema, name)) is None
+        assert "is not of type 'integer'" in fault("x", parameter(schema, name))
+
+
+TREE = {"properties": {"kids": {"items": {"$ref": "#/$defs/t"}}}, "required": ["v"]}
+
+
+def test_recursive_parameter_is_followed_once():
+    schema = {"properties": {"t": {"$ref": "#/$defs/t"}}, "$defs": {"t": TREE}}
+    cut = parameter(schema, "t")
+    assert fault({"v": 1, "kids": [{"v": 2, "kids": []}]}, cut) is None
+    assert "'v' is a required property (at ['kids'][0]['kids'][0]" in fault(
+        {"v": 1, "kids": [{"v": 2, "kids": [{}]}]}, cut
+    )
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"$ref": "#/$defs/a"}, A),
+        ({"$ref": "#/$defs/list/1"}, A),
+        ({"$ref": "#/$defs/a~1b%20c"}, A),
+        ({"$ref": "#/$defs/via", "description": "x"}, A),
+        ({"$ref": "#/$defs/a", "title": "x"}, {**A, "title": "x"}),
+        ({"$ref": "#/$defs/yes"}, True),
+    ],
+)
+def test_reference_is_not_followed(schema, expected):
+    defs = {"a": A, "list": [True, A], "a/b c": A, "via": {"$ref": "#/$defs/a"}, "yes": True}
+    # The definitions stay, for what refers to them from inside.
+    expected = expected if expected is True else {**expected, "$defs": defs}
+    assert resolved({**schema, "$defs": defs}) == expected
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}},
+        {"$ref": "#/$defs/x"},
+        {"$ref": "#/$defs/x", "$defs": {"x": 3}},
+        {"$ref": "#/$defs/9", "$defs": [{}]},
+        {"$ref": "#anchor"},
+        {"$ref": "http://example.com/x"},
+        {"$ref": "#/$defs/x", "required": ["b"], "$defs": {"x": NEEDS_A}},
+        {"$ref": "#/$defs/x", "type": "object", "$defs": {"x": True}},
+        {"$ref": 3},
+    ],
+)
+def test_reference_that_cannot_be_followed_becomes_another_schema(schema):
+    assert resolved(schema) == schema
+
+
+def test_pattern_stays_or_a_property_of_that_name_goes():
+    schema = {"properties": {"pattern": {"pattern": "a"}, "b": {"pattern": "b"}}, "enum": ["x"]}
+    schema |= {"default": {"pattern": "a"}, "items": [{"pattern": "a"}], "x": {"pattern": 3}}
+    left = without_patterns(schema, lambda pattern: pattern == "a")
+    assert left == schema | {"items": [{}]} | {"properties": {"pattern": {}, "b": {"pattern": "b"}}}
+
+
+# What is no schema.
+
+
+@pytest.mark.parametrize(
+    ("schema", "wrong"),
+    [
+        (3, "it is no JSON schema: it must be a dict"),
+        (None, "it is no JSON schema"),
+        ("object", "it is no JSON schema"),
+        ([], "it is no JSON schema"),
+        ({1: {}}, "it is no JSON schema: it must be a dict whose keys are text"),
+        ({"required": ("a",)}, "it is no JSON schema"),
+        ({"enum": [{1, 2}]}, "it is not JSON: Object of type set"),
+        ({"const": math.nan}, "it is not JSON: Out of range float"),
+        ({"const": json}, "it is not JSON"),
+        ({"type": "text"}, "at type: 'text' is not valid under any of the given schemas"),
+        ({"properties": {"a": {"type": 1}}}, "at properties/a/type: 1 is not valid"),
+        ({"properties": []}, "at properties: [] is not of type 'object'"),
+        ({"required": True}, "at required: True is not of type 'array'"),
+        ({"minLength": -1}, "at minLength: -1 is less than the minimum of 0"),
+        ({"pattern": "("}, "at pattern: '(' is not a 'regex'"),
+        ({"anyOf": []}, "at anyOf: [] should be non-empty"),
+        ({"$schema": ["x"]}, "$schema must be text"),
+        ({"items": {"$schema": 3}}, "$schema must be text"),
+        ({"$id": 3}, "$id must be text"),
+        ({"x": {"$ref": 3}}, "$ref must be text"),
+        ({"$schema": DRAFT7, "minimum": 3, "exclusiveMinimum": True}, "at exclusiveMinimum: True"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#"}, "it is of draft 3"),
+        ({"$ref": "#/$defs/x"}, "it refers to '#/$defs/x', where there is no schema"),
+        ({"$ref": "#/title", "title": "x"}, "it refers to '#/title', where there is no schema"),
+        ({"$ref": "#/anyOf/x", "anyOf": [{}]}, "it refers to '#/anyOf/x', where there is"),
+        ({"items": {"$ref": "other.json"}}, "it refers to 'other.json', which is not fetched"),
+        ({"$ref": "http://[bad"}, "it refers to 'http://[bad', which is not fetched"),
+    ],
+)
+def test_what_is_no_schema_passes(schema, wrong):
+    with pytest.raises(SettingError) as caught:
+        check_schema(schema, "it")
+    assert wrong in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [400, 900, 10**5])
+def test_schema_nested_too_deeply_is_a_traceback(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    with pytest.raises(SettingError, match="nested too deeply|maximum recursion depth"):
+        check_schema(schema, "it")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *(True, False, {}, {"$schema": "http://example.com/own"}, {"$ref": "#"}, {"$ref": ""}),
+        {"$schema": DRAFT7, "items": [{"$ref": "#/definitions/a"}], "definitions": {"a": True}},
+        {"$ref": "#a", "$defs": {"x": {"$anchor": "a"}}},
+        {"$ref": "#/x/y~1z/0", "x": {"y/z": [{"type": "null"}]}},
+        {"$id": "http://a.b/c", "$ref": "http://a.b/c#/$defs/x", "$defs": {"x": {}}},
+        {"properties": {"$ref": {}, "$schema": {}, "$id": {}}, "default": {"$ref": 3}},
+        {"x-form": {"required": "yes", "properties": []}},
+    ],
+)
+def test_good_schema_is_refused(schema):
+    check_schema(schema, "it")
+    closed(schema)
+    without_patterns(schema, lambda pattern: True)
+    parameter({"properties": {"a": schema}}, "a")
+
+
+@settings(max_examples=100, deadline=None)
+@given(SCHEMAS.filter(lambda schema: "'#'" not in str(schema)), st.sampled_from(VALUES))
+def test_hostile_schema_raises_something_else(schema, value):
+    """Whatever is let in can be checked against, cut and closed."""
+    text = json.dumps(schema)
+    for old, new in (("#/$defs/b", "#/$defs/b/required"), ('"type"', '"$ref"'), ("1", "{}")):
+        hostile = json.loads(text.replace(old, new))
+        try:
+            check_schema(hostile, "it")
+        except SettingError:
+            continue
+        for usable in (hostile, closed(hostile), resolved(hostile)):
+            fault(value, usable)
+
+
+@pytest.mark.parametrize("dialect", [None, DRAFT7, "https://json-schema.org/draft/2020-12/schema"])
+def test_pattern_is_searched_for_ever(dialect):
+    """By `re` this takes 2 ** 60 steps, in which no other thread runs."""
+    slow = {"type": "string", "pattern": "^(?=a)(a|a)*b$"}
+    slow |= {"$schema": dialect} if dialect else {}
+    for schema, value in (
+        (slow, "a" * 60),
+        ({"properties": {"x": slow}}, {"x": "a" * 60}),
+        ({"$defs": {"s": slow}, "items": {"$ref": "#/$defs/s"}}, ["a" * 60]),
+    ):
+        assert "does not" in fault(value, schema) or "too long" in fault(value, schema)
+        assert fault("ab" if value == "a" * 60 else [], schema) is None
+
+
+def test_pattern_that_is_none_raises():
+    assert "no regular expression" in fault("x", {"type": "string", "pattern": "(?P<"})

@@ -1,0 +1,149 @@
+"""config.json of a checkpoint: what is refused, and what is ignored."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoint_edits import SIZES, SWITCH, edit_json, refuses
+from mlx_lm.models import qwen3_5, qwen3_next
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.config import check_text_config
+
+# config.json.
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"[1]", "must hold a JSON object, it holds [1]"),
+        (b'{"a": "\xff"}', "is not UTF-8"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' twice"),
+        (b'{"a":' + b"[" * 200_000, "is not valid JSON"),
+        (b'{"a":' + b"9" * 10_000 + b"}", "is not valid JSON"),
+    ],
+    ids=["cut", "array", "bytes", "twice", "deep", "digits"],
+)
+def test_corrupt_config_passes(one, text, message):
+    (one / "config.json").write_bytes(text)
+    refuses(one, str(one / "config.json"), message)
+
+
+def test_missing_config_passes(one):
+    (one / "config.json").unlink()
+    refuses(one, "config.json is missing")
+
+
+def test_config_that_is_a_pipe_hangs(one):
+    (one / "config.json").unlink()
+    os.mkfifo(one / "config.json")
+    refuses(one, "no regular file")
+
+
+def test_oversized_config_is_read(one):
+    os.truncate(one / "config.json", 100_000_001)
+    refuses(one, "longer than 100000000 bytes")
+
+
+@pytest.mark.parametrize("value", [None, 0, -4, True, 64.0, "64", [64], 2**40])
+@pytest.mark.parametrize("field", SIZES)
+def test_ill_typed_field_passes(originals, tmp_path, field, value):
+    for toy in ("one", "next"):
+        if (toy, field, value) == ("one", "head_dim", None):
+            continue  # mlx-lm takes a default for it
+        config = json.loads((originals / toy / "config.json").read_text())
+        config.get("text_config", config)[field] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refuses(tmp_path, f"has {field} {value!r}", "a whole number in 1..")
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_missing_field_passes_or_a_default_is_not_that_of_mlx_lm(originals, tmp_path, field):
+    classes = {"one": qwen3_5.TextModelArgs, "next": qwen3_next.ModelArgs}
+    for toy, args_class in classes.items():
+        config = json.loads((originals / toy / "config.json").read_text())
+        del config.get("text_config", config)[field]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            default = getattr(args_class.from_dict(config.get("text_config", config)), field)
+        except TypeError:  # mlx-lm has none
+            default = 0
+        if default == 0:
+            refuses(tmp_path, f"has {field} None", "a whole number in 1..")
+        else:
+            assert check_text_config(config, tmp_path)[field] == default
+
+
+def test_fewer_layers_than_one_interval_pass(one):
+    edit_json(one / "config.json", lambda c: c["text_config"].update(full_attention_interval=5))
+    refuses(one, "full_attention_interval 5, more than num_hidden_layers 4")
+
+
+def test_null_head_dim_is_refused(one):
+    edit_json(one / "config.json", lambda c: c["text_config"].update(head_dim=None))
+    assert Checkpoint.open(one).text_config["head_dim"] == 64 // 2
+    edit_json(one / "config.json", lambda c: c["text_config"].update(num_attention_heads=65))
+    refuses(one, "has head_dim 0")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"model_type": "llama"}, "'llama'; supported are qwen3_5_moe, qwen3_next, qwen3_moe"),
+        ({"model_type": ["qwen3_moe"]}, "supported are"),
+        ({"model_file": "evil.py"}, "model_file 'evil.py', which is never done"),
+        ({"text_config": [1]}, "text_config [1]: it must be an object"),
+        ({"quantization": 4}, "quantization 4"),
+        ({"quantization": {"bits": 4}}, "group_size None"),
+        ({"quantization": {"bits": 7, "group_size": 32}}, "bits 7, not one of (2, 3, 4, 5, 6, 8)"),
+        ({"quantization": {"bits": True, "group_size": 32}}, "bits True"),
+        ({"quantization": {"bits": 4, "group_size": 16}}, "group_size 16"),
+        ({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, "mode 'mxfp4'"),
+        ({"quantization": {"bits": 4, "group_size": 32, "mode": ["x"]}}, "mode ['x']"),
+        ({"quantization": {"bits": 4, "group_size": 32, "a.b": 3}}, "quantization['a.b'] is 3"),
+        ({"quantization": {"bits": 4, "group_size": 32, "a": {"bits": 4}}}, "group_size None"),
+        ({"quantization": {"bits": 4, "group_size": 32, f"{SWITCH}.up_proj": False}}, "is not"),
+        ({"quantization": None, "quantization_config": {"quant_method": "awq"}}, "method 'awq'"),
+        ({"quantization": None, "quantization_config": {"quant_method": "fp8"}}, "method 'fp8'"),
+        ({"quantization": None, "quantization_config": "gptq"}, "method 'gptq'"),
+        ({"quantization": None, "quantization_config": None}, "config.json says that it is not"),
+    ],
+)
+def test_unsupported_config_passes(one, edit, message):
+    edit_json(one / "config.json", lambda c: c.update(edit))
+    refuses(one, message)
+
+
+def test_code_named_by_auto_map_runs(one):
+    (one / "evil.py").write_text("raise SystemExit('it ran')")
+    edit_json(one / "config.json", lambda c: c.update(auto_map={"AutoModel": "evil.Model"}))
+    Checkpoint.open(one)
+    assert "evil" not in sys.modules
+
+
+def test_modelopt_export_passes(originals, tmp_path):
+    toy = Path(shutil.copytree(originals / "plain", tmp_path / "plain"))
+    (toy / "hf_quant_config.json").write_text("{}")
+    refuses(toy, "'modelopt'", "mlx_lm.convert")
+
+
+def test_top_k_above_experts_passes(one):
+    edit_json(one / "config.json", lambda c: c["text_config"].update(num_experts_per_tok=8))
+    refuses(one, "num_experts_per_tok 8, more than num_experts 7")
+
+
+@pytest.mark.parametrize("value", [None, 1, [True], [-1], ["0"]])
+def test_bad_mlp_only_layers_passes(originals, tmp_path, value):
+    toy = Path(shutil.copytree(originals / "next", tmp_path / "next"))
+    edit_json(toy / "config.json", lambda c: c.update(mlp_only_layers=value))
+    refuses(toy, f"mlp_only_layers {value}")
+
+
+def test_model_without_expert_layers_passes(originals, tmp_path):
+    toy = Path(shutil.copytree(originals / "next", tmp_path / "next"))
+    edit_json(toy / "config.json", lambda c: c.update(decoder_sparse_step=5))
+    refuses(toy, "leaves no layer with experts")

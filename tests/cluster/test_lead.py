@@ -1,0 +1,365 @@
+"""Several hosts, each with some of the experts: the answers of one, or an error within seconds."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from toys import write_chat_toy, write_toy
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.cluster import collectives as exchange
+from flashmoe.cluster import connections as hosts
+from flashmoe.cluster.placement import owners
+from flashmoe.engine import Engine
+from flashmoe.events import Text
+from flashmoe.models.loading import load_streaming
+from flashmoe.requests import Request
+
+BIN = Path(sys.executable).parent
+
+LEAD = """
+import json, sys, time
+from flashmoe.engine import Engine
+from flashmoe.errors import FlashMoEError
+from flashmoe.events import End, Text
+from flashmoe.requests import Request
+path, shares, asked, pause = sys.argv[1:]
+with Engine(path, cluster=shares, prompt_store=0, slots=6) as engine:
+    answers = [engine.stream(Request(**r)) for r in json.loads(asked)]
+    for answer in answers:
+        try:
+            for event in answer:
+                print(json.dumps(["text", event.text] if isinstance(event, Text) else
+                    ["end", event.figures()] if isinstance(event, End) else ["other"]), flush=True)
+        except FlashMoEError as e:
+            print(json.dumps(["error", type(e).__name__, str(e)]), flush=True)
+    time.sleep(float(pause))
+"""
+HOST = "import sys; from flashmoe.cli import cli; cli(sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_chat_toy(tmp_path_factory.mktemp("toys") / "chat", num_experts=12, top_k=4)
+
+
+def ask(text: str, **options) -> dict:
+    options = {"max_tokens": 6, "temperature": 0.0} | options
+    return {"messages": [{"role": "user", "content": text}], **options}
+
+
+ASKED = [ask("One."), ask("Tell me about cats. " * 12, max_tokens=3), ask("Two.", experts=4)]
+
+
+def alone(path, asked) -> list[str]:
+    with Engine(path, slots=12, prompt_store=0) as engine:
+        answers = [engine.stream(Request(**a)) for a in asked]
+        return ["".join(e.text for e in events if isinstance(e, Text)) for events in answers]
+
+
+class Run:
+    """The processes of a cluster on this machine, as mlx.launch starts them.
+
+    rings: what each takes for the addresses of all. inside: what runs a command where the hosts
+    other than the lead are. others: their checkpoints.
+    """
+
+    def __init__(
+        self,
+        tmp_path,
+        path,
+        shares,
+        asked,
+        count=2,
+        *,
+        pause=0,
+        others=(),
+        slots="6",
+        rings=None,
+        inside=(),
+    ):
+        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        ring = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in free]
+        for server in free:
+            server.close()
+        self.processes = []
+        for rank in range(count):
+            command = [sys.executable, "-c", LEAD, str(path), shares, json.dumps(asked), str(pause)]
+            if rank:
+                where = str(others[rank - 1] if others else path)
+                command = [*inside, sys.executable, "-c", HOST, "run", where, "x", "--slots", slots]
+                command += ["--cluster", shares]
+            file = tmp_path / f"ring{rank}.json"
+            file.write_text(json.dumps(rings[rank] if rings else ring))
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {"MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.processes.append(process)
+
+    def finish(self, timeout=90) -> list[tuple[int, str, str]]:
+        """(exit code, output, errors) of each."""
+        found = []
+        for process in self.processes:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            found.append((process.returncode, out, err))
+        return found
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+    def line(self, rank=0) -> list:
+        return json.loads(self.processes[rank].stdout.readline())
+
+
+def texts(out: str) -> list[str]:
+    found, text = [], ""
+    for kind, *rest in map(json.loads, out.splitlines()):
+        if kind == "text":
+            text += rest[0]
+        elif kind in ("end", "error"):
+            found.append(text if kind == "end" else rest)
+            text = ""
+    return found
+
+
+def ends(out: str) -> list[dict]:
+    return [rest[0] for kind, *rest in map(json.loads, out.splitlines()) if kind == "end"]
+
+
+def test_cluster_answers_otherwise_than_one_host(toy, tmp_path):
+    """Four hosts with uneven shares, six slots each."""
+    found = Run(tmp_path, toy, "4,1,1,2", ASKED, count=4).finish()
+    assert [code for code, *_ in found] == [0] * 4, found
+    assert texts(found[0][1]) == alone(toy, ASKED)
+    figures = ends(found[0][1])
+    assert max(end["batch"] for end in figures) > 1
+    assert all(end["bytes_read"] > 0 and end["experts"] == 4 for end in figures)
+    counts = np.bincount(owners(12, (4.0, 1.0, 1.0, 2.0)))
+    for rank in range(1, 4):
+        assert found[rank][1] == ""
+        assert f"host {rank}: {counts[rank]} of 12 experts a layer" in found[rank][2]
+
+
+def test_shares_of_several_answers_have_other_bits(tmp_path):
+    """Nine rows that want few experts: each as if it were alone, whoever computes it."""
+    path = write_toy(tmp_path / "toy", num_experts=8, top_k=2)
+    model = load_streaming(Checkpoint.open(path), slots=8)
+    switch, hidden = model._blocks[0].switch_mlp, 64
+    x = mx.random.normal((9, 1, hidden), key=mx.random.key(0))
+    indices = np.random.default_rng(0).integers(0, 4, (9, 1, 1)) + np.array([0, 4])
+    alone = [switch(x[i : i + 1], mx.array(indices[i : i + 1])) for i in range(9)]
+    alone = np.concatenate([np.array(y) for y in alone]).reshape(18, hidden)
+    (y,) = switch.start([(x, mx.array(indices))]).finish()
+    np.testing.assert_array_equal(np.array(y).reshape(18, hidden), alone)
+
+    rows, chosen = np.array(x).reshape(9, hidden), indices.reshape(9, 2)
+    asked = exchange.Request(0, [rows], [chosen], mx.float32, [True])
+    found = np.zeros_like(alone)
+    for owned in (np.arange(8) % 3 == 0, np.arange(8) % 3 != 0):
+        pairs = exchange.mine(asked, owned)
+        (y,) = switch.start(exchange.inputs(asked, pairs)).finish()
+        found[pairs[0]] = np.array(y).reshape(-1, hidden)
+    np.testing.assert_array_equal(found, alone)
+    model.close()
+
+
+def test_host_that_does_not_fit_joins(toy, tmp_path):
+    other = write_chat_toy(tmp_path / "other", num_experts=12, top_k=4, seed=3)
+    cases = [(other, "6", "another checkpoint than the lead's"), (toy, "1", "are too few")]
+    for path, slots, why in cases:
+        found = Run(tmp_path, toy, "equal", ASKED[:1], others=[path], slots=slots).finish()
+        ((kind, text),) = texts(found[0][1])
+        assert kind == "ClusterError"
+        assert "host 1" in text
+        assert why in text
+        assert found[1][0] == 1
+        assert why in found[1][2]
+        assert "Traceback" not in found[1][2]
+
+
+@pytest.fixture
+def two_networks():
+    """Addresses of this network namespace and of another one, and how to run there."""
+    name = f"flashmoe-{os.getpid()}"
+    here, there = f"fm{os.getpid()}a", f"fm{os.getpid()}b"
+    commands = [
+        f"ip netns add {name}",
+        f"ip link add {here} type veth peer name {there}",
+        f"ip link set {there} netns {name}",
+        f"ip addr add 10.213.77.1/30 dev {here}",
+        f"ip link set {here} up",
+        f"ip netns exec {name} ip addr add 10.213.77.2/30 dev {there}",
+        f"ip netns exec {name} ip link set {there} up",
+        f"ip netns exec {name} ip link set lo up",
+    ]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr}")
+        yield "10.213.77.1", "10.213.77.2", ["ip", "netns", "exec", name]
+    except FileNotFoundError as e:
+        pytest.skip(f"no network namespaces here: {e}")
+    finally:
+        for command in (f"ip link del {here}", f"ip netns del {name}"):
+            subprocess.run(command.split(), capture_output=True)
+
+
+def delayed(to: tuple[str, int], seconds: float) -> int:
+    """The port of a proxy on all addresses that forwards to an address, each byte so much later."""
+    ready, found = threading.Event(), []
+
+    async def pump(reader, writer):
+        loop = asyncio.get_running_loop()
+        while data := await reader.read(1 << 16):
+            loop.call_later(seconds, writer.write, data)
+        loop.call_later(seconds, writer.close)
+
+    async def both(reader, writer):
+        for _ in range(200):  # until the other end listens
+            try:
+                there, back = await asyncio.open_connection(*to)
+                break
+            except OSError:
+                await asyncio.sleep(0.1)
+        await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+
+    async def serve():
+        server = await asyncio.start_server(both, "0.0.0.0", 0)
+        found.append(server.sockets[0].getsockname()[1])
+        ready.set()
+        await server.serve_forever()
+
+    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
+    ready.wait(10)
+    return found[0]
+
+
+def test_slow_network_changes_an_answer(toy, tmp_path, two_networks):
+    """The hosts are in two networks, and each byte takes 2 ms."""
+    here, there, inside = two_networks
+    lead, other = f"{here}:31877", f"{there}:31878"
+    to_lead = f"{here}:{delayed((here, 31877), 0.002)}"
+    to_other = f"{here}:{delayed((there, 31878), 0.002)}"
+    rings = [[[lead], [to_other]], [[to_lead], [other]]]
+    run = Run(tmp_path, toy, "equal", ASKED[:2], rings=rings, inside=inside)
+    found = run.finish()
+    assert [code for code, *_ in found] == [0, 0], found
+    assert texts(found[0][1]) == alone(toy, ASKED[:2])
+    # Two sums a layer, each some ms.
+    assert min(end["tokens_per_second"] for end in ends(found[0][1])) < 60
+
+
+def test_host_that_dies_hangs_the_lead(toy, tmp_path):
+    for how in (signal.SIGKILL, signal.SIGSTOP):
+        asked = [ask("Tell me.", max_tokens=3000, seed=i, stop=("\x00",)) for i in range(2)]
+        run = Run(tmp_path, toy, "equal", asked, count=3)
+        try:
+            run.line()
+            start = time.perf_counter()
+            run.processes[1].send_signal(how)
+            out, err = run.processes[0].communicate(timeout=60)
+            seconds = time.perf_counter() - start
+            last = run.processes[2].communicate(timeout=30)[1]
+        finally:
+            run.kill()
+        errors = [rest for rest in texts(out) if isinstance(rest, list)]
+        assert len(errors) == 2
+        for kind, text in errors:
+            assert kind == "ClusterError"
+            assert "host 1" in text or "host 2" in text
+            assert "start all hosts anew" in text
+        assert run.processes[0].returncode == 0, err
+        assert "Traceback" not in err + last
+        assert seconds < 20 + hosts.SILENCE
+
+
+def test_lead_that_dies_leaves_hosts(toy, tmp_path):
+    run = Run(tmp_path, toy, "equal", [ask("Hello.")], pause=60)
+    try:
+        while run.line()[0] != "end":
+            pass
+        run.processes[0].kill()
+        _, err = run.processes[1].communicate(timeout=30)
+        assert run.processes[1].returncode == 1
+        assert "the lead is gone" in err
+        assert "Traceback" not in err
+    finally:
+        run.kill()
+
+
+def test_resting_host_takes_a_core(toy, tmp_path):
+    run = Run(tmp_path, toy, "equal", [ask("Hello.")], pause=60)
+    try:
+        while run.line()[0] != "end":
+            pass
+        time.sleep(1)
+
+        def ticks():
+            fields = Path(f"/proc/{run.processes[1].pid}/stat").read_text().split()
+            return int(fields[13]) + int(fields[14])
+
+        before = ticks()
+        time.sleep(2)
+        assert ticks() - before < 40, "hundredths of a second of 200"
+    finally:
+        run.kill()
+        run.finish()
+
+
+def test_expert_that_a_host_cannot_read_is_zero(tmp_path):
+    path = write_chat_toy(tmp_path / "chat", num_experts=12, top_k=4)
+    broken = write_chat_toy(tmp_path / "broken", num_experts=12, top_k=4)
+    asked = [ask("Tell me.", max_tokens=3000, stop=("\x00",))]
+    run = Run(tmp_path, path, "equal", asked, others=[broken])
+    try:
+        run.line()
+        (broken / "model.safetensors").rename(broken / "away")
+        (broken / "away").unlink()
+        out, err = run.processes[0].communicate(timeout=60)
+    finally:
+        run.kill()
+        run.finish()
+    (error,) = texts(out)
+    assert error[0] == "ReadError", (out, err)
+    assert "host 1" in error[1]
+    assert "is missing" in error[1] or "was deleted" in error[1]
+
+
+def test_launch_does_not_work(toy, tmp_path):
+    """The command of the docs: by MLX's own launcher, through the command line."""
+    command = [BIN / "mlx.launch", "-n", "2", "--backend", "ring", "-p", "23470", BIN / "flashmoe"]
+    command += ["run", toy, "One.", "--cluster", "equal", "--slots", "6", "--max-tokens", "6"]
+    command += ["--temperature", "0"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=90, cwd=tmp_path
+    )
+    assert alone(toy, ASKED[:1])[0].strip() in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_cluster_of_one_is_taken(toy):
+    command = [sys.executable, "-c", HOST, "run", str(toy), "x", "--cluster", "equal"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "mlx.launch" in done.stderr
+    assert "Traceback" not in done.stderr

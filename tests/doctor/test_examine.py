@@ -1,0 +1,256 @@
+"""`flashmoe doctor` as users run it: what it says, and each kind of problem, planted for real."""
+
+import ctypes
+import getpass
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toys import write_toy
+
+import flashmoe
+from flashmoe.catalog import DEMO, find
+from flashmoe.cli import doctor as cli_doctor
+from flashmoe.doctor import examine as doctor
+from flashmoe.doctor import machine, self_test
+from flashmoe.ops import backend as ops
+from flashmoe.streaming.drives import Drive, drive_of
+from flashmoe_metal import kernel
+
+FLASHMOE = [sys.executable, "-c", "from flashmoe.cli import cli; cli()"]
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "states"))
+
+
+@pytest.fixture
+def no_self_test(monkeypatch):
+    """For tests in this process that are about something else."""
+    monkeypatch.setattr(self_test, "run", lambda path: [])
+
+
+def run(*args, code=0, command=FLASHMOE, preexec_fn=None, **variables) -> str:
+    done = subprocess.run(
+        [*command, "doctor", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
+        preexec_fn=preexec_fn,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def problems(report, section) -> list[str]:
+    found = report["problems"] if isinstance(report, dict) else report.as_json()["problems"]
+    return [f"{p['what']} -> {p['way_out']}" for p in found if p["section"] == section]
+
+
+def test_screen_is_long_or_misses_a_section():
+    secret = "hf_aSecretThatNobodyMaySee"
+    home = Path.home()
+    text = run(
+        DEMO,
+        **{f"NUMBA_OF_{n}": "x" * 50 for n in range(3)},
+        FLASHMOE_HUB_TOKEN=secret,
+        FLASHMOE_PROXY=f"http://me:{secret}@host/x",
+        FLASHMOE_CACHE=str(home / ".cache" / "of-this-test"),
+        MLX_SOMETHING="7",
+    )
+    lines = text.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+    assert "\x1b" not in text
+    for section in (*cli_doctor.SHOWN, "all is well"):
+        assert f"\n{section}  " in f"\n{text}"
+    assert "0 of 81,920 logits differ from all experts resident" in text
+    assert f"mlx {machine.versions()['mlx']}" in text
+    assert "MLX_SOMETHING=7" in text
+    assert secret not in text
+    assert "FLASHMOE_HUB_TOKEN=(set, not shown)" in " ".join(text.split())
+    assert "~/.cache/of-this-test" in text
+    assert f"{home}/" not in text
+
+
+@pytest.mark.parametrize("used", ["reference"])
+def test_json_misses_something_or_says_another_ops(used):
+    found = json.loads(run("--json", FLASHMOE_OPS=used))
+    assert found["ok"] is True
+    assert found["problems"] == []
+    sections = ("versions", "environment", "backend", "ops", "memory", "open files", "cache")
+    assert {*sections, "reading", "self-test", "cpu"} <= found.keys()
+    assert found["ops"]["used"] == used
+    assert found["environment"]["FLASHMOE_OPS"] == used
+    assert found["reading"]["drives"][0]["io"] == drive_of(find(DEMO)).io
+    assert found["reading"]["probe"]["gb_per_s"] > 0
+    assert 0 < found["memory"]["default"] <= found["memory"]["total"]
+    checks = {c["name"]: c for c in found["self-test"]["checks"]}
+    assert checks["demo file"]["passed"]
+    assert checks["streaming"]["found"] == 0
+    assert all(c["passed"] for c in checks.values())
+
+
+def few_open_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (70, 70))
+    if sys.platform == "linux":  # root could raise it again: PR_CAPBSET_DROP, CAP_SYS_RESOURCE
+        ctypes.CDLL(None).prctl(24, 24, 0, 0, 0)
+
+
+def test_limits_are_others_than_those_of_mlx_lm():
+    code = "import resource as r, mlx_lm; print(r.getrlimit(r.RLIMIT_NOFILE))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(machine.MLX_LM_FILES)
+
+
+def test_unknown_ops_or_few_open_files_are_well():
+    """A broken setting, a limit and a model that is not one, in one process."""
+    text = run("no-such-model", code=1, preexec_fn=few_open_files, FLASHMOE_OPS="fast")
+    words = " ".join(text.split())
+    assert "PROBLEM" in text
+    assert "ops: FLASHMOE_OPS='fast' is not one of cpu, fused, gather, reference" in words
+    assert "unset FLASHMOE_OPS" in words
+    assert "the hard limit on open files is 70: mlx-lm, which sets 4096, fails" in words
+    assert "limits.conf" in words
+    assert "'no-such-model' is no model name" in words
+    assert "all is well" not in text
+
+
+def linked_copy(directory: Path) -> Path:
+    """The package by links, with a demo model of its own. Gives its model.safetensors."""
+    package = Path(flashmoe.__file__).parent
+    (directory / "flashmoe").mkdir(parents=True)
+    for path in package.iterdir():
+        if path.name not in ("demo", "__pycache__"):
+            (directory / "flashmoe" / path.name).symlink_to(path)
+    shutil.copytree(package / "demo", directory / "flashmoe" / "demo")
+    return directory / "flashmoe" / "demo" / "model.safetensors"
+
+
+def test_corrupt_demo_passes_the_self_test(tmp_path):
+    weights = linked_copy(tmp_path)
+    content = bytearray(weights.read_bytes())
+    content[-100_000:-50_000] = b"\xff" * 50_000
+    weights.write_bytes(content)
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {FLASHMOE[2]}"
+    command = [sys.executable, "-c", start]
+    found = json.loads(run("--json", code=1, command=command, FLASHMOE_OPS="reference"))
+    (problem, *_) = problems(found, "self-test")
+    assert "demo file: not as shipped" in problem
+    assert "install flashmoe again" in problem
+
+
+def test_self_test_passes_wrong_logits(monkeypatch):
+    """Each model's logits are a little off those of the one before."""
+    right = self_test._logits
+    scale = iter([1.0, 1.0 + 1e-3, 1.0 + 2e-3])
+    monkeypatch.setattr(self_test, "_logits", lambda m: right(m) * np.float32(next(scale)))
+    checks = {c.name: c for c in self_test.run(find(DEMO))}
+    assert checks["demo file"].passed
+    assert not checks["streaming"].passed
+    assert checks["streaming"].found > 1000
+    assert not checks["kernels"].passed
+    assert checks["kernels"].found > self_test.TOLERANCE
+
+
+def test_nan_passes():
+    nan = np.full((2, 2), np.nan, np.float32)
+    assert not self_test._same_bits(nan, nan).passed
+    assert self_test._same_bits(np.ones_like(nan), np.ones_like(nan)).passed
+
+
+def test_ops_are_put_back():
+    before = os.environ.get(ops.ENV)
+    with self_test._selected("reference"):
+        assert ops.pick().NAME == "reference"
+    assert os.environ.get(ops.ENV) == before
+
+
+def test_gpu_is_not_seen(no_self_test):
+    def launch(kernel, **call):
+        raise AssertionError("nothing is computed here")
+
+    with kernel.launched_by(launch):
+        found = doctor.examine().sections["ops"]
+    assert found["used"] == "fused"
+    assert "cpu" in found["missing"]
+    assert doctor.examine().sections["ops"]["used"] == ops.pick().NAME
+
+
+def test_broken_checkpoint_is_a_traceback_or_well(tmp_path, no_self_test):
+    toy = write_toy(tmp_path / "toy", bits=8)
+    report = doctor.examine(str(toy))
+    assert "has no tokenizer that can be read" in problems(report, "model")[0]
+    assert report.sections["model"]["shards"] == 1
+    assert report.sections["model"]["plan"]["num_layers"] > 0
+    os.truncate(toy / "model.safetensors", 5000)
+    (problem,) = problems(doctor.examine(str(toy)), "model")
+    assert "model.safetensors" in problem
+    assert "download" in problem
+
+
+def test_sparse_download_is_well(tmp_path, no_self_test):
+    toy = write_toy(tmp_path / "toy", bits=8)
+    weights = toy / "model.safetensors"
+    head = weights.read_bytes()[:65536]
+    nbytes = weights.stat().st_size
+    weights.write_bytes(head)
+    os.truncate(weights, nbytes)
+    if weights.stat().st_blocks * 512 >= nbytes // 2:
+        pytest.skip("this file system has no holes, or the toy is small")
+    assert any("download it again" in p for p in problems(doctor.examine(str(toy)), "model"))
+
+
+def test_broken_settings_are_well(tmp_path, no_self_test):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "drives.json").write_text("{")
+    (tmp_path / "states").write_text("a file")
+    report = doctor.examine()
+    assert "drives.json cannot be read" in problems(report, "settings")[0]
+    assert "set FLASHMOE_CACHE" in problems(report, "cache")[0]
+    assert len(problems(report, "settings")) == 1, "each is said once"
+
+
+def test_what_fails_hides_the_rest(monkeypatch, no_self_test):
+    def broken():
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(machine, "memory_facts", broken)
+    report = doctor.examine()
+    assert "RuntimeError: planted" in problems(report, "memory")[0]
+    assert {"versions", "ops", "reading", "cpu"} <= report.sections.keys()
+    assert not report.ok
+
+
+def test_measured_drive_is_called_a_default(no_self_test):
+    from flashmoe.streaming.drives import remember
+
+    remember(find(DEMO), Drive("uncached", 3, 1 << 20))
+    (drive, *_) = doctor.examine().sections["reading"]["drives"]
+    assert (drive["io"], drive["depth"], drive["split"]) == ("uncached", 3, 1 << 20)
+    assert drive["measured"]
+
+
+def test_old_package_is_well(monkeypatch):
+    assert machine.unmet() == []
+    monkeypatch.setattr(machine, "_version", lambda name: "0.1")
+    assert any(text.startswith("numba>=0.61 is needed, 0.1 is here") for text in machine.unmet())
+
+
+def test_name_of_the_user_is_shown(monkeypatch):
+    monkeypatch.setenv("HOME", "/Users/ada")
+    monkeypatch.setattr(getpass, "getuser", lambda: "ada")
+    found = machine.anonymous(
+        {"a": ["/Users/ada/m", "/Users/adam/m"], "b": "x=/mnt/ada/m;/Users/ada", "c": 3}
+    )
+    assert found == {"a": ["~/m", "/Users/adam/m"], "b": "x=/mnt/USER/m;~", "c": 3}

@@ -1,0 +1,398 @@
+"""One thread owns MLX; any thread may ask it. Nothing is lost, mixed, or left running."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from toys import write_chat_toy, write_toy
+
+from flashmoe.catalog import DEMO, find
+from flashmoe.engine import Engine, release, shared
+from flashmoe.errors import CheckpointError, ReadError, SettingError
+from flashmoe.events import End, Progress, Reasoning, Text
+from flashmoe.memory import budget as memory
+from flashmoe.requests import Request
+
+
+def ask(text: str, **options) -> Request:
+    options = {"max_tokens": 12, "temperature": 0.0} | options
+    return Request(messages=[{"role": "user", "content": text}], **options)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(find(DEMO), slots=16) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    """An engine whose texts mean nothing."""
+    path = write_chat_toy(tmp_path_factory.mktemp("toys") / "chat")
+    with Engine(path, slots=5, prompt_cache="4MB", prompt_store="4MB") as engine:
+        yield engine
+
+
+def answer(engine, request) -> str:
+    return text_of(engine.stream(request))
+
+
+def text_of(events) -> str:
+    return "".join(e.text for e in events if isinstance(e, Text))
+
+
+def first_text(events) -> Text:
+    return next(e for e in events if isinstance(e, Text))
+
+
+ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "ant"]
+
+
+def test_threads_and_tasks_mix_their_events(fast):
+    """8 threads and 50 tasks at once; each fifth task leaves in the middle of its answer."""
+    engine = fast
+    requests = [ask(f"Tell me a short story about a {a}.", max_tokens=8) for a in ANIMALS]
+    expected = [answer(engine, r) for r in requests]
+    assert len(set(expected)) > 4
+    found = [None] * len(requests)
+
+    def work(i):
+        found[i] = answer(engine, requests[i])
+
+    async def task(i):
+        if i % 5:
+            events = [e async for e in engine.astream(requests[i % 8])]
+            assert isinstance(events[-1], End)
+            assert [type(e) for e in events].count(End) == 1
+            return text_of(events)
+        events = engine.astream(requests[i % 8])
+        async for event in events:
+            if isinstance(event, Text):
+                await events.aclose()
+        return None
+
+    async def tasks():
+        return await asyncio.gather(*map(task, range(50)))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    assert asyncio.run(tasks()) == [expected[i % 8] if i % 5 else None for i in range(50)]
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
+
+
+def test_jobs_are_answered_out_of_order(engine):
+    order = []
+    answers = [engine.stream(ask(f"Say {i}.", max_tokens=2)) for i in range(6)]
+
+    def read(i):
+        list(answers[i])
+        order.append(i)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in (5, 3, 1, 0, 2, 4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join(60)
+    assert order == sorted(order)
+
+
+def test_event_does_not_cancel(engine):
+    cancel = threading.Event()
+    request = ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))
+    answer_ = engine.stream(request, cancel)
+    first_text(answer_)
+    cancel.set()
+    end = list(answer_)[-1]
+    assert end.finish_reason == "cancelled"
+    assert 0 < end.generated_tokens < 60
+    # An event that is set already: no work at all.
+    end = list(engine.stream(request, cancel))[-1]
+    assert (end.finish_reason, end.generated_tokens, end.cached_tokens) == ("cancelled", 0, 0)
+
+
+def test_dropped_answer_goes_on_generating(engine):
+    first_text(engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))))
+    start = time.perf_counter()
+    assert answer(engine, ask("Hello."))
+    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+
+
+def test_interrupt_goes_on_generating_or_spoils_the_engine():
+    code = (
+        "import signal, time; from flashmoe.engine import Engine\n"
+        "from flashmoe.requests import Request; from flashmoe.catalog import find\n"
+        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=3000,\n"
+        "    stop=('\\0',), temperature=0.0)\n"
+        "signal.signal(signal.SIGALRM, lambda *a: signal.raise_signal(signal.SIGINT))\n"
+        "with Engine(find('flashmoe-demo'), slots=12) as e:\n"
+        "    answer = e.stream(r)\n"
+        "    [next(answer) for _ in range(5)]\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
+        "    try:\n"
+        "        list(answer)\n"
+        "    except KeyboardInterrupt:\n"
+        "        start = time.perf_counter()\n"
+        "        print(len(list(e.stream(Request(r.messages, max_tokens=3)))))\n"
+        "        assert time.perf_counter() - start < 10\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) >= 3
+
+
+def test_memory_grows_with_the_jobs(fast):
+    sizes = []
+    for i in range(500):
+        list(fast.stream(ask(f"{i} plus {i % 7}?", max_tokens=1)))
+        if i % 100 == 99:
+            sizes.append(memory.resident())
+    # The first hundred fill the prompt cache.
+    sizes = sizes[1:]
+    assert max(sizes) - sizes[0] < 12e6, sizes
+
+
+def test_closed_iterator_goes_on_generating(engine):
+    events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
+    first_text(events)
+    events.close()
+    start = time.perf_counter()
+    assert answer(engine, ask("Hello."))
+    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+
+
+def test_cancelled_task_goes_on_generating(engine):
+    async def main():
+        async def read():
+            async for _ in engine.astream(ask("Tell me a long story.", max_tokens=2000)):
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    start = time.perf_counter()
+    assert answer(engine, ask("Hello."))
+    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+
+
+def test_error_of_one_request_ends_the_engine(engine):
+    with pytest.raises(SettingError, match="temperature"):
+        answer(engine, ask("Hello.", temperature=-1))
+    assert answer(engine, ask("Hello."))
+
+
+def test_failed_load_is_reported_once_and_for_all(tmp_path):
+    path = write_toy(tmp_path / "toy")
+    (path / "config.json").rename(path / "away")
+    with Engine(path) as engine:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="config.json"):
+                answer(engine, ask("Hello."))
+
+
+def test_end_event_lacks_figures(engine):
+    *_, end = engine.stream(ask("Tell me a short story."))
+    assert isinstance(end, End)
+    assert (end.generated_tokens, end.experts, end.trained_experts, end.bits) == (12, 10, 10, 4)
+    assert end.finish_reason == "length"
+    assert end.tokens_per_second > 0
+    assert end.prompt_seconds > 0
+    assert end.peak_nbytes > 10**7
+
+
+def test_pruned_request_changes_the_next_one(engine):
+    before = answer(engine, ask("Tell me about the sea.", max_tokens=40))
+    pruned = [*engine.stream(ask("Tell me about the sea.", max_tokens=40, experts=1))]
+    assert pruned[-1].experts == 1
+    assert answer(engine, ask("Tell me about the sea.", max_tokens=40)) == before
+    assert text_of(pruned) != before
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_string_leaks_across_tokens(engine, length):
+    whole = answer(engine, ask("Tell me about the sea.", max_tokens=40))
+    stop = whole[17 : 17 + length]
+    cut = answer(engine, ask("Tell me about the sea.", max_tokens=40, stop=(stop,)))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_text_held_back_is_lost_at_the_end(engine):
+    whole = answer(engine, ask("Tell me about the sea."))
+    assert answer(engine, ask("Tell me about the sea.", stop=(whole[-3:] + "zzz",))) == whole
+
+
+def test_thought_is_part_of_the_answer(engine):
+    kinds = {type(e) for e in engine.stream(ask("Say hello."))}
+    assert kinds == {Progress, Text, End}
+    thinking = ask("Why is the sky blue?", think=True, max_tokens=60)
+    events = [e for e in engine.stream(thinking) if isinstance(e, Text | Reasoning)]
+    kinds = [type(e) for e in events]
+    assert kinds == sorted(kinds, key=[Reasoning, Text].index)
+    assert set(kinds) == {Reasoning, Text}
+    assert not any("think>" in e.text for e in events)
+    assert not events[0].text.startswith("\n")
+
+
+def test_engines_are_shared_across_settings():
+    a, b = shared(find(DEMO), slots=12), shared(find(DEMO), slots=12)
+    c = shared(find(DEMO), slots=13)
+    assert a is b
+    assert a is not c
+    assert answer(a, ask("Hello.")) == answer(c, ask("Hello."))
+    release()
+    for engine in (a, c):
+        with pytest.raises(RuntimeError, match="closed"):
+            answer(engine, ask("Hello."))
+    assert shared(find(DEMO), slots=13) is not c
+    release()
+
+
+def copy_of_demo(tmp_path):
+    return Path(shutil.copytree(find(DEMO), tmp_path / "demo"))
+
+
+def test_file_deleted_while_generating_spoils_the_answer_or_the_engine(tmp_path):
+    path = copy_of_demo(tmp_path)
+    shard = path / "model.safetensors"
+    with Engine(path, slots=12) as engine:
+        expected = answer(engine, ask("Tell me a short story about a cat."))
+        events = engine.stream(ask("Tell me a long story.", max_tokens=500))
+        first_text(events)
+        shard.rename(path / "away")
+        shutil.copy2(path / "away", path / "copy")
+        (path / "away").unlink()
+        with pytest.raises(
+            ReadError, match=r"expert \d+ of layer \d .*model.safetensors was deleted"
+        ):
+            list(events)
+        (path / "copy").rename(shard)
+        assert answer(engine, ask("Tell me a short story about a cat.")) == expected
+
+
+def test_answer_cut_by_close_looks_whole():
+    engine = Engine(find(DEMO), slots=12)
+    events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
+    first_text(events)
+    waiting = engine.stream(ask("Hello."))
+    threading.Thread(target=engine.close).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(events)
+    with pytest.raises(RuntimeError, match="closed"):
+        list(waiting)
+
+
+def test_mlx_that_cannot_be_imported_hangs_the_caller():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
+        "from flashmoe.catalog import find\n"
+        "try:\n"
+        "    request = Request([{'role': 'user', 'content': 'x'}])\n"
+        "    list(Engine(find('flashmoe-demo')).stream(request))\n"
+        "except ImportError as e: print('told', e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith("told"), done.stderr
+
+
+def test_closed_event_loop_ends_the_engine(engine):
+    async def leave():
+        events = engine.astream(ask("Tell me a long story.", max_tokens=60))
+        async for event in events:
+            if isinstance(event, Text):
+                break
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    assert answer(engine, ask("Hello."))
+
+
+def test_seed_gives_another_text_in_another_thread(engine):
+    request = ask("Tell me a story.", temperature=1.2, seed=0, max_tokens=16)
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(answer(engine, request)))
+    thread.start()
+    thread.join()
+    texts += [answer(engine, request), asyncio.run(collect(engine, request))]
+    assert len(set(texts)) == 1, "seed 0 counts"
+    others = {answer(engine, ask("Tell me a story.", temperature=1.2, seed=s)) for s in (1, 2)}
+    assert len(others | {texts[0][:20]}) == 3
+
+
+async def collect(engine, request) -> str:
+    return "".join([e.text async for e in engine.astream(request) if isinstance(e, Text)])
+
+
+def test_no_seed_repeats_the_seeded_text(engine):
+    def text(seed):
+        return answer(engine, ask("Tell me a story.", temperature=1.5, seed=seed, max_tokens=24))
+
+    assert text(7) == text(7)
+    text(7)
+    first = text(None)
+    text(7)
+    assert text(None) != first
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", -1), ("seed", 2**64), ("top_p", 1.5), ("min_p", -0.1), ("top_k", -1)]
+    + [("max_tokens", 0), ("temperature", float("nan"))],
+)
+def test_value_out_of_range_is_found_after_the_load(name, value):
+    with Engine(find(DEMO) / "nothing") as engine, pytest.raises(SettingError, match=f"^{name}="):
+        answer(engine, ask("Hello.", **{name: value}))
+
+
+def test_top_k_of_the_whole_vocabulary_fails(engine):
+    assert answer(engine, ask("Tell me a story.", temperature=1.0, top_k=8192))
+
+
+def test_defaults_of_a_checkpoint_break_every_request(tmp_path):
+    path = copy_of_demo(tmp_path)
+    config = {"temperature": -3, "top_p": "x", "top_k": 20.5, "min_p": 7, "eos_token_id": 8185}
+    (path / "generation_config.json").write_text(json.dumps(config))
+    with Engine(path, slots=12) as engine:
+        assert answer(engine, ask("Tell me a story.", temperature=None))
+
+
+EXITS = {
+    "after an answer": "list(e.stream(r))",
+    "while reading the prompt": "next(e.stream(r))",
+    "while generating": "s = e.stream(r); [next(s) for _ in range(9)]; s.close()",
+    "with the iterator alive": "s = e.stream(r); [next(s) for _ in range(9)]",
+    "while a queue waits": "s = e.stream(r); next(s); t = [e.stream(r) for _ in range(3)]",
+    "before anything ran": "pass",
+    "while loading": "s = e.stream(r)",
+    "after close": "next(e.stream(r)); e.close(); e.close()",
+}
+
+
+@pytest.mark.parametrize("when", list(EXITS))
+def test_exit_aborts_the_process(when):
+    code = (
+        "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
+        "from flashmoe.catalog import find\n"
+        "e = Engine(find('flashmoe-demo'), slots=12)\n"
+        # All tokens are as likely, so that the answer is long.
+        "even = {'temperature': 100, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'seed': 1}\n"
+        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300, **even)\n"
+        f"{EXITS[when]}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""

@@ -1,0 +1,344 @@
+"""States of prompts: what is kept, found and restored, and that it changes no bit of an answer."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import ArraysCache, KVCache, save_prompt_cache
+from toys import FAMILIES, write_toy
+
+from flashmoe.chat.template import Prompt
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.generation.prompt import PromptReader, state_identity
+from flashmoe.generation.prompt_cache import PromptCache, key, nbytes
+from flashmoe.generation.prompt_store import PromptStore
+from flashmoe.memory.footprint import PIECE_TOKENS
+from flashmoe.models.layerwise import fitting, sweep
+from flashmoe.models.loading import load_streaming
+from flashmoe.models.resident import same
+
+
+def state(size: int, value: float = 1.0) -> list:
+    """A state of `size` float32 numbers and a little more."""
+    recurrent, keys = ArraysCache(size=2), KVCache()
+    recurrent[0], recurrent[1] = mx.full((1, size), value), mx.zeros((1, 3))
+    keys.update_and_fetch(mx.full((1, 1, 5, 8), value), mx.zeros((1, 1, 5, 8)))
+    mx.eval(recurrent.state, keys.state)
+    return [recurrent, keys]
+
+
+def empty() -> list:
+    return [ArraysCache(size=2), KVCache()]
+
+
+def arrays(cache: list) -> list[np.ndarray]:
+    return [np.array(a) for a in (cache[0][0], cache[0][1], *cache[1].keys_and_values())]
+
+
+def equal(a: list, b: list) -> bool:
+    pairs = zip(arrays(a), arrays(b), strict=True)
+    return all(x.shape == y.shape and (x == y).all() for x, y in pairs)
+
+
+# In memory
+
+
+def test_generation_changes_the_state_that_is_kept():
+    prompts = PromptCache(10**9)
+    prompts.put("a", state(100))
+    first = prompts.get("a")
+    first[0][0] = mx.zeros((1, 100))
+    first[1].update_and_fetch(mx.ones((1, 1, 300, 8)), mx.ones((1, 1, 300, 8)))
+    mx.eval(first[1].state)
+    assert equal(prompts.get("a"), state(100))
+    second = prompts.get("a")
+    second[1].keys[..., 0:1, :] = 7
+    assert equal(prompts.get("a"), state(100))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 900)), max_size=30),
+    st.integers(0, 20000),
+)
+@settings(deadline=None, max_examples=60)
+def test_budget_is_exceeded_or_the_wrong_state_leaves(steps, budget):
+    prompts = PromptCache(budget)
+    expected: dict[str, int] = {}  # oldest first
+    for name, size in steps:
+        if size % 3 == 0:
+            found = prompts.get(name)
+            assert (found is not None) == (name in expected)
+            if found is not None:
+                expected[name] = expected.pop(name)
+            continue
+        cache = state(size)
+        prompts.put(name, cache)
+        expected.pop(name, None)
+        if nbytes(cache) <= budget:
+            expected[name] = nbytes(cache)
+        while sum(expected.values()) > budget:
+            expected.pop(next(iter(expected)))
+        assert prompts.nbytes == sum(expected.values()) <= budget
+        assert len(prompts) == len(expected)
+
+
+def test_key_confuses_models_or_tokens():
+    names = {
+        key(identity, tokens)
+        for identity in ("a", "b")
+        for tokens in ([1], [1, 2], [12], [2, 1], [], [2**40])
+    }
+    assert len(names) == 12
+
+
+# On disk
+
+
+@pytest.fixture
+def store(tmp_path):
+    return PromptStore(tmp_path / "states", 10**6)
+
+
+NAME = "0123456789abcdef0123456789abcdef01234567-5"
+OTHER = NAME.replace("0", "f")
+
+
+def test_state_changes_on_disk(store):
+    store.put(NAME, state(100, 0.3))
+    assert equal(store.get(NAME, empty()), state(100, 0.3))
+    assert store.get(OTHER, empty()) is None
+    (stored,) = store.states()
+    assert (stored.tokens, stored.nbytes) == (5, stored.path.stat().st_size)
+
+
+def test_others_may_read_the_conversations(store):
+    store.put(NAME, state(100))
+    (stored,) = store.states()
+    assert stored.path.stat().st_mode & 0o077 == 0
+    assert store.directory.stat().st_mode & 0o077 == 0
+
+
+def damage(path, how: str) -> None:
+    raw = path.read_bytes()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(raw[:-50])
+    elif how == "header":
+        path.write_bytes(b"\xff" * 8 + raw[8:])
+    elif how == "flipped":
+        path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    elif how == "metadata":
+        path.write_bytes(raw.replace(b"ArraysCache", b"KVCacheXXXX"))
+    elif how == "other model":
+        save_prompt_cache(str(path), [KVCache()], {})
+    elif how == "unsigned":
+        save_prompt_cache(str(path), state(100), {})
+    elif how == "foreign":
+        mx.save_safetensors(str(path), {"x": mx.zeros(3)})
+    elif how == "class":
+        # mlx-lm makes whatever class of its module the file names.
+        path.write_bytes(raw.replace(b"ArraysCache", b"CacheList\x20\x20"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "empty",
+        "cut",
+        "header",
+        "flipped",
+        "metadata",
+        "unsigned",
+        "foreign",
+        "class",
+        "other model",
+    ],
+)
+def test_damaged_file_is_used_or_raises(store, caplog, how):
+    store.put(NAME, state(100))
+    (stored,) = store.states()
+    damage(stored.path, how)
+    with caplog.at_level(logging.WARNING, "flashmoe"):
+        assert store.get(NAME, empty()) is None
+    assert str(stored.path) in caplog.text
+    assert "is ignored" in caplog.text
+
+
+def test_damage_of_any_byte_is_missed(tmp_path):
+    """Any one byte: the file is refused, or still holds the same state."""
+    store = PromptStore(tmp_path)
+    store.put(NAME, state(20, 0.7))
+    (stored,) = store.states()
+    raw = stored.path.read_bytes()
+    random.seed(0)
+    for at in random.sample(range(len(raw)), 150):
+        stored.path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+        found = store.get(NAME, empty())
+        assert found is None or equal(found, state(20, 0.7)), f"byte {at} of {len(raw)}"
+
+
+def test_limit_is_exceeded_or_the_newest_leaves(tmp_path):
+    store = PromptStore(tmp_path, 110_000)
+    names = [NAME[:38] + f"{i}a-{i}" for i in range(6)]
+    for i, name in enumerate(names):
+        store.put(name, state(2000))  # some 25 kB each
+        os.utime(tmp_path / f"{name}.safetensors", (1000 + i, 1000 + i))
+    assert [s.tokens for s in store.states()] == [2, 3, 4, 5]
+    store.get(names[2], empty())
+    store.put(OTHER, state(2000))
+    assert {s.tokens for s in store.states()} == {2, 4, 5}
+    assert sum(s.nbytes for s in store.states()) <= 110_000
+
+
+def test_state_beyond_the_limit_empties_the_store(tmp_path):
+    store = PromptStore(tmp_path, 110_000)
+    store.put(NAME, state(100))
+    store.put(OTHER, state(30_000))
+    assert [s.path.stem for s in store.states()] == [NAME]
+
+
+def test_foreign_files_are_counted_or_removed(store):
+    store.put(NAME, state(100))
+    foreign = store.directory / "notes.safetensors"
+    foreign.write_text("mine")
+    stale = store.directory / f".{NAME}-x.safetensors"
+    stale.write_text("left by a process that died")
+    os.utime(stale, (1, 1))
+    store.trim()
+    assert not stale.exists()
+    assert store.clear() > 0
+    assert foreign.read_text() == "mine"
+    assert store.states() == []
+
+
+def test_directory_that_cannot_be_written_costs_the_answer(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    store = PromptStore(tmp_path / "file" / "states")
+    store.put(NAME, state(100))
+    assert "could not be written" in caplog.text
+    assert store.get(NAME, empty()) is None
+    assert store.states() == []
+    assert store.clear() == 0
+
+
+def test_writer_that_dies_leaves_half_a_file(store):
+    code = (
+        "import sys, os; sys.path.insert(0, sys.argv[2])\n"
+        "from test_prompt_cache import *\n"
+        "import mlx_lm.models.cache as c\n"
+        "def half(file, *a):\n"
+        "    open(file, 'wb').write(b'x' * 100); os._exit(9)\n"
+        "c.save_prompt_cache = half\n"
+        "PromptStore(__import__('pathlib').Path(sys.argv[1])).put(NAME, state(100))\n"
+    )
+    here = os.path.dirname(__file__)
+    store.directory.mkdir()
+    done = subprocess.run([sys.executable, "-c", code, str(store.directory), here], timeout=60)
+    assert done.returncode == 9
+    assert store.states() == []
+    store.put(NAME, state(100))
+    assert equal(store.get(NAME, empty()), state(100))
+
+
+# In a model
+
+
+def prompt_of(count: int, cuts: tuple[int, ...], seed: int = 0) -> Prompt:
+    tokens = random.Random(seed).choices(range(160), k=count)
+    return Prompt(tokens, cuts, False)
+
+
+def read(reader, model, prompt, emit, *, keep):
+    """All of a prompt, sweep by sweep, as a batch of this one alone reads it."""
+    reading = reader.begin(prompt, emit, experts=model.experts, keep=keep)
+    while reading.left:
+        limit = model.room.for_prompts(reading.tokens, [reading.context], model.experts)
+        model.watch.entered = reading.reporter.entered
+        reading.took(sweep(model, reading.left[: fitting(reading.left, limit)]))
+    return reading
+
+
+def answer_logits(model, reading, steps: int = 5) -> list[np.ndarray]:
+    found, logits = [], reading.logits
+    for _ in range(steps):
+        found.append(np.array(logits.astype(mx.float32)))
+        logits = model.next_logits([int(found[-1].argmax())], reading.cache)
+    return found
+
+
+LONG = PIECE_TOKENS + 150
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restored_state_changes_a_bit(tmp_path, family):
+    """From memory, from disk in another model, and from a state of a state: all as read whole."""
+    path = write_toy(tmp_path / "toy", family, num_experts=9, max_position_embeddings=4096)
+    checkpoint = Checkpoint.open(path)
+    cuts = (70, 75, LONG, LONG + 30)
+    whole = prompt_of(LONG + 36, cuts)
+    ends = (78, LONG + 4, LONG + 36)
+    turns = [Prompt(whole.tokens[:n], tuple(c for c in cuts if c < n), False) for n in ends]
+    silent = []
+
+    model = load_streaming(checkpoint, slots=5)
+    reader = PromptReader(model, PromptCache(0), None)
+    expected = []
+    for turn in turns:
+        expected.append(answer_logits(model, read(reader, model, turn, silent.append, keep=False)))
+
+    store = PromptStore(tmp_path / "states")
+    reader = PromptReader(model, PromptCache(10**9), store)
+    cached = []
+    for turn, logits in zip(turns, expected, strict=True):
+        reading = read(reader, model, turn, silent.append, keep=True)
+        cached.append(reading.cached)
+        assert same(answer_logits(model, reading), logits)
+        reader.store(reading)
+    assert cached == [0, 75, LONG]
+    model.close()
+
+    model = load_streaming(checkpoint, slots=9)
+    reader = PromptReader(model, PromptCache(10**9), store)
+    for turn, logits in zip(turns, expected, strict=True):
+        reading = read(reader, model, turn, silent.append, keep=True)
+        assert reading.cached == turn.cuts[-1]
+        assert same(answer_logits(model, reading), logits)
+    model.close()
+
+
+def test_state_of_other_settings_is_found(tmp_path):
+    path = write_toy(tmp_path / "toy", top_k=3)
+    checkpoint = Checkpoint.open(path)
+    assert state_identity(checkpoint, 3) == state_identity(Checkpoint.open(path), 3)
+    assert state_identity(checkpoint, 3) != state_identity(checkpoint, 2)
+    assert state_identity(checkpoint, 3) != state_identity(checkpoint, 3, "int8")
+    other = Checkpoint.open(write_toy(tmp_path / "other", top_k=3, seed=1))
+    assert state_identity(checkpoint, 3) != state_identity(other, 3)
+    time.sleep(0.01)
+    os.utime(path / "model.safetensors")
+    assert state_identity(checkpoint, 3) != state_identity(Checkpoint.open(path), 3)
+
+
+def test_progress_does_not_add_up(tmp_path):
+    path = write_toy(tmp_path / "toy", max_position_embeddings=4096)
+    model = load_streaming(Checkpoint.open(path), slots=7)
+    model.room.for_prompts = lambda *args: PIECE_TOKENS + 1
+    reader = PromptReader(model, PromptCache(10**9), None)
+    events = []
+    read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
+    whole = [e for e in events if e.layer == e.layers]
+    assert [e.done for e in whole] == [PIECE_TOKENS, LONG + 40]
+    assert {(e.total, e.layers) for e in events} == {(LONG + 40, 4)}
+    events.clear()
+    read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
+    assert [e.done for e in events] == [40]
+    model.close()

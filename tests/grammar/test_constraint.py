@@ -1,0 +1,376 @@
+"""Answers under a grammar: they are what was asked for at any bit width, or an error."""
+
+import json
+import re
+
+import mlx.core as mx
+import pytest
+from mlx_lm.utils import load_tokenizer
+from schemas import outcome, random_root, requantise_experts, request_of
+
+from flashmoe.catalog import DEMO, find
+from flashmoe.chat.special_tokens import Control
+from flashmoe.chat.tools import read_tools
+from flashmoe.engine import Engine
+from flashmoe.errors import OutputError, SettingError
+from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallStart
+from flashmoe.grammar import response as grammars
+from flashmoe.grammar.constraint import Constraint, Matchers
+from flashmoe.grammar.numbers import NumberGuard
+from flashmoe.requests import Request
+
+
+@pytest.fixture(scope="module")
+def two_bits(tmp_path_factory):
+    path = requantise_experts(find(DEMO), tmp_path_factory.mktemp("low") / "demo", 2)
+    with Engine(path, slots=64) as engine:
+        yield engine
+
+
+def ask(engine, text="Hello.", **options):
+    """(text, calls, events, End)"""
+    options = {"temperature": 0.0, "max_tokens": 120} | options
+    events = [*engine.stream(Request([{"role": "user", "content": text}], **options))]
+    assert isinstance(events[-1], End)
+    calls = [e for e in events if isinstance(e, ToolCall)]
+    return "".join(e.text for e in events if isinstance(e, Text)), calls, events, events[-1]
+
+
+def schema(schema: dict | bool) -> dict:
+    return {"type": "json_schema", "schema": schema}
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+}
+ADD = {
+    "name": "add",
+    "description": "Add two numbers",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+    },
+}
+NOW = {"name": "now", "description": "The time now"}
+
+
+@pytest.mark.parametrize("kind", ["schema", "tool"])
+def test_random_schema_is_not_met(engine, two_bits, kind):
+    """benchmarks/schemas.py runs 200 of them, and shows the rate without a grammar."""
+    for which, which_engine in (("4 bits", engine), ("2 bits", two_bits)):
+        counts = {"valid": 0, "cut short": 0}
+        for seed in range(1000, 1007):
+            root = random_root(seed)
+            request = request_of(root, kind, seed, constrain=True, max_tokens=80)
+            found, _ = outcome(which_engine, request, root)
+            assert found in counts, f"{found} at {which}, seed {seed}: {json.dumps(root)}"
+            counts[found] += 1
+        assert counts["valid"] >= 4
+
+
+def test_two_bits_are_four(two_bits):
+    assert ask(two_bits, max_tokens=3)[-1].bits == 2
+
+
+def test_document_is_cut_short_without_an_error(engine):
+    with pytest.raises(OutputError, match=r"cut short: max_tokens=6 was reached"):
+        ask(engine, response_format=schema(PERSON), max_tokens=6)
+    with pytest.raises(OutputError, match="a stop string ended the answer"):
+        ask(engine, response_format=schema(PERSON), stop=("age",))
+    with pytest.raises(OutputError, match="inside the thought"):
+        ask(engine, response_format=schema(PERSON), think=True, max_tokens=4)
+
+
+def test_schema_suppresses_the_thought(engine):
+    text, _, events, end = ask(
+        engine, "Who is Anna?", response_format=schema(PERSON), think=True, thinking_budget=20
+    )
+    assert "".join(e.text for e in events if isinstance(e, Reasoning))
+    assert end.reasoning_tokens >= 5
+    value = json.loads(text)
+    assert sorted(value) == ["age", "name"]
+    assert text == json.dumps(value, ensure_ascii=False), "white space is not flexible"
+
+
+def test_forced_tokens_take_steps(engine):
+    _, _, _, end = ask(engine, response_format=schema(PERSON))
+    assert end.forced_tokens >= 6
+    assert end.steps == end.generated_tokens - end.forced_tokens
+
+
+def test_forced_tokens_exceed_the_limit(engine):
+    whole = ask(engine, response_format=schema(PERSON))[0]
+    for limit in (1, 2, 3):
+        given = []
+        request = Request(
+            [{"role": "user", "content": "Hello."}],
+            response_format=schema(PERSON),
+            temperature=0.0,
+            max_tokens=limit,
+        )
+        with pytest.raises(OutputError):
+            given.extend(engine.stream(request))
+        text = "".join(e.text for e in given if isinstance(e, Text))
+        assert whole.startswith(text)
+        assert len(text) < 8 * limit
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pattern"),
+    [
+        ({"type": "json_object"}, r"\{.*\}"),
+        ({"type": "regex", "pattern": r"(yes|no), \d{2}/\d{2}"}, r"(yes|no), \d{2}/\d{2}"),
+        ({"type": "lark", "grammar": 'start: A ("+" A){2}\nA: /[0-9]{1,2}/'}, r"\d+\+\d+\+\d+"),
+        (schema({"enum": ["red", "green"]}), r'"(red|green)"'),
+        (schema(True), r".+"),
+    ],
+)
+def test_format_is_not_met(engine, wanted, pattern):
+    try:
+        text = ask(engine, response_format=wanted, temperature=1.0, seed=5)[0]
+    except OutputError:
+        assert wanted["type"] == "json_object" or wanted == schema(True)
+        return
+    assert re.fullmatch(pattern, text)
+
+
+def test_text_format_constrains(engine):
+    assert ask(engine, response_format={"type": "text"})[0] == ask(engine)[0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"type": "yaml"}, "type is one of text, json_object"),
+        ({"type": "regex"}, "needs its 'pattern'"),
+        ({"type": "regex", "pattern": "(?=a)"}, "look-ahead"),
+        ({"type": "lark", "grammar": "start: A"}, 'unknown name: "A"'),
+        (schema({"type": "strng"}), "no valid JSON schema: at type"),
+        (schema(False), "nothing satisfies it"),
+        (schema({"type": "integer", "minimum": 3, "maximum": 2}), "Unsatisfiable"),
+        (schema({"$ref": "http://example.com/schema"}), "not fetch"),
+    ],
+)
+def test_bad_format_is_a_traceback_or_is_ignored(engine, wanted, words):
+    with pytest.raises(SettingError, match=re.escape(words)):
+        ask(engine, response_format=wanted)
+
+
+def test_keyword_that_cannot_be_enforced_is_forgotten(engine, caplog):
+    """The grammar leaves it out with a warning; the answer is checked."""
+    unique = {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}
+    assert ask(engine, response_format=schema(unique))[0] == "[7, 7]"
+    with pytest.raises(OutputError, match=r"non-unique elements.*'uniqueItems'"):
+        ask(engine, response_format=schema({**unique, "uniqueItems": True}))
+    assert 'Unimplemented keys: ["uniqueItems"]' in caplog.text
+
+
+def test_tool_choice_is_not_kept(engine):
+    tools = [ADD, NOW]
+    _, calls, events, end = ask(engine, tools=tools, tool_choice="required")
+    assert calls
+    assert {c.name for c in calls} <= {"add", "now"}
+    assert all(c.error is None for c in calls)
+    assert end.finish_reason == "tool_calls"
+    for name in ("add", "now"):
+        _, calls, events, _ = ask(engine, tools=tools, tool_choice=name)
+        assert [c.name for c in calls] == [name]
+        assert [type(e) for e in events].count(ToolCallStart) == 1
+    question = "What is 3 plus 4? Use the tool."
+    _, (call,), _, end = ask(engine, question, tools=[ADD])
+    assert call.arguments == {"a": 3, "b": 4}
+    assert (end.generated_tokens, end.steps) == (25, 6), "the README says so"
+    assert ask(engine, question, tools=[ADD], tool_choice="none")[1] == []
+
+
+def test_required_call_suppresses_the_thought(engine):
+    _, (call,), events, end = ask(
+        engine, "What is 8 plus 9?", tools=[ADD], tool_choice="add", think=True, thinking_budget=30
+    )
+    assert call.error is None
+    assert end.reasoning_tokens >= 5
+    assert any(isinstance(e, Reasoning) for e in events)
+
+
+def test_parallel_calls_are_mixed_or_not_prevented(engine):
+    """Without an end in sight the demo repeats itself: many calls, or one when that is asked."""
+    question = "What is 3 plus 4? And 5 plus 6? Use the tool."
+    options = {"tools": [ADD], "tool_choice": "required", "max_tokens": 200}
+    _, calls, events, _ = ask(engine, question, temperature=1.5, seed=1, **options)
+    assert [c.index for c in calls] == list(range(len(calls)))
+    assert len({c.id for c in calls}) == len(calls)
+    starts = [e.index for e in events if isinstance(e, ToolCallStart)]
+    assert starts == list(range(len(calls)))
+    _, calls, _, _ = ask(engine, question, parallel_tool_calls=False, **options)
+    assert len(calls) == 1
+
+
+def test_call_cut_short_is_dropped(engine):
+    _, (call,), _, end = ask(engine, tools=[ADD], tool_choice="add", max_tokens=14)
+    assert call.arguments is None
+    assert "max_tokens=14 was reached" in call.error
+    assert "<function=add>" in call.text
+    assert end.finish_reason == "length"
+
+
+def test_call_without_tools_leaks_into_the_text(engine):
+    """The demo was trained to call; here it has nothing to call."""
+    messages = [
+        {"role": "user", "content": "What is 3 plus 4? Use the tool add."},
+        {"role": "assistant", "tool_calls": [{"id": "1", "name": "add", "arguments": {"a": 3}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+        {"role": "user", "content": "What is 5 plus 6? Use the tool add."},
+    ]
+    events = [*engine.stream(Request(messages, temperature=0.0, max_tokens=60))]
+    text = "".join(e.text for e in events if isinstance(e, Text))
+    assert "tool_call>" not in text
+    for call in (e for e in events if isinstance(e, ToolCall)):
+        assert "there is no tool" in call.error
+
+
+def test_format_together_with_tools_allows_one_only(engine):
+    options = {"tools": [ADD], "response_format": schema(PERSON)}
+    _, calls, _, _ = ask(engine, "What is 3 plus 4? Use the tool.", **options)
+    assert calls[0].arguments == {"a": 3, "b": 4}
+    text, calls, _, _ = ask(engine, "Who is Anna?", tool_choice="none", **options)
+    assert calls == []
+    assert set(json.loads(text)) == {"name", "age"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tools": [ADD], "tool_choice": "sub"}, "the tools are add"),
+        ({"tools": [ADD, ADD]}, "two tools are named 'add'"),
+        ({"tools": [{"name": "a b"}]}, "without spaces"),
+        ({"tools": [3]}, "a tool has the name None"),
+        ({"tools": [{"name": "f", "parameters": {"type": "strng"}}]}, "parameters of tool 'f'"),
+        ({"tools": [{"name": "f", "parameters": {"type": "array"}}]}, "must be an object"),
+        ({"thinking_budget": -1}, "thinking_budget=-1"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1"),
+        ({"stop": "x"}, "give a tuple"),
+    ],
+)
+def test_bad_option_is_a_traceback_or_is_ignored(engine, options, words):
+    with pytest.raises(SettingError, match=re.escape(words)):
+        ask(engine, **options)
+
+
+def test_context_overflow_is_found_late(engine):
+    with pytest.raises(SettingError, match=r"the prompt has \d{4,} tokens.* is 4096"):
+        ask(engine, "word " * 5000)
+
+
+def test_penalty_changes_nothing(engine):
+    plain = ask(engine, "Tell me a story.", max_tokens=60)[0]
+    assert ask(engine, "Tell me a story.", max_tokens=60, repetition_penalty=1.4)[0] != plain
+
+
+def test_number_goes_on_for_ever(engine):
+    """Greedily the demo model writes nines until max_tokens."""
+    endless = {
+        "type": "object",
+        "properties": {"age": {"type": "integer"}, "size": {"type": "number"}},
+        "required": ["age", "size"],
+    }
+    for wanted in ({"type": "integer"}, {"type": "number"}, endless):
+        text = ask(engine, "Count.", response_format=schema(wanted), max_tokens=250)[0]
+        assert max(map(len, re.findall(r"\d+", text))) <= 40
+        json.loads(text)
+    tool = {"name": "save", "parameters": endless}
+    (call,) = ask(engine, tools=[tool], tool_choice="save", max_tokens=250)[1]
+    assert call.error is None
+
+
+def test_forced_end_that_is_cut_off_looks_whole(engine):
+    """A regex has no schema to be checked against afterwards."""
+    wanted = {"type": "regex", "pattern": "(yes|no), and that is all there is to say about it"}
+    whole = ask(engine, response_format=wanted)[3]
+    for limit in (2, whole.generated_tokens - 1):
+        with pytest.raises(OutputError, match="cut short"):
+            ask(engine, response_format=wanted, max_tokens=limit)
+    end = ask(engine, response_format=wanted, max_tokens=whole.generated_tokens)[3]
+    assert end.finish_reason == "stop"
+
+
+def test_number_becomes_infinite(engine):
+    for seed in range(4):
+        wanted = schema({"type": "number"})
+        text = ask(engine, "1E444", response_format=wanted, temperature=1.5, seed=seed)[0]
+        assert abs(json.loads(text)) < 1e340
+        assert json.loads(text) not in (float("inf"), float("-inf"))
+
+
+def test_rounding_breaks_a_bound(engine):
+    """Nines up to the last digit that a float has: it must not become the bound itself."""
+    wanted = {"type": "number", "minimum": 83, "exclusiveMaximum": 84}
+    for seed in range(6):
+        text = ask(engine, "9" * 30, response_format=schema(wanted), temperature=1.0, seed=seed)[0]
+        assert 83 <= json.loads(text) < 84
+
+
+def guard(text: str, pieces: int = 1, tools=None) -> NumberGuard:
+    found = NumberGuard(tools)
+    for start in range(0, len(text), pieces):
+        found.feed(text[start : start + pieces])
+    return found
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_guard_stops_text_or_misses_numbers(pieces):
+    many = "1" * 40
+    assert guard(f'{{"a": {many}', pieces).room == 0
+    assert guard(f'{{"a": {many[1:]}', pieces).room > 0
+    assert guard('{"a": -3.' + many[:14], pieces).room == 0
+    assert guard('{"a": -3.' + many[:13], pieces).room > 0
+    for exponent, room in (("", 2), ("1", 1), ("29", 1), ("30", 0), ("299", 0), ("-12", 1)):
+        assert guard('{"a": [3.1, 7, 0.5e' + exponent, pieces).room == room
+    assert guard('{"a": 3.11111111111111, "e1": 2', pieces).room > 0
+    assert guard(f'{{"a": "{many}', pieces).room > 0
+    assert guard(f'{{"a": "\\"{many}', pieces).room > 0
+    assert guard(f'{{"a": "\\\\", "b": {many}', pieces).room == 0
+    number = {"type": ["integer", "null"]}
+    text = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
+    listed = {"type": "array", "items": {}}
+    properties = {"number": number, "text": text, "listed": listed}
+    tools = read_tools([{"name": "f", "parameters": {"type": "object", "properties": properties}}])
+
+    def call(name, value):
+        before = '<parameter=text>\n"\n</parameter>\n'
+        start = f"<tool_call>\n<function=f>\n{before}<parameter={name}>\n"
+        return guard(start + value, pieces, tools)
+
+    assert call("number", many).room == 0
+    assert call("text", many).room > 0
+    assert call("listed", f'["x", {many}').room == 0
+    assert call("listed", f'["x{many}').room > 0
+    assert call("number", f"{many}\n</parameter>\n").room > 0
+
+
+@pytest.mark.parametrize("demands", [True, False])
+def test_answer_may_end_inside_the_thought_before_a_document(demands):
+    tokenizer = load_tokenizer(find(DEMO))
+    control = Control.of(tokenizer)
+    wanted = {"type": "regex", "pattern": "yes|no"} if demands else None
+    constraint = Constraint(
+        Matchers(tokenizer, control, len(tokenizer)),
+        control,
+        ([10], [11]),
+        Request([], response_format=wanted),
+        {},
+        grammars.document(wanted) if demands else None,
+        in_thought=True,
+    )
+    assert constraint.start() == []
+    logits = constraint.mask(mx.zeros((1, len(tokenizer))))[0].tolist()
+    for token in (*control.end, control.call_start):
+        assert (logits[token] == float("-inf")) == demands
+    assert logits[control.think_end] == 0
+    assert sum(x == 0 for x in logits) >= len(tokenizer) - 3

@@ -1,0 +1,323 @@
+"""call_grammars.py: what calls may be, in both formats."""
+
+import json
+
+import pytest
+from grammar_matching import CALL_MARKERS, accepts
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from random_schemas import rooted, spoilt, written
+from tool_call_texts import coder, hermes, unwritable
+
+from flashmoe.chat import json_schema as schemas
+from flashmoe.chat.tool_parsers import FORMATS, Malformed
+from flashmoe.chat.tools import read_tools
+from flashmoe.errors import SettingError
+from flashmoe.grammar.tool_calls import _kinds, calls_rules
+
+STYLE_WRITERS = {"qwen3_coder": coder, "json_tools": hermes}
+STYLES = pytest.mark.parametrize("style", sorted(FORMATS))
+
+
+def call_lark(tools, style):
+    return f"start: body\n{calls_rules(tools, style, *CALL_MARKERS)}"
+
+
+def one_tool(properties, required=None, **more):
+    """A tool f; all of its parameters are required by default."""
+    required = [*properties] if required is None else required
+    parameters = {"type": "object", "properties": properties, "required": required, **more}
+    return read_tools([{"name": "f", "parameters": parameters}])
+
+
+def takes(tools, style, text):
+    return accepts(call_lark(tools, style), f"{text}</tool_call>")
+
+
+def can_be_told(tools, style):
+    """Whether every parameter has a value that the format can hold."""
+    try:
+        calls_rules(tools, style, *CALL_MARKERS)
+    except SettingError as e:
+        return "cannot be told from the format around" not in str(e)
+    return True
+
+
+def ambiguous(value, schema):
+    """Raw text that the schema lets be a string or something else is read as the latter."""
+    if not isinstance(value, str) or schema.get("type") == "string":
+        return False
+    try:
+        json.loads(value)
+    except ValueError:
+        return value.strip() in ("True", "False", "None")
+    return True
+
+
+def out_of_reach(value, schema):
+    """Next to a constrained text the grammar leaves out numbers, and texts that start as JSON."""
+    kinds = {kind for kind, _ in _kinds(schema)}
+    if not {"text", "json"} <= kinds:
+        return False
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number or (isinstance(value, str) and value.startswith(("[", "{")))
+
+
+@STYLES
+@settings(max_examples=60, deadline=None)
+@given(shapes=st.lists(rooted(), min_size=1, max_size=2), data=st.data())
+def test_call_by_the_grammar_reads_as_another_one(style, shapes, data):
+    tools = read_tools(
+        [{"name": f"tool-{i}é", "parameters": s.schema} for i, s in enumerate(shapes)]
+    )
+    at = data.draw(st.integers(0, len(shapes) - 1))
+    arguments = data.draw(shapes[at].values)
+    if style == "qwen3_coder":
+        listed = shapes[at].schema["properties"]
+        assume(not any(unwritable(v) or ambiguous(v, listed[k]) for k, v in arguments.items()))
+        whole = shapes[at].schema
+        assume(not any(out_of_reach(v, schemas.parameter(whole, k)) for k, v in arguments.items()))
+    assume(can_be_told(tools, style))
+    text = STYLE_WRITERS[style](f"tool-{at}é", arguments)
+    assert takes(tools, style, text)
+    call = FORMATS[style](tools)
+    pieces = [p for c in text for p in call.feed(c)]
+    name, found, rest = call.finish()
+    assert (name, written(found)) == (f"tool-{at}é", written(arguments))
+    assert json.loads("".join([*pieces, rest])) == arguments
+
+
+@STYLES
+@settings(max_examples=60, deadline=None)
+@given(shape=rooted(), data=st.data())
+def test_grammar_of_a_call_takes_arguments_that_the_schema_refuses(style, shape, data):
+    arguments = data.draw(shape.values)
+    assume(arguments)
+    key = data.draw(st.sampled_from([*arguments]))
+    arguments[key] = data.draw(spoilt(arguments[key]))
+    tools = read_tools([{"name": "f", "parameters": shape.schema}])
+    if style == "qwen3_coder":
+        # Where a value may be text or JSON, any text is let through.
+        kinds = {kind for kind, _ in _kinds(schemas.parameter(shape.schema, key))}
+        assume(not kinds >= {"text", "json"})
+    assume(can_be_told(tools, style))
+    text = STYLE_WRITERS[style]("f", arguments)
+    call = FORMATS[style](tools)
+    try:
+        list(call.feed(text))
+        good = schemas.fault(call.finish()[1], shape.schema) is None
+    except Malformed:
+        good = False
+    if not good:
+        assert not takes(tools, style, text)
+
+
+TEXT = {"type": "string"}
+COLOUR = {"enum": ["red", "light blue"]}
+DEFS = {"$defs": {"C": COLOUR, "N": {"type": "integer"}}}
+MAYBE_COLOUR = {"anyOf": [{"$ref": "#/$defs/C"}, {"type": "null"}]}
+CAT = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (
+            TEXT,
+            ["", "a\nb\n", '"a"', "a </parameter> b", "</function>", "</parameter> ", "\\n"],
+            [],
+        ),
+        (TEXT, ["`<parameter=x>` b", "<function", "\n\n", "a</parameter>", "日本"], []),
+        (TEXT, [], ["</parameter>", "a\n</parameter>\nb", "</parameter>\n"]),
+        (TEXT, [], ["a\n<parameter=x>\nb", "<function=f>", "a</parameter>\n<parameter=x>"]),
+        (TEXT, [], ["a</parameter>\n\n</function>\n", "<think>", "<|im_end|>"]),
+        ({**TEXT, "minLength": 3}, ["abc", "日本語"], ["ab", "a\n</parameter>\nbcdefgh"]),
+        ({**TEXT, "minLength": 9999, "maxLength": 10**6}, ["a" * 9999], ["a" * 900]),
+        ({**TEXT, "maxLength": 3}, ["", "abc"], ["abcd"]),
+        (
+            {**TEXT, "minLength": 2, "maxLength": 2, "pattern": "b"},
+            ["ab", "b\n"],
+            ["b", "aa", "abb"],
+        ),
+        ({**TEXT, "pattern": "^[a-c]+$"}, ["abc"], ["", "abd", "a\nb"]),
+        ({**TEXT, "pattern": "b"}, ["b", "a\nb\nc"], ["a", "a\n</parameter>\nb"]),
+        ({**TEXT, "pattern": "^a|b$"}, ["ax", "xb"], ["xax"]),
+        ({**TEXT, "pattern": "a/b"}, ["a/b"], ["ab"]),
+        ({**TEXT, "pattern": "^a(?=b)"}, ["ab"], []),
+        ({"enum": ["a", 1, None, [1]]}, ["a", 1, None, [1]], ["b", 2, '"a"']),
+        ({"enum": ["", "</parameter>"]}, [""], ["</parameter>"]),
+        ({"enum": [None, "a\n</parameter>\n"]}, [None], ["a\n</parameter>\n", ""]),
+        ({"const": "a b"}, ["a b"], ["a"]),
+        ({"type": "boolean"}, [True, False], ["True", "", 1]),
+        ({"type": "integer"}, [1, -3], ["1.5", '"1"', "one", ""]),
+        ({"type": ["integer", "null"]}, [1, None], ["x", ""]),
+        ({"type": ["string", "null"]}, ["a", None, ""], []),
+        ({"type": "array", "items": TEXT}, [["a\n"], []], ["a", '["a"', "[1]"]),
+        ({"type": "object"}, [{"a": "</parameter>\n"}], ["[]", "{'a': 1}"]),
+        ({"$ref": "#/$defs/C"}, ["red"], ["blue", '"red"']),
+        ({"$ref": "#/$defs/N"}, [3], ["three"]),
+        (MAYBE_COLOUR, ["red", None], ["blue", "nul", ""]),
+        ({"allOf": [{"$ref": "#/$defs/C"}], "default": "red"}, ["red"], ["blue"]),
+        ({"anyOf": [{"$ref": "#/$defs/N"}, {"$ref": "#/$defs/C"}]}, ["red", 3], ["blue", "3.5"]),
+        # A number may be the start of such a text, so it is taken for one.
+        ({"anyOf": [{"$ref": "#/$defs/N"}, {**TEXT, "pattern": "/"}]}, ["1/2", "a/"], [0, "a"]),
+        (
+            {"anyOf": [{"type": "number"}, {**TEXT, "pattern": "^[a-z]+$"}]},
+            [1.5, "ab"],
+            ["A", "a1"],
+        ),
+        (
+            {"anyOf": [{"type": "integer"}, {"enum": [[1], {}]}, {**TEXT, "maxLength": 4}]},
+            [[1], {}, "abcd"],
+            ["[2]", "abcde"],
+        ),
+        (
+            {"anyOf": [{"type": "integer"}, {"type": "null"}, {**TEXT, "pattern": "x"}]},
+            [None, "x"],
+            ["nul", "y"],
+        ),
+        (
+            {"anyOf": [{"type": "array", "items": {}}, {"type": "null"}, {**TEXT, "maxLength": 4}]},
+            [[1, 22, 333], [], None, "abcd"],
+            ["abcde", "[1"],
+        ),
+        ({"anyOf": [CAT, {**TEXT, "minLength": 1}]}, [{"kind": "cat"}, "dog"], []),
+        (
+            {"anyOf": [CAT, {"enum": ["dog", "[x", None, 1]}]},
+            [{"kind": "cat"}, "dog", "[x", 1],
+            ["x"],
+        ),
+        ({"anyOf": [CAT, {"type": "null"}]}, [{"kind": "cat"}, None], ["cat", '{"kind": "dog"}']),
+        (
+            {"oneOf": [CAT], "discriminator": {"propertyName": "kind"}},
+            [{"kind": "cat"}],
+            ["cat", '{"kind": "dog"}'],
+        ),
+        ({}, ["a", 1, None, [1]], []),
+        (True, ["a", 1, {"a": 1}], []),
+    ],
+)
+def test_raw_value_is_held_to_another_schema(schema, good, bad):
+    tools = one_tool({"x": schema}, **DEFS)
+    for value in good:
+        assert takes(tools, "qwen3_coder", coder("f", {"x": value})), value
+        call = FORMATS["qwen3_coder"](tools)
+        list(call.feed(coder("f", {"x": value})))
+        assert call.finish()[1] == {"x": value}
+    for value in bad:
+        assert not takes(tools, "qwen3_coder", coder("f", {"x": value})), value
+
+
+@STYLES
+def test_parameters_come_in_any_order_or_are_all_required(style):
+    tools = one_tool({"a": TEXT, "b": TEXT, "c": TEXT}, ["b"])
+    write = STYLE_WRITERS[style]
+    for some in ("b", "ab", "bc", "abc"):
+        assert takes(tools, style, write("f", dict.fromkeys(some, "x")))
+    for some in ("", "a", "ac", "ba", "bd"):
+        assert not takes(tools, style, write("f", dict.fromkeys(some, "x")))
+
+
+@STYLES
+def test_call_of_another_tool_or_of_none_is_taken(style):
+    tools = read_tools([{"name": "f"}, {"name": "g", "parameters": {"properties": {"a": TEXT}}}])
+    write = STYLE_WRITERS[style]
+    assert takes(tools, style, write("f", {}))
+    assert takes(tools, style, write("g", {"a": "x"}))
+    assert not takes(tools, style, write("f", {"a": "x"}))
+    assert not takes(tools, style, write("h", {}))
+    for text in ("", "hello", write("f", {}) * 2, write("f", {}) + "x", " " + write("f", {})):
+        assert not takes(tools, style, text)
+    # The end marker is a part of it.
+    assert not accepts(call_lark(tools, style), write("f", {}))
+
+
+@STYLES
+def test_call_with_its_start_marker_is_another(style):
+    tools = one_tool({"a": TEXT})
+    lark = f'start: call ("\\n" call)*\n{calls_rules(tools, style, *CALL_MARKERS)}'
+    call = f"<tool_call>{STYLE_WRITERS[style]('f', {'a': 'x'})}</tool_call>"
+    assert accepts(lark, call)
+    assert accepts(lark, f"{call}\n{call}")
+    assert not accepts(lark, f"{call}{call}")
+    assert not accepts(lark, call.removeprefix("<tool_call>"))
+
+
+def test_parameter_whose_schema_is_false_is_written():
+    tools = one_tool({"a": False, "b": TEXT}, ["b"])
+    assert takes(tools, "qwen3_coder", coder("f", {"b": "x"}))
+    assert not takes(tools, "qwen3_coder", coder("f", {"a": "x", "b": "x"}))
+
+
+def test_items_of_an_older_draft_are_enforced_as_of_the_newest():
+    pair = {"type": "array", "items": [{"type": "integer"}, {"$ref": "#/definitions/s"}]}
+    older = {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"s": TEXT}}
+    for schema in (pair, {"anyOf": [pair, {"type": "null"}]}):
+        tools = one_tool({"p": schema}, **older)
+        for style, write in STYLE_WRITERS.items():
+            assert takes(tools, style, write("f", {"p": [1, "a"]}))
+            assert not takes(tools, style, write("f", {"p": ["a", 1]}))
+
+
+@pytest.mark.parametrize(
+    ("properties", "more", "style", "wrong"),
+    [
+        ({"a>b": TEXT}, {}, "qwen3_coder", "tool 'f': the parameter 'a>b' cannot be told from"),
+        ({"a\nb": TEXT}, {}, "qwen3_coder", "the parameter 'a\\nb' cannot be told from the format"),
+        ({" a": TEXT}, {}, "qwen3_coder", "the parameter ' a' cannot be told from the format"),
+        ({"": TEXT}, {}, "qwen3_coder", "the parameter '' cannot be told from the format"),
+        (
+            {"a": {"const": "</parameter>"}},
+            {},
+            "qwen3_coder",
+            "the values ['</parameter>'] cannot be",
+        ),
+        ({"a": False}, {}, "qwen3_coder", "the parameter 'a' is required, but its schema is false"),
+        ({"a": False}, {}, "json_tools", "required property 'a' is unsatisfiable"),
+        ({}, {"required": ["b"]}, "qwen3_coder", "required names {'b'}, which are no properties"),
+        (
+            {"a": {"type": "integer", "minimum": 2, "maximum": 1}},
+            {},
+            "qwen3_coder",
+            "tool 'f': the",
+        ),
+        ({"a": {"type": "integer", "minimum": 2, "maximum": 1}}, {}, "json_tools", "tool 'f': the"),
+        ({"a": {"anyOf": [{"$ref": "#/properties/a"}]}}, {}, "qwen3_coder", "tool 'f': "),
+        (
+            {"a": {**TEXT, "minLength": 3, "maxLength": 2}},
+            {},
+            "qwen3_coder",
+            "Unsatisfiable schema",
+        ),
+        ({"a": {**TEXT, "minLength": 3, "maxLength": 2}}, {}, "json_tools", "Unsatisfiable schema"),
+    ],
+)
+def test_tool_that_no_call_fits_is_taken(properties, more, style, wrong):
+    with pytest.raises(SettingError) as caught:
+        calls_rules(one_tool(properties, **more), style, *CALL_MARKERS)
+    assert wrong in str(caught.value)
+
+
+def test_odd_names_of_parameters_are_refused_in_json():
+    tools = one_tool({"a>b": TEXT, " a": TEXT, "": TEXT})
+    assert takes(tools, "json_tools", hermes("f", {"a>b": "x", " a": "x", "": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "any_text", "number"),
+    [
+        (None, False, False),
+        ({"type": "object", "properties": {}}, False, False),
+        ({"type": "object", "additionalProperties": False}, False, False),
+        ({"type": "object"}, True, True),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, False, True),
+    ],
+)
+def test_tool_without_listed_parameters_takes_none_or_any(parameters, any_text, number):
+    definition = {"name": "f"} | ({} if parameters is None else {"parameters": parameters})
+    rules = calls_rules(read_tools([definition]), "qwen3_coder", *CALL_MARKERS)
+    for value, expected in (("some text", any_text), ("3", number)):
+        parameter = f"<parameter=some name>\n{value}\n</parameter>\n"
+        for body, taken in (("", True), (parameter, expected), (parameter * 2, expected)):
+            text = f"<tool_call>\n<function=f>\n{body}</function>\n</tool_call>"
+            assert accepts(f"start: call\n{rules}", text) == taken

@@ -1,0 +1,55 @@
+"""Toys for our kernels: one shape for each family, so that few kernels are compiled."""
+
+import mlx.core as mx
+import numpy as np
+from toys import write_toy
+
+TOYS = {
+    "qwen3_5_moe": {
+        "family": "qwen3_5_moe",
+        "num_experts": 13,
+        "top_k": 3,
+        "layers": 2,
+        "full_attention_interval": 2,
+    },
+    "qwen3_next": {
+        "family": "qwen3_next",
+        "num_experts": 9,
+        "top_k": 4,
+        "bits": 3,
+        "layers": 3,
+        "full_attention_interval": 2,
+        "dense_layer": True,
+    },
+    "qwen3_moe": {
+        "family": "qwen3_moe",
+        "num_experts": 11,
+        "top_k": 2,
+        "bits": 6,
+        "group_size": 64,
+        "moe_intermediate_size": 64,
+        "layers": 2,
+        "dtype": "float16",
+    },
+    "bf16": {"family": "qwen3_moe", "num_experts": 7, "top_k": 3, "bits": None, "layers": 2},
+}
+
+
+def write(directory, name: str, **changes):
+    return write_toy(directory / name, **TOYS[name] | changes)
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 160, count).tolist()
+
+
+def activations(*shape: int, seed: int = 0) -> mx.array:
+    """Of the type that a bfloat16 model computes in."""
+    x = mx.random.normal(shape, key=mx.random.key(seed))
+    return x.astype(mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32)
+
+
+def settle(model) -> None:
+    """Have every expert read."""
+    mx.eval(model(mx.array([random_tokens(200)])))
+    assert all(block.switch_mlp.settled for block in model._blocks)

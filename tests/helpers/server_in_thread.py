@@ -1,0 +1,51 @@
+"""A server on a free port of the loopback, in a thread of this process."""
+
+import socket
+import threading
+from contextlib import contextmanager
+
+import httpx
+
+from flashmoe.engine import Engine
+from flashmoe.server import run as serving
+from flashmoe.server.app import Limits, Server
+from flashmoe.server.openai_request import Served
+
+
+@contextmanager
+def serve(
+    engine: Engine,
+    *,
+    name: str = "toy",
+    limits: Limits | None = None,
+    send_buffer: int | None = None,
+    **access,
+):
+    """The `Server`, running, with its `url`.
+
+    send_buffer: bytes that the system takes before a client reads them.
+    """
+    served = Served((name, "alias"), context=4096, thinks=True, created=7)
+    server = Server(engine, served, limits, **access)
+    ready = threading.Event()
+    with serving.bind("127.0.0.1", 0) as bound:
+        if send_buffer is not None:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        uvicorn = serving.prepare(server, ready.set)
+        server.url = serving.url("127.0.0.1", bound)
+        thread = threading.Thread(target=uvicorn.run, args=([bound],))
+        thread.start()
+        try:
+            assert ready.wait(20)
+            yield server
+        finally:
+            uvicorn.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def metrics(server: Server, **headers) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    text = httpx.get(server.url.removesuffix("/v1") + "/metrics", headers=headers).text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

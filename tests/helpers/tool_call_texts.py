@@ -1,0 +1,119 @@
+"""Calls written as models write them, tools for them, and tokens of such texts."""
+
+import json
+import re
+
+import pytest
+from hypothesis import strategies as st
+from mlx_lm.utils import load_tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flashmoe.catalog import DEMO, find
+from flashmoe.chat.special_tokens import Control
+from flashmoe.chat.tool_parsers import CoderCall, HermesCall
+from flashmoe.chat.tools import read_tools
+
+TOKENIZER = load_tokenizer(find(DEMO))
+CONTROL = Control.of(TOKENIZER)
+
+WORDS = {n: {"type": "string"} for n in "abc"}
+TYPED = {
+    "text": {"type": "string"},
+    "count": {"type": "integer"},
+    "ratio": {"type": "number"},
+    "flag": {"type": "boolean"},
+    "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+    "many": {"type": "array", "items": {"type": "string"}},
+    "thing": {"type": "object"},
+}
+TOOLS = read_tools(
+    [
+        {"name": "words", "parameters": {"type": "object", "properties": WORDS}},
+        {"name": "typed", "parameters": {"type": "object", "properties": TYPED}},
+        {"name": "none"},
+    ]
+)
+
+
+def coder(name, arguments):
+    """A call as the template of Qwen3.5 writes it, from after its start marker."""
+    body = ""
+    for key, value in arguments.items():
+        raw = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        body += f"<parameter={key}>\n{raw}\n</parameter>\n"
+    return f"\n<function={name}>\n{body}</function>\n"
+
+
+def hermes(name, arguments):
+    """The same as the template of Qwen3."""
+    call = {"name": name, "arguments": arguments}
+    return f"\n{json.dumps(call, ensure_ascii=False)}\n"
+
+
+WRITERS = {CoderCall: coder, HermesCall: hermes}
+BOTH = pytest.mark.parametrize("kind", [CoderCall, HermesCall], ids=["coder", "hermes"])
+
+
+def read(kind, pieces, tools=TOOLS):
+    """(name, arguments) of a call that comes in pieces; its pieces of JSON are checked."""
+    call = kind(tools)
+    given = [piece for text in pieces for piece in call.feed(text)]
+    name, arguments, rest = call.finish()
+    assert call.name == name
+    assert json.loads("".join([*given, rest])) == arguments
+    return name, arguments
+
+
+def cut(text, places):
+    ends = sorted({min(p, len(text)) for p in places} | {len(text)})
+    return [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+CUTS = st.lists(st.integers(0, 200), max_size=8)
+FRAGMENTS = ["</parameter>", "</function>", "<tool_call>", "\n", "a", " ", "<", '"', "\\", "{", "}"]
+STRINGS = st.text(max_size=8) | st.lists(
+    st.sampled_from([*FRAGMENTS, "é", "\U0001f600"]), max_size=6
+).map("".join)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | STRINGS | st.floats(-1e9, 1e9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(STRINGS, inner, max_size=3),
+    max_leaves=4,
+)
+VALUES = {
+    "text": STRINGS,
+    "count": st.integers(),
+    "ratio": st.floats(allow_nan=False, allow_infinity=False),
+    "flag": st.booleans(),
+    "maybe": st.none() | st.integers(),
+    "many": st.lists(STRINGS, max_size=3),
+    "thing": st.dictionaries(STRINGS, JSON, max_size=3),
+}
+ARGUMENTS = st.fixed_dictionaries({}, optional=VALUES)
+
+
+def unwritable(value):
+    """The Coder format has no escapes: a string that holds the end of a value cannot be written."""
+    return isinstance(value, str) and bool(
+        re.search(r"(^|\n)</parameter>(\n|$)|</parameter>\s*</function>", value)
+    )
+
+
+LETTERS = bytes_to_unicode()
+
+
+ADDED = TOKENIZER.get_added_vocab()
+MARKERS = re.compile(f"({'|'.join(map(re.escape, ADDED))})")
+
+
+def tokens_of(text, places=(), bytewise=False):
+    """Tokens of the parts that a text is cut into, or one for each byte; markers stay whole."""
+    tokens = []
+    for part in MARKERS.split(text):
+        if part in ADDED:
+            tokens.append(ADDED[part])
+        elif bytewise:
+            tokens += TOKENIZER.convert_tokens_to_ids([LETTERS[b] for b in part.encode()])
+        else:
+            for piece in cut(part, places):
+                tokens += TOKENIZER.encode(piece, add_special_tokens=False)
+    return tokens

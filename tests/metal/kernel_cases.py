@@ -1,0 +1,92 @@
+"""Calls of each kernel, for the checks that look at all of them: see test_kernel_checks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import gated_delta_problems
+import mlx.core as mx
+from expert_problems import (
+    Case,
+    Kind,
+    Problem,
+    combine_problem,
+    down_problem,
+    gate_up_problem,
+    matvec_problem,
+    router_problem,
+)
+
+from flashmoe_metal.add_norm import add_norm
+from flashmoe_metal.gated_delta_step import gated_delta_step
+from flashmoe_metal.kernel import launched_by
+from flashmoe_metal.qk_norm_rope import qk_norm_rope
+
+BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
+#: Of so few slots, scores and gates MLX makes constants.
+FEW = {"rows": 1, "top_k": 3}
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each kernel in two types or more, once with inputs so small that MLX passes them as
+    constants. As a name for messages, and what calls the kernel by its public function.
+
+    Each case costs seconds, for four compilers: none differs in sizes only.
+    """
+    for name, problem in problems():
+        yield name, problem.call
+    for dtype in (BF16, F32):
+        yield f"add_norm of {dtype}", lambda dtype=dtype: norm(dtype)
+        yield f"qk_norm_rope of {dtype}", lambda dtype=dtype: rotation(dtype)
+        yield f"gated_delta_step of {dtype}", lambda dtype=dtype: step(dtype)
+
+
+def problems() -> Iterator[tuple[str, Problem]]:
+    yield "router", router_problem(dtype=BF16, more=1)
+    yield "router of f32", router_problem(rows=1, experts=7)
+    yield "matvec", matvec_problem(Case(Kind(5, 128, F16)))
+    yield "matvec of f32", matvec_problem(Case(Kind(6, 32, F32), dtype=F32))
+    yield "gate_up", gate_up_problem(Case(rows=8, shared=Kind(8, 32, F16), shared_size=37))
+    yield "gate_up of a few", gate_up_problem(Case(Kind(3, 32, F16), dtype=F16, **FEW))
+    yield "gate_up of f32", gate_up_problem(Case(Kind(0, dtype=F32), dtype=F32))
+    own = {"shared": Kind(0, dtype=F16), "residual": BF16}
+    yield "down", down_problem(Case(rows=8, **own))
+    yield "down of a few", down_problem(Case(Kind(2, 32, F32), dtype=F32, **FEW, **own))
+    yield "down of f16", down_problem(Case(Kind(0), dtype=F16, gate=F32))
+    yield "combine", combine_problem(Case(rows=8, **own))
+    own |= {"residual": F32, "gate": F16}
+    yield "combine of a few", combine_problem(Case(dtype=F16, out=7, **FEW, **own))
+
+
+def norm(dtype: mx.Dtype):
+    x = mx.ones((1, 1, 132 if dtype == BF16 else 5), dtype)
+    return add_norm(x, x, x[0, 0], mx.array([1e-6]))
+
+
+def rotation(dtype: mx.Dtype):
+    gated = dtype == BF16
+    queries, keys = mx.ones((1, 1, 32 if gated else 16), dtype), mx.ones((1, 1, 8), dtype)
+    weight, eps, rope = mx.ones(8, dtype), mx.array([1e-6, 1e-6]), mx.array([20.0, 1.0])
+    counts = {"heads": 2, "key_heads": 1, "rotated": 4, "gated": gated}
+    return qk_norm_rope(queries, keys, weight, weight, eps, rope, mx.array([3]), **counts)
+
+
+def step(dtype: mx.Dtype):
+    shape = "one_head" if dtype == BF16 else "few_rows"
+    arguments, rest = gated_delta_problems.case(gated_delta_problems.SHAPES[shape], dtype)
+    return gated_delta_step(*arguments, **rest)
+
+
+def launches(call) -> list[tuple]:
+    """What a call launches, as (kernel, arguments); it gets zeros for results."""
+    seen = []
+
+    def launch(kernel, **arguments):
+        seen.append((kernel, arguments))
+        outputs = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    with launched_by(launch):
+        mx.eval(call())
+    assert seen, "it launches no kernel"
+    return seen

@@ -1,0 +1,46 @@
+"""Faults in the package's kernels: see test_kernel_faults.py.
+
+As a module of cases for sanitized.py: a call that reads past the end of a matrix, and nobody uses
+what it reads.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import msl_build
+import msl_cpu
+from expert_problems import Case, matvec_problem
+
+from flashmoe_metal import kernel
+
+
+@contextmanager
+def planted(file: str, old: str, new: str, *, seed: int = 0, flags: tuple[str, ...] = ()):
+    """In here, the stand-in launches kernels with something else in their text."""
+    text = kernel.text
+
+    def changed(path: str) -> str:
+        return text(path).replace(old, new) if path == f"kernels/{file}" else text(path)
+
+    def launch(k: kernel.Kernel, **call):
+        # Another one: they keep what they compiled.
+        other = kernel.Kernel(k.name, k.inputs, k.outputs, k.helpers, **k.defines)
+        return msl_cpu.launcher(seed=seed, flags=flags)(other, **call)
+
+    assert old in text(f"kernels/{file}"), old
+    with mock.patch.object(kernel, "text", changed), kernel.launched_by(launch):
+        yield
+
+
+def cases():
+    problem = matvec_problem(Case())
+    yield "sound", problem.call
+    clamp = "rows.h", "first + r < last ? first + r : last", "first + r"
+
+    def call():
+        with planted(*clamp, flags=msl_build.SANITIZERS):
+            return problem.call()
+
+    yield "past the end", call

@@ -1,0 +1,184 @@
+"""MoE blocks through our kernels: waves, pieces of a sweep, lazy results, and the mailbox."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fake_device import HostMailboxes, post
+from fused_toys import activations, random_tokens, settle, write
+from launching import launched
+from mlx_lm.utils import load_model
+from toys import HIDDEN
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.models import qwen_moe as models
+from flashmoe.models.loading import load_streaming
+from flashmoe.models.resident import logits, same
+from flashmoe.ops.gpu import fused
+from flashmoe.ops.reference import kernels as kernel_twins
+from flashmoe.streaming.switch_glu import StreamingSwitchGLU
+from flashmoe_metal import kernel
+
+ON_GPU = kernel.available()
+on_stand_in = pytest.mark.skipif(ON_GPU, reason="a GPU has memory and mailboxes of its own")
+#: Beside which 16 tokens are few.
+MANY = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launches():
+    with launched() as names:
+        yield names
+
+
+# With a shared expert of another size than the routed ones, and without any.
+@pytest.fixture(scope="module", params=["qwen3_5_moe", "qwen3_moe"])
+def toy(request, tmp_path_factory):
+    return Checkpoint.open(write(tmp_path_factory.mktemp("toys"), request.param, dtype="bfloat16"))
+
+
+@pytest.fixture
+def load(toy):
+    """Load it with so many slots, by default as few as there may be."""
+    made = []
+
+    def load(slots=None):
+        made.append(load_streaming(toy, slots=slots or toy.top_k + 2))
+        return made[-1]
+
+    yield load
+    for model in made:
+        model.close()
+
+
+def numpy(xs) -> list[np.ndarray]:
+    return [np.array(x.astype(mx.float32)) for x in xs]
+
+
+def pieces(*tokens: int) -> list[mx.array]:
+    return [activations(1, n, HIDDEN, seed=i) for i, n in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("tokens", [5, 16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_waves_change_a_bit(toy, load, launches, tokens, residual):
+    x, r = pieces(tokens, tokens)
+    found = []
+    for slots in (toy.top_k + 2, toy.num_experts):
+        block = load(slots)._blocks[0]
+        launches.clear()
+        y = block.with_residual(x, r) if residual else block(x)
+        found += numpy([y])
+        needed = len(np.unique(np.array(block.route(x[0])[0])))
+        assert ("combine" in launches) == (needed > slots)
+    assert same(*([f] for f in found))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [(5, MANY), (MANY, 5), (5, 16), (MANY, 1, 20)],
+    ids=str,
+)
+def test_piece_beside_others_has_other_bits(toy, load, tokens):
+    xs = pieces(*tokens)
+    resident = load(toy.num_experts)._blocks[0]
+    alone = numpy([next(resident.sweep([x])) for x in xs])
+    for block in (load()._blocks[0], resident):
+        together = list(block.sweep(xs))
+        assert [y.shape for y in together] == [x.shape for x in xs]
+        assert same(numpy(together), alone)
+
+
+def test_residual_of_a_piece_is_added_to_another(toy, load):
+    xs, rs = pieces(5, MANY, 2), [x * 2 for x in pieces(5, MANY, 2)]
+    block = load()._blocks[0]
+    alone = [block.with_residual(x, r) for x, r in zip(xs, rs, strict=True)]
+    assert same(numpy(block._sweep(xs, rs)), numpy(alone))
+    assert same(numpy(block._sweep(xs[::2], rs[::2])), numpy(alone[::2]))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_lazy_result_reads_a_slot_after_it_was_given_away(load, monkeypatch, rows):
+    """The stand-in computes at once, so other kernels stand in for ours here."""
+    if not ON_GPU:
+        for name in ("gate_up", "down", "combine"):
+            monkeypatch.setattr(fused, name, getattr(kernel_twins, name))
+    switch = load()._blocks[0].switch_mlp
+    x, scores = activations(rows, HIDDEN), mx.full((rows, 2), 0.5)
+
+    def call(first: int) -> mx.array:
+        indices = mx.broadcast_to(mx.array([first, first + 1]), (rows, 2))
+        return next(switch.start([(x, indices)]).finish([scores], [{}]))
+
+    at_once = [np.array(call(first).astype(mx.float32)) for first in (0, 2, 4, 6)]
+    evictions = switch._slots.evictions
+    lazy = [call(first) for first in (0, 2, 4, 6)]
+    assert switch._slots.evictions > evictions + 4
+    assert same(numpy(lazy), at_once)
+
+
+def test_piece_of_many_rows_is_split_wrongly_by_name(toy, load):
+    """The router and the shared expert's gate are one product."""
+    stock, _ = load_model(toy.path)
+    if not ON_GPU:
+        stock.set_dtype(mx.float32)
+    ours, theirs = load()._blocks[0], stock.layers[0].mlp
+    x = activations(2, MANY, HIDDEN)
+    for name in ("gate", "shared_expert_gate"):
+        if hasattr(theirs, name):
+            a, b = numpy([getattr(ours, name)(x), getattr(theirs, name)(x)])
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, atol=0.1 if ON_GPU else 1e-5)
+
+
+@pytest.fixture
+def posted(monkeypatch):
+    """Routers post to mailboxes. Gives settings: what of a choice is garbage, for all that look."""
+    monkeypatch.setattr(models, "device_memory", HostMailboxes)
+    settings = {"garbage": None, "posts": 0}
+    run = kernel._launcher
+
+    def launch(k, **call):
+        outputs = run(k, **call)
+        if k.name != "router" or not call["inputs"][1].item():
+            return outputs
+        settings["posts"] += 1
+        indices, scores = outputs
+        posted = np.zeros(indices.shape) if settings["garbage"] == "mailbox" else indices
+        post(call["inputs"][1], np.array(posted))
+        return [mx.zeros_like(indices) if settings["garbage"] == "indices" else indices, scores]
+
+    with kernel.launched_by(launch):
+        yield settings
+
+
+@on_stand_in
+def test_choice_is_looked_at_elsewhere_than_in_the_mailbox(load, posted):
+    tokens = random_tokens(16)
+    calls = ((1, 1), (16, 5))
+    model = load()
+    expected = [logits(model, tokens[:n], chunk, decode=1) for n, chunk in calls]
+    assert posted["posts"]
+    posted["garbage"] = "indices"
+    for (n, chunk), right in zip(calls, expected, strict=True):
+        assert same(logits(model, tokens[:n], chunk, decode=1), right)
+
+
+@on_stand_in
+@pytest.mark.parametrize("tokens", [(5, 5), (1, 2, 3), (3, MANY)], ids=str)
+def test_mailbox_of_several_pieces_is_looked_at(load, posted, tokens):
+    """It has the choice of the last one."""
+    xs = pieces(*tokens)
+    block = load()._blocks[0]
+    alone = numpy([next(block.sweep([x])) for x in xs])
+    posted["garbage"] = "mailbox"
+    assert same(numpy(block.sweep(xs)), alone)
+
+
+@on_stand_in
+def test_settled_layer_looks_into_the_mailbox(toy, load, posted, monkeypatch):
+    model = load(toy.num_experts)
+    expected = logits(model, random_tokens(4), 1, decode=1)
+    settle(model)
+    posted["garbage"] = "mailbox"
+    monkeypatch.setattr(StreamingSwitchGLU, "start", None)
+    assert same(logits(model, random_tokens(4), 1, decode=1), expected)

@@ -1,0 +1,319 @@
+"""The benchmarks of whole models run, and what they say adds up. No speed is asserted."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import disk
+import gpu
+import growth
+import numpy as np
+import pytest
+import routing_data
+import runs
+import synth
+import synth_gguf
+import timeline
+from gpu_sides import SIDES, Sides
+from gpu_time import union
+from launching import launched
+from timeline import Span
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.ops.gpu.fused import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+# matplotlib comes with the group of benchmarks, not with that of tests.
+PLOTS = importlib.util.find_spec("matplotlib") is not None
+SMALL = {
+    "HIDDEN": 128,
+    "EXPERT": 64,
+    "HEADS": 2,
+    "KV_HEADS": 1,
+    "HEAD_DIM": 64,
+    "KEY_HEADS": 2,
+    "VALUE_HEADS": 4,
+    "LINEAR_DIM": 32,
+}
+LAYERS, EXPERTS, K, SLOTS = 4, 24, 4, 8
+
+
+def shrink(module, patch) -> None:
+    for name, value in SMALL.items():
+        if hasattr(module, name):
+            patch.setattr(module, name, value)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """The model of synth.py with small matrices."""
+    path = tmp_path_factory.mktemp("synth") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(synth, patch)
+        synth.write(path, layers=LAYERS, experts=EXPERTS, vocab=64, top_k=K)
+    return path
+
+
+def run(script: str, *arguments) -> dict:
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--keep-cache"]
+    command += ["--raw-seconds", "0.05", "--steps", "5"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "core")}
+    environment |= {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plotting(picture: Path) -> list:
+    return ["--plot", picture] if PLOTS else []
+
+
+def test_streaming_does_not_add_up(small, tmp_path):
+    ids = tmp_path / "ids"
+    ids.write_text("\n".join(map(str, np.random.default_rng(0).integers(0, 64, 30))))
+    picture = tmp_path / "plots" / "streaming.svg"
+    result = run(
+        "streaming.py", small, "--tokens", ids, "--prompt", 20, "--warm",
+        "--setting", f"slots={SLOTS}", "--case", "io=direct depth=3", "--case", "k=2",
+        *plotting(picture),
+    )  # fmt: skip
+    assert not PLOTS or picture.read_text().count("waiting for the disk") > 0
+    expert = next(iter(Checkpoint.open(small).expert_layers.values())).expert_nbytes
+    for name, k in (("io=direct depth=3", K), ("k=2", 2)):
+        case = result["cases"][name]
+        assert (case["experts"], case["slots"]) == (k, SLOTS)
+        for which in ("cold", "warm"):
+            found = case[which]
+            assert found["tokens_per_second"] > 0
+            assert found["union_bytes"] % expert == 0
+            # Of the first pass, every expert of the prompt was read, once.
+            assert which == "warm" or found["prefill_bytes"] == found["union_bytes"]
+            missed = LAYERS * k * expert * (1 - found["hit_rate"])
+            assert found["bytes_per_token"] == pytest.approx(missed, rel=0.02)
+            assert abs(found["hit_rate"] - found["expected_hit_rate"]) < 0.2
+        assert case["cold"]["time_to_first_token"] > 0
+
+
+def test_streaming_under_a_limit(small):
+    if not (runs.can_limit() and runs.can_drop()):
+        pytest.skip("cannot make memory cgroups")
+    result = run("streaming.py", small, "--limit", "900MB", "--memory", "600MB", "--prompt", 4)
+    case = result["cases"]["io=buffered"]
+    assert case["cgroup_limit"] == 900_000_000
+    assert 0 < case["cgroup_peak"] <= case["cgroup_limit"]
+    assert case["peak_rss"] < 600_000_000
+
+
+def test_growth_does_not_run(small, tmp_path):
+    picture = tmp_path / "growth.svg"
+    result = run(
+        "growth.py", small, "--budgets", "700MB", "900MB", "--room", "none", "--prompt", 4,
+        *plotting(picture),
+    )  # fmt: skip
+    assert set(result["budgets"]) == {"700MB", "900MB"}
+    assert not PLOTS or picture.stat().st_size > 1000
+
+
+def budget(slots: int, seconds: float, hits: float) -> dict:
+    cold = {
+        "tokens_per_second": 1 / seconds,
+        "compute_ms": 100.0,
+        "hit_rate": hits,
+        "expected_hit_rate": hits,
+    }
+    return {"cold": cold, "raw_gb_s": 1.0, "needed_bytes": 200_000_000, "slots": slots}
+
+
+def test_growth_expects_something_else():
+    """A tenth of a second of maths; 0.2 GB of experts a token, at 1 GB/s."""
+    rows = growth.expect(
+        {"1GB": budget(0, 0.3, 0.0), "2GB": budget(5, 0.2, 0.5), "3GB": budget(10, 0.1, 1.0)}
+    )
+    assert [row["serial"] for row in rows.values()] == pytest.approx([1 / 0.3, 5, 10], abs=1e-3)
+    assert [row["overlap"] for row in rows.values()] == [5, 10, 10]
+    assert all(row["serial_deviation"] == row["line_deviation"] == 0 for row in rows.values())
+    assert rows["2GB"]["overlap_deviation"] == -0.5
+
+
+def test_timeline_does_not_run(small, tmp_path):
+    picture = tmp_path / "timeline.svg"
+    result = run(
+        "timeline.py", small, "--setting", f"slots={SLOTS}", "--prompt", 4, *plotting(picture)
+    )
+    token = result["token_ms"]
+    assert sum(token[kind] for kind in timeline.KINDS) == pytest.approx(token["step"], abs=0.1)
+    assert 0 < token["disk"] <= token["step"]
+    assert token["experts"] > 0
+    assert not PLOTS or "reader 1" in picture.read_text()
+
+
+def test_timeline_counts_a_moment_twice():
+    spans = [
+        Span("start", 0, 1.0, 4.0),
+        Span("slots", 0, 3.0, 3.5),
+        Span("slots", 0, 5.0, 9.0),
+        Span("waiting", 0, 6.0, 7.0),
+        Span("experts", 0, 7.0, 8.0),
+        Span("read", 1, 2.0, 5.0),
+        Span("read", 2, 4.0, 7.0),
+        Span("read", 1, 9.5, 12.0),
+    ]
+    found = timeline.by_kind(spans, 0.0, 10.0)
+    assert found == {
+        "step": 10_000.0,
+        "dense": 5500.0,
+        "experts": 1000.0,
+        "waiting": 1000.0,
+        "slots": 2500.0,
+        "disk": 5500.0,
+    }
+
+
+def test_raw_bandwidth_reads_other_bytes(small):
+    ranges = list(zip(range(9), disk.experts(small), strict=False))
+    part = {(file, nbytes) for _, (file, _, nbytes) in ranges}
+    layer = next(iter(Checkpoint.open(small).expert_layers.values()))
+    assert {nbytes for _, nbytes in part} == {p.nbytes for p in layer.parts}
+    for speed in (
+        disk.bandwidth(disk.experts(small), 3, 0.05),
+        disk.bandwidth(disk.pieces(next(small.glob("*.safetensors")), 5000), 2, 0.05),
+    ):
+        assert speed is None or speed > 0
+
+
+def test_tokens_are_misread(tmp_path):
+    file = tmp_path / "ids"
+    file.write_text("3 1\n2")
+    assert runs.tokens(file, 2, 4, seed=0) == [3, 1]
+    with pytest.raises(SystemExit, match="has 3 tokens, 4 are needed"):
+        runs.tokens(file, 4, 4, seed=0)
+    with pytest.raises(SystemExit, match="beyond the vocabulary of 3"):
+        runs.tokens(file, 3, 3, seed=0)
+    drawn = runs.tokens(None, 50, 7, seed=1)
+    assert drawn == runs.tokens(None, 50, 7, seed=1)
+    assert set(drawn) == set(range(7))
+
+
+def test_medians_are_of_something_else():
+    rounds = [{"a": {"b": x, "name": "n"}, "flag": True} for x in (5, 1, 9)]
+    assert runs.medians(rounds) == {"a": {"b": 5, "name": "n"}, "flag": True}
+    assert runs.nbytes("3.2GB") == 3_200_000_000
+    assert runs.nbytes("none") is None
+
+
+def test_twin_has_other_bytes():
+    """Each expert of the GGUF file has as many bytes as in the MLX one."""
+    experts = [t for t in synth.plan(4, 6, 32, 4, 64) if "switch_mlp" in t.name]
+    twins = [t for t in synth_gguf.plan(4, 6, 32) if "_exps" in t.name]
+    assert sum(t.nbytes for t in experts) == sum(t.nbytes for t in twins) == 4 * 6 * 7_077_888
+
+
+def test_twin_cannot_be_read(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    shrink(synth_gguf, monkeypatch)
+    out = tmp_path / "small.gguf"
+    written = synth_gguf.write(out, layers=4, experts=6, vocab=32, top_k=3)
+    assert written["bytes"] == out.stat().st_size
+    reader = gguf.GGUFReader(out)
+    tensors = {t.name: t for t in reader.tensors}
+    planned = {t.name: t for t in synth_gguf.plan(4, 6, 32)}
+    assert tensors.keys() == planned.keys()
+    for name, tensor in tensors.items():
+        assert tuple(reversed(tensor.shape.tolist())) == planned[name].shape
+        assert tensor.n_bytes == planned[name].nbytes
+    weights = gguf.quants.dequantize(
+        tensors["blk.3.ffn_down_exps.weight"].data, gguf.GGMLQuantizationType.Q4_0
+    )
+    assert weights.shape == (6, SMALL["HIDDEN"], SMALL["EXPERT"])
+    np.testing.assert_allclose(weights.std(axis=-1), SMALL["EXPERT"] ** -0.5, rtol=0.5)
+    assert abs(weights.mean()) < 0.02 * weights.std()
+    assert not np.array_equal(weights[0], weights[1])
+    with pytest.raises(ValueError, match="give a new file"):
+        synth_gguf.write(out, layers=4, experts=6, top_k=3)
+
+
+def test_results_of_gpu_kernels_are_wrong():
+    with launched():
+        found = gpu.check(small=True)
+    found.pop("router rows like mlx-lm's")  # there is no such order on a CPU
+    assert all(share <= 1 for share in found.values()), found
+
+
+def test_gpu_streams_other_bits_than_resident_ones(tmp_path, monkeypatch):
+    shrink(synth, monkeypatch)
+    with launched():
+        found = gpu.streaming(tmp_path, layers=4, experts=12, slots=6, steps=3)
+    for io in ("buffered", "direct"):
+        assert found[io]["same bits as resident"]
+        assert 0 < found[io]["hit rate"] < 1
+        assert found[io]["ms of a token"]["step"] > 0
+
+
+def test_plan_is_far_from_what_was_published(small):
+    """Published figures are predicted within 25 %; a run here is planned with its own slots."""
+    arguments = [small, "--case", "memory=700MB", "--room", "none", "--prompt", "8"]
+    found = run("plan.py", *arguments, "--probe-seconds", "0.1")
+    assert {row["k"] for row in found["published"]} == {4, 10}
+    assert all(abs(row["off"]) < 0.25 for row in found["published"])
+    by_name = {row["machine"]: row for row in found["macs"]}
+    assert by_name["m3-max-48gb"]["k4"]["tokens_per_second"] > 1
+    case = found["here"]["memory=700MB"]
+    assert case["slots"] == case["slots_planned"]
+    assert case["off"] == pytest.approx(case["predicted"] / case["measured"] - 1, abs=2e-3)
+    assert case["first_token_predicted"] > 0
+
+
+def test_routing_of_plans_is_old():
+    """core/flashmoe/plan/routing.json is what the traces and the slots give: half of it, for time."""
+    shipped = json.loads((ROOT / "core/flashmoe/plan/routing.json").read_text())
+    made = json.loads(json.dumps(routing_data.of_trace()))
+    assert made == shipped["sources"]["Qwen3-30B-A3B"]
+
+
+def test_batch_is_not_measured(small):
+    common = ("batch.py", small, "--setting", f"slots={SLOTS}", "--rows", "1", "3", "--prompt", 4)
+    found = run(*common, "--fill", 2)
+    one, three = found["1 rows"], found["3 rows"]
+    assert one["needed_per_token"] == LAYERS * K
+    assert LAYERS * K / 3 <= three["needed_per_token"] < LAYERS * K
+    assert three["speedup"] == round(three["tokens_per_second"] / one["tokens_per_second"], 3)
+    whole = run(*common, "--requests", 6)
+    assert whole["3 rows"]["request_bytes"] < whole["1 rows"]["request_bytes"]
+
+
+def test_kernels_side_by_side_count_twice():
+    assert union([(5, 6), (0, 2), (1, 3), (5.5, 5.7), (6, 7)]) == 5
+    assert union([]) == 0
+
+
+def test_large_matrix_has_scales_that_are_no_numbers():
+    """Larger than the tile that its bytes come from."""
+    scales = synth.Tensor("scales", "BF16", (5 << 20, 1), (0.75, 1.25, -7.5), 3)
+    found = np.concatenate([np.frombuffer(p, np.uint16) for p in synth.Source(0).pieces(scales)])
+    values = (found.astype(np.uint32) << 16).view(np.float32)
+    assert values.size == 5 << 20
+    assert -9.5 < values.min() < -9 < -6 < values.max() < -5.5
+
+
+def settings(side: str, shift: int) -> dict:
+    """What one side of a comparison runs: see gpu_sides.py."""
+    return {
+        "whose": lambda: (side, shift),
+        "settings": lambda: {n: os.environ.get(n) for n in SETTINGS},
+    }
+
+
+def test_side_has_the_settings_of_another():
+    with Sides(settings, shift=3) as sides:
+        assert [sides.run(n, "whose")[1] for n in SIDES] == [
+            (side, 3) for side, _ in SIDES.values()
+        ]
+        found = {n: sides.run(n, "settings")[1] for n in SIDES}
+        assert set(sides.alternated("whose", rounds=2)) == set(SIDES)
+    assert found["ours"] == found["stock, our settings"] == SETTINGS
+    assert set(found["stock"].values()) == {None}

@@ -1,0 +1,187 @@
+"""What people use the server with: the openai package and LangChain's ChatOpenAI, over the demo
+model, which calls tools and keeps to schemas."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+import openai
+import pytest
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
+from server_in_thread import serve
+
+from flashmoe.server.openai_fields import FIELDS
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+ASK = [{"role": "user", "content": "What is 17 plus 25? Use the tool."}]
+
+
+class Dog(BaseModel):
+    name: str
+    color: Literal["brown", "black"]
+    age: int
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with serve(engine, name="flashmoe-demo") as server:
+        yield server.url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def create(client):
+    def create(messages=ASK, **options):
+        options = {"temperature": 0, "max_tokens": 60} | options
+        return client.chat.completions.create(model="flashmoe-demo", messages=messages, **options)
+
+    return create
+
+
+def test_agent_of_openai_does_not_answer(create):
+    message = create(tools=[ADD]).choices[0].message
+    (call,) = message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 17, "b": 25})
+    result = {"role": "tool", "tool_call_id": call.id, "content": "42"}
+    # The message goes back as it came, with all its empty fields.
+    found = create([*ASK, message.model_dump(), result], tools=[ADD])
+    assert "42" in found.choices[0].message.content
+    assert found.usage.prompt_tokens_details.cached_tokens > 50
+
+
+def test_streamed_call_is_another_one(create):
+    options = {"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "add"}}}
+    chunks = list(create(stream=True, **options))
+    calls = [c for k in chunks for c in k.choices[0].delta.tool_calls or ()]
+    assert calls[0].id
+    assert [c.function.name for c in calls if c.function.name] == ["add"]
+    assert json.loads("".join(c.function.arguments for c in calls)) == {"a": 17, "b": 25}
+    assert {c.index for c in calls} == {0}
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_helper_of_openai_does_not_parse(client):
+    fields = {"model": "flashmoe-demo", "temperature": 0, "max_tokens": 100}
+    ask = [{"role": "user", "content": "Invent a dog."}]
+    found = client.chat.completions.parse(messages=ask, response_format=Dog, **fields)
+    assert isinstance(found.choices[0].message.parsed, Dog)
+    with client.chat.completions.stream(messages=ask, response_format=Dog, **fields) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(
+            messages=ask, response_format=Dog, **fields | {"max_tokens": 3}
+        )
+    tool = openai.pydantic_function_tool(Dog)
+    found = client.chat.completions.parse(
+        messages=ask, tools=[tool], tool_choice="required", **fields
+    )
+    assert found.choices[0].message.tool_calls[0].function.parsed_arguments
+
+
+def test_json_object_is_none(create):
+    found = create(
+        [{"role": "user", "content": "A dog as JSON."}],
+        response_format={"type": "json_object"},
+        max_tokens=60,
+    )
+    text = found.choices[0].message.content
+    assert found.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
+
+
+def test_thought_is_in_the_answer(create):
+    found = create(
+        [{"role": "user", "content": "What is 3 plus 4?"}],
+        reasoning_effort="low",
+        max_tokens=200,
+        extra_body={"thinking_budget": 20},
+    )
+    message = found.choices[0].message
+    assert message.reasoning_content
+    assert message.reasoning_content not in message.content
+    assert 0 < found.usage.completion_tokens_details.reasoning_tokens <= 25
+    off = create([{"role": "user", "content": "Hello!"}], reasoning_effort="none")
+    assert not hasattr(off.choices[0].message, "reasoning_content")
+
+
+def test_async_client_gets_another_answer(url, create):
+    async def ask() -> str:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            fields = {"model": "flashmoe-demo", "temperature": 0, "max_tokens": 20}
+            stream = await client.chat.completions.create(messages=ASK, stream=True, **fields)
+            return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+    assert asyncio.run(ask()) == create(max_tokens=20).choices[0].message.content
+
+
+@pytest.fixture
+def chat(url):
+    return ChatOpenAI(
+        model="flashmoe-demo", base_url=url, api_key="none", temperature=0, max_tokens=80
+    )
+
+
+def test_langchain_gets_another_answer(chat, create):
+    found = chat.invoke("Hello!")
+    assert found.text == create([{"role": "user", "content": "Hello!"}]).choices[0].message.content
+    assert found.usage_metadata["output_tokens"] > 0
+    chunks = list(chat.stream("Hello!", stream_usage=True))
+    assert "".join(c.text for c in chunks) == found.text
+    assert chunks[-1].usage_metadata or chunks[-2].usage_metadata
+    assert asyncio.run(chat.ainvoke("Hello!")).text == found.text
+
+
+def test_agent_of_langchain_does_not_answer(chat):
+    bound = chat.bind_tools([ADD])
+    ask = HumanMessage(ASK[0]["content"])
+    answer = bound.invoke([ask])
+    (call,) = answer.tool_calls
+    assert (call["name"], call["args"]) == ("add", {"a": 17, "b": 25})
+    done = bound.invoke([ask, answer, ToolMessage("42", tool_call_id=call["id"])])
+    assert "42" in done.text
+    whole = None
+    for chunk in bound.stream([ask]):
+        whole = chunk if whole is None else whole + chunk
+    assert whole.tool_calls[0]["args"] == call["args"]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output_of_langchain_is_none(chat, method):
+    assert isinstance(chat.with_structured_output(Dog, method=method).invoke("Invent a dog."), Dog)
+
+
+DOCS = (Path(__file__).parents[2] / "docs/serve.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_of_the_docs_fails(url, code, capsys):
+    assert "http://127.0.0.1:8080/v1" in code
+    exec(code.replace("http://127.0.0.1:8080/v1", url), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_field_is_not_in_the_docs(field):
+    assert f"`{field}`" in DOCS or FIELDS[field] is FIELDS["user"] or f"`{field}:" in DOCS

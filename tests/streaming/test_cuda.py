@@ -1,0 +1,130 @@
+"""Slots in the memory of a discrete NVIDIA GPU, on one."""
+
+import ctypes
+import gc
+import threading
+from contextlib import suppress
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from toys import write_toy
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.errors import DeviceError
+from flashmoe.models.loading import load_streaming
+from flashmoe.models.resident import load_resident, logits, same
+from flashmoe.streaming import cuda as cuda_memory
+from flashmoe.streaming.cuda import CudaMemory, device_memory
+from flashmoe.streaming.device_copy import PLACE_NBYTES, DeviceBytes
+from flashmoe.streaming.reader import Reader, ReadRequest
+
+pytestmark = pytest.mark.skipif(device_memory() is None, reason="needs a discrete NVIDIA GPU")
+
+
+def zeros(*shape, dtype=mx.uint8) -> mx.array:
+    mx.clear_cache()  # as a bank does, before it makes its stacks
+    array = mx.zeros(shape, dtype)
+    mx.eval(array)
+    return array
+
+
+def seen(array: mx.array, expected: np.ndarray) -> bool:
+    """Whether the GPU sees these bytes; the host does not look at the array."""
+    same = mx.array_equal(array.view(mx.uint8).reshape(-1), mx.array(expected.reshape(-1)))
+    return same.item()
+
+
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.uint32, mx.bfloat16, mx.float16, mx.float32])
+def test_gpu_sees_other_bytes_than_were_read(tmp_path, dtype):
+    data = np.random.default_rng(0).integers(0, 256, 2 * PLACE_NBYTES + 4096, np.uint8)
+    (tmp_path / "experts").write_bytes(data.tobytes())
+    memory = CudaMemory()
+    stack = zeros(3, data.size // dtype.size, dtype=dtype)
+    before = memory.address(stack)
+    slot = DeviceBytes.of(memory, stack)[data.size : 2 * data.size]
+    for io in ("buffered", "direct"):
+        with Reader(4, io=io) as reader:
+            reader.submit([ReadRequest(tmp_path / "experts", 0, slot, 0, 0)]).wait()
+        assert seen(stack[1], data)
+        assert seen(stack[0], np.zeros_like(data))
+        assert seen(stack[2], np.zeros_like(data))
+        slot[:] = np.zeros_like(data)
+        assert seen(stack[1], np.zeros_like(data))
+    assert memory.address(stack) == before, "a use by the GPU does not move it"
+
+
+def test_use_by_the_gpu_moves_an_array():
+    memory = CudaMemory()
+    stack = zeros(4, 1 << 20)
+    before = memory.address(stack)
+    mx.eval(stack[1], stack.view(mx.uint32), mx.sum(stack))
+    mx.clear_cache()
+    assert memory.address(stack) == before
+
+
+def test_array_that_the_host_may_hold_is_taken_for_the_gpus_own():
+    """The host looks at it, so MLX moves it, or else it lies where it lay."""
+    memory = CudaMemory()
+    stack = zeros(4, 1 << 20)
+    before = memory.address(stack)
+    np.array(stack)
+    # Not an error only where it stayed.
+    with suppress(DeviceError):
+        assert memory.address(stack) == before
+
+
+def test_kernels_in_flight_see_bytes_of_a_later_write():
+    """`mx.eval` ends when the GPU has read: what a slot's next bytes wait for."""
+    memory = CudaMemory()
+    stack = zeros(1 << 28)
+    whole = DeviceBytes.of(memory, stack)
+    for i in range(20):
+        total = mx.sum(stack.view(mx.uint32)[: 1 << 20].astype(mx.uint64))
+        mx.eval(total)
+        whole[: 1 << 22] = np.full(1 << 22, i + 1, np.uint8)
+        assert total.item() == (1 << 20) * int.from_bytes(bytes([i] * 4), "little")
+
+
+def test_places_stay_locked_when_their_threads_ended():
+    memory = CudaMemory()
+    array = zeros(1 << 20)
+    target = DeviceBytes.of(memory, array)
+    kept = []
+
+    def work():
+        place = target.place(0)
+        place[:] = 7
+        target[:] = place
+        kept.append(place.__array_interface__["data"][0])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert seen(array, np.full(1 << 20, 7, np.uint8))
+    memory._enter()
+    with pytest.raises(DeviceError, match="cuMemHostUnregister: CUDA_ERROR_"):
+        cuda_memory._call("cuMemHostUnregister", kept[0])
+
+
+def test_error_of_the_driver_has_no_name():
+    with pytest.raises(DeviceError, match="cuDevicePrimaryCtxRetain: CUDA_ERROR_INVALID_DEVICE"):
+        cuda_memory._call("cuDevicePrimaryCtxRetain", ctypes.byref(ctypes.c_void_p()), 99)
+    assert mx.sum(mx.ones((4,))).item() == 4
+
+
+def test_model_differs_from_its_resident_twin(tmp_path):
+    path = write_toy(tmp_path / "toy", "qwen3_moe", num_experts=9, top_k=3)
+    tokens = list(range(60))
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    stacks = [
+        stack
+        for block in model._blocks
+        for projection in ("gate_proj", "up_proj", "down_proj")
+        for stack in block.switch_mlp._bank.stacks(projection)
+    ]
+    memory = CudaMemory()
+    before = [memory.address(stack) for stack in stacks]
+    assert same(logits(model, tokens, 7), logits(load_resident(path), tokens, 7))
+    assert [memory.address(stack) for stack in stacks] == before, "the host looked at a stack"

@@ -1,0 +1,212 @@
+"""Slots give way to prompts and to other processes, and no answer changes by a bit."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from toys import write_toy
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.errors import ContextError
+from flashmoe.memory import footprint
+from flashmoe.models.loading import load_streaming
+from flashmoe.models.resident import load_resident, logits, same
+from flashmoe.streaming.elastic_slots import Room
+
+MB = 10**6
+EXPERTS = 48
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Experts of 1.6 MB each, 302 MB in all."""
+    return write_toy(
+        tmp_path_factory.mktemp("toy"),
+        bits=None,
+        hidden_size=512,
+        moe_intermediate_size=512,
+        num_experts=EXPERTS,
+        max_position_embeddings=8192,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(path):
+    return Checkpoint.open(path)
+
+
+@pytest.fixture
+def model(checkpoint):
+    model = load_streaming(checkpoint, memory="4GB")
+    yield model
+    model.close()
+
+
+def room_of(model, spare: int) -> Room:
+    """A room with a budget that leaves so many bytes beside what lasts."""
+    plan = model.plan
+    lasting = plan.total - plan.slots_nbytes - plan.passing
+    slots = max(plan.least_slots, min(EXPERTS, (spare - plan.passing) // plan.slot_nbytes))
+    plan = replace(plan, budget=lasting + spare, slots_per_layer=slots)
+    return Room(model.checkpoint, plan, [layer.mlp.switch_mlp for layer in model.layers])
+
+
+def needs(model, tokens, context):
+    k, checkpoint = model.experts, model.checkpoint
+    return (
+        footprint.cache_nbytes(checkpoint, context)
+        + footprint.piece_nbytes(checkpoint, tokens, context, k, on_gpu=False)
+        + min(tokens, footprint.PIECE_TOKENS) * footprint.swept_nbytes(checkpoint, k)
+    )
+
+
+def test_prompt_that_fits_takes_slots(model):
+    room = room_of(model, 1000 * MB)
+    room.for_decoding([100])
+    assert room.slots == EXPERTS
+    assert room.for_prompts(2000, [2000], model.experts) == 2000
+    assert room.slots == EXPERTS
+
+
+def test_slots_do_not_give_way_to_a_prompt_or_do_not_come_back(model):
+    plan = model.plan
+    spare = needs(model, 4000, 4000) + 10 * plan.slot_nbytes
+    room = room_of(model, spare)
+    room.for_decoding([100])
+    before = room.slots
+    sweep = room.for_prompts(4000, [4000], model.experts)
+    held = needs(model, 4000, 4000) + (sweep - 512) * footprint.swept_nbytes(
+        model.checkpoint, model.experts
+    )
+    assert plan.least_slots <= room.slots < before
+    assert sweep >= footprint.PIECE_TOKENS
+    assert held + room.slots * plan.slot_nbytes <= spare
+    assert (
+        spare
+        < held
+        + (room.slots + 1) * plan.slot_nbytes
+        + footprint.swept_nbytes(model.checkpoint, model.experts) * 512
+    ), "memory was left over"
+    room.for_decoding([100])
+    assert room.slots == before
+
+
+def test_prompt_that_cannot_fit_is_tried(model):
+    fits = needs(model, 3000, 3000) + model.plan.least_slots * model.plan.slot_nbytes
+    assert room_of(model, fits).for_prompts(3000, [3000], model.experts) == footprint.PIECE_TOKENS
+    with pytest.raises(ContextError, match="3000 tokens needs at least .* and there are") as e:
+        room_of(model, fits - 10).for_prompts(3000, [3000], model.experts)
+    assert 'memory="' in str(e.value)
+
+
+def test_slots_that_were_asked_for_change(checkpoint):
+    model = load_streaming(checkpoint, slots=7)
+    assert model.room.for_prompts(4000, [4000], model.experts) >= footprint.PIECE_TOKENS
+    model.room.for_decoding([4000])
+    model.room.look()
+    assert model.room.slots == 7
+    model.close()
+
+
+def test_resized_slots_change_a_bit(path, model):
+    """Between any two layers, also where experts leave that the next call needs."""
+    expected = logits(load_resident(path), list(range(60)), 7, decode=20)
+    sizes = [model.plan.least_slots, EXPERTS, 11, 5, 30]
+
+    def between():
+        sizes.append(sizes.pop(0))
+        model.room._resize(sizes[0])
+
+    model.watch.between = between
+    assert same(logits(model, list(range(60)), 7, decode=20), expected)
+
+
+def resident_nbytes():
+    from flashmoe.memory.budget import resident
+
+    return resident()
+
+
+def test_memory_of_slots_that_left_is_kept(model):
+    cache = make_prompt_cache(model)
+    model.room._resize(EXPERTS)
+    mx.eval(model(mx.array([list(range(150))] * 1), cache=cache))
+    full = resident_nbytes()
+    model.room._resize(model.plan.least_slots)
+    freed = (EXPERTS - model.plan.least_slots) * model.plan.slot_nbytes
+    assert full - resident_nbytes() > 0.9 * freed
+
+
+CHILD = """
+import sys, zlib
+import mlx.core as mx, numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.models.loading import load_streaming
+from flashmoe.memory.budget import resident
+
+sys.stdin.readline()
+model = load_streaming(Checkpoint.open(sys.argv[1]))
+for line in sys.stdin:
+    if line.strip():
+        model.room.for_decoding([1])
+    found = 0
+    cache = make_prompt_cache(model)
+    for token in range(70):
+        model.room._next_look = 0
+        out = np.array(model.next_logits([token], cache).astype(mx.float32))
+        found = zlib.crc32(out.tobytes(), found)
+    print(model.room.slots, resident(), found, flush=True)
+"""
+TAKER = "import sys; sys.stdin.readline(); x = b'x' * int(sys.argv[1]); print(len(x), flush=True); "
+TAKER += "sys.stdin.readline()"
+
+
+def test_process_dies_when_another_one_takes_memory(path, own_cgroup):
+    """In a memory group without swap: what does not fit is killed."""
+
+    def start(*args):
+        process = subprocess.Popen(
+            [sys.executable, "-c", *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        (own_cgroup / "cgroup.procs").write_text(str(process.pid))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process
+
+    def go(process, line=""):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return [int(word) for word in process.stdout.readline().split()]
+
+    (own_cgroup / "memory.limit_in_bytes").write_text(str(3000 * MB))
+    model = start(CHILD, str(path))
+    try:
+        slots, held, bits = go(model, "an answer begins")
+        assert slots == EXPERTS
+        room = 3000 * MB - int((own_cgroup / "memory.usage_in_bytes").read_text())
+        taker = start(TAKER, str(room - 10 * MB))
+        taker.stdout.readline()
+        assert model.poll() is None
+        fewer, less, same_bits = go(model)
+        assert fewer < slots
+        assert less < held - 20 * MB
+        assert same_bits == bits
+        taker.communicate("\n")
+        assert go(model, "an answer begins")[0] == EXPERTS
+        # The limit follows what is used, down to where slots have given way.
+        limits = []
+        for _ in range(4):
+            used = int((own_cgroup / "memory.usage_in_bytes").read_text())
+            limits.append(used + 5 * MB)
+            (own_cgroup / "memory.limit_in_bytes").write_text(str(limits[-1]))
+            slots, _, same_bits = go(model)
+            assert same_bits == bits
+        assert slots < EXPERTS
+        assert limits[-1] < limits[0] - 20 * MB
+    finally:
+        model.stdin.close()
+        model.wait(60)

@@ -1,0 +1,129 @@
+"""Bytes through the page cache, past it, or dropped from it: the same bytes."""
+
+import ctypes
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from flashmoe.streaming.io_modes import BLOCK, IO_MODES
+from flashmoe.streaming.reader import Reader, ReadRequest
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+def pages_in_cache(path) -> int:
+    """How many pages of a file the page cache holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    size = path.stat().st_size
+    pages = -(-size // 4096)
+    with open(path, "rb") as f:
+        address = libc.mmap(None, size, 1, 1, f.fileno(), 0)  # PROT_READ, MAP_SHARED
+    found = ctypes.create_string_buffer(pages)
+    assert libc.mincore(address, size, found) == 0
+    libc.munmap(address, size)
+    return sum(b & 1 for b in found.raw)
+
+
+@pytest.fixture
+def cold_file(tmp_path):
+    path = tmp_path / "experts"
+    path.write_bytes(os.urandom((8 << 20) + 77))
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if pages_in_cache(path):
+        pytest.skip("this file system keeps all files in memory")
+    return path
+
+
+@linux
+@pytest.mark.parametrize("io", ["buffered", "uncached", "uncached without the flag", "direct"])
+def test_bytes_stay_in_the_page_cache_or_do_not(cold_file, io):
+    """The flag: RWF_DONTCACHE, which old kernels do not know."""
+    buffers = [bytearray(1 << 20) for _ in range(8)]
+    requests = [ReadRequest(cold_file, i << 20, b, 0, i) for i, b in enumerate(buffers)]
+    with Reader(4, io=io.split()[0]) as reader:
+        if "without" in io:
+            reader._pool.io.flags = 0
+        reader.submit(requests).wait()
+        assert len(getattr(reader._pool.io, "direct", ())) == (io == "direct")
+        held = pages_in_cache(cold_file)
+    assert b"".join(buffers) == cold_file.read_bytes()[: 8 << 20]
+    # In whole blocks: of a range that ends inside a folio of the cache, the folio may stay.
+    least, most = {"buffered": (2048, 2049), "direct": (0, 0)}.get(io, (0, 100))
+    assert least <= held <= most
+
+
+def lying_as(start: int, size: int) -> np.ndarray:
+    """A buffer that lies in its blocks as `size` bytes from `start` on do in a file's."""
+    raw = np.zeros(size + BLOCK, np.uint8)
+    skip = (start - raw.ctypes.data) % BLOCK
+    return raw[skip : skip + size]
+
+
+@linux
+@pytest.mark.parametrize("in_place", [True, False])
+def test_direct_range_is_not_the_one_that_was_asked_for(cold_file, in_place):
+    """At both sides of blocks, of the bounce buffer, and at the end of the file."""
+    content = cold_file.read_bytes()
+    starts = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, (1 << 20) + 5, len(content) - 4100]
+    sizes = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 9]
+    direct = IO_MODES["direct"]()
+    fd = direct.open(cold_file)
+    try:
+        for start in starts:
+            for size in sizes:
+                buffer = lying_as(start + (not in_place) * 64, size)
+                done = direct.read(fd, buffer, start)
+                assert done == len(content[start : start + size])
+                assert buffer[:done].tobytes() == content[start : start + size]
+        assert direct.read(fd, bytearray(9), len(content)) == 0
+        assert direct.direct == {fd}
+    finally:
+        os.close(fd)
+
+
+@linux
+def test_neighbours_of_a_buffer_are_written(cold_file):
+    """A drive fills whole blocks; the slots of a bank lie side by side."""
+    content = cold_file.read_bytes()
+    direct = IO_MODES["direct"]()
+    fd = direct.open(cold_file)
+    try:
+        for start, size in [
+            (72, 3 * BLOCK),
+            (72, BLOCK - 72),
+            (4000, 200),
+            (0, 5),
+            (90, 2 * BLOCK),
+        ]:
+            room = lying_as(start, size + BLOCK)
+            room[size:] = 7
+            assert direct.read(fd, room[:size], start) == size
+            assert room[:size].tobytes() == content[start : start + size]
+            assert (room[size:] == 7).all()
+            assert (room.base[: (start - room.base.ctypes.data) % BLOCK] == 0).all()
+    finally:
+        os.close(fd)
+
+
+@linux
+def test_file_that_cannot_be_read_directly_is_not_read(cold_file):
+    """Some file systems open such a file, and refuse to read it."""
+    direct = IO_MODES["direct"]()
+    buffer = bytearray(9)
+    fd = os.open(cold_file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        direct.direct.add(fd)
+        direct._read_aligned = lambda *args: os.preadv(fd, [bytearray(9)], 1)  # not aligned
+        assert direct.read(fd, buffer, 0) == 9
+        assert buffer == cold_file.read_bytes()[:9]
+        assert direct.direct == set()
+    finally:
+        os.close(fd)

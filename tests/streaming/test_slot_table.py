@@ -1,0 +1,296 @@
+"""Slots against a plain model of itself: full histories, summed anew at each question."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flashmoe.streaming.slot_table import Slots
+
+NUM_EXPERTS = 9
+NUM_SLOTS = 4
+
+
+class Model:
+    """What Slots must do, without its tricks."""
+
+    def __init__(self, half_life):
+        self.half_life = half_life
+        self.clock = 0
+        self.uses = {}  # expert -> [(clock, count)]
+        self.last_use = {}
+        self.calls = 0
+        self.slot_of = {}
+
+    def touch(self, counts, tokens):
+        self.clock += tokens
+        self.calls += 1
+        for expert, count in counts.items():
+            self.uses.setdefault(expert, []).append((self.clock, count))
+            self.last_use[expert] = self.calls
+
+    def score(self, expert):
+        return sum(
+            count * 0.5 ** ((self.clock - then) / self.half_life)
+            for then, count in self.uses.get(expert, ())
+        )
+
+    def victim(self, pinned):
+        candidates = self.slot_of.keys() - pinned
+        return min(
+            candidates, key=lambda e: (self.score(e), self.last_use.get(e, 0), e), default=None
+        )
+
+
+def test_resize_takes_the_wrong_expert_or_slot():
+    slots = Slots(4, 9, half_life=1.0)
+    for expert, uses in [(5, 3), (6, 1), (7, 2)]:
+        slots.touch({expert: uses}, 0)
+        slots.take(expert, ())
+    where = slots.residents
+    assert slots.resize(3, ()) == [3], "the free slot first"
+    assert slots.residents == where
+    assert slots.resize(2, {6}) == [where[7]], "the lowest score that is not pinned"
+    assert slots.lookup(7) is None
+    assert slots.resize(1, {5, 6}) == []
+    assert slots.num_slots == 2, "nobody could leave"
+    assert slots.resize(1, ()) == [where[6]]
+    assert slots.take(8, {5}) is None
+    assert slots.resize(4, ()) == []
+    assert {slots.take(e, {5}) for e in (6, 7, 8)} == {0, 1, 2, 3} - {where[5]}
+    assert slots.take(4, ()) == where[6], "6 and 8 have the lowest score, 6 for longer"
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f"num_slots is {wrong}, must be 1..4"):
+            slots.resize(wrong, ())
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, NUM_EXPERTS - 1)), max_size=40))
+@settings(deadline=None)
+def test_expert_sits_elsewhere_where_there_is_a_slot_for_each(steps):
+    """Taken and dropped in any order; settled is what has them all."""
+    slots = Slots(NUM_EXPERTS, NUM_EXPERTS)
+    for drop, expert in [*steps, *((False, e) for e in range(NUM_EXPERTS))]:
+        if (slots.lookup(expert) is not None) == drop:
+            slots.drop(expert) if drop else slots.take(expert, ())
+        assert all(e == slot for e, slot in slots.residents.items())
+        assert slots.settled == (len(slots) == NUM_EXPERTS)
+    assert slots.settled
+
+
+def test_table_with_an_expert_elsewhere_is_settled():
+    """As after a time with fewer slots."""
+    slots = Slots(4, 4)
+    slots.resize(3, ())
+    for expert in (3, 1, 0):
+        slots.take(expert, ())
+    slots.resize(4, ())
+    slots.take(2, ())
+    assert len(slots) == 4
+    assert slots.residents != {e: e for e in range(4)}
+    assert not slots.settled
+
+
+experts = st.integers(0, NUM_EXPERTS - 1)
+counts = st.dictionaries(experts, st.integers(0, 3), max_size=5)
+
+
+class SlotsMachine(RuleBasedStateMachine):
+    """A half-life of one token keeps both sums exact, so that ties are the same ties."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = Slots(NUM_SLOTS, NUM_EXPERTS, half_life=1.0)
+        self.model = Model(half_life=1.0)
+        self.evictions = 0
+
+    @rule(counts=counts, tokens=st.sampled_from([0, 1, 1, 2, 18]))
+    def touch(self, counts, tokens):
+        self.slots.touch(counts, tokens)
+        self.model.touch(counts, tokens)
+
+    @rule(expert=experts, pinned=st.sets(experts))
+    def take(self, expert, pinned):
+        held = self.model.slot_of
+        if expert in held:
+            with pytest.raises(ValueError, match=f"expert {expert} is already in slot"):
+                self.slots.take(expert, pinned)
+            return
+        full = len(held) == NUM_SLOTS
+        victim = self.model.victim(pinned) if full else None
+        slot = self.slots.take(expert, pinned)
+        if full and victim is None:
+            assert slot is None
+            return
+        if victim is not None:
+            assert slot == held.pop(victim)
+            self.evictions += 1
+        assert slot not in held.values()
+        held[expert] = slot
+
+    @precondition(lambda self: self.model.slot_of)
+    @rule(data=st.data())
+    def drop(self, data):
+        expert = data.draw(st.sampled_from(sorted(self.model.slot_of)))
+        self.slots.drop(expert)
+        del self.model.slot_of[expert]
+
+    @invariant()
+    def table_is_the_model_table(self):
+        held = self.model.slot_of
+        assert self.slots.residents == held
+        assert [self.slots.lookup(e) for e in range(NUM_EXPERTS)] == [
+            held.get(e) for e in range(NUM_EXPERTS)
+        ]
+        assert sorted({*held.values()}) == sorted(held.values())
+        assert all(0 <= slot < NUM_SLOTS for slot in held.values())
+        assert len(self.slots) == len(held) == NUM_SLOTS - self.slots.free
+        assert self.slots.evictions == self.evictions
+
+    @invariant()
+    def scores_are_the_model_scores(self):
+        for expert in range(NUM_EXPERTS):
+            assert self.slots.score(expert) == self.model.score(expert)
+
+
+TestSlotsMachine = SlotsMachine.TestCase
+TestSlotsMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+@given(
+    half_life=st.floats(0.7, 1000),
+    touches=st.lists(st.tuples(counts, st.integers(0, 700)), max_size=30),
+)
+@settings(deadline=None)
+def test_scores_drift_from_the_naive_sum(half_life, touches):
+    slots, model = Slots(1, NUM_EXPERTS, half_life), Model(half_life)
+    for call in touches:
+        slots.touch(*call)
+        model.touch(*call)
+    for expert in range(NUM_EXPERTS):
+        # Below 1e-100 an expert is long forgotten; its count may have underflowed.
+        assert slots.score(expert) == pytest.approx(model.score(expert), rel=1e-9, abs=1e-100)
+
+
+def test_renormalising_changes_a_victim():
+    rng = random.Random(0)
+    slots, model = Slots(16, 40, half_life=1.0), Model(1.0)
+    renormalised = 0
+    for _ in range(900):
+        call = {rng.randrange(40): rng.randint(1, 3) for _ in range(3)}
+        before = slots._exponent
+        slots.touch(call, 1)
+        renormalised += slots._exponent < before
+        model.touch(call, 1)
+        for expert in call:
+            if expert not in model.slot_of:
+                if len(model.slot_of) == 16:
+                    del model.slot_of[model.victim(set(call))]
+                model.slot_of[expert] = slots.take(expert, set(call))
+        assert slots.residents == model.slot_of
+    assert renormalised == 1
+
+
+def test_overflow_after_a_very_long_pause():
+    slots = Slots(2, 5, half_life=0.5)
+    slots.touch({0: 10**6, 1: 1}, 1)
+    slots.take(0, ())
+    slots.touch({1: 1}, 10**12)
+    slots.take(1, ())
+    assert slots.score(0) == 0.0
+    assert slots.score(1) == 1.0
+    assert slots.take(2, ()) == 0
+
+
+def test_equal_scores_break_by_another_rule_than_recency_then_id():
+    slots = Slots(3, 6, half_life=1.0)
+    slots.touch({5: 2}, 1)  # counts 1 one token later, as the others do then
+    slots.touch({4: 1, 3: 1}, 1)
+    for expert in (4, 5, 3):
+        slots.take(expert, ())
+    left = []
+    for expert in (0, 1, 2):
+        before = slots.residents
+        slots.take(expert, {0, 1, 2})
+        left += before.keys() - slots.residents
+    assert left == [5, 3, 4]
+
+
+def test_renormalising_loses_a_fraction_of_a_half_life():
+    slots = Slots(1, 2, half_life=0.7)
+    slots.touch({0: 1}, 358)  # the weight of a use is now 2**511.4
+    slots.touch({1: 1}, 1)
+    assert slots.score(0) == pytest.approx(0.5 ** (1 / 0.7))
+    assert slots.score(1) == pytest.approx(1.0)
+
+
+def test_an_evicted_expert_loses_its_history():
+    slots = Slots(1, 3, half_life=100.0)
+    slots.touch({0: 5}, 1)
+    slots.take(0, ())
+    slots.take(1, ())
+    assert slots.score(0) == pytest.approx(5.0)
+
+
+def test_pinned_experts_that_are_not_resident_block_a_slot():
+    slots = Slots(2, 6)
+    slots.take(0, ())
+    slots.take(1, ())
+    assert slots.take(2, {3, 4, 5, 1}) == 0
+    assert slots.take(3, {1, 2}) is None
+    assert slots.residents == {1: 1, 2: 0}
+
+
+@pytest.mark.parametrize("expert", [-1, 7, 10**6])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda slots, e: slots.lookup(e),
+        lambda slots, e: slots.score(e),
+        lambda slots, e: slots.take(e, ()),
+        lambda slots, e: slots.drop(e),
+        lambda slots, e: slots.touch({0: 1, e: 1}, 1),
+    ],
+    ids=["lookup", "score", "take", "drop", "touch"],
+)
+def test_an_expert_out_of_range_is_taken(call, expert):
+    slots = Slots(3, 7)
+    with pytest.raises(ValueError, match=f"expert {expert} is out of range: the layer has 7"):
+        call(slots, expert)
+    assert slots.score(0) == 0.0  # a refused touch counts nothing
+    assert len(slots) == 0
+
+
+def test_drop_of_a_stranger_frees_a_slot():
+    slots = Slots(2, 7)
+    slots.take(5, ())
+    with pytest.raises(ValueError, match="expert 4 is not resident"):
+        slots.drop(4)
+    assert slots.free == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "text"),
+    [({1: 1}, -1, "tokens is -1"), ({0: 1, 1: -2}, 1, "expert 1 has count -2")],
+)
+def test_negative_use_is_counted(counts, tokens, text):
+    slots = Slots(2, 3)
+    with pytest.raises(ValueError, match=text):
+        slots.touch(counts, tokens)
+    assert slots.score(0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((0, 5), "num_slots is 0, must be 1..5"),
+        ((6, 5), "num_slots is 6, must be 1..5"),
+        ((2, 5, 0.0), "half_life is 0.0"),
+        ((2, 5, float("inf")), "half_life is inf"),
+        ((2, 5, float("nan")), "half_life is nan"),
+    ],
+)
+def test_a_table_that_cannot_work_is_made(args, text):
+    with pytest.raises(ValueError, match=text):
+        Slots(*args)

@@ -1,0 +1,208 @@
+"""What happens to slots when reads fail or calls are interrupted, and who is told."""
+
+import os
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from toys import write_toy
+
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.errors import BudgetError, CheckpointError, ReadError, SettingError
+from flashmoe.models.loading import load_streaming
+from flashmoe.models.resident import load_resident, logits, same
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_toy(tmp_path / "toy", "qwen3_moe", num_experts=9, top_k=3)
+
+
+def first_switch(model):
+    return model._blocks[0].switch_mlp
+
+
+def run(model, tokens):
+    out = model(mx.array([tokens]), cache=make_prompt_cache(model))
+    mx.eval(out)
+    return out
+
+
+def test_deleted_file_gives_wrong_experts(path):
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    run(model, [1, 2, 3])
+    os.remove(path / "model.safetensors")
+    with pytest.raises(ReadError, match=r"expert \d of layer \d needs bytes .*deleted") as error:
+        run(model, list(range(40)))
+    assert "load the model again" in str(error.value)
+
+
+def test_truncated_file_gives_wrong_experts(path):
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    with open(path / "model.safetensors", "r+b") as f:
+        f.truncate(2000)
+    with pytest.raises(ReadError, match="model.safetensors"):
+        run(model, list(range(40)))
+
+
+def test_failed_read_leaves_an_expert_that_looks_resident(path):
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    switch = first_switch(model)
+    saved = shutil.copy2(path / "model.safetensors", path.parent / "saved")
+    os.remove(path / "model.safetensors")
+    assert switch.load(4, set())
+    with pytest.raises(ReadError, match="expert 4 of layer 0"):
+        switch.landed(4)
+    assert switch._slots.lookup(4) is None
+    assert not switch._loading
+    assert saved.exists()
+
+
+def test_interrupted_call_leaves_half_read_slots(path):
+    """A call whose finish never came: the next ones wait for its reads before they use them."""
+    checkpoint = Checkpoint.open(path)
+    resident = load_resident(path)
+    tokens = list(range(30))
+    expected = logits(resident, tokens, 7)
+    model = load_streaming(checkpoint, slots=5)
+    x = mx.random.normal((4, 64))
+    for layer in model._blocks:
+        layer.switch_mlp.start([(x, mx.array([[0, 1, 2]] * 4))])
+    assert same(logits(model, tokens, 7), expected)
+
+
+def test_interrupted_call_whose_reads_failed_spoils_the_next_one(path):
+    """The next call reports only what it needs itself."""
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    os.rename(path / "model.safetensors", path / "away")
+    x = mx.ones((1, 64))
+    first_switch(model).start([(x, mx.array([[0, 1, 2]]))])
+    os.rename(path / "away", path / "model.safetensors")
+    out = first_switch(model)(x, mx.array([[0, 1, 2]]))
+    assert np.isfinite(np.array(out)).all()
+
+
+@pytest.mark.parametrize("moment", ["take", "requests", "submit", "drop"])
+def test_interrupt_between_two_lines_leaves_a_slot_that_looks_ready(path, moment, monkeypatch):
+    """Ctrl-C on the main thread may fall anywhere between the choice of a slot and its reads."""
+    expected = logits(load_resident(path), list(range(30)), 7)
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    switch = first_switch(model)
+    owners = {"take": switch._slots, "requests": switch._bank, "submit": switch._reader}
+    owner = owners.get(moment, switch._slots)
+    original = getattr(owner, moment)
+
+    def interrupted(*args):
+        original(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, interrupted)
+        if moment == "drop":
+            os.rename(path / "model.safetensors", path / "away")
+        with pytest.raises(KeyboardInterrupt):
+            switch(mx.ones((1, 64)), mx.array([[0, 1, 2]]))
+        if moment == "drop":
+            os.rename(path / "away", path / "model.safetensors")
+    assert same(logits(model, list(range(30)), 7), expected)
+
+
+def test_watch_cannot_end_a_long_prefill(path):
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 3:
+            raise TimeoutError
+
+    model.watch.check = check
+    with pytest.raises(TimeoutError):
+        run(model, list(range(100)))
+    model.watch.check = lambda: None
+    tokens = list(range(30))
+    assert same(logits(model, tokens, 7), logits(load_resident(path), tokens, 7))
+
+
+def test_expert_is_read_twice_in_a_prefill_chunk(path):
+    checkpoint = Checkpoint.open(path)
+    model = load_streaming(checkpoint, slots=5)
+    run(model, list(range(100)))
+    stats = model.stats
+    layers = len(checkpoint.expert_layers)
+    assert stats.needed == stats.loaded == 9 * layers, "100 tokens need all 9 experts, once each"
+    assert stats.reads.bytes == checkpoint.expert_nbytes
+    assert stats.hit_rate == 0
+
+
+def test_resident_experts_are_read_again(path):
+    model = load_streaming(Checkpoint.open(path), slots=9)
+    run(model, list(range(50)))
+    before = model.stats
+    run(model, list(range(50, 90)))
+    assert (model.stats - before).reads.bytes == 0
+    assert (model.stats - before).hit_rate == 1
+
+
+def test_dense_weights_or_all_experts_are_loaded_at_once(path):
+    model = load_streaming(Checkpoint.open(path), slots=5)
+    names = [n for n, _ in __import__("mlx.utils").utils.tree_flatten(model.parameters())]
+    assert names
+    assert not [n for n in names if "switch_mlp" in n]
+    assert model.stats.reads.bytes == 0
+
+
+@pytest.mark.parametrize("k", [0, -1, 4, True, 2.0, "2"])
+def test_k_outside_the_trained_one_is_taken(path, k):
+    with pytest.raises(SettingError, match=r"experts=.* is out of range: .*1 to 3"):
+        load_streaming(Checkpoint.open(path), experts=k)
+
+
+def test_k_above_the_slots_is_taken(path):
+    model = load_streaming(Checkpoint.open(path), slots=3, experts=1)
+    with model.pruned_to(2):
+        assert model.experts == 2
+    assert model.experts == 1
+    model = load_streaming(Checkpoint.open(path), slots=3, experts=1)
+    model.plan = model.plan.__class__(**{**vars(model.plan), "slots_per_layer": 2})
+    with pytest.raises(SettingError, match="experts=3 needs 3 slots"):
+        model.experts = 3
+
+
+def test_too_few_slots_are_taken(path):
+    with pytest.raises(BudgetError, match="5"):
+        load_streaming(Checkpoint.open(path), slots=4)
+
+
+def test_too_small_a_budget_is_taken(path):
+    with pytest.raises(BudgetError, match=r"memory 10.0 MB is too small: .*needs at least"):
+        load_streaming(Checkpoint.open(path), memory="10MB")
+
+
+def test_memory_and_slots_are_both_taken(path):
+    with pytest.raises(SettingError, match="not both"):
+        load_streaming(Checkpoint.open(path), memory="8GB", slots=5)
+
+
+@pytest.mark.parametrize("depth", [0, -3])
+def test_depth_below_one_is_taken(path, depth):
+    with pytest.raises(SettingError, match="depth"):
+        load_streaming(Checkpoint.open(path), depth=depth)
+
+
+def test_stray_shard_is_loaded(path):
+    """mlx-lm loads every model*.safetensors; one that the index does not name is unchecked."""
+    toy = write_toy(path.parent / "sharded", "qwen3_moe", num_experts=5, top_k=2, shards=2)
+    shutil.copy2(path / "model.safetensors", toy / "model-old.safetensors")
+    with pytest.raises(CheckpointError, match="model-old.safetensors"):
+        load_streaming(Checkpoint.open(toy), slots=5)
+
+
+def test_missing_dense_tensor_is_a_traceback(path):
+    weights = mx.load(str(path / "model.safetensors"))
+    del weights["model.norm.weight"]
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight"):
+        load_streaming(Checkpoint.open(path), slots=5)

@@ -1,0 +1,108 @@
+"""What counts as a good call or document."""
+
+import json
+from dataclasses import astuple
+
+import pytest
+from tool_call_texts import CONTROL, TOKENIZER, coder, tokens_of
+from toys import write_chat_toy
+
+from flashmoe.chat import json_schema as schemas
+from flashmoe.chat.output_parser import Reply
+from flashmoe.chat.tools import read_tools
+from flashmoe.engine import Engine
+from flashmoe.events import ToolCall
+from flashmoe.sweep import pass_rates
+from flashmoe.sweep.pass_rates import Rate, call_tasks, judge_call, judge_json, rate, schema_tasks
+
+ADD = next(t for t in call_tasks() if t.tool == "add")
+RIGHT = {"a": ADD.values["a"], "b": ADD.values["b"]}
+
+
+def judged(text: str) -> str:
+    """What an answer is worth, read as the engine reads it."""
+    reply = Reply(TOKENIZER, CONTROL, read_tools(list(ADD.tools)), (), False)
+    events = [e for t in tokens_of(text) for e in reply.feed(t)] + [*reply.finish("it ended")]
+    return judge_call(ADD, [e for e in events if isinstance(e, ToolCall)])
+
+
+def call(name: str, arguments: dict) -> str:
+    return f"<tool_call>{coder(name, arguments)}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "worth"),
+    [
+        (call("add", RIGHT), "right"),
+        ("I will.\n" + call("add", RIGHT), "right"),
+        (call("add", RIGHT | {"b": 5000}), "passed"),
+        (call("add", {"a": 1}), "wrong"),
+        (call("add", {"a": "one", "b": 2}), "wrong"),
+        (call("get_weather", {"city": "Rome"}), "wrong"),
+        (call("get_weather", {"city": "Rome", **RIGHT}), "wrong"),
+        (call("subtract", RIGHT), "wrong"),
+        (call("add", RIGHT) + call("get_weather", {"city": "Rome"}), "wrong"),
+        (call("add", RIGHT)[:-30], "wrong"),
+        ("It is 42.", "wrong"),
+    ],
+)
+def test_call_is_worth_something_else(text, worth):
+    assert judged(text) == worth
+
+
+@pytest.mark.parametrize(
+    ("text", "worth"),
+    [
+        ('{"name": "Rex", "age": 3}', "passed"),
+        ('{"name": "Rex", "age": "3"}', "wrong"),
+        ('{"name": "Rex"}', "wrong"),
+        ('{"name": "Rex", "age": 3', "wrong"),
+        ("A dog.", "wrong"),
+        ("", "wrong"),
+    ],
+)
+def test_document_is_worth_something_else(text, worth):
+    assert judge_json(schema_tasks()[0], text) == worth
+
+
+def test_tasks_cannot_be_solved():
+    tasks = call_tasks()
+    assert len({t.messages[0]["content"] for t in tasks}) == len(tasks) == 120
+    assert len({t.tool for t in tasks[:6]}) == 6
+    assert len({json.dumps(t.tools) for t in tasks}) == 2
+    for task in tasks:
+        text = task.messages[0]["content"]
+        assert all(str(value) in text for value in task.values.values())
+        assert "{" not in text
+        known = task.schema["properties"]
+        for name, value in task.values.items():
+            assert schemas.fault(value, known[name]) is None
+    shapes = schema_tasks()
+    assert len({t.messages[0]["content"] for t in shapes}) == len(shapes) == 40
+    for task in tasks + shapes:
+        schemas.check_schema(task.schema, "it")
+
+
+def test_demo_is_asked_for_nothing(engine):
+    """Greedily, so always the same."""
+    told = []
+    tasks = call_tasks()[:2]
+    found = rate(engine, tasks, experts=10, constrain=True, advance=told.append)
+    assert told == [1, 1]
+    assert found == Rate(asked=2, passed=2, right=2, cut=0)
+    free = rate(engine, schema_tasks()[:1], experts=10, constrain=False)
+    assert free == Rate(asked=1, passed=0, right=None, cut=0)
+
+
+def test_nonsense_passes(tmp_path, monkeypatch):
+    """Of a model of random weights: nothing without the grammar, and what it finishes with it."""
+    monkeypatch.setattr(pass_rates, "MAX_TOKENS", 90)
+    with Engine(write_chat_toy(tmp_path / "toy"), slots=7, prompt_store=0) as engine:
+        tasks = schema_tasks()[:2]
+        held = rate(engine, tasks, experts=3, constrain=True)
+        assert held.passed + held.cut == 2
+        monkeypatch.setattr(pass_rates, "MAX_TOKENS", 20)
+        free = rate(engine, tasks, experts=3, constrain=False)
+        assert astuple(free)[:3] == (2, 0, None)
+        calls = rate(engine, call_tasks()[:2], experts=3, constrain=False)
+        assert (calls.passed, calls.right, calls.cut) == (0, 0, 2)

@@ -1,0 +1,220 @@
+"""`flashmoe sweep`, through the real command."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import namedtuple
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from toys import write_chat_toy, write_toy
+
+from flashmoe.catalog import DEMO
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.cli import cli
+from flashmoe.models.qwen_moe import StreamingMoE
+from flashmoe.sweep import cost as sweep_cost
+from flashmoe.sweep import pass_rates
+from flashmoe.sweep import run as driver
+from flashmoe.sweep.cost import needed
+from flashmoe.sweep.versions import read_versions
+
+TEXT = "The cat sat by the sea. It asked a friend what bread is made of, and why leaves fall. "
+FEW = ("--tokens", 40, "--calls", 0, "--schemas", 0)
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(sweep_cost, "SPEED_TOKENS", 4)
+    monkeypatch.setattr(pass_rates, "MAX_TOKENS", 60)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return write_chat_toy(tmp_path_factory.mktemp("sweep") / "toy")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("sweep") / "text"
+    file.write_text(TEXT * 8)
+    return file
+
+
+def run(*args, code: int = 0) -> str:
+    done = CliRunner().invoke(cli, ["sweep", *map(str, args)])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.stdout if code == 0 else done.output
+
+
+def run_json(*args) -> dict:
+    return json.loads(run(*args, "--json"))
+
+
+def points(found: dict) -> dict:
+    return {(p["version"], p["experts"]): p for p in found["points"]}
+
+
+def test_sweep_of_a_toy_is_wrong(toy, text, tmp_path):
+    plot = tmp_path / "plot.svg"
+    found = run_json(
+        toy, "--experts", "3,1", "--bits", "4,2/3", "--text", text, *FEW, "--plot", plot
+    )  # fmt: skip
+    every = points(found)
+    assert list(every) == [("own", 3), ("own", 1), ("2/3", 3), ("2/3", 1)]
+    exact = every["own", 3]["fidelity"]
+    assert (exact["kl"], exact["excess"], exact["same_top"], exact["tokens"]) == (0, 0, 1, 40)
+    assert all(p["fidelity"]["kl"] > 0.001 for key, p in every.items() if key != ("own", 3))
+    layer = Checkpoint.open(toy).expert_layers[0]
+    assert every["own", 3]["size"]["expert_bytes"] == 4 * 3 * layer.expert_nbytes
+    assert every["2/3", 1]["size"]["bits"] == pytest.approx(7 / 3)
+    assert every["2/3", 1]["size"]["expert_bytes"] < 4 * layer.expert_nbytes
+    for p in every.values():
+        assert p["speed"]["tokens_per_second"] > 0
+        assert set(p) == {"version", "experts", "size", "fidelity", "speed"}
+    assert found["whole"]
+    ET.parse(plot)
+
+
+def test_sweep_of_the_demo_asks_nothing():
+    found = points(
+        run_json(DEMO, "--experts", "10", "--tokens", 12, "--calls", 1, "--schemas", 1)
+    )  # fmt: skip
+    assert list(found) == [("own", 10)]
+    point = found["own", 10]
+    assert point["fidelity"]["kl"] == 0
+    assert 1 < point["fidelity"]["perplexity"] < 50
+    assert point["calls"]["grammar"] == {"asked": 1, "passed": 1, "right": 1, "cut": 0}
+    held = point["schemas"]["grammar"]
+    assert held["passed"] + held["cut"] == 1
+    assert point["schemas"]["free"]["asked"] == 1
+
+
+def test_second_sweep_measures_again(toy, text, tmp_path):
+    """What is there is used: also by a sweep of more points, and of another text or without one
+    the versions."""
+    work = tmp_path / "work"
+    common = (toy, "--work", work, *FEW)
+    first = run_json(*common, "--experts", 1, "--bits", 2, "--text", text)
+    assert list(points(first)) == [("own", 3), ("2", 1)]
+    files = {f: f.stat().st_mtime_ns for f in work.rglob("*.safetensors")}
+    assert len(files) == 1
+    (journal,) = work.rglob("points.jsonl")
+    with open(journal, "a") as f:
+        f.write('{"key": "own", "exp')  # as a kill leaves it
+    again = run_json(*common, "--experts", "2,1", "--bits", 2, "--text", text)
+    assert points(again)["2", 1] == points(first)["2", 1]
+    assert ("2", 2) in points(again)
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    run_json(*common, "--experts", 1, "--bits", 2)
+    assert {f: f.stat().st_mtime_ns for f in work.rglob("*.safetensors")} == files
+
+
+def test_two_models_are_in_memory(toy, text, tmp_path):
+    """When the engine begins, the model that read the text is gone, and its memory with it."""
+    seen, held = {}, {}
+
+    @contextmanager
+    def progress(what, total):
+        seen[what] = [type(o) for o in gc.get_objects() if issubclass(type(o), StreamingMoE)]
+        held[what] = mx.get_cache_memory()
+        yield lambda done: None
+
+    checkpoint = Checkpoint.open(toy)
+    settings = driver.Settings((3,), text, 40, calls=0, schemas=0)
+    versions = read_versions(["own", "2"], checkpoint)
+    gc.collect()
+    gc.disable()  # what it would free at some time must be free at once
+    try:
+        driver.Sweep(checkpoint, versions, settings, tmp_path, keep=True, progress=progress).run()
+    finally:
+        gc.enable()
+    assert list(seen) == ["own: text", "own: answers", "2: rounding", "2: text", "2: answers"]
+    assert [len(found) for found in seen.values()] == [1, 0, 0, 1, 0]
+    assert held["own: answers"] == held["2: rounding"] == held["2: answers"] == 0
+
+
+def test_other_checkpoint_is_no_version(toy, text, tmp_path):
+    other = write_chat_toy(tmp_path / "other", seed=1)
+    found = points(run_json(toy, "--experts", 3, "--bits", other, "--text", text, *FEW))
+    assert list(found) == [("own", 3), (str(other), 3)]
+    assert found[str(other), 3]["fidelity"]["kl"] > 0.1
+    small = write_chat_toy(tmp_path / "small", num_experts=5)
+    said = run(toy, "--bits", small, "--text", text, *FEW, code=1)
+    assert "num_experts 5" in said
+    assert "has 7" in said
+
+
+def test_bytes_of_a_token_are_others(tmp_path):
+    tied, own = (
+        Checkpoint.open(write_toy(tmp_path / str(tie), "qwen3_next", tie=tie))
+        for tie in (True, False)
+    )
+    embedding = sum(t.nbytes for t in own.dense if "embed_tokens" in t.name)
+    head = sum(t.nbytes for t in own.dense if "lm_head" in t.name)
+    assert needed(own, 2).dense == own.dense_nbytes - embedding
+    assert needed(tied, 2).dense == tied.dense_nbytes == own.dense_nbytes - head
+    assert needed(own, 3).experts == 3 * own.expert_nbytes // own.num_experts
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--experts", "4"), "experts must be 1 to 3"),
+        (("--experts", "0"), "experts must be 1 to 3"),
+        (("--experts", "two"), "write it as 10,6,4"),
+        (("--bits", "8"), "no matrix of an expert with fewer bits"),
+        (("--bits", "7"), "2, 3, 4, 5, 6, 8"),
+        (("--bits", "nobody"), "is no model name"),
+        (("--text", "/nowhere"), "there is no file /nowhere"),
+        (("--tokens", "5000"), "a longer one, or --tokens"),
+        (("--memory", "much"), "is not a memory size"),
+        (("--plot", "/nowhere/plot.svg"), "there is no directory /nowhere"),
+    ],
+)
+def test_option_is_not_refused(toy, text, options, said):
+    assert said in run(toy, "--text", text, *FEW, *options, code=1)
+
+
+def test_checkpoint_without_a_template_answers(tmp_path, toy, text):
+    path = write_chat_toy(tmp_path / "toy")
+    (path / "chat_template.jinja").unlink()
+    assert "--text FILE --calls 0 --schemas 0" in run(path, code=1)
+    found = points(run_json(path, "--experts", 1, "--text", text, *FEW))
+    assert set(found["own", 1]) == {"version", "experts", "size", "fidelity"}
+
+
+def test_disk_without_room_is_filled(toy, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(driver.shutil, "disk_usage", lambda path: usage)
+    said = run(toy, "--bits", 2, "--work", tmp_path / "work", code=1)
+    assert "1.0 MB free" in said
+    assert "--work on another disk" in said
+    assert not (tmp_path / "work").exists()
+
+
+def test_ctrl_c_loses_finished_points(toy, text, tmp_path):
+    work = tmp_path / "work"
+    options = ("--experts", "3,2,1", "--text", text, "--work", work)
+    options += ("--tokens", 40, "--calls", 120, "--schemas", 0)
+    code = "from flashmoe import cli, sweep_cost; sweep_cost.SPEED_TOKENS = 4; cli.cli()"
+    command = [sys.executable, "-c", code, "sweep", toy, *options]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    while not any('"speed"' in f.read_text() for f in work.rglob("points.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert [line.split("\t")[:2] for line in out.splitlines()[:3]] == [
+        ["own", "3"], ["own", "2"], ["own", "1"]
+    ]  # fmt: skip
+    assert "ended before it was whole" in out
