@@ -74,7 +74,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe.models.layerwise import Piece, sweep
+    from flashmoe.models.layerwise import Chunk, sweep
 
     rows = case.pop("rows")
     if args.requests:
@@ -89,14 +89,14 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     caches = [make_prompt_cache(model) for _ in range(rows)]
     model.room.for_prompts(rows * args.prompt, [each] * rows, model.experts)
     for row, cache in zip(ids, caches, strict=True):
-        sweep(model, [Piece(row[: args.prompt].tolist(), cache)])
+        sweep(model, [Chunk(row[: args.prompt].tolist(), cache)])
     model.room.for_decoding([each] * rows)
 
     def step(tokens: list[int]) -> None:
         if rows == 1:
             mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
             return
-        pieces = [Piece([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
+        pieces = [Chunk([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
         mx.eval(model.logits_of([s.hidden for s in sweep(model, pieces)]))
 
     seconds = []
@@ -132,7 +132,7 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe.models.layerwise import Piece, fitting, split, sweep
+    from flashmoe.models.layerwise import Chunk, fitting, split, sweep
 
     model = streaming.load(args.path, case)
     each = args.prompt + args.steps
@@ -144,7 +144,7 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
         began = time.perf_counter()
         caches = [make_prompt_cache(model) for _ in group]
         left = [
-            Piece(piece, cache)
+            Chunk(piece, cache)
             for row, cache in zip(group, caches, strict=True)
             for piece in split(row[: args.prompt].tolist(), [])
         ]
@@ -160,7 +160,7 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
             if len(group) == 1:
                 mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
                 continue
-            pieces = [Piece([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
+            pieces = [Chunk([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
             mx.eval(model.logits_of([s.hidden for s in sweep(model, pieces)]))
     seconds, stats = time.perf_counter() - start, model.stats
     found = {

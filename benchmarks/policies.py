@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Sequence
 from math import inf
 
-from flashmoe.streaming.slot_table import Slots
+from flashmoe.streaming.slot_table import SlotTable
 
 
 class Aged:
@@ -17,7 +17,7 @@ class Aged:
     plain LFU."""
 
     def __init__(self, num_slots: int, num_experts: int, half_life: float = 128.0):
-        self.slots = Slots(num_slots, num_experts, half_life)
+        self.slots = SlotTable(num_slots, num_experts, half_life)
 
     def access(self, experts: Sequence[int]) -> int:
         missing = [e for e in experts if self.slots.lookup(e) is None]

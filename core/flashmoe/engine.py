@@ -95,7 +95,7 @@ async def _within(deadline: _Deadline, coming: Coroutine) -> Event | BaseExcepti
         task.cancel()
 
 
-class Answer(Iterator[Event]):
+class EventStream(Iterator[Event]):
     """The events of an answer, as they come. Closing it cancels what is still to come, as does
     dropping it. The last event is an End, unless an error is raised."""
 
@@ -129,7 +129,7 @@ class Answer(Iterator[Event]):
         if self._job is not None:
             self._job.cancelled.set()
 
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> EventStream:
         return self
 
     def __exit__(self, *exc) -> None:
@@ -195,7 +195,7 @@ class Engine:
         request: Request,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
-    ) -> Answer:
+    ) -> EventStream:
         """Queue a request; the events of its answer.
 
         Args:
@@ -208,7 +208,7 @@ class Engine:
                 text is for the user, are raised when the events are taken.
         """
         check_request(request)
-        return Answer(lambda put: self._submit(request, put, cancel), timeout)
+        return EventStream(lambda put: self._submit(request, put, cancel), timeout)
 
     async def astream(
         self,
@@ -308,9 +308,9 @@ class Engine:
             if self._batch is None:
                 # Late, and here: an MLX that cannot be imported is an answer too.
                 from .generation.batch import DEFAULT_ROWS, Batch
-                from .generation.loaded_model import Session
+                from .generation.loaded_model import LoadedModel
 
-                session = Session(self.path, **self.settings)
+                session = LoadedModel(self.path, **self.settings)
                 self._batch = Batch(session, self._most or DEFAULT_ROWS)
             return self._batch.admit(job)
         except BaseException as e:  # whatever it is, it belongs to the caller

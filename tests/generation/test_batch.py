@@ -20,7 +20,7 @@ from flashmoe.errors import FlashMoEError, OutputError, ReadError, SettingError
 from flashmoe.events import End, Progress, Text, ToolCall
 from flashmoe.generation import batch as batch_module
 from flashmoe.generation.batch import Batch
-from flashmoe.models.layerwise import Piece, sweep
+from flashmoe.models.layerwise import Chunk, sweep
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import same
 from flashmoe.requests import Request
@@ -133,14 +133,14 @@ def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
     def steps(together: bool):
         caches = [make_prompt_cache(model) for _ in prompts]
         found = []
-        pieces = [Piece(p, c) for p, c in zip(prompts, caches, strict=True)]
+        pieces = [Chunk(p, c) for p, c in zip(prompts, caches, strict=True)]
         for swept in [sweep(model, pieces)] if together else [sweep(model, [p]) for p in pieces]:
             found += [model.logits(s.hidden) for s in swept]
         for _ in range(3):
             if together:
                 # One of them reads its prompt again, beside the answers.
-                again = Piece(prompts[2], make_prompt_cache(model))
-                more = [Piece(n, c, step=True) for n, c in zip(nexts, caches, strict=True)]
+                again = Chunk(prompts[2], make_prompt_cache(model))
+                more = [Chunk(n, c, step=True) for n, c in zip(nexts, caches, strict=True)]
                 found += [model.logits(s.hidden) for s in sweep(model, [again, *more])[1:]]
             else:
                 for n, c in zip(nexts, caches, strict=True):
@@ -166,7 +166,7 @@ def test_row_of_a_stack_has_other_bits_than_the_model_gives(tmp_path, family, bi
             for n, cache in zip(lengths, mine, strict=True):
                 mx.eval(model.next_logits([i % 150 for i in range(n)], cache))
         for token in (3, 5, 7):
-            pieces = [Piece([token + i], c, step=True) for i, c in enumerate(caches[0])]
+            pieces = [Chunk([token + i], c, step=True) for i, c in enumerate(caches[0])]
             stacked = model.logits_of([s.hidden for s in sweep(model, pieces)])
             alone = [model.next_logits([token + i], c) for i, c in enumerate(caches[1])]
             assert same([*map(np.array, stacked)], [*map(np.array, alone)])
@@ -183,14 +183,14 @@ def test_halves_go_one_after_the_other(tmp_path):
     """They take turns at each layer, where the slots hold the experts of both."""
     model = load_streaming(Checkpoint.open(write_toy(tmp_path / "toy", num_experts=27)), slots=26)
     caches = [make_prompt_cache(model) for _ in range(4)]
-    sweep(model, [Piece([i, 30 + i], c) for i, c in enumerate(caches)])
+    sweep(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
     entered = []
     model.watch.entered = entered.append
-    sweep(model, [Piece([i], c, step=True) for i, c in enumerate(caches)])
+    sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     assert entered == [0, 0, 1, 1, 2, 2, 3, 3]
     model.room._resize(5)
     entered.clear()
-    sweep(model, [Piece([i], c, step=True) for i, c in enumerate(caches)])
+    sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     assert entered == [0, 1, 2, 3]
     model.close()
 
@@ -199,9 +199,9 @@ def test_batch_reads_an_expert_twice(tmp_path):
     checkpoint = Checkpoint.open(write_toy(tmp_path / "toy", num_experts=11))
     model = load_streaming(checkpoint, slots=5)
     caches = [make_prompt_cache(model) for _ in range(8)]
-    sweep(model, [Piece([i, 30 + i], c) for i, c in enumerate(caches)])
+    sweep(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
     before = model.stats
-    sweep(model, [Piece([i], c, step=True) for i, c in enumerate(caches)])
+    sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     spent = model.stats - before
     layers = len(checkpoint.expert_layers)
     assert spent.needed <= 11 * layers < 8 * 3 * layers
@@ -282,9 +282,9 @@ def test_batch_without_rows_is_taken(toy, batch):
 
 @contextmanager
 def idle_session(path, **settings):
-    from flashmoe.generation.loaded_model import Session
+    from flashmoe.generation.loaded_model import LoadedModel
 
-    session = Session(path, prompt_store=0, **settings)
+    session = LoadedModel(path, prompt_store=0, **settings)
     yield session
     session.close()
 

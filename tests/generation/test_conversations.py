@@ -9,7 +9,7 @@ from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine
 from flashmoe.events import End, Progress, Reasoning, Text, ToolCall, ToolCallArguments
 from flashmoe.events import ToolCallStart as Start
-from flashmoe.memory.footprint import PIECE_TOKENS
+from flashmoe.memory.footprint import CHUNK_TOKENS
 from flashmoe.requests import Request
 
 #: Tokens of "<|im_start|>assistant\n<think>\n\n</think>\n\n" with the demo's tokenizer.
@@ -235,7 +235,7 @@ def test_progress_is_lost_or_wrong(engine, monkeypatch):
     done = [e.done for e in progress]
     assert done == sorted(done)
     assert {e.total for e in progress} == {end.prompt_tokens}
-    assert done[-1] == end.prompt_tokens > PIECE_TOKENS * 2
+    assert done[-1] == end.prompt_tokens > CHUNK_TOKENS * 2
     assert {e.layer for e in progress} == set(range(9)), "each layer, and the end of a chunk"
     assert {e.layers for e in progress} == {8}
     first = next(i for i, e in enumerate(events) if not isinstance(e, Progress))

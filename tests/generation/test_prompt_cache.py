@@ -20,7 +20,7 @@ from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.generation.prompt import PromptReader, state_identity
 from flashmoe.generation.prompt_cache import PromptCache, key, nbytes
 from flashmoe.generation.prompt_store import PromptStore
-from flashmoe.memory.footprint import PIECE_TOKENS
+from flashmoe.memory.footprint import CHUNK_TOKENS
 from flashmoe.models.layerwise import fitting, sweep
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import same
@@ -275,7 +275,7 @@ def answer_logits(model, reading, steps: int = 5) -> list[np.ndarray]:
     return found
 
 
-LONG = PIECE_TOKENS + 150
+LONG = CHUNK_TOKENS + 150
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -331,12 +331,12 @@ def test_state_of_other_settings_is_found(tmp_path):
 def test_progress_does_not_add_up(tmp_path):
     path = write_toy(tmp_path / "toy", max_position_embeddings=4096)
     model = load_streaming(Checkpoint.open(path), slots=7)
-    model.room.for_prompts = lambda *args: PIECE_TOKENS + 1
+    model.room.for_prompts = lambda *args: CHUNK_TOKENS + 1
     reader = PromptReader(model, PromptCache(10**9), None)
     events = []
     read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
     whole = [e for e in events if e.layer == e.layers]
-    assert [e.done for e in whole] == [PIECE_TOKENS, LONG + 40]
+    assert [e.done for e in whole] == [CHUNK_TOKENS, LONG + 40]
     assert {(e.total, e.layers) for e in events} == {(LONG + 40, 4)}
     events.clear()
     read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)

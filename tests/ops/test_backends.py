@@ -17,7 +17,7 @@ from flashmoe.ops import backend as ops
 from flashmoe.ops.gpu import gather
 from flashmoe.ops.reference import experts as reference
 from flashmoe.streaming.reader import Reader
-from flashmoe.streaming.slot_memory import ExpertBank
+from flashmoe.streaming.slot_memory import SlotMemory
 
 EXPERTS, TOP_K = 6, 3
 
@@ -29,8 +29,8 @@ def layer(request, tmp_path_factory):
     return Checkpoint.open(path).expert_layers[0]
 
 
-def filled(layer, *, on_gpu: bool) -> ExpertBank:
-    bank = ExpertBank(layer, EXPERTS, on_gpu=on_gpu)
+def filled(layer, *, on_gpu: bool) -> SlotMemory:
+    bank = SlotMemory(layer, EXPERTS, on_gpu=on_gpu)
     with Reader() as reader:
         for expert in range(EXPERTS):
             reader.submit(bank.requests(expert, expert)).wait()

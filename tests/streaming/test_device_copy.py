@@ -17,7 +17,7 @@ from flashmoe.ops import backend as ops
 from flashmoe.streaming.device_copy import PLACE_NBYTES, DeviceBytes
 from flashmoe.streaming.io_modes import BLOCK
 from flashmoe.streaming.reader import Reader, ReadRequest
-from flashmoe.streaming.slot_memory import ExpertBank
+from flashmoe.streaming.slot_memory import SlotMemory
 
 pytestmark = pytest.mark.skipif(ops.on_gpu(), reason="test_cuda_memory.py has the GPU's")
 
@@ -103,8 +103,8 @@ def test_range_loses_what_keeps_its_memory():
 @pytest.mark.parametrize("bits", [4, None])
 def test_bank_puts_a_part_into_the_wrong_slot(tmp_path, bits):
     layer = Checkpoint.open(write_toy(tmp_path, bits=bits)).expert_layers[0]
-    shared = ExpertBank(layer, 4, on_gpu=True)
-    staged = ExpertBank(layer, 4, on_gpu=True, device=HostMemory())
+    shared = SlotMemory(layer, 4, on_gpu=True)
+    staged = SlotMemory(layer, 4, on_gpu=True, device=HostMemory())
     with Reader(2, io="direct") as reader:
         for bank in (shared, staged):
             for slot, expert in enumerate((5, 0, 3)):

@@ -14,7 +14,7 @@ from flashmoe.errors import ContextError
 from flashmoe.memory import footprint
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import load_resident, logits, same
-from flashmoe.streaming.elastic_slots import Room
+from flashmoe.streaming.elastic_slots import ElasticSlots
 
 MB = 10**6
 EXPERTS = 48
@@ -45,21 +45,21 @@ def model(checkpoint):
     model.close()
 
 
-def room_of(model, spare: int) -> Room:
+def room_of(model, spare: int) -> ElasticSlots:
     """A room with a budget that leaves so many bytes beside what lasts."""
     plan = model.plan
     lasting = plan.total - plan.slots_nbytes - plan.passing
     slots = max(plan.least_slots, min(EXPERTS, (spare - plan.passing) // plan.slot_nbytes))
     plan = replace(plan, budget=lasting + spare, slots_per_layer=slots)
-    return Room(model.checkpoint, plan, [layer.mlp.switch_mlp for layer in model.layers])
+    return ElasticSlots(model.checkpoint, plan, [layer.mlp.switch_mlp for layer in model.layers])
 
 
 def needs(model, tokens, context):
     k, checkpoint = model.experts, model.checkpoint
     return (
         footprint.cache_nbytes(checkpoint, context)
-        + footprint.piece_nbytes(checkpoint, tokens, context, k, on_gpu=False)
-        + min(tokens, footprint.PIECE_TOKENS) * footprint.swept_nbytes(checkpoint, k)
+        + footprint.chunk_nbytes(checkpoint, tokens, context, k, on_gpu=False)
+        + min(tokens, footprint.CHUNK_TOKENS) * footprint.pass_token_nbytes(checkpoint, k)
     )
 
 
@@ -78,17 +78,17 @@ def test_slots_do_not_give_way_to_a_prompt_or_do_not_come_back(model):
     room.for_decoding([100])
     before = room.slots
     sweep = room.for_prompts(4000, [4000], model.experts)
-    held = needs(model, 4000, 4000) + (sweep - 512) * footprint.swept_nbytes(
+    held = needs(model, 4000, 4000) + (sweep - 512) * footprint.pass_token_nbytes(
         model.checkpoint, model.experts
     )
     assert plan.least_slots <= room.slots < before
-    assert sweep >= footprint.PIECE_TOKENS
+    assert sweep >= footprint.CHUNK_TOKENS
     assert held + room.slots * plan.slot_nbytes <= spare
     assert (
         spare
         < held
         + (room.slots + 1) * plan.slot_nbytes
-        + footprint.swept_nbytes(model.checkpoint, model.experts) * 512
+        + footprint.pass_token_nbytes(model.checkpoint, model.experts) * 512
     ), "memory was left over"
     room.for_decoding([100])
     assert room.slots == before
@@ -96,7 +96,7 @@ def test_slots_do_not_give_way_to_a_prompt_or_do_not_come_back(model):
 
 def test_prompt_that_cannot_fit_is_tried(model):
     fits = needs(model, 3000, 3000) + model.plan.least_slots * model.plan.slot_nbytes
-    assert room_of(model, fits).for_prompts(3000, [3000], model.experts) == footprint.PIECE_TOKENS
+    assert room_of(model, fits).for_prompts(3000, [3000], model.experts) == footprint.CHUNK_TOKENS
     with pytest.raises(ContextError, match="3000 tokens needs at least .* and there are") as e:
         room_of(model, fits - 10).for_prompts(3000, [3000], model.experts)
     assert 'memory="' in str(e.value)
@@ -104,7 +104,7 @@ def test_prompt_that_cannot_fit_is_tried(model):
 
 def test_slots_that_were_asked_for_change(checkpoint):
     model = load_streaming(checkpoint, slots=7)
-    assert model.room.for_prompts(4000, [4000], model.experts) >= footprint.PIECE_TOKENS
+    assert model.room.for_prompts(4000, [4000], model.experts) >= footprint.CHUNK_TOKENS
     model.room.for_decoding([4000])
     model.room.look()
     assert model.room.slots == 7

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flashmoe.streaming.slot_table import Slots
+from flashmoe.streaming.slot_table import SlotTable
 
 NUM_EXPERTS = 9
 NUM_SLOTS = 4
@@ -45,7 +45,7 @@ class Model:
 
 
 def test_resize_takes_the_wrong_expert_or_slot():
-    slots = Slots(4, 9, half_life=1.0)
+    slots = SlotTable(4, 9, half_life=1.0)
     for expert, uses in [(5, 3), (6, 1), (7, 2)]:
         slots.touch({expert: uses}, 0)
         slots.take(expert, ())
@@ -70,7 +70,7 @@ def test_resize_takes_the_wrong_expert_or_slot():
 @settings(deadline=None)
 def test_expert_sits_elsewhere_where_there_is_a_slot_for_each(steps):
     """Taken and dropped in any order; settled is what has them all."""
-    slots = Slots(NUM_EXPERTS, NUM_EXPERTS)
+    slots = SlotTable(NUM_EXPERTS, NUM_EXPERTS)
     for drop, expert in [*steps, *((False, e) for e in range(NUM_EXPERTS))]:
         if (slots.lookup(expert) is not None) == drop:
             slots.drop(expert) if drop else slots.take(expert, ())
@@ -81,7 +81,7 @@ def test_expert_sits_elsewhere_where_there_is_a_slot_for_each(steps):
 
 def test_table_with_an_expert_elsewhere_is_settled():
     """As after a time with fewer slots."""
-    slots = Slots(4, 4)
+    slots = SlotTable(4, 4)
     slots.resize(3, ())
     for expert in (3, 1, 0):
         slots.take(expert, ())
@@ -101,7 +101,7 @@ class SlotsMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.slots = Slots(NUM_SLOTS, NUM_EXPERTS, half_life=1.0)
+        self.slots = SlotTable(NUM_SLOTS, NUM_EXPERTS, half_life=1.0)
         self.model = Model(half_life=1.0)
         self.evictions = 0
 
@@ -164,7 +164,7 @@ TestSlotsMachine.settings = settings(max_examples=150, stateful_step_count=50, d
 )
 @settings(deadline=None)
 def test_scores_drift_from_the_naive_sum(half_life, touches):
-    slots, model = Slots(1, NUM_EXPERTS, half_life), Model(half_life)
+    slots, model = SlotTable(1, NUM_EXPERTS, half_life), Model(half_life)
     for call in touches:
         slots.touch(*call)
         model.touch(*call)
@@ -175,7 +175,7 @@ def test_scores_drift_from_the_naive_sum(half_life, touches):
 
 def test_renormalising_changes_a_victim():
     rng = random.Random(0)
-    slots, model = Slots(16, 40, half_life=1.0), Model(1.0)
+    slots, model = SlotTable(16, 40, half_life=1.0), Model(1.0)
     renormalised = 0
     for _ in range(900):
         call = {rng.randrange(40): rng.randint(1, 3) for _ in range(3)}
@@ -193,7 +193,7 @@ def test_renormalising_changes_a_victim():
 
 
 def test_overflow_after_a_very_long_pause():
-    slots = Slots(2, 5, half_life=0.5)
+    slots = SlotTable(2, 5, half_life=0.5)
     slots.touch({0: 10**6, 1: 1}, 1)
     slots.take(0, ())
     slots.touch({1: 1}, 10**12)
@@ -204,7 +204,7 @@ def test_overflow_after_a_very_long_pause():
 
 
 def test_equal_scores_break_by_another_rule_than_recency_then_id():
-    slots = Slots(3, 6, half_life=1.0)
+    slots = SlotTable(3, 6, half_life=1.0)
     slots.touch({5: 2}, 1)  # counts 1 one token later, as the others do then
     slots.touch({4: 1, 3: 1}, 1)
     for expert in (4, 5, 3):
@@ -218,7 +218,7 @@ def test_equal_scores_break_by_another_rule_than_recency_then_id():
 
 
 def test_renormalising_loses_a_fraction_of_a_half_life():
-    slots = Slots(1, 2, half_life=0.7)
+    slots = SlotTable(1, 2, half_life=0.7)
     slots.touch({0: 1}, 358)  # the weight of a use is now 2**511.4
     slots.touch({1: 1}, 1)
     assert slots.score(0) == pytest.approx(0.5 ** (1 / 0.7))
@@ -226,7 +226,7 @@ def test_renormalising_loses_a_fraction_of_a_half_life():
 
 
 def test_an_evicted_expert_loses_its_history():
-    slots = Slots(1, 3, half_life=100.0)
+    slots = SlotTable(1, 3, half_life=100.0)
     slots.touch({0: 5}, 1)
     slots.take(0, ())
     slots.take(1, ())
@@ -234,7 +234,7 @@ def test_an_evicted_expert_loses_its_history():
 
 
 def test_pinned_experts_that_are_not_resident_block_a_slot():
-    slots = Slots(2, 6)
+    slots = SlotTable(2, 6)
     slots.take(0, ())
     slots.take(1, ())
     assert slots.take(2, {3, 4, 5, 1}) == 0
@@ -255,7 +255,7 @@ def test_pinned_experts_that_are_not_resident_block_a_slot():
     ids=["lookup", "score", "take", "drop", "touch"],
 )
 def test_an_expert_out_of_range_is_taken(call, expert):
-    slots = Slots(3, 7)
+    slots = SlotTable(3, 7)
     with pytest.raises(ValueError, match=f"expert {expert} is out of range: the layer has 7"):
         call(slots, expert)
     assert slots.score(0) == 0.0  # a refused touch counts nothing
@@ -263,7 +263,7 @@ def test_an_expert_out_of_range_is_taken(call, expert):
 
 
 def test_drop_of_a_stranger_frees_a_slot():
-    slots = Slots(2, 7)
+    slots = SlotTable(2, 7)
     slots.take(5, ())
     with pytest.raises(ValueError, match="expert 4 is not resident"):
         slots.drop(4)
@@ -275,7 +275,7 @@ def test_drop_of_a_stranger_frees_a_slot():
     [({1: 1}, -1, "tokens is -1"), ({0: 1, 1: -2}, 1, "expert 1 has count -2")],
 )
 def test_negative_use_is_counted(counts, tokens, text):
-    slots = Slots(2, 3)
+    slots = SlotTable(2, 3)
     with pytest.raises(ValueError, match=text):
         slots.touch(counts, tokens)
     assert slots.score(0) == 0.0
@@ -293,4 +293,4 @@ def test_negative_use_is_counted(counts, tokens, text):
 )
 def test_a_table_that_cannot_work_is_made(args, text):
     with pytest.raises(ValueError, match=text):
-        Slots(*args)
+        SlotTable(*args)

@@ -21,12 +21,12 @@ import numpy as np
 from ..errors import ClusterError
 
 #: Pieces of a request.
-MOST_PIECES = 96
+MAX_CHUNKS = 96
 #: What a host adds to the results of a piece: experts needed, of these loaded, whether it failed.
 NOTES = 3
 
 _REST, _WORK = 1, 2
-_HEAD = 5 + MOST_PIECES
+_HEAD = 5 + MAX_CHUNKS
 _DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 

@@ -25,10 +25,10 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import ClusterError, ReadError, SettingError
-from ..memory.footprint import PIECE_TOKENS
+from ..memory.footprint import CHUNK_TOKENS
 from ..ops import backend as ops
 from ..ops.arrays import host
-from ..streaming.switch_glu import StreamingSwitchGLU, SwitchStats, of_one_token
+from ..streaming.switch_glu import StreamingSwitchGLU, SwitchStats, are_separate_sequences
 from . import connections as hosts
 from .collectives import Exchange, Request, inputs, mine
 from .placement import owners, parse_shares
@@ -103,7 +103,7 @@ class Cluster:
         if not self.held:
             raise SettingError(f"shares {shares!r} leave the lead no expert: give it one or more")
         config = checkpoint.text_config
-        self.nbytes = 8 * PIECE_TOKENS * checkpoint.top_k * config["hidden_size"]
+        self.nbytes = 8 * CHUNK_TOKENS * checkpoint.top_k * config["hidden_size"]
         self.elsewhere = 0
         self.exchange = exchange_for(checkpoint, self._group)
         self._lines: dict[int, hosts.Line] = {}
@@ -266,7 +266,7 @@ class ClusterCall:
         width = inputs_[0][0].shape[-1]
         xs = [host(x)[0].reshape(-1, width) for x, _ in inputs_]
         chosen = [look(i).astype(np.int64).reshape(-1, i.shape[-1]) for _, i in inputs_]
-        alone = [of_one_token(i) for _, i in inputs_]
+        alone = [are_separate_sequences(i) for _, i in inputs_]
         self._request = Request(switch.layer, xs, chosen, self._dtype, alone)
         switch.cluster.ask(self._request)
         self._pairs = mine(self._request, switch.cluster.owned)
@@ -291,5 +291,5 @@ class ClusterCall:
             found.append(y.reshape(*indices.shape, -1))
         for y, s in zip(found, scores, strict=True):
             y = mx.array(y).astype(self._dtype)
-            out = switch.own.weigh(y, s.reshape(-1, s.shape[-1]))
+            out = switch.own.weighted_sum(y, s.reshape(-1, s.shape[-1]))
             yield out.reshape(*s.shape[:-1], -1)

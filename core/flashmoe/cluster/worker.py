@@ -13,7 +13,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import ClusterError, FlashMoEError, ReadError
 from ..memory import budget as memory_module
-from ..memory.footprint import PIECE_TOKENS, RUNTIME_NBYTES
+from ..memory.footprint import CHUNK_TOKENS, RUNTIME_NBYTES
 from ..models.loading import PREFILL_SLOTS
 from ..ops import backend as ops
 from ..ops.activations import check_activations
@@ -21,8 +21,8 @@ from ..ops.arrays import host
 from ..streaming.cuda import device_memory
 from ..streaming.drives import drive_of
 from ..streaming.reader import Reader
-from ..streaming.slot_memory import ExpertBank
-from ..streaming.switch_glu import StreamingSwitchGLU, Watch
+from ..streaming.slot_memory import SlotMemory
+from ..streaming.switch_glu import LayerHooks, StreamingSwitchGLU
 from . import connections as hosts
 from .collectives import Exchange, Request, inputs, mine
 from .lead import ADDRESS, exchange_for, fingerprint, group
@@ -107,7 +107,7 @@ class _Experts:
         module = ops.pick()
         check_activations(activations, module)
         count, config = int(owned.sum()), checkpoint.text_config
-        scratch = 8 * PIECE_TOKENS * checkpoint.top_k * config["hidden_size"]
+        scratch = 8 * CHUNK_TOKENS * checkpoint.top_k * config["hidden_size"]
         layers = checkpoint.expert_layers
         self.plan = memory_module.plan(
             budget=None if memory is None else memory_module.parse_size(memory),
@@ -124,10 +124,10 @@ class _Experts:
             depth or drive.depth, checkpoint.identities, io or drive.io, drive.split
         )
         self._owned = owned
-        device, watch = device_memory(), Watch()
+        device, watch = device_memory(), LayerHooks()
         self._switches = {}
         for index, layer in layers.items():
-            bank = ExpertBank(
+            bank = SlotMemory(
                 layer,
                 self.plan.slots_per_layer,
                 on_gpu=ops.on_gpu(),

@@ -17,7 +17,7 @@ from ..requests import Request
 
 
 @dataclass
-class Turn:
+class AnswerState:
     """started: when the work on it began, by perf_counter. The counts are of generated tokens: all,
     those of the thought, those that were forced. cut: max_tokens kept some of the forced ones out,
     so that the answer is not whole."""

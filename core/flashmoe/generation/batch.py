@@ -17,9 +17,9 @@ from mlx_lm.generate import wired_limit
 
 from ..errors import Cancelled, ClusterError, ContextError
 from ..models.layerwise import fitting, sweep
-from .answer import Turn
-from .loaded_model import Session
-from .sequence import CONTEXT_AHEAD, Row
+from .answer import AnswerState
+from .loaded_model import LoadedModel
+from .sequence import CONTEXT_AHEAD, ActiveSequence
 
 if TYPE_CHECKING:
     from ..engine import Job
@@ -37,14 +37,14 @@ class Batch:
         rows: in the order in which they came.
     """
 
-    def __init__(self, session: Session, most: int = DEFAULT_ROWS):
-        self.rows: list[Row] = []
+    def __init__(self, session: LoadedModel, most: int = DEFAULT_ROWS):
+        self.rows: list[ActiveSequence] = []
         self._session = session
         self._model = session.model
         self._most = most
-        self._jobs: dict[Row, Job] = {}
-        self._next: tuple[Job, Turn] | None = None
-        self._shape: list[tuple[Row, int, bool]] = []
+        self._jobs: dict[ActiveSequence, Job] = {}
+        self._next: tuple[Job, AnswerState] | None = None
+        self._shape: list[tuple[ActiveSequence, int, bool]] = []
         self._limit = 0
         self._wired = ExitStack()
 
@@ -102,7 +102,7 @@ class Batch:
         """Free the model. The batch cannot be used after that."""
         self._session.close()
 
-    def _has_room(self, turn: Turn) -> bool:
+    def _has_room(self, turn: AnswerState) -> bool:
         if len(self.rows) >= self._most or self._session.k(turn.request) != self.rows[0].experts:
             return False
         tokens = len(turn.prompt.tokens)
@@ -162,7 +162,7 @@ class Batch:
         with suppress(ClusterError):  # the next request says so
             self._session.rest()
 
-    def _go_on(self, row: Row, take) -> None:
+    def _go_on(self, row: ActiveSequence, take) -> None:
         """Let a row go on with what the model says; an error is its own."""
         try:
             reason = take(row)
@@ -172,7 +172,7 @@ class Batch:
             if reason is not None:
                 self._end(row, reason)
 
-    def _count(self, rows: Sequence[Row], before) -> None:
+    def _count(self, rows: Sequence[ActiveSequence], before) -> None:
         stats = self._model.stats - before
         for row in rows:
             row.shared(stats, len(rows))
@@ -182,7 +182,7 @@ class Batch:
         if all(row.turn.cancelled.is_set() for row in self.rows):
             raise Cancelled
 
-    def _end(self, row: Row, reason: str) -> None:
+    def _end(self, row: ActiveSequence, reason: str) -> None:
         error = None
         try:
             row.end(reason, self._session.checkpoint)
@@ -193,7 +193,7 @@ class Batch:
         if not row.reads:
             self._session.keep(row.reading)
 
-    def _leave(self, row: Row, error: BaseException | None) -> None:
+    def _leave(self, row: ActiveSequence, error: BaseException | None) -> None:
         self.rows.remove(row)
         job = self._jobs.pop(row)
         self._shape = []

@@ -22,17 +22,17 @@ from ..memory import budget as memory
 from ..memory import footprint
 from ..models.loading import load_streaming, read_tokenizer
 from ..requests import Request, in_range
-from .answer import Turn
-from .prompt import PromptReader, Reading
+from .answer import AnswerState
+from .prompt import PromptPrefill, PromptReader
 from .prompt_cache import PromptCache
 from .prompt_store import DEFAULT_LIMIT, PromptStore
-from .sampling import Sampling
-from .sequence import Row
+from .sampling import Sampler
+from .sequence import ActiveSequence
 
 DEFAULT_MAX_TOKENS = 4096
 
 
-class Session:
+class LoadedModel:
     """One model.
 
     Args:
@@ -101,7 +101,7 @@ class Session:
         request: Request,
         emit: Callable[[Event], None],
         cancelled: threading.Event,
-    ) -> Turn:
+    ) -> AnswerState:
         """All that can be refused is refused here, before any work of the model.
 
         Args:
@@ -126,7 +126,7 @@ class Session:
             structured=request.constrain and (document is not None or must_call),
         )
         newlines = self.template.encode("\n"), self.template.encode("\n\n")
-        return Turn(
+        return AnswerState(
             request=request,
             prompt=prompt,
             document=document,
@@ -140,20 +140,20 @@ class Session:
             started=start,
         )
 
-    def begin(self, turn: Turn) -> Row:
+    def begin(self, turn: AnswerState) -> ActiveSequence:
         """Find what of the prompt has to be read. Nothing is read yet."""
         k, request = self.k(turn.request), turn.request
         forced = turn.within_limit(turn.constraint.start())
         reading = self._reader.begin(
             turn.prompt, turn.emit, experts=k, keep=request.cache, forced=forced
         )
-        sampling = Sampling(
+        sampling = Sampler(
             self._sampling(request),
             request.repetition_penalty,
             secrets.randbits(64) if request.seed is None else request.seed,
             [*turn.prompt.tokens, *forced],
         )
-        return Row(self.model, turn, reading, sampling, k, forced)
+        return ActiveSequence(self.model, turn, reading, sampling, k, forced)
 
     def k(self, request: Request) -> int:
         """K of a request.
@@ -164,7 +164,7 @@ class Session:
         wanted = request.experts
         return self.model.experts if wanted is None else self.model.check_experts(wanted)
 
-    def keep(self, reading: Reading) -> None:
+    def keep(self, reading: PromptPrefill) -> None:
         """Keep the states of a prompt that was read for the next process."""
         self._reader.store(reading)
 

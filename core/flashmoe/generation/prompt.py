@@ -23,8 +23,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..chat.template import Prompt
 from ..checkpoint.checkpoint import Checkpoint
 from ..events import Event
-from ..memory.footprint import PIECE_TOKENS
-from ..models.layerwise import Piece, Reporter, Swept, split
+from ..memory.footprint import CHUNK_TOKENS
+from ..models.layerwise import Chunk, ChunkResult, Reporter, split
 from ..models.qwen_moe import StreamingMoE
 from ..ops import backend as ops
 from .prompt_cache import PromptCache, key
@@ -34,7 +34,7 @@ from .prompt_store import PromptStore
 STATE_VERSION = 2
 
 
-class Reading:
+class PromptPrefill:
     """A prompt on its way into the model, sweep by sweep.
 
     Attributes:
@@ -62,7 +62,7 @@ class Reading:
         self._keep = keep
         self._names = {i: stops.get(i) for i in range(len(pieces))}
         self.cache, self.cached = cache, cached
-        self.left = [Piece(p, cache, keep=i in stops) for i, p in enumerate(pieces)]
+        self.left = [Chunk(p, cache, keep=i in stops) for i, p in enumerate(pieces)]
         self.context = cached + self.tokens
         self.reporter = Reporter(emit, total, len(model.layers))
         self.logits: mx.array | None = None
@@ -73,7 +73,7 @@ class Reading:
         """How many are still to be read."""
         return sum(len(piece.tokens) for piece in self.left)
 
-    def took(self, swept: Sequence[Swept]) -> None:
+    def took(self, swept: Sequence[ChunkResult]) -> None:
         """The first of the pieces that were left went through a sweep."""
         if not swept:
             return
@@ -113,7 +113,7 @@ class PromptReader:
         experts: int,
         keep: bool,
         forced: Sequence[int] = (),
-    ) -> Reading:
+    ) -> PromptPrefill:
         """Find what of a prompt has to be read. Nothing is read yet.
 
         Args:
@@ -136,9 +136,9 @@ class PromptReader:
         }
         cache = cache or make_prompt_cache(self._model)
         total = len(tokens) - done
-        return Reading(self._model, cache, done, pieces, stops, emit, total, self._memory.put)
+        return PromptPrefill(self._model, cache, done, pieces, stops, emit, total, self._memory.put)
 
-    def store(self, reading: Reading) -> None:
+    def store(self, reading: PromptPrefill) -> None:
         """Keep the new states of a prompt for the next process."""
         if self._store is not None:
             for name, cache in reading.new.items():
@@ -166,7 +166,7 @@ def state_identity(checkpoint: Checkpoint, experts: int, activations: str = "flo
     }
     tensors = [(t.name, t.dtype, t.shape, t.start) for t in checkpoint.tensors.values()]
     packages = [version(name) for name in ("llm-flashmoe", "mlx", "mlx-lm", "numba")]
-    maths = (ops.pick().NAME, activations, PIECE_TOKENS, platform.machine())
+    maths = (ops.pick().NAME, activations, CHUNK_TOKENS, platform.machine())
     text = json.dumps(
         [STATE_VERSION, checkpoint.config, sorted(files.items()), tensors, experts, packages, maths]
     )

@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 PENALTY_TOKENS = 20
 
 
-class Sampling:
+class Sampler:
     """How one answer's tokens are picked.
 
     Args:

@@ -12,17 +12,17 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import OutputError
 from ..events import End
 from ..memory.budget import peak
-from ..models.layerwise import Piece, Swept
-from ..models.qwen_moe import StreamingMoE, StreamStats
-from .answer import Turn
-from .prompt import Reading
-from .sampling import Sampling
+from ..models.layerwise import Chunk, ChunkResult
+from ..models.qwen_moe import StreamingMoE, StreamingStats
+from .answer import AnswerState
+from .prompt import PromptPrefill
+from .sampling import Sampler
 
 #: Tokens for which memory is set aside at a time while an answer grows.
 CONTEXT_AHEAD = 1024
 
 
-class Row:
+class ActiveSequence:
     """An answer under way. First its prompt is read, then it grows by a token a step, or by several
     when a grammar leaves no choice.
 
@@ -34,9 +34,9 @@ class Row:
     def __init__(
         self,
         model: StreamingMoE,
-        turn: Turn,
-        reading: Reading,
-        sampling: Sampling,
+        turn: AnswerState,
+        reading: PromptPrefill,
+        sampling: Sampler,
         experts: int,
         forced: list[int],
     ):
@@ -70,9 +70,9 @@ class Row:
         takes more from the slots."""
         return self.reading.context + min(self.turn.max_tokens, CONTEXT_AHEAD)
 
-    def piece(self) -> Piece:
+    def piece(self) -> Chunk:
         """The tokens of the answer that go through the model next."""
-        return Piece(self._next, self.reading.cache, step=True)
+        return Chunk(self._next, self.reading.cache, step=True)
 
     def logits(self) -> mx.array:
         """A step that no other row shares: (1, vocabulary). It is the model's own call."""
@@ -80,7 +80,7 @@ class Row:
         mx.eval(logits, [c.state for c in self.reading.cache])
         return logits
 
-    def shared(self, stats: StreamStats, rows: int) -> None:
+    def shared(self, stats: StreamingStats, rows: int) -> None:
         """Count its part of what a step of so many rows took."""
         self._beside = max(self._beside, rows)
         self._needed += stats.needed / rows
@@ -88,7 +88,7 @@ class Row:
         self._bytes += stats.reads.bytes / rows
         self._waited += stats.reads.wait_seconds / rows
 
-    def was_read(self, swept: Sequence[Swept]) -> str | None:
+    def was_read(self, swept: Sequence[ChunkResult]) -> str | None:
         """Pieces of its prompt were. Why the answer is over, if it is."""
         self.reading.took(swept)
         if self.reads:

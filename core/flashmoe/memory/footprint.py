@@ -7,7 +7,7 @@ budget that is kept is worth more than a few more slots.
 from ..checkpoint.checkpoint import Checkpoint
 
 #: Tokens of a piece of a prompt, which goes through attention at one time. It settles bits.
-PIECE_TOKENS = 512
+CHUNK_TOKENS = 512
 
 #: Tokens of context that memory is kept for, in the plan and in the cache of prompts that were
 #: read. A longer one grows past the plan, or takes memory from slots where they can give way.
@@ -38,11 +38,11 @@ def prompt_nbytes(
     checkpoint: Checkpoint, experts: int, *, on_gpu: bool, context: int = PLANNED_CONTEXT
 ) -> int:
     """Bytes that are planned for the prompt under way and its cache. experts: K."""
-    sweep = min(checkpoint.max_context, GPU_SWEEP if on_gpu else PIECE_TOKENS)
+    sweep = min(checkpoint.max_context, GPU_SWEEP if on_gpu else CHUNK_TOKENS)
     return (
         cache_nbytes(checkpoint, context)
-        + piece_nbytes(checkpoint, sweep, context, experts, on_gpu=on_gpu)
-        + sweep * swept_nbytes(checkpoint, experts)
+        + chunk_nbytes(checkpoint, sweep, context, experts, on_gpu=on_gpu)
+        + sweep * pass_token_nbytes(checkpoint, experts)
     )
 
 
@@ -84,7 +84,7 @@ def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
     return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
 
 
-def piece_nbytes(
+def chunk_nbytes(
     checkpoint: Checkpoint, tokens: int, context: int, experts: int, *, on_gpu: bool
 ) -> int:
     """Activations of one piece of a prompt while it goes through a layer, float32.
@@ -92,7 +92,7 @@ def piece_nbytes(
     tokens: of the prompt. context: that its attention sees. experts: K.
     """
     config = checkpoint.text_config
-    context, tokens = min(checkpoint.max_context, context), min(tokens, PIECE_TOKENS)
+    context, tokens = min(checkpoint.max_context, context), min(tokens, CHUNK_TOKENS)
     # Projections of one layer and their copies: measured about 16 hidden states. On a GPU, expert
     # outputs as they are weighted and summed.
     each = (16 + (2 * experts if on_gpu else 0)) * config["hidden_size"]
@@ -107,7 +107,7 @@ def piece_nbytes(
     return _F32 * (tokens * each + scores + matrix)
 
 
-def swept_nbytes(checkpoint: Checkpoint, experts: int) -> int:
+def pass_token_nbytes(checkpoint: Checkpoint, experts: int) -> int:
     """Bytes that a sweep holds of each token: the outputs of its K experts, and hidden states
     before and after its norm and from the shared expert, float32."""
     return _F32 * (experts + 4) * checkpoint.text_config["hidden_size"]

@@ -23,18 +23,18 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
 from ..events import Progress
-from ..memory.footprint import PIECE_TOKENS
+from ..memory.footprint import CHUNK_TOKENS
 from .qwen_moe import StreamingMoE
 
 #: Pieces of prompts in a sweep.
-MOST_PIECES = 64
+MAX_CHUNKS = 64
 
 #: Seconds between two reports from inside a sweep.
 REPORT_SECONDS = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Chunk:
     """Tokens that go through the model at one time.
 
     Attributes:
@@ -51,7 +51,7 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Swept:
+class ChunkResult:
     """What a sweep left of a piece.
 
     Attributes:
@@ -59,7 +59,7 @@ class Swept:
         state: a copy of the prompt cache after it, if it was asked for.
     """
 
-    piece: Piece
+    piece: Chunk
     hidden: mx.array
     state: list[Any] | None
 
@@ -68,8 +68,8 @@ def split(tokens: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
     """Pieces of at most PIECE_TOKENS tokens, none across one of the cuts, which ascend."""
     pieces = []
     for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        for first in range(start, stop, PIECE_TOKENS):
-            pieces.append(list(tokens[first : min(stop, first + PIECE_TOKENS)]))
+        for first in range(start, stop, CHUNK_TOKENS):
+            pieces.append(list(tokens[first : min(stop, first + CHUNK_TOKENS)]))
     return pieces
 
 
@@ -78,34 +78,34 @@ def prefill(
     pieces: Sequence[list[int]],
     cache: list[Any],
     *,
-    limit: int = PIECE_TOKENS,
+    limit: int = CHUNK_TOKENS,
     keep: Collection[int] = (),
-) -> Iterator[list[Swept]]:
+) -> Iterator[list[ChunkResult]]:
     """Take the pieces of a prompt into its cache, sweep by sweep.
 
     Args:
         limit: tokens of a sweep; a piece alone may have more.
         keep: numbers of the pieces after which the state is copied.
     """
-    left = [Piece(tokens, cache, keep=i in keep) for i, tokens in enumerate(pieces)]
+    left = [Chunk(tokens, cache, keep=i in keep) for i, tokens in enumerate(pieces)]
     while left:
         count = fitting(left, limit)
         yield sweep(model, left[:count])
         left = left[count:]
 
 
-def fitting(pieces: Sequence[Piece], limit: int) -> int:
+def fitting(pieces: Sequence[Chunk], limit: int) -> int:
     """How many of the pieces have at most `limit` tokens together; one at least."""
     count = 1
     while (
-        count < min(len(pieces), MOST_PIECES)
+        count < min(len(pieces), MAX_CHUNKS)
         and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit
     ):
         count += 1
     return count
 
 
-def sweep(model: StreamingMoE, pieces: Sequence[Piece]) -> list[Swept]:
+def sweep(model: StreamingMoE, pieces: Sequence[Chunk]) -> list[ChunkResult]:
     """Take pieces into their caches. Those of one sequence are in its order."""
     if not _in_halves(model, pieces):
         (run,) = runs = [_Run(model, pieces)]
@@ -129,7 +129,7 @@ def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
     sweep, so that each expert is read once for all of them. Each has at most PIECE_TOKENS tokens,
     and the same bits as if it were alone."""
     no_cache = [None] * len(model.layers)  # nothing comes after these texts
-    run = _Run(model, [Piece(text, no_cache) for text in texts])
+    run = _Run(model, [Chunk(text, no_cache) for text in texts])
     for _ in run.phases():
         pass
     return run.all_hidden()
@@ -138,7 +138,7 @@ def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
 _OVER = object()
 
 
-def _in_halves(model: StreamingMoE, pieces: Sequence[Piece]) -> bool:
+def _in_halves(model: StreamingMoE, pieces: Sequence[Chunk]) -> bool:
     """Answers of several sequences, whose experts need not leave for each other's."""
     return (
         len(pieces) > 1
@@ -150,7 +150,7 @@ def _in_halves(model: StreamingMoE, pieces: Sequence[Piece]) -> bool:
 class _Run:
     """Pieces on their way through the layers, in groups that are one array each."""
 
-    def __init__(self, model: StreamingMoE, pieces: Sequence[Piece]):
+    def __init__(self, model: StreamingMoE, pieces: Sequence[Chunk]):
         self._inner = model.text.model
         self._pieces = pieces
         self._groups = _groups(pieces, model.stacks)
@@ -158,7 +158,7 @@ class _Run:
             self._inner.embed_tokens(mx.array([piece.tokens for piece in group]))
             for group in self._groups
         ]
-        self._states: dict[Piece, list[Any]] = {piece: [] for piece in pieces}
+        self._states: dict[Chunk, list[Any]] = {piece: [] for piece in pieces}
 
     def phases(self) -> Iterator[None]:
         """Three for each layer: attention was computed; the reads have been started; its experts
@@ -199,8 +199,8 @@ class _Run:
         mx.eval(found)
         return found
 
-    def end(self) -> list[Swept]:
-        ends: dict[Piece, mx.array] = {}
+    def end(self) -> list[ChunkResult]:
+        ends: dict[Chunk, mx.array] = {}
         for group, h in zip(self._groups, self._hidden, strict=True):
             normed = self._inner.norm(h[:, -1:])
             ends |= {piece: normed[i : i + 1] for i, piece in enumerate(group)}
@@ -209,12 +209,12 @@ class _Run:
             [[c.state for c in piece.cache] for piece in self._pieces if piece.step],
         )
         return [
-            Swept(piece, ends[piece], self._states[piece] if piece.keep else None)
+            ChunkResult(piece, ends[piece], self._states[piece] if piece.keep else None)
             for piece in self._pieces
         ]
 
 
-def _groups(pieces: Sequence[Piece], stacks: bool) -> list[list[Piece]]:
+def _groups(pieces: Sequence[Chunk], stacks: bool) -> list[list[Chunk]]:
     """Those of answers and of one token in one group, at the end, where they can be one array."""
     ones = [p for p in pieces if stacks and p.step and len(p.tokens) == 1 and not p.keep]
     groups = [[p] for p in pieces if p not in ones]

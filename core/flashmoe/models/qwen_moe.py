@@ -21,10 +21,10 @@ from ..errors import SettingError
 from ..memory import budget as memory_module
 from ..ops import backend as ops
 from ..streaming.cuda import device_memory
-from ..streaming.elastic_slots import Room
+from ..streaming.elastic_slots import ElasticSlots
 from ..streaming.reader import Reader, ReadStats
-from ..streaming.slot_memory import ExpertBank
-from ..streaming.switch_glu import StreamingSwitchGLU, Watch
+from ..streaming.slot_memory import SlotMemory
+from ..streaming.switch_glu import LayerHooks, StreamingSwitchGLU
 
 if TYPE_CHECKING:
     from ..cluster.lead import Cluster
@@ -84,7 +84,7 @@ class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
 
 
 @dataclass(frozen=True)
-class StreamStats:
+class StreamingStats:
     """What streaming did since the model was loaded; subtract two for what lies between."""
 
     needed: int  # experts that calls needed, each once per layer and call
@@ -96,8 +96,8 @@ class StreamStats:
         """Share of the needed experts that were resident, 0..1."""
         return 1 - self.loaded / self.needed if self.needed else 0.0
 
-    def __sub__(self, earlier: StreamStats) -> StreamStats:
-        return StreamStats(
+    def __sub__(self, earlier: StreamingStats) -> StreamingStats:
+        return StreamingStats(
             self.needed - earlier.needed, self.loaded - earlier.loaded, self.reads - earlier.reads
         )
 
@@ -120,8 +120,8 @@ class StreamingMoE:
     checkpoint: Checkpoint
     plan: memory_module.Plan
     reader: Reader
-    watch: Watch
-    room: Room
+    watch: LayerHooks
+    room: ElasticSlots
     activations: str
     ops: str
     held: int
@@ -145,21 +145,21 @@ class StreamingMoE:
         self.held, self.cluster = held, None
         self.checkpoint, self.plan, self.reader = checkpoint, plan, reader
         self.activations = activations
-        self.watch = Watch()
+        self.watch = LayerHooks()
         module = ops.pick()
         self.ops = module.NAME
         slots = max(plan.slots_per_layer, plan.most_slots)
         device = device_memory()
         for index, layer in checkpoint.expert_layers.items():
             block = self.layers[index].mlp
-            bank = ExpertBank(
+            bank = SlotMemory(
                 layer, slots, on_gpu=ops.on_gpu(), device=device, activations=activations
             )
             block.switch_mlp = StreamingSwitchGLU(bank, reader, module, self.watch)
             # In place: the block keeps its router and its shared expert under mlx-lm's names.
             block.__class__ = self.block
         switches = [block.switch_mlp for block in self._blocks]
-        self.room = Room(checkpoint, plan, switches)
+        self.room = ElasticSlots(checkpoint, plan, switches)
         self.watch.between = self.room.look
 
     @property
@@ -198,11 +198,11 @@ class StreamingMoE:
             self.experts = before
 
     @property
-    def stats(self) -> StreamStats:
+    def stats(self) -> StreamingStats:
         reads = self.reader.stats
         if self.cluster is not None:
             reads = replace(reads, bytes=reads.bytes + self.cluster.elsewhere)
-        return StreamStats(
+        return StreamingStats(
             needed=sum(b.switch_mlp.stats.needed for b in self._blocks),
             loaded=sum(b.switch_mlp.stats.loaded for b in self._blocks),
             reads=reads,
@@ -218,7 +218,7 @@ class StreamingMoE:
     @property
     def stacks(self) -> bool:
         """Whether a token of each of several sequences can go through it as one array."""
-        return ops.pick(self.ops).STACKS
+        return ops.pick(self.ops).stacks_sequences
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""

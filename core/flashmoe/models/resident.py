@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..checkpoint.checkpoint import Checkpoint
 from ..ops import backend as ops
 from ..streaming.cuda import device_memory
-from ..streaming.slot_memory import ExpertBank
+from ..streaming.slot_memory import SlotMemory
 from .loading import load_streaming
 from .qwen_moe import StreamingMoE
 
@@ -29,7 +29,7 @@ class ResidentSwitch(nn.Module):
     def mailbox(self, words):
         return None
 
-    def __init__(self, bank: ExpertBank):
+    def __init__(self, bank: SlotMemory):
         super().__init__()
         self.bank = bank
 
@@ -68,7 +68,7 @@ def load_resident(path: str | Path, activations: str = "float32") -> StreamingMo
     model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     device = device_memory()
     for index, layer in checkpoint.expert_layers.items():
-        bank = ExpertBank(
+        bank = SlotMemory(
             layer,
             layer.num_experts,
             on_gpu=ops.on_gpu(),

@@ -127,7 +127,7 @@ def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None
         slots = room.fitting(plan, plan.budget, (1 + rows) * keys)
     # Each host has as many for its share; those without dense weights have more in truth.
     slots = min(max(slots, k) * asked.hosts, checkpoint.num_experts)
-    prompt_slots, sweep, _ = room.prompt_room(
+    prompt_slots, sweep, _ = room.split_for_prompts(
         checkpoint,
         plan,
         tokens=asked.prompt,

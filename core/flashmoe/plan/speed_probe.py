@@ -98,8 +98,8 @@ def kernels(checkpoint: Checkpoint, k: int, activations: str = "float32") -> Cos
         layer_seconds=rest / geometry.layers,
         disk_gb_s=math.inf,
         prompt_gflops=flops / max(many - rest, 0.1 * many) / 1e9,
-        as_they_land=ops.pick().AS_THEY_LAND,
-        stacks=ops.pick().STACKS,
+        as_they_land=ops.pick().computes_as_loaded,
+        stacks=ops.pick().stacks_sequences,
         fresh_gb_s=_fresh(),
     )
 

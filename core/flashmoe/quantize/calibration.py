@@ -171,7 +171,7 @@ class _WatchedOps:
 
     def __init__(self, work: type, as_they_land: bool):
         self.Work = work
-        self.AS_THEY_LAND = as_they_land
+        self.computes_as_loaded = as_they_land
 
 
 def _watch(model, index: int) -> LayerSums:
@@ -191,7 +191,7 @@ def _watch(model, index: int) -> LayerSums:
 
     ops = switch._ops
     make = _cpu_work if ops.NAME == "cpu" else _mlx_work
-    switch._ops = _WatchedOps(make(entering, down), ops.AS_THEY_LAND)
+    switch._ops = _WatchedOps(make(entering, down), ops.computes_as_loaded)
     return sums
 
 

@@ -19,7 +19,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from .drives import Drive
 from .io_modes import BLOCK, IO_MODES
 from .reader import FileIdentity, Reader, ReadRequest
-from .slot_memory import ExpertBank, pages_of
+from .slot_memory import SlotMemory, pages_of
 
 DEPTHS = (1, 2, 4, 8, 16)
 SPLITS = (0, 1 << 20, 1 << 18)
@@ -159,7 +159,7 @@ def _measure(checkpoint: Checkpoint, drive: Drive, batches: Iterator, seconds: f
     for file in checkpoint.files:
         forget(file)
     banks = {
-        layer: ExpertBank(experts, checkpoint.top_k, on_gpu=False)
+        layer: SlotMemory(experts, checkpoint.top_k, on_gpu=False)
         for layer, experts in checkpoint.expert_layers.items()
     }
     with Reader(drive.depth, checkpoint.identities, drive.io, drive.split) as reader:

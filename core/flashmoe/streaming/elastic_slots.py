@@ -16,7 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import ContextError
 from ..memory import budget as memory
 from ..memory.budget import Plan, format_size
-from ..memory.footprint import PIECE_TOKENS, cache_nbytes, piece_nbytes, swept_nbytes
+from ..memory.footprint import CHUNK_TOKENS, cache_nbytes, chunk_nbytes, pass_token_nbytes
 from ..ops import backend as ops
 from .switch_glu import StreamingSwitchGLU
 
@@ -44,11 +44,11 @@ def sequences_nbytes(
     checkpoint: Checkpoint, tokens: int, contexts: Sequence[int], experts: int, *, on_gpu: bool
 ) -> int:
     """Bytes that sequences take whatever the length of a sweep. As `prompt_room`."""
-    piece = piece_nbytes(checkpoint, tokens, max(contexts), experts, on_gpu=on_gpu)
+    piece = chunk_nbytes(checkpoint, tokens, max(contexts), experts, on_gpu=on_gpu)
     return sum(cache_nbytes(checkpoint, context) for context in contexts) + piece
 
 
-def prompt_room(
+def split_for_prompts(
     checkpoint: Checkpoint,
     plan: Plan,
     *,
@@ -67,12 +67,12 @@ def prompt_room(
     Raises:
         ContextError: it does not fit beside the fewest slots.
     """
-    each = swept_nbytes(checkpoint, experts)
+    each = pass_token_nbytes(checkpoint, experts)
     fixed = sequences_nbytes(checkpoint, tokens, contexts, experts, on_gpu=on_gpu)
     if not plan.elastic:
-        sweep = max(PIECE_TOKENS, (plan.passing - fixed) // each)
+        sweep = max(CHUNK_TOKENS, (plan.passing - fixed) // each)
         return plan.slots_per_layer, sweep, plan.passing
-    room, least = budget() - lasting_nbytes(plan) - fixed, min(tokens, PIECE_TOKENS)
+    room, least = budget() - lasting_nbytes(plan) - fixed, min(tokens, CHUNK_TOKENS)
     best = None
     for slots in range(plan.least_slots, plan.most_slots + 1):
         sweep = min(tokens, (room - slots * plan.slot_nbytes) // each)
@@ -97,7 +97,7 @@ def prompt_room(
     return slots, sweep, fixed + sweep * each
 
 
-class Room:
+class ElasticSlots:
     """The slots of one model, all layers the same number.
 
     Args:
@@ -127,7 +127,7 @@ class Room:
         Raises:
             ContextError: it does not fit beside the fewest slots.
         """
-        slots, sweep, self._passing = prompt_room(
+        slots, sweep, self._passing = split_for_prompts(
             self._checkpoint,
             self._plan,
             tokens=tokens,
@@ -142,7 +142,7 @@ class Room:
     def holds(self, tokens: int, contexts: Sequence[int], experts: int) -> bool:
         """Whether sequences of so many tokens can be under way together. As `prompt_room`."""
         plan = self._plan
-        needed = min(tokens, PIECE_TOKENS) * swept_nbytes(self._checkpoint, experts)
+        needed = min(tokens, CHUNK_TOKENS) * pass_token_nbytes(self._checkpoint, experts)
         needed += sequences_nbytes(self._checkpoint, tokens, contexts, experts, on_gpu=self._on_gpu)
         if not plan.elastic:
             return needed <= plan.passing

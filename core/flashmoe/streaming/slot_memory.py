@@ -34,7 +34,7 @@ MLX_DTYPES = {
 }
 
 
-class ExpertBank:
+class SlotMemory:
     """Slots of one layer.
 
     Args:

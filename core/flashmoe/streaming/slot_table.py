@@ -15,7 +15,7 @@ from math import inf, ldexp
 _MAX_EXPONENT = 512
 
 
-class Slots:
+class SlotTable:
     """The table of one layer: at most `num_slots` of its `num_experts` experts are resident.
 
     Attributes:

@@ -29,8 +29,8 @@ import numpy as np
 from ..errors import ReadError
 from .device_copy import Mailbox
 from .reader import Reader
-from .slot_memory import ExpertBank
-from .slot_table import Slots
+from .slot_memory import SlotMemory
+from .slot_table import SlotTable
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SwitchStats:
     loaded: int = 0  # of these, the ones that were read from disk
 
 
-class Watch:
+class LayerHooks:
     """Lets the owner of a model leave a call between two experts: a long prompt takes minutes.
 
     Attributes:
@@ -66,12 +66,12 @@ class StreamingSwitchGLU(nn.Module):
         watch: looked at between experts; shared by all layers.
     """
 
-    def __init__(self, bank: ExpertBank, reader: Reader, ops: ModuleType, watch: Watch):
+    def __init__(self, bank: SlotMemory, reader: Reader, ops: ModuleType, watch: LayerHooks):
         super().__init__()
         self._bank = bank
         self._reader = reader
         self._ops = ops
-        self._slots = Slots(bank.num_slots, bank.layer.num_experts)
+        self._slots = SlotTable(bank.num_slots, bank.layer.num_experts)
         self.stats = SwitchStats()
         self._watch = watch
         self._settled = False
@@ -95,12 +95,12 @@ class StreamingSwitchGLU(nn.Module):
         """Bytes of one expert."""
         return self._bank.layer.expert_nbytes
 
-    def weigh(self, y: mx.array, scores: mx.array) -> mx.array:
+    def weighted_sum(self, y: mx.array, scores: mx.array) -> mx.array:
         """The sum over a token's choices, each times its score, as a call makes it.
 
         y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden).
         """
-        return self._ops.weigh(y, scores)
+        return self._ops.weighted_sum(y, scores)
 
     @property
     def fused(self) -> bool:
@@ -255,7 +255,7 @@ class Call:
 
     def _add_landed(self) -> None:
         """Take those that have landed to the ready ones, waiting where nothing else can be done."""
-        if not self._switch._ops.AS_THEY_LAND:
+        if not self._switch._ops.computes_as_loaded:
             self._ready += self._landing
             self._landing.clear()
             return
@@ -295,13 +295,13 @@ class Call:
             self._landing.append(expert)
 
 
-def of_one_token(indices: mx.array) -> bool:
+def are_separate_sequences(indices: mx.array) -> bool:
     """Whether indices (sequences, tokens, top_k) are of several sequences of one token."""
     return indices.ndim > 2 and indices.shape[-2] == 1 and indices.shape[0] > 1
 
 
 def _alone(ops: ModuleType, indices: mx.array) -> dict[str, bool]:
-    return {"alone": True} if of_one_token(indices) and ops.STACKS else {}
+    return {"alone": True} if are_separate_sequences(indices) and ops.stacks_sequences else {}
 
 
 def _by_expert(indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

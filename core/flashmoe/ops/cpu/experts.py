@@ -33,16 +33,16 @@ from . import (
 )
 
 if TYPE_CHECKING:
-    from ...streaming.slot_memory import ExpertBank
+    from ...streaming.slot_memory import SlotMemory
 
 NAME = "cpu"
 
 #: Each expert is computed as soon as it has landed, while the others are still being read.
-AS_THEY_LAND = True
+computes_as_loaded = True
 
 #: One token of each of several sequences can go through a layer as one array, (R, 1, hidden), with
 #: the bits that each has alone.
-STACKS = True
+stacks_sequences = True
 
 #: Values of the setting that these ops have. See `flashmoe.ops.activations`.
 ACTIVATIONS = ("float32", "int8")
@@ -71,7 +71,7 @@ class Work:
 
     lazy = False
 
-    def __init__(self, bank: ExpertBank, x: mx.array, top_k: int, alone: bool = False):
+    def __init__(self, bank: SlotMemory, x: mx.array, top_k: int, alone: bool = False):
         (self.x,) = host(x)
         self.top_k = top_k
         self._alone = alone
@@ -145,7 +145,7 @@ def _hand_out(y: np.ndarray, parts: Sequence[tuple[Work, np.ndarray]]) -> None:
         start += pairs.size
 
 
-def weigh(y: mx.array, scores: mx.array) -> mx.array:
+def weighted_sum(y: mx.array, scores: mx.array) -> mx.array:
     """y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden), as `combined`."""
     return _weighed(host(y)[0].reshape(-1, y.shape[-1]), scores)
 

@@ -31,11 +31,11 @@ for _name, _value in SETTINGS.items():
 NAME = "fused"
 
 #: Launches are what costs: wait for all reads that there are slots for, then compute at once.
-AS_THEY_LAND = False
+computes_as_loaded = False
 
 ACTIVATIONS = gather.ACTIVATIONS
-STACKS = gather.STACKS
-weigh = gather.weigh
+stacks_sequences = gather.stacks_sequences
+weighted_sum = gather.weighted_sum
 
 #: Tokens that the kernels take.
 MOST_ROWS = 16

@@ -15,16 +15,16 @@ from ..reference import experts as reference
 NAME = "gather"
 
 #: Launches are what costs on a GPU: wait for all reads of a wave, then compute it at once.
-AS_THEY_LAND = False
+computes_as_loaded = False
 
 #: Up to this many pairs go through one gather; more are computed expert by expert.
 GATHER_PAIRS = 64
 
 
 ACTIVATIONS = reference.ACTIVATIONS
-STACKS = reference.STACKS
+stacks_sequences = reference.stacks_sequences
 prepare = reference.prepare
-weigh = reference.weigh
+weighted_sum = reference.weighted_sum
 
 
 class Work(reference.Work):

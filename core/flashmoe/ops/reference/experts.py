@@ -13,16 +13,16 @@ from mlx_lm.models.activations import swiglu
 
 if TYPE_CHECKING:
     from ...checkpoint.checkpoint import Quantization
-    from ...streaming.slot_memory import ExpertBank
+    from ...streaming.slot_memory import SlotMemory
 
 NAME = "reference"
 
 #: A `run` may be called for each expert as soon as it is resident: no larger batch is faster.
-AS_THEY_LAND = True
+computes_as_loaded = True
 
 
 #: See `flashmoe.ops.cpu.experts`.
-STACKS = False
+stacks_sequences = False
 
 #: Values of the setting that these ops have. See `flashmoe.ops.activations`.
 ACTIVATIONS = ("float32",)
@@ -45,7 +45,7 @@ def prepare(model: nn.Module, head: nn.Module | None) -> None:
         model.set_dtype(mx.float32)
 
 
-def weigh(y: mx.array, scores: mx.array) -> mx.array:
+def weighted_sum(y: mx.array, scores: mx.array) -> mx.array:
     """y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden)."""
     return (y * scores[..., None]).sum(axis=-2)
 
@@ -55,7 +55,7 @@ class Work:
 
     lazy = False
 
-    def __init__(self, bank: ExpertBank, x: mx.array, top_k: int):
+    def __init__(self, bank: SlotMemory, x: mx.array, top_k: int):
         self.bank = bank
         self.x = x
         self.top_k = top_k
@@ -81,7 +81,7 @@ class Work:
 
     def combined(self, scores: mx.array) -> mx.array:
         """The sum over a token's choices, each times its score: (tokens, hidden)."""
-        return weigh(self.result(), scores)
+        return weighted_sum(self.result(), scores)
 
     def _expert(self, slot: int, x: mx.array) -> mx.array:
         quantization = self.bank.layer.quantization
