@@ -1,4 +1,4 @@
-"""What all tests share. Files and processes here are real; nothing reaches a network."""
+"""Fixtures and settings of all tests, which use real files and processes but no network."""
 
 import importlib.metadata
 import os
@@ -9,24 +9,34 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers that each use all cores wait for each other: three times the time.
+    # With workers that each use all cores, which then wait for each other, a run takes three times
+    # as long.
     for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-# Background jobs of a shell without job control ignore Ctrl-C, and hand that on to what they start.
+# A shell without job control starts background jobs with Ctrl-C ignored, and their children inherit
+# that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# Before anything imports mlx: on an NVIDIA GPU it shortens the float32 factors of a product.
+# On an NVIDIA GPU MLX shortens the float32 factors of a product to TF32, unless this is set before
+# mlx is imported.
 os.environ["MLX_ENABLE_TF32"] = "0"
-# Before anything imports transformers or huggingface_hub.
+# transformers and huggingface_hub read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Prompt states of tests, and of the processes they start, stay out of the user's own.
+# Tests and the processes that they start keep prompt caches and settings apart from the user's.
 _CACHE = tempfile.TemporaryDirectory(prefix="flashmoe-tests-")
 os.environ["FLASHMOE_CACHE"] = _CACHE.name
 os.environ["FLASHMOE_CONFIG"] = f"{_CACHE.name}/config"
 os.environ["HF_HOME"] = f"{_CACHE.name}/hub"
+
+# No test may fail because a machine is busy: examples have no deadline and may be slow to make.
+hypothesis.settings.register_profile(
+    "flashmoe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("flashmoe")
 
 
 def pytest_report_header():
@@ -35,7 +45,10 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    """`-m on_device`: the tests that say something on another machine."""
+    """Mark the tests that use the fixture `on_device`, so that `-m on_device` selects them.
+
+    They are the tests whose outcome depends on the machine's GPU.
+    """
     for item in items:
         if "on_device" in getattr(item, "fixturenames", ()):
             item.add_marker("on_device")
@@ -43,20 +56,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def run_llm(tmp_path, monkeypatch):
-    """Run the real `llm` with directories of its own; the finished process."""
+    """A function that runs `llm` in its own directories and returns the finished process."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
     monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "states"))
 
     def run(*args, **kwargs) -> subprocess.CompletedProcess:
         command = [str(Path(sys.executable).parent / "llm"), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, **kwargs)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def engine():
-    """The demo model, with all of its experts in slots."""
+    """An engine of the demo model with a slot for each of its 64 experts."""
     from flashmoe.catalog import DEMO, find
     from flashmoe.engine import Engine
 
@@ -66,7 +79,10 @@ def engine():
 
 @pytest.fixture
 def own_cgroup():
-    """A new v1 memory group below that of this process, so that outer limits go on to hold."""
+    """The directory of a new memory cgroup (version 1) inside the group of this process.
+
+    It lies inside, so that the limits of the outer groups still hold.
+    """
     text = Path("/proc/self/cgroup").read_text() if sys.platform == "linux" else ""
     paths = [line.split(":memory:")[1] for line in text.splitlines() if ":memory:" in line]
     path = paths[0] if paths else ""
@@ -81,8 +97,10 @@ def own_cgroup():
 
 @pytest.fixture
 def on_device():
-    """How the package's kernels are launched in this test: "metal", "cuda", or "stand-in", which
-    runs them on the CPU with lanes in a shuffled order (see msl_cpu.py)."""
+    """How kernels are launched in this test: "metal", "cuda" or "stand-in".
+
+    The stand-in runs them on the CPU, with the lanes in a shuffled order (see msl_cpu.py).
+    """
     import mlx.core as mx
     import msl_build
     import msl_cpu
@@ -92,7 +110,7 @@ def on_device():
     if kernel.available():
         yield "metal" if mx.metal.is_available() else "cuda"
     elif sys.platform != "linux" or msl_build.compiler() is None:
-        pytest.skip("no GPU, and no C++ compiler to do without")
+        pytest.skip("no GPU, and no C++ compiler for the stand-in")
     else:
         with kernel.launched_by(msl_cpu.launcher(seed=1)):
             yield "stand-in"
@@ -100,7 +118,7 @@ def on_device():
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory):
-    """Toy checkpoints, not to be changed."""
+    """The directory of four toy checkpoints that tests share and must not change."""
     from toys import write_toy
 
     root = tmp_path_factory.mktemp("toys")
@@ -112,12 +130,12 @@ def originals(tmp_path_factory):
 
 
 @pytest.fixture
-def one(originals, tmp_path):
-    """A whole checkpoint in one file, to damage."""
+def checkpoint_dir(originals, tmp_path):
+    """A copy of a toy checkpoint in one safetensors file, which a test may damage."""
     return Path(shutil.copytree(originals / "one", tmp_path / "one"))
 
 
 @pytest.fixture
-def three(originals, tmp_path):
-    """The same in three shards with an index."""
+def sharded_dir(originals, tmp_path):
+    """A copy of the same checkpoint in three shards with an index, which a test may damage."""
     return Path(shutil.copytree(originals / "three", tmp_path / "three"))

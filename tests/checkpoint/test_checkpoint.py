@@ -1,4 +1,4 @@
-"""checkpoint.py, model_config.py and safetensors_index.py on real toys, and on damaged ones."""
+"""Tests that checkpoints open with the right layers, sizes and byte ranges, or are refused."""
 
 import os
 import sys
@@ -7,15 +7,13 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from checkpoint_edits import SWITCH, edit_json, edit_weights, refuses
+from checkpoint_edits import SWITCH, assert_refused, edit_json, edit_weights
 from mlx_lm.models.switch_layers import SwitchLinear
 from toys import FAMILIES, write_toy
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import PROJECTIONS, Checkpoint, Quantization
 from flashmoe.checkpoint.config import BITS, GROUP_SIZES
-
-# What opens, and what is found in it.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -28,7 +26,7 @@ from flashmoe.checkpoint.config import BITS, GROUP_SIZES
     ],
     ids=["one", "three-3bit", "two-plain"],
 )
-def test_expert_bytes_are_not_those_that_mlx_loads(tmp_path, family, kind):
+def test_expert_ranges_hold_the_bytes_that_mlx_loads(tmp_path, family, kind):
     toy = write_toy(tmp_path, family, **kind)
     checkpoint = Checkpoint.open(toy)
     weights = {}
@@ -48,7 +46,7 @@ def test_expert_bytes_are_not_those_that_mlx_loads(tmp_path, family, kind):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_or_figures_are_wrong(tmp_path, family):
+def test_checkpoint_reports_layers_and_sizes(tmp_path, family):
     dense = family != "qwen3_5_moe"
     toy = write_toy(tmp_path, family, dense_layer=dense, num_experts=9, top_k=4, tie=True)
     checkpoint = Checkpoint.open(str(toy))
@@ -59,7 +57,7 @@ def test_layers_or_figures_are_wrong(tmp_path, family):
     order = [(p, part) for p in PROJECTIONS for part in ("weight", "scales", "biases")]
     assert [(p.projection, p.part) for p in layer.parts] == order
     assert layer.quantization == dict.fromkeys(PROJECTIONS, Quantization(4, 32))
-    # 3 matrices of 64 x 96: 4 bits each, and 2 bf16 for each 32.
+    # 3 matrices of 64 x 96 weights: 4 bits for each, and 2 bf16 for each group of 32.
     assert layer.expert_nbytes == 3 * 64 * 96 * (4 / 8 + 4 / 32)
     assert checkpoint.expert_nbytes == len(checkpoint.expert_layers) * 9 * layer.expert_nbytes
     total = sum(t.nbytes for t in checkpoint.tensors.values())
@@ -67,20 +65,20 @@ def test_layers_or_figures_are_wrong(tmp_path, family):
     assert not any("switch_mlp" in t.name for t in checkpoint.dense)
 
 
-def test_decoder_sparse_step_is_ignored(tmp_path):
+def test_decoder_sparse_step_selects_expert_layers(tmp_path):
     toy = write_toy(tmp_path, "qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3])
     assert list(Checkpoint.open(toy).expert_layers) == [1]
 
 
-def test_config_without_text_config_is_refused(one):
+def test_flat_config_without_text_config_opens(checkpoint_dir):
     def flatten(config):
         config |= config.pop("text_config") | {"model_type": "qwen3_5_moe"}
 
-    edit_json(one / "config.json", flatten)
-    assert Checkpoint.open(one).num_experts == 7
+    edit_json(checkpoint_dir / "config.json", flatten)
+    assert Checkpoint.open(checkpoint_dir).num_experts == 7
 
 
-def test_override_by_path_is_ignored(tmp_path):
+def test_quantisation_override_of_one_module_is_used(tmp_path):
     toy = write_toy(tmp_path, bits=4)
     name = f"{SWITCH}.down_proj"
 
@@ -98,9 +96,9 @@ def test_override_by_path_is_ignored(tmp_path):
     edit_weights(toy, requantize)
     for wrong in (True, {"bits": 4, "group_size": 32}):
         override(wrong)
-        refuses(toy, f"{name}.weight", "(7, 64, 24)", "(7, 64, 12)", "quantization")
+        assert_refused(toy, f"{name}.weight", "(7, 64, 24)", "(7, 64, 12)", "quantization")
     override({"bits": 8, "group_size": 64})
-    refuses(toy, "rows of 96 weights, not a multiple of the group size 64")
+    assert_refused(toy, "rows of 96 weights, not a multiple of the group size 64")
     override({"bits": 8, "group_size": 32})
     layers = Checkpoint.open(toy).expert_layers
     assert layers[0].quantization["down_proj"] == Quantization(8, 32)
@@ -109,7 +107,7 @@ def test_override_by_path_is_ignored(tmp_path):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_unnamed_quantisation_is_not_that_of_mlx_lm(tmp_path, bits, group_size):
+def test_quantisation_is_inferred_from_shapes_as_in_mlx_lm(tmp_path, bits, group_size):
     toy = write_toy(
         tmp_path,
         "qwen3_moe",
@@ -123,17 +121,17 @@ def test_unnamed_quantisation_is_not_that_of_mlx_lm(tmp_path, bits, group_size):
     edit_json(toy / "config.json", lambda c: c.update(quantization=other))
     layer = Checkpoint.open(toy).expert_layers[0]
     assert layer.quantization == dict.fromkeys(PROJECTIONS, Quantization(bits, group_size))
-    found = {
+    arrays = {
         p.part: mx.zeros((7, *p.shape), {"U32": mx.uint32}.get(p.dtype, mx.bfloat16))
         for p in layer.parts
         if p.projection == "up_proj"
     }
-    weights = {f"up_proj.{part}": array for part, array in found.items()}
+    weights = {f"up_proj.{part}": array for part, array in arrays.items()}
     inferred = mlx_lm.utils.infer_quant_config("up_proj", SwitchLinear(128, 128, 7), weights)
     assert inferred == {"bits": bits, "group_size": group_size, "mode": "affine"}
 
 
-def test_plain_projection_among_quantised_ones_is_refused(one):
+def test_one_projection_may_be_unquantised(checkpoint_dir):
     name = f"{SWITCH}.up_proj"
 
     def plain(weights):
@@ -141,36 +139,36 @@ def test_plain_projection_among_quantised_ones_is_refused(one):
             weights.pop(f"{name}.{part}")
         weights[f"{name}.weight"] = mx.zeros((7, 96, 64), mx.float16)
 
-    edit_weights(one, plain)
-    assert Checkpoint.open(one).expert_layers[0].quantization["up_proj"] is None
-    assert len(Checkpoint.open(one).expert_layers[0].parts) == 7
-    edit_json(one / "config.json", lambda c: c["quantization"].update({name: True}))
-    refuses(one, f"{name}.scales' is missing")
+    edit_weights(checkpoint_dir, plain)
+    assert Checkpoint.open(checkpoint_dir).expert_layers[0].quantization["up_proj"] is None
+    assert len(Checkpoint.open(checkpoint_dir).expert_layers[0].parts) == 7
+    edit_json(checkpoint_dir / "config.json", lambda c: c["quantization"].update({name: True}))
+    assert_refused(checkpoint_dir, f"{name}.scales' is missing")
 
 
-def test_vision_or_mtp_tensors_count_as_dense(one):
+def test_vision_and_mtp_tensors_do_not_count_as_dense(checkpoint_dir):
     names = ("vision_tower.x.weight", "language_model.mtp.layers.0.mlp.switch_mlp.up_proj.weight")
-    before = Checkpoint.open(one).dense_nbytes
-    edit_weights(one, lambda w: w.update({n: mx.zeros((3, 5)) for n in names}))
-    assert Checkpoint.open(one).dense_nbytes == before
+    before = Checkpoint.open(checkpoint_dir).dense_nbytes
+    edit_weights(checkpoint_dir, lambda w: w.update({n: mx.zeros((3, 5)) for n in names}))
+    assert Checkpoint.open(checkpoint_dir).dense_nbytes == before
 
 
-def test_linked_shards_are_refused(three, tmp_path):
-    """The Hugging Face cache holds links to blobs."""
-    shard = next(three.glob("*-00002-of-*"))
+def test_symlinked_shards_open(sharded_dir, tmp_path):
+    """The shards in the Hugging Face cache are links to blobs."""
+    shard = next(sharded_dir.glob("*-00002-of-*"))
     shard.rename(tmp_path / "blob")
     shard.symlink_to(tmp_path / "blob")
-    assert shard in Checkpoint.open(three).files
+    assert shard in Checkpoint.open(sharded_dir).files
 
 
-def test_opening_the_demo_model_changes():
+def test_demo_model_has_its_known_sizes():
     checkpoint = Checkpoint.open(find(DEMO))
     assert (checkpoint.num_layers, checkpoint.num_experts, checkpoint.top_k) == (8, 64, 10)
     assert (checkpoint.max_context, len(checkpoint.expert_layers)) == (4096, 8)
     assert (checkpoint.expert_nbytes, checkpoint.dense_nbytes) == (21_233_664, 8_425_088)
 
 
-def test_opening_pulls_in_mlx():
+def test_opening_a_checkpoint_does_not_import_mlx():
     code = (
         "import sys, flashmoe.checkpoint.checkpoint; "
         "sys.exit(any(m.startswith('mlx') for m in sys.modules))"
@@ -178,18 +176,17 @@ def test_opening_pulls_in_mlx():
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
 
 
-# Paths.
-
-
 @pytest.mark.parametrize("name", ["nowhere", "a\0b", "x" * 5000, "\x1b[31m"])
-def test_missing_directory_passes(tmp_path, name):
-    refuses(tmp_path / name, "there is no directory")
+def test_missing_directory_is_refused(tmp_path, name):
+    assert_refused(tmp_path / name, "there is no directory")
 
 
-def test_file_passes_as_directory(one):
-    refuses(one / "config.json", "is not a directory", "the directory that holds config.json")
+def test_file_instead_of_a_directory_is_refused(checkpoint_dir):
+    assert_refused(
+        checkpoint_dir / "config.json", "is not a directory", "the directory that holds config.json"
+    )
 
 
-def test_hub_name_is_not_explained():
+def test_hub_name_is_answered_with_the_download_command():
     name = "mlx-community/Qwen3-30B-A3B-4bit"
-    refuses(name, f"flashmoe download hub:{name}")
+    assert_refused(name, f"flashmoe download hub:{name}")

@@ -1,4 +1,4 @@
-"""config.json of a checkpoint: what is refused, and what is ignored."""
+"""Tests which values of config.json are accepted, get a default or are refused."""
 
 import json
 import os
@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_edits import SIZES, SWITCH, edit_json, refuses
+from checkpoint_edits import SIZES, SWITCH, assert_refused, edit_json
 from mlx_lm.models import qwen3_5, qwen3_next
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.checkpoint.config import check_text_config
-
-# config.json.
 
 
 @pytest.mark.parametrize(
@@ -28,41 +26,41 @@ from flashmoe.checkpoint.config import check_text_config
     ],
     ids=["cut", "array", "bytes", "twice", "deep", "digits"],
 )
-def test_corrupt_config_passes(one, text, message):
-    (one / "config.json").write_bytes(text)
-    refuses(one, str(one / "config.json"), message)
+def test_corrupt_config_is_refused(checkpoint_dir, text, message):
+    (checkpoint_dir / "config.json").write_bytes(text)
+    assert_refused(checkpoint_dir, str(checkpoint_dir / "config.json"), message)
 
 
-def test_missing_config_passes(one):
-    (one / "config.json").unlink()
-    refuses(one, "config.json is missing")
+def test_missing_config_is_refused(checkpoint_dir):
+    (checkpoint_dir / "config.json").unlink()
+    assert_refused(checkpoint_dir, "config.json is missing")
 
 
-def test_config_that_is_a_pipe_hangs(one):
-    (one / "config.json").unlink()
-    os.mkfifo(one / "config.json")
-    refuses(one, "no regular file")
+def test_config_that_is_a_pipe_is_refused_at_once(checkpoint_dir):
+    (checkpoint_dir / "config.json").unlink()
+    os.mkfifo(checkpoint_dir / "config.json")
+    assert_refused(checkpoint_dir, "no regular file")
 
 
-def test_oversized_config_is_read(one):
-    os.truncate(one / "config.json", 100_000_001)
-    refuses(one, "longer than 100000000 bytes")
+def test_oversized_config_is_refused(checkpoint_dir):
+    os.truncate(checkpoint_dir / "config.json", 100_000_001)
+    assert_refused(checkpoint_dir, "longer than 100000000 bytes")
 
 
 @pytest.mark.parametrize("value", [None, 0, -4, True, 64.0, "64", [64], 2**40])
 @pytest.mark.parametrize("field", SIZES)
-def test_ill_typed_field_passes(originals, tmp_path, field, value):
+def test_size_field_of_wrong_type_or_range_is_refused(originals, tmp_path, field, value):
     for toy in ("one", "next"):
         if (toy, field, value) == ("one", "head_dim", None):
-            continue  # mlx-lm takes a default for it
+            continue  # mlx-lm has a default for a null head_dim
         config = json.loads((originals / toy / "config.json").read_text())
         config.get("text_config", config)[field] = value
         (tmp_path / "config.json").write_text(json.dumps(config))
-        refuses(tmp_path, f"has {field} {value!r}", "a whole number in 1..")
+        assert_refused(tmp_path, f"has {field} {value!r}", "a whole number in 1..")
 
 
 @pytest.mark.parametrize("field", SIZES)
-def test_missing_field_passes_or_a_default_is_not_that_of_mlx_lm(originals, tmp_path, field):
+def test_missing_size_field_gets_the_default_of_mlx_lm_or_is_refused(originals, tmp_path, field):
     classes = {"one": qwen3_5.TextModelArgs, "next": qwen3_next.ModelArgs}
     for toy, args_class in classes.items():
         config = json.loads((originals / toy / "config.json").read_text())
@@ -70,24 +68,28 @@ def test_missing_field_passes_or_a_default_is_not_that_of_mlx_lm(originals, tmp_
         (tmp_path / "config.json").write_text(json.dumps(config))
         try:
             default = getattr(args_class.from_dict(config.get("text_config", config)), field)
-        except TypeError:  # mlx-lm has none
+        except TypeError:  # mlx-lm has no default and requires the field
             default = 0
         if default == 0:
-            refuses(tmp_path, f"has {field} None", "a whole number in 1..")
+            assert_refused(tmp_path, f"has {field} None", "a whole number in 1..")
         else:
             assert check_text_config(config, tmp_path)[field] == default
 
 
-def test_fewer_layers_than_one_interval_pass(one):
-    edit_json(one / "config.json", lambda c: c["text_config"].update(full_attention_interval=5))
-    refuses(one, "full_attention_interval 5, more than num_hidden_layers 4")
+def test_attention_interval_above_the_number_of_layers_is_refused(checkpoint_dir):
+    edit_json(
+        checkpoint_dir / "config.json", lambda c: c["text_config"].update(full_attention_interval=5)
+    )
+    assert_refused(checkpoint_dir, "full_attention_interval 5, more than num_hidden_layers 4")
 
 
-def test_null_head_dim_is_refused(one):
-    edit_json(one / "config.json", lambda c: c["text_config"].update(head_dim=None))
-    assert Checkpoint.open(one).text_config["head_dim"] == 64 // 2
-    edit_json(one / "config.json", lambda c: c["text_config"].update(num_attention_heads=65))
-    refuses(one, "has head_dim 0")
+def test_null_head_dim_means_hidden_size_over_heads(checkpoint_dir):
+    edit_json(checkpoint_dir / "config.json", lambda c: c["text_config"].update(head_dim=None))
+    assert Checkpoint.open(checkpoint_dir).text_config["head_dim"] == 64 // 2
+    edit_json(
+        checkpoint_dir / "config.json", lambda c: c["text_config"].update(num_attention_heads=65)
+    )
+    assert_refused(checkpoint_dir, "has head_dim 0")
 
 
 @pytest.mark.parametrize(
@@ -113,37 +115,41 @@ def test_null_head_dim_is_refused(one):
         ({"quantization": None, "quantization_config": None}, "config.json says that it is not"),
     ],
 )
-def test_unsupported_config_passes(one, edit, message):
-    edit_json(one / "config.json", lambda c: c.update(edit))
-    refuses(one, message)
+def test_unsupported_config_is_refused(checkpoint_dir, edit, message):
+    edit_json(checkpoint_dir / "config.json", lambda c: c.update(edit))
+    assert_refused(checkpoint_dir, message)
 
 
-def test_code_named_by_auto_map_runs(one):
-    (one / "evil.py").write_text("raise SystemExit('it ran')")
-    edit_json(one / "config.json", lambda c: c.update(auto_map={"AutoModel": "evil.Model"}))
-    Checkpoint.open(one)
+def test_code_named_by_auto_map_is_not_run(checkpoint_dir):
+    (checkpoint_dir / "evil.py").write_text("raise SystemExit('it ran')")
+    edit_json(
+        checkpoint_dir / "config.json", lambda c: c.update(auto_map={"AutoModel": "evil.Model"})
+    )
+    Checkpoint.open(checkpoint_dir)
     assert "evil" not in sys.modules
 
 
-def test_modelopt_export_passes(originals, tmp_path):
+def test_modelopt_export_is_refused(originals, tmp_path):
     toy = Path(shutil.copytree(originals / "plain", tmp_path / "plain"))
     (toy / "hf_quant_config.json").write_text("{}")
-    refuses(toy, "'modelopt'", "mlx_lm.convert")
+    assert_refused(toy, "'modelopt'", "mlx_lm.convert")
 
 
-def test_top_k_above_experts_passes(one):
-    edit_json(one / "config.json", lambda c: c["text_config"].update(num_experts_per_tok=8))
-    refuses(one, "num_experts_per_tok 8, more than num_experts 7")
+def test_top_k_above_the_number_of_experts_is_refused(checkpoint_dir):
+    edit_json(
+        checkpoint_dir / "config.json", lambda c: c["text_config"].update(num_experts_per_tok=8)
+    )
+    assert_refused(checkpoint_dir, "num_experts_per_tok 8, more than num_experts 7")
 
 
 @pytest.mark.parametrize("value", [None, 1, [True], [-1], ["0"]])
-def test_bad_mlp_only_layers_passes(originals, tmp_path, value):
+def test_bad_mlp_only_layers_are_refused(originals, tmp_path, value):
     toy = Path(shutil.copytree(originals / "next", tmp_path / "next"))
     edit_json(toy / "config.json", lambda c: c.update(mlp_only_layers=value))
-    refuses(toy, f"mlp_only_layers {value}")
+    assert_refused(toy, f"mlp_only_layers {value}")
 
 
-def test_model_without_expert_layers_passes(originals, tmp_path):
+def test_model_without_expert_layers_is_refused(originals, tmp_path):
     toy = Path(shutil.copytree(originals / "next", tmp_path / "next"))
     edit_json(toy / "config.json", lambda c: c.update(decoder_sparse_step=5))
-    refuses(toy, "leaves no layer with experts")
+    assert_refused(toy, "leaves no layer with experts")

@@ -1,4 +1,4 @@
-"""Shards, headers and tensors of a checkpoint: what is refused."""
+"""Tests that damaged shards, headers and tensors of a checkpoint are refused with a reason."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ import pytest
 from checkpoint_edits import (
     INDEX,
     SWITCH,
+    assert_refused,
     edit_json,
     edit_weights,
-    refuses,
     tensor,
     write_safetensors,
 )
@@ -21,26 +21,26 @@ from flashmoe.checkpoint.checkpoint import PROJECTIONS, Checkpoint
 from flashmoe.errors import ReadError
 from flashmoe.streaming.reader import Reader, ReadRequest
 
-# The index and the shards.
+# The index and the shards
 
 
-def test_no_safetensors_passes(one):
-    (one / "model.safetensors").unlink()
-    refuses(one, "holds no model*.safetensors")
+def test_directory_without_safetensors_is_refused(checkpoint_dir):
+    (checkpoint_dir / "model.safetensors").unlink()
+    assert_refused(checkpoint_dir, "holds no model*.safetensors")
 
 
-def test_missing_shard_passes(three):
-    shard = next(three.glob("*-00002-of-*"))
+def test_missing_shard_is_reported_as_an_incomplete_download(sharded_dir):
+    shard = next(sharded_dir.glob("*-00002-of-*"))
     shard.unlink()
-    refuses(three, shard.name, "the download is incomplete")
+    assert_refused(sharded_dir, shard.name, "the download is incomplete")
 
 
-def test_dangling_link_is_skipped(three):
-    (three / INDEX).unlink()
-    shard = next(three.glob("*-00002-of-*"))
+def test_dangling_shard_link_is_refused(sharded_dir):
+    (sharded_dir / INDEX).unlink()
+    shard = next(sharded_dir.glob("*-00002-of-*"))
     shard.unlink()
     shard.symlink_to("nowhere")
-    refuses(three, shard.name, "missing or no regular file")
+    assert_refused(sharded_dir, shard.name, "missing or no regular file")
 
 
 @pytest.mark.parametrize(
@@ -48,41 +48,41 @@ def test_dangling_link_is_skipped(three):
     ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "\\x.safetensors"]
     + ["model.bin", "a\0.safetensors", "\x1b[31m.safetensors", "\ud800.safetensors", 7, None],
 )
-def test_shard_outside_the_directory_is_opened(three, shard):
-    edit_json(three / INDEX, lambda i: i["weight_map"].update(x=shard))
-    refuses(three, "tensor 'x' in", "a shard must be a model*.safetensors")
+def test_shard_outside_the_directory_is_refused(sharded_dir, shard):
+    edit_json(sharded_dir / INDEX, lambda i: i["weight_map"].update(x=shard))
+    assert_refused(sharded_dir, "tensor 'x' in", "a shard must be a model*.safetensors")
 
 
-def test_index_without_weight_map_passes(three):
-    edit_json(three / INDEX, lambda i: i.pop("weight_map"))
-    refuses(three, "must have an object weight_map")
+def test_index_without_weight_map_is_refused(sharded_dir):
+    edit_json(sharded_dir / INDEX, lambda i: i.pop("weight_map"))
+    assert_refused(sharded_dir, "must have an object weight_map")
 
 
-def test_empty_weight_map_passes(three):
-    edit_json(three / INDEX, lambda i: i["weight_map"].clear())
-    refuses(three, "places it in None")
+def test_empty_weight_map_is_refused(sharded_dir):
+    edit_json(sharded_dir / INDEX, lambda i: i["weight_map"].clear())
+    assert_refused(sharded_dir, "places it in None")
 
 
-def test_index_that_names_an_absent_tensor_passes(three):
-    shard = next(three.glob("*-00002-of-*")).name
-    edit_json(three / INDEX, lambda i: i["weight_map"].update(ghost=shard))
-    refuses(three, "places tensor 'ghost' in", shard)
+def test_index_that_names_an_absent_tensor_is_refused(sharded_dir):
+    shard = next(sharded_dir.glob("*-00002-of-*")).name
+    edit_json(sharded_dir / INDEX, lambda i: i["weight_map"].update(ghost=shard))
+    assert_refused(sharded_dir, "places tensor 'ghost' in", shard)
 
 
-def test_index_that_omits_a_tensor_passes(three):
+def test_index_that_omits_a_tensor_is_refused(sharded_dir):
     name = f"{SWITCH}.up_proj.weight"
-    edit_json(three / INDEX, lambda i: i["weight_map"].pop(name))
-    refuses(three, f"tensor '{name}' is in", "places it in None")
+    edit_json(sharded_dir / INDEX, lambda i: i["weight_map"].pop(name))
+    assert_refused(sharded_dir, f"tensor '{name}' is in", "places it in None")
 
 
-def test_tensor_in_two_shards_passes(three):
-    (three / INDEX).unlink()
-    shard = next(three.glob("*-00002-of-*"))
-    shutil.copy(shard, three / "model-00009-of-00003.safetensors")
-    refuses(three, "is in both", shard.name, "model-00009-of-00003.safetensors")
+def test_tensor_in_two_shards_is_refused(sharded_dir):
+    (sharded_dir / INDEX).unlink()
+    shard = next(sharded_dir.glob("*-00002-of-*"))
+    shutil.copy(shard, sharded_dir / "model-00009-of-00003.safetensors")
+    assert_refused(sharded_dir, "is in both", shard.name, "model-00009-of-00003.safetensors")
 
 
-# Headers.
+# Headers
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ def test_tensor_in_two_shards_passes(three):
         (b"\xff" * 8 + b"{}", "gives its header 18446744073709551615 bytes"),
     ],
 )
-def test_impossible_header_length_is_read(one, content, message):
-    (one / "model.safetensors").write_bytes(content)
-    refuses(one, message, "the download is incomplete")
+def test_impossible_header_length_is_refused(checkpoint_dir, content, message):
+    (checkpoint_dir / "model.safetensors").write_bytes(content)
+    assert_refused(checkpoint_dir, message, "the download is incomplete")
 
 
-def test_header_over_100_mb_is_read(one):
-    with open(one / "model.safetensors", "wb") as f:
+def test_header_over_100_mb_is_refused(checkpoint_dir):
+    with open(checkpoint_dir / "model.safetensors", "wb") as f:
         f.write((100_000_001).to_bytes(8, "little"))
         f.truncate(200_000_000)
-    refuses(one, "gives its header 100000001 bytes", "the limit is 100000000")
+    assert_refused(checkpoint_dir, "gives its header 100000001 bytes", "the limit is 100000000")
 
 
 @pytest.mark.parametrize(
@@ -141,39 +141,41 @@ def test_header_over_100_mb_is_read(one):
         ({"\x1b]0;\ud800": 1}, r"tensor '\x1b]0;\ud800' must"),
     ],
 )
-def test_bad_header_passes(one, header, message):
-    write_safetensors(one / "model.safetensors", header, b"8 bytes.")
-    refuses(one, message)
+def test_bad_header_is_refused(checkpoint_dir, header, message):
+    write_safetensors(checkpoint_dir / "model.safetensors", header, b"8 bytes.")
+    assert_refused(checkpoint_dir, message)
 
 
-def test_truncated_expert_is_not_named(three):
-    checkpoint = Checkpoint.open(three)
+def test_error_of_a_truncated_shard_names_the_expert(sharded_dir):
+    checkpoint = Checkpoint.open(sharded_dir)
     layer = checkpoint.expert_layers[2]
     part = layer.parts[0]
     start, stop = part.range(5)
     os.truncate(part.file, start + 3)
-    refuses(
-        three,
+    assert_refused(
+        sharded_dir,
         f"expert 5 of layer 2 needs bytes {start}..{stop} of {part.file.name}, which has "
         f"{start + 3}: the download is incomplete; download it again",
     )
 
 
-def test_truncated_dense_tensor_is_not_named(one):
-    lost = next(t for t in Checkpoint.open(one).dense if t.nbytes > 100)
-    os.truncate(one / "model.safetensors", lost.stop - 1)
-    refuses(one, f"tensor '{lost.name}' needs bytes {lost.start}..{lost.stop}", "incomplete")
+def test_error_of_a_truncated_shard_names_the_dense_tensor(checkpoint_dir):
+    lost = next(t for t in Checkpoint.open(checkpoint_dir).dense if t.nbytes > 100)
+    os.truncate(checkpoint_dir / "model.safetensors", lost.stop - 1)
+    assert_refused(
+        checkpoint_dir, f"tensor '{lost.name}' needs bytes {lost.start}..{lost.stop}", "incomplete"
+    )
 
 
-# Experts.
+# Experts
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_missing_expert_tensor_passes(one, projection, part):
+def test_missing_expert_tensor_is_refused(checkpoint_dir, projection, part):
     name = f"{SWITCH}.{projection}.{part}"
-    edit_weights(one, lambda w: w.pop(name))
-    refuses(one, f"tensor '{name}' is missing")
+    edit_weights(checkpoint_dir, lambda w: w.pop(name))
+    assert_refused(checkpoint_dir, f"tensor '{name}' is missing")
 
 
 @pytest.mark.parametrize(
@@ -183,9 +185,15 @@ def test_missing_expert_tensor_passes(one, projection, part):
         "model.layers.0.mlp.experts.0.up_proj.weight",
     ],
 )
-def test_raw_hugging_face_checkpoint_passes(one, name):
-    write_safetensors(one / "model.safetensors", {name: tensor(0, 4)}, b"four")
-    refuses(one, f"'{name}'", "not in MLX format", f"mlx_lm.convert --hf-path {one}", "-q")
+def test_unconverted_hugging_face_checkpoint_is_refused(checkpoint_dir, name):
+    write_safetensors(checkpoint_dir / "model.safetensors", {name: tensor(0, 4)}, b"four")
+    assert_refused(
+        checkpoint_dir,
+        f"'{name}'",
+        "not in MLX format",
+        f"mlx_lm.convert --hf-path {checkpoint_dir}",
+        "-q",
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,42 +215,42 @@ def test_raw_hugging_face_checkpoint_passes(one, name):
         ("up_proj.bias", mx.zeros((7, 96)), "has no use for"),
     ],
 )
-def test_expert_tensor_of_the_wrong_form_passes(one, name, array, message):
-    edit_weights(one, lambda w: w.update({f"{SWITCH}.{name}": array}))
-    refuses(one, f"{SWITCH}.up_proj" if "up" in name else SWITCH, message)
+def test_expert_tensor_of_wrong_shape_or_dtype_is_refused(checkpoint_dir, name, array, message):
+    edit_weights(checkpoint_dir, lambda w: w.update({f"{SWITCH}.{name}": array}))
+    assert_refused(checkpoint_dir, f"{SWITCH}.up_proj" if "up" in name else SWITCH, message)
 
 
 @pytest.mark.parametrize("dtype", [mx.int32, mx.int8])
-def test_plain_expert_of_the_wrong_dtype_passes(originals, tmp_path, dtype):
+def test_unquantised_expert_of_wrong_dtype_is_refused(originals, tmp_path, dtype):
     toy = Path(shutil.copytree(originals / "plain", tmp_path / "plain"))
     name = f"{SWITCH}.up_proj.weight"
     edit_weights(toy, lambda w: w.update({name: mx.zeros((7, 96, 64), dtype)}))
-    refuses(toy, f"{SWITCH}.up_proj", "needed is one of BF16, F16, F32")
+    assert_refused(toy, f"{SWITCH}.up_proj", "needed is one of BF16, F16, F32")
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32)])
-def test_other_quantisation_mode_passes(tmp_path, mode, bits, group):
+def test_quantisation_mode_other_than_affine_is_refused(tmp_path, mode, bits, group):
     toy = write_toy(tmp_path, "qwen3_moe", bits=bits, group_size=group, mode=mode)
-    refuses(toy, f"mode '{mode}'", "only affine is supported")
+    assert_refused(toy, f"mode '{mode}'", "only affine is supported")
     edit_json(toy / "config.json", lambda c: c["quantization"].update(mode="affine"))
-    refuses(toy, "U8 scales", "only affine is supported")
+    assert_refused(toy, "U8 scales", "only affine is supported")
 
 
-def test_experts_of_a_layer_too_many_pass(one):
-    three = {"num_hidden_layers": 3, "full_attention_interval": 3}
-    edit_json(one / "config.json", lambda c: c["text_config"].update(three))
-    refuses(one, "layers.3.mlp.switch_mlp", "3 layers has no use for")
+def test_experts_of_a_surplus_layer_are_refused(checkpoint_dir):
+    fewer = {"num_hidden_layers": 3, "full_attention_interval": 3}
+    edit_json(checkpoint_dir / "config.json", lambda c: c["text_config"].update(fewer))
+    assert_refused(checkpoint_dir, "layers.3.mlp.switch_mlp", "3 layers has no use for")
 
 
-# What is quantised of the dense tensors.
+# Quantised dense tensors
 
 QUERY = "language_model.model.layers.3.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("part", ["weight", "biases"])
-def test_missing_dense_tensor_passes(one, part):
-    edit_weights(one, lambda w: w.pop(f"{QUERY}.{part}"))
-    refuses(one, f"tensor '{QUERY}.{part}' is missing")
+def test_missing_part_of_a_quantised_dense_tensor_is_refused(checkpoint_dir, part):
+    edit_weights(checkpoint_dir, lambda w: w.pop(f"{QUERY}.{part}"))
+    assert_refused(checkpoint_dir, f"tensor '{QUERY}.{part}' is missing")
 
 
 @pytest.mark.parametrize(
@@ -256,36 +264,36 @@ def test_missing_dense_tensor_passes(one, part):
     ],
     ids=["weight", "scales", "both", "shape", "mode"],
 )
-def test_dense_tensor_of_the_wrong_form_passes(one, edits, message):
+def test_dense_tensor_of_wrong_shape_or_dtype_is_refused(checkpoint_dir, edits, message):
     new = {f"{QUERY}.{part}": mx.zeros((128, n), dtype) for part, (n, dtype) in edits.items()}
-    edit_weights(one, lambda w: w.update(new))
-    refuses(one, f"'{QUERY}'", message)
+    edit_weights(checkpoint_dir, lambda w: w.update(new))
+    assert_refused(checkpoint_dir, f"'{QUERY}'", message)
 
 
 @pytest.mark.parametrize("quantization", [None, {"bits": 4, "group_size": 32, QUERY: False}])
-def test_dense_scales_that_config_denies_pass(originals, tmp_path, quantization):
+def test_quantised_dense_tensor_that_config_denies_is_refused(originals, tmp_path, quantization):
     toy = Path(shutil.copytree(originals / "plain", tmp_path / "plain"))
     parts = {"weight": mx.zeros((128, 8), mx.uint32), "scales": mx.zeros((128, 2), mx.float16)}
     parts["biases"] = parts["scales"]
     edit_weights(toy, lambda w: w.update({f"{QUERY}.{k}": v for k, v in parts.items()}))
     edit_json(toy / "config.json", lambda c: c.update(quantization=quantization))
-    refuses(toy, f"'{QUERY}' is quantised, but config.json says that it is not")
+    assert_refused(toy, f"'{QUERY}' is quantised, but config.json says that it is not")
 
 
-# Files that change.
+# Files that change
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_shard_replaced_after_opening_is_read(three, number):
-    checkpoint = Checkpoint.open(three)
+def test_shard_replaced_after_opening_is_not_read(sharded_dir, number):
+    checkpoint = Checkpoint.open(sharded_dir)
     assert set(checkpoint.identities) == set(checkpoint.files)
     part = checkpoint.expert_layers[0].parts[0]
-    same = part.file.with_name("new")
+    replacement = part.file.with_name("new")
     content = bytearray(part.file.read_bytes())
     content[part.start] ^= number
-    same.write_bytes(content)
-    shutil.copystat(part.file, same)
-    same.rename(part.file)
+    replacement.write_bytes(content)
+    shutil.copystat(part.file, replacement)
+    replacement.rename(part.file)
     with Reader(1, checkpoint.identities) as reader:
         buffer = bytearray(part.nbytes)
         pending = reader.submit([ReadRequest(part.file, part.start, buffer, 0, 0)])

@@ -1,4 +1,4 @@
-"""What tests of checkpoints do to good ones, and how they see that one is refused."""
+"""Edits that damage a checkpoint, and the assertion that it is refused."""
 
 import json
 
@@ -12,12 +12,12 @@ from flashmoe.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SWITCH = "language_model.model.layers.0.mlp.switch_mlp"
 
-#: Fields of config.json that are sizes.
+#: The fields of config.json that are sizes of the model.
 SIZES = [*FIELDS, *LINEAR_FIELDS, "head_dim"]
 
 
-def refuses(directory, *texts):
-    """The directory does not open, and the message holds all texts."""
+def assert_refused(directory, *texts):
+    """Assert that opening the directory raises a CheckpointError whose message has all texts."""
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(directory)
     for text in texts:
@@ -25,12 +25,14 @@ def refuses(directory, *texts):
 
 
 def edit_json(file, edit):
+    """Rewrite a JSON file after `edit`, which changes the parsed value in place."""
     value = json.loads(file.read_text())
     edit(value)
     file.write_text(json.dumps(value))
 
 
 def edit_weights(directory, edit):
+    """Rewrite model.safetensors after `edit`, which changes the dict of arrays in place."""
     file = directory / "model.safetensors"
     weights = mx.load(str(file))
     mx.eval(weights)
@@ -39,11 +41,13 @@ def edit_weights(directory, edit):
 
 
 def write_safetensors(file, header, data=b""):
+    """Write a safetensors file of a header, as a JSON value or as its raw bytes, and data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def tensor(start, stop, dtype="U8", shape=None):
+    """Return the header's entry for a tensor at bytes start..stop, by default of one axis."""
     return {
         "dtype": dtype,
         "shape": [stop - start] if shape is None else shape,
