@@ -1,4 +1,4 @@
-"""schemas.py against jsonschema itself: closing and cutting lose or admit nothing."""
+"""Test, against jsonschema, which values closed schemas and schemas of parameters accept."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def compound(inner):
     keywords |= {"patternProperties": st.dictionaries(st.just("^[ab]"), one)}
     keywords |= {"required": st.lists(NAMES, unique=True, max_size=2)}
     keywords |= {k: st.integers(0, 1) for k in ("minProperties", "maxContains")}
-    # What means nothing, though it looks like a schema.
+    # An unknown keyword, whose value looks like a schema but means nothing.
     keywords |= {"x": st.just({"required": True, "oneOf": 3, "allOf": 3, "properties": [{}]})}
     usual = ["oneOf", "anyOf", "allOf", "not", "contains", "properties", "required"]
     names = st.sets(st.sampled_from([*usual, *keywords]), min_size=1, max_size=3)
@@ -53,14 +53,14 @@ def compound(inner):
 
 
 PARTS = compound(LEAVES) | LEAVES
-# No schema that refers to itself for ever: each is slow to be found.
+# Without schemas that refer to themselves for ever: jsonschema takes long to fail on each.
 DEFINED = PARTS.filter(lambda part: not any(r in str(part) for r in ("'#'", "#/$defs/a")))
 DEFINITIONS = st.fixed_dictionaries({"a": DEFINED, "b": st.just(NEEDS_B)})
 SCHEMAS = st.builds(lambda root, defs: {**root, "$defs": defs}, compound(PARTS), DEFINITIONS)
 
 
 def accepts(schema, value):
-    """None when nobody can tell, because the schema refers to itself for ever."""
+    """Return what jsonschema says, or None if the schema refers to itself for ever."""
     try:
         return validator_for(schema, Draft202012Validator)(schema).is_valid(value)
     except RecursionError:
@@ -72,7 +72,7 @@ def accepts(schema, value):
 
 @settings(max_examples=300, deadline=None)
 @given(SCHEMAS)
-def test_closed_schema_takes_what_the_schema_refuses(schema):
+def test_closed_schema_accepts_only_what_the_schema_accepts(schema):
     shut = closed(schema)
     for value in VALUES if shut != schema else ():
         if accepts(shut, value):
@@ -94,7 +94,7 @@ REF_A = {"$ref": "#/$defs/a"}
         ({"properties": {"default": {"not": REF_A}}}, {"default": {"b": 1}}),
     ],
 )
-def test_closing_an_alternative_or_a_condition_admits_a_value(schema, value):
+def test_closing_alternatives_and_conditions_admits_no_value(schema, value):
     schema = {**schema, "$defs": {"a": A}}
     assert not accepts(schema, value)
     assert not accepts(closed(schema), value)
@@ -123,7 +123,7 @@ def test_closing_an_alternative_or_a_condition_admits_a_value(schema, value):
         ({"type": "object"}, {"b": 1}),
     ],
 )
-def test_closing_contradicts_what_else_is_said_of_the_object(schema, value):
+def test_closing_keeps_what_other_keywords_allow(schema, value):
     schema = {**schema, "$defs": {"a": A}}
     assert accepts(schema, value)
     assert accepts(closed(schema), value)
@@ -151,14 +151,14 @@ def test_closing_contradicts_what_else_is_said_of_the_object(schema, value):
         ({"properties": {"default": A}, "default": {"not": 3}}, {"default": {"b": 1}}),
     ],
 )
-def test_object_that_lists_its_properties_stays_open(schema, value):
+def test_object_that_lists_its_properties_is_closed(schema, value):
     schema = {**schema, "$defs": {"a": A}}
     assert accepts(schema, value)
     assert not accepts(closed(schema), value)
 
 
-def test_discriminated_alternatives_stay_open():
-    """As pydantic writes them: no value can satisfy two, closed or open."""
+def test_discriminated_alternatives_are_closed():
+    """Pydantic writes such alternatives; no value can satisfy two of them, closed or open."""
     kinds = {
         k: {"properties": {"kind": {"const": k}, k: {}}, "required": ["kind"]}
         for k in ("cat", "dog")
@@ -169,12 +169,12 @@ def test_discriminated_alternatives_stay_open():
     assert not accepts(closed(schema), {"kind": "cat", "dog": 1})
 
 
-def test_data_is_closed_as_if_it_were_a_schema():
+def test_data_that_looks_like_a_schema_is_not_closed():
     schema = {k: A for k in ("default", "const")} | {"enum": [A], "examples": [A]}
     assert closed(schema) == schema
 
 
-# Cutting.
+# Schemas of single parameters.
 
 ODD_NAMES = st.sampled_from(["a", "a/b", "~", "~1", "%", "%25", "a b", "é", "#", '"', "$ref", ""])
 ODD_NAMES |= st.sampled_from(["enum", "default", "const", "examples", "properties", "0"])
@@ -183,9 +183,9 @@ DIALECTS = st.sampled_from([{}, {"$schema": DRAFT7}, {"$schema": DRAFT7, "$id": 
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(ODD_NAMES, PARTS, min_size=1, max_size=3), DEFINITIONS, DIALECTS, st.data())
-def test_parameter_is_another_schema_than_the_property(properties, defined, dialect, data):
+def test_parameter_accepts_the_same_values_as_the_property(properties, defined, dialect, data):
     name = data.draw(st.sampled_from(sorted(properties)))
-    # A name of a definition that is written otherwise in a reference.
+    # The name of this definition is escaped where a reference names it.
     text = json.dumps([properties, defined]).replace("#/$defs/a", "#/$defs/~1%25 a")
     properties, defined = json.loads(text)
     schema = {"properties": properties, "$defs": {**defined, "/% a": defined["a"]}, **dialect}
@@ -193,14 +193,14 @@ def test_parameter_is_another_schema_than_the_property(properties, defined, dial
     for value in VALUES:
         expected = accepts(schema, {name: value})
         assert accepts(cut, value) == expected, value
-        # Draft 7 does not look at what stands beside a reference.
+        # Draft 7 ignores keywords beside a reference.
         if not dialect:
             assert accepts(resolved(cut), value) == expected, value
 
 
 @pytest.mark.parametrize("name", ["default", "enum", "const", "examples", "not", "if", "$ref"])
-def test_reference_below_a_property_named_as_a_keyword_dangles(name):
-    """`default` of a schema is data, but a property may have that name."""
+def test_reference_below_a_property_named_like_a_keyword_resolves(name):
+    """The keyword `default` holds data, but a property of that name holds a schema."""
     inner = {"properties": {name: REF_A}}
     schema = {"properties": {name: inner}, "$defs": {"a": A}}
     cut = parameter(schema, name)
@@ -208,7 +208,7 @@ def test_reference_below_a_property_named_as_a_keyword_dangles(name):
     assert "'x' is not of type 'integer'" in fault({name: {"a": "x"}}, cut)
 
 
-def test_parameter_of_an_older_draft_is_read_as_of_the_newest():
+def test_parameter_keeps_the_draft_of_its_schema():
     pair = {"type": "array", "items": [{"type": "integer"}, {"$ref": "#/definitions/s"}]}
     plain = {"type": "array", "items": [{"type": "integer"}]}
     schema = {"$schema": DRAFT7, "properties": {"a": pair, "b": plain}}
@@ -219,7 +219,7 @@ def test_parameter_of_an_older_draft_is_read_as_of_the_newest():
         assert "is not of type 'integer'" in fault(["x"], cut)
 
 
-def test_parameter_loses_an_anchor_or_a_reference_by_the_own_name():
+def test_parameter_keeps_anchors_and_references_by_id():
     schema = {
         "$id": "http://x.y/z",
         "properties": {"a": {"$ref": "#here"}, "b": {"$ref": "http://x.y/z#/$defs/a"}},
@@ -233,7 +233,7 @@ def test_parameter_loses_an_anchor_or_a_reference_by_the_own_name():
 TREE = {"properties": {"kids": {"items": {"$ref": "#/$defs/t"}}}, "required": ["v"]}
 
 
-def test_recursive_parameter_is_followed_once():
+def test_recursive_parameter_is_checked_at_every_level():
     schema = {"properties": {"t": {"$ref": "#/$defs/t"}}, "$defs": {"t": TREE}}
     cut = parameter(schema, "t")
     assert fault({"v": 1, "kids": [{"v": 2, "kids": []}]}, cut) is None
@@ -253,9 +253,9 @@ def test_recursive_parameter_is_followed_once():
         ({"$ref": "#/$defs/yes"}, True),
     ],
 )
-def test_reference_is_not_followed(schema, expected):
+def test_reference_is_resolved(schema, expected):
     defs = {"a": A, "list": [True, A], "a/b c": A, "via": {"$ref": "#/$defs/a"}, "yes": True}
-    # The definitions stay, for what refers to them from inside.
+    # The definitions stay, because references inside the schema may name them.
     expected = expected if expected is True else {**expected, "$defs": defs}
     assert resolved({**schema, "$defs": defs}) == expected
 
@@ -275,18 +275,18 @@ def test_reference_is_not_followed(schema, expected):
         {"$ref": 3},
     ],
 )
-def test_reference_that_cannot_be_followed_becomes_another_schema(schema):
+def test_reference_that_cannot_be_resolved_is_left_unchanged(schema):
     assert resolved(schema) == schema
 
 
-def test_pattern_stays_or_a_property_of_that_name_goes():
+def test_without_patterns_removes_the_keyword_but_not_a_property_of_that_name():
     schema = {"properties": {"pattern": {"pattern": "a"}, "b": {"pattern": "b"}}, "enum": ["x"]}
     schema |= {"default": {"pattern": "a"}, "items": [{"pattern": "a"}], "x": {"pattern": 3}}
     left = without_patterns(schema, lambda pattern: pattern == "a")
     assert left == schema | {"items": [{}]} | {"properties": {"pattern": {}, "b": {"pattern": "b"}}}
 
 
-# What is no schema.
+# Invalid schemas.
 
 
 @pytest.mark.parametrize(
@@ -321,14 +321,14 @@ def test_pattern_stays_or_a_property_of_that_name_goes():
         ({"$ref": "http://[bad"}, "it refers to 'http://[bad', which is not fetched"),
     ],
 )
-def test_what_is_no_schema_passes(schema, wrong):
+def test_invalid_schema_is_refused(schema, wrong):
     with pytest.raises(SettingError) as caught:
         check_schema(schema, "it")
     assert wrong in str(caught.value)
 
 
 @pytest.mark.parametrize("depth", [400, 900, 10**5])
-def test_schema_nested_too_deeply_is_a_traceback(depth):
+def test_schema_nested_too_deeply_raises_setting_error(depth):
     schema = {}
     for _ in range(depth):
         schema = {"items": schema}
@@ -348,7 +348,7 @@ def test_schema_nested_too_deeply_is_a_traceback(depth):
         {"x-form": {"required": "yes", "properties": []}},
     ],
 )
-def test_good_schema_is_refused(schema):
+def test_valid_schema_is_accepted(schema):
     check_schema(schema, "it")
     closed(schema)
     without_patterns(schema, lambda pattern: True)
@@ -357,8 +357,8 @@ def test_good_schema_is_refused(schema):
 
 @settings(max_examples=100, deadline=None)
 @given(SCHEMAS.filter(lambda schema: "'#'" not in str(schema)), st.sampled_from(VALUES))
-def test_hostile_schema_raises_something_else(schema, value):
-    """Whatever is let in can be checked against, cut and closed."""
+def test_hostile_schema_is_refused_or_can_be_used(schema, value):
+    """Every schema that passes `check_schema` can be closed, resolved and checked against."""
     text = json.dumps(schema)
     for old, new in (("#/$defs/b", "#/$defs/b/required"), ('"type"', '"$ref"'), ("1", "{}")):
         hostile = json.loads(text.replace(old, new))
@@ -371,8 +371,8 @@ def test_hostile_schema_raises_something_else(schema, value):
 
 
 @pytest.mark.parametrize("dialect", [None, DRAFT7, "https://json-schema.org/draft/2020-12/schema"])
-def test_pattern_is_searched_for_ever(dialect):
-    """By `re` this takes 2 ** 60 steps, in which no other thread runs."""
+def test_search_for_an_exponential_pattern_is_given_up(dialect):
+    """With `re` this search would take 2 ** 60 steps, during which no other thread runs."""
     slow = {"type": "string", "pattern": "^(?=a)(a|a)*b$"}
     slow |= {"$schema": dialect} if dialect else {}
     for schema, value in (
@@ -384,5 +384,5 @@ def test_pattern_is_searched_for_ever(dialect):
         assert fault("ab" if value == "a" * 60 else [], schema) is None
 
 
-def test_pattern_that_is_none_raises():
+def test_invalid_pattern_is_reported_as_a_fault():
     assert "no regular expression" in fault("x", {"type": "string", "pattern": "(?P<"})

@@ -1,4 +1,4 @@
-"""schemas.py: values typed by their schemas, and held against them."""
+"""Test how values are typed by their schemas and checked against them."""
 
 import http.server
 import json
@@ -80,10 +80,10 @@ BIG = 12345678901234567890123
         ('["\\ud83d"]', {}, '["\\ud83d"]'),
     ],
 )
-def test_text_is_another_value(text, schema, value):
-    found, wrong = typed(text, schema)
+def test_raw_text_is_typed_by_its_schema(text, schema, value):
+    typed_value, wrong = typed(text, schema)
     assert wrong is None
-    assert repr(found) == repr(value)  # 1, 1.0 and True are equal
+    assert repr(typed_value) == repr(value)  # because 1, 1.0 and True are equal
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_text_is_another_value(text, schema, value):
         ("1", {"$ref": "#/$defs/x"}, "a reference that cannot be followed"),
     ],
 )
-def test_text_of_no_value_becomes_one(text, schema, wrong):
+def test_raw_text_that_does_not_fit_its_schema_is_a_fault(text, schema, wrong):
     value, fault = typed(text, schema)
     assert value is None
     assert wrong in fault
@@ -124,18 +124,18 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_value_written_as_json_is_read_as_another(value):
+def test_value_written_as_json_is_read_back(value):
     for ascii_only in (False, True):
         assert typed(json.dumps(value, ensure_ascii=ascii_only), {}) == (value, None)
 
 
 @given(st.text())
-def test_string_is_read_as_something_else(text):
+def test_text_of_type_string_is_returned_unchanged(text):
     assert typed(text, {"type": "string"}) == (text, None)
 
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", "1e400", "", "{'a': 1}", '"\\ud800"', "1 2"])
-def test_what_is_no_json_is_loaded(text):
+def test_loads_refuses_text_that_is_not_json(text):
     with pytest.raises(ValueError, match="."):
         loads(text)
 
@@ -143,7 +143,7 @@ def test_what_is_no_json_is_loaded(text):
 # Faults.
 
 
-def test_fault_is_long_or_names_no_place():
+def test_fault_is_short_and_names_the_place():
     schema = {"properties": {"a": {"items": {"maxLength": 3}}}}
     wrong = fault({"a": ["abc", "x" * 10**5]}, schema)
     assert wrong.endswith("... (at ['a'][1], keyword 'maxLength')")
@@ -161,16 +161,16 @@ def test_fault_is_long_or_names_no_place():
         ([[]] * 3, {"items": {"anyOf": [{"$ref": "#"}]}, "allOf": [{"$ref": "#"}]}),
     ],
 )
-def test_value_that_cannot_be_checked_raises(value, schema):
+def test_value_that_cannot_be_checked_is_reported_as_a_fault(value, schema):
     assert "cannot be held against the schema" in fault(value, schema)
 
 
-def test_remote_reference_is_fetched():
-    asked = []
+def test_remote_reference_is_not_fetched():
+    requested_paths = []
 
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
-            asked.append(self.path)
+            requested_paths.append(self.path)
             self.send_error(404)
 
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
@@ -187,4 +187,4 @@ def test_remote_reference_is_fetched():
         check_schema(named, "it")
         assert "cannot be followed" in fault([1], named)
         server.shutdown()
-    assert asked == []
+    assert requested_paths == []

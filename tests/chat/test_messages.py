@@ -1,4 +1,4 @@
-"""messages.py: what callers write, as templates take it; and each thing that is refused."""
+"""Test how messages of callers are checked and normalised for chat templates."""
 
 import json
 import random
@@ -14,7 +14,7 @@ ASK = {"role": "user", "content": "q"}
 
 
 def calls(*ids, name="f", **arguments):
-    """A turn of the assistant with a call for each id."""
+    """Return a message of the assistant with one call for each id."""
     function = {"name": name, "arguments": arguments}
     return {"role": "assistant", "tool_calls": [{"id": i, "function": function} for i in ids]}
 
@@ -29,7 +29,7 @@ def refuses(messages, text):
     assert text in str(caught.value)
 
 
-# What is refused.
+# Refused messages.
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def refuses(messages, text):
         (None, "message 1 is None"),
     ],
 )
-def test_message_without_a_known_role_passes(message, shown):
+def test_message_without_a_known_role_is_refused(message, shown):
     refuses([ASK, message, ASK], shown)
 
 
@@ -62,11 +62,11 @@ def test_message_without_a_known_role_passes(message, shown):
     ],
 )
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
-def test_content_that_is_no_text_passes(role, content, text):
+def test_content_that_is_not_text_is_refused(role, content, text):
     refuses([{"role": role, "content": content}, ASK], text)
 
 
-def test_reasoning_that_is_no_text_passes():
+def test_reasoning_that_is_not_text_is_refused():
     refuses([ASK, {**calls("a"), "reasoning_content": 3}, result("a")], "message 1 has content 3")
 
 
@@ -93,16 +93,16 @@ def test_reasoning_that_is_no_text_passes():
         ({"name": "f", "id": 3}, "message 1 has 3 for the id of a call"),
     ],
 )
-def test_call_that_cannot_be_written_passes(call, text):
+def test_invalid_call_is_refused(call, text):
     refuses([ASK, {"role": "assistant", "tool_calls": [call]}, ASK], text)
 
 
 @pytest.mark.parametrize("value", [{"id": "a"}, "f", 3])
-def test_calls_that_are_no_list_pass(value):
+def test_calls_that_are_not_a_list_are_refused(value):
     refuses([ASK, {"role": "assistant", "tool_calls": value}, ASK], "message 1 has tool_calls")
 
 
-def test_result_with_an_id_that_is_no_text_passes():
+def test_result_with_an_id_that_is_not_text_is_refused():
     refuses([ASK, calls("a"), result(["a"])], "message 2 has ['a'] for the id of a call")
 
 
@@ -120,7 +120,7 @@ LONG = "x" * 10**6
     ],
     ids=["role", "content", "block", "arguments", "id"],
 )
-def test_long_value_floods_the_message_of_an_error(message):
+def test_error_text_shortens_long_values(message):
     with pytest.raises(SettingError) as caught:
         for_template([message])
     assert len(str(caught.value)) < 300
@@ -139,17 +139,17 @@ def test_long_value_floods_the_message_of_an_error(message):
         [{"role": "user", "content": ""}, {"role": "system", "content": "s"}],
     ],
 )
-def test_empty_prompt_passes(messages):
+def test_empty_prompt_is_refused(messages):
     refuses(messages, "the prompt is empty: give the model something to answer")
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
-def test_last_message_of_the_assistant_is_answered(system):
+def test_last_message_from_the_assistant_is_refused(system):
     answer = {"role": "assistant", "content": "a"}
     refuses([ASK, answer, *system], "the last message is the assistant's own: end with a message")
 
 
-def test_empty_result_of_a_tool_counts_as_an_empty_prompt():
+def test_empty_tool_result_is_accepted():
     assert for_template([ASK, calls("a"), result("a", "")])[-1]["content"] == ""
 
 
@@ -157,23 +157,23 @@ def test_empty_result_of_a_tool_counts_as_an_empty_prompt():
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_system_in_the_middle_stays_there(role):
+def test_system_messages_are_joined_at_the_start(role):
     messages = [{"role": role, "content": "one"}, ASK, {"role": "developer", "content": "two"}, ASK]
     assert for_template(messages) == [{"role": "system", "content": "one\n\ntwo"}, ASK, ASK]
 
 
 @pytest.mark.parametrize("content", ["", None, []])
-def test_empty_system_becomes_a_turn(content):
+def test_empty_system_message_is_dropped(content):
     assert for_template([{"role": "system", "content": content}, ASK]) == [ASK]
     messages = [{"role": "system", "content": c} for c in (content, "s", content)]
     assert for_template([*messages, ASK])[0] == {"role": "system", "content": "s"}
 
 
-def test_human_is_no_user():
+def test_role_human_means_user():
     assert for_template([{"role": "human", "content": "q"}]) == [ASK]
 
 
-def test_blocks_of_text_are_not_joined():
+def test_text_blocks_are_joined():
     content = ["a", {"type": "text", "text": "b"}, {"text": "c"}, {"type": "text", "text": ""}]
     assert for_template([{"role": "user", "content": content}])[0]["content"] == "abc"
     answer = {"role": "assistant", "content": content, "reasoning_content": content}
@@ -181,7 +181,7 @@ def test_blocks_of_text_are_not_joined():
     assert turn == {"role": "assistant", "content": "abc", "reasoning_content": "abc"}
 
 
-def test_messages_are_changed_in_place():
+def test_messages_are_not_changed_in_place():
     messages = [ASK, calls("b", "a", x=[1]), result("a"), result("b"), ASK]
     before = json.dumps(messages)
     for_template(messages)
@@ -199,15 +199,15 @@ def test_messages_are_changed_in_place():
         ({"content": [{"text": "bad"}], "error": True}, "Error: bad"),
     ],
 )
-def test_failed_result_looks_like_a_good_one(message, content):
-    found = for_template([ASK, calls("a"), {"role": "tool", "tool_call_id": "a", **message}])
-    assert found[-1]["content"] == content
+def test_failed_result_starts_with_error(message, content):
+    messages = for_template([ASK, calls("a"), {"role": "tool", "tool_call_id": "a", **message}])
+    assert messages[-1]["content"] == content
 
 
-def test_result_brings_keys_of_an_answer_to_the_template():
+def test_result_keeps_only_the_keys_of_a_result():
     more = {"name": "f", "tool_calls": None, "reasoning_content": 3, "error": False}
-    found = for_template([ASK, calls("a"), {**result("a"), **more}])[-1]
-    assert found == {"role": "tool", "content": "r", "tool_call_id": "a", "name": "f"}
+    message = for_template([ASK, calls("a"), {**result("a"), **more}])[-1]
+    assert message == {"role": "tool", "content": "r", "tool_call_id": "a", "name": "f"}
 
 
 # Calls.
@@ -215,7 +215,7 @@ def test_result_brings_keys_of_an_answer_to_the_template():
 
 @pytest.mark.parametrize("arguments", [{"a": [1, None]}, '{"a": [1, null]}', ' {"a":[1,null]}\n'])
 @pytest.mark.parametrize("nested", [False, True])
-def test_arguments_are_no_dict_to_the_template(arguments, nested):
+def test_arguments_reach_the_template_as_a_dict(arguments, nested):
     function = {"name": "f", "arguments": arguments}
     call = {"id": "c", "function": function} if nested else {"id": "c", **function}
     turn = for_template([ASK, {"role": "assistant", "tool_calls": [call]}, result("c")])[1]
@@ -224,20 +224,21 @@ def test_arguments_are_no_dict_to_the_template(arguments, nested):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}])
-def test_call_without_arguments_is_refused(arguments):
+def test_call_without_arguments_has_an_empty_dict(arguments):
     turn = {"role": "assistant", "tool_calls": [{"name": "f", **arguments}]}
     assert for_template([ASK, turn, result(None)])[1]["tool_calls"][0]["arguments"] == {}
 
 
-def test_big_integer_in_arguments_loses_digits():
+def test_big_integer_in_arguments_keeps_all_digits():
     call = {"name": "f", "arguments": '{"a": 12345678901234567890123}'}
     turn = for_template([ASK, {"role": "assistant", "tool_calls": [call]}, ASK])[1]
     assert turn["tool_calls"][0]["arguments"] == {"a": 12345678901234567890123}
 
 
-@pytest.mark.parametrize("found", [None, []])
-def test_no_calls_become_a_list(found):
-    turn = for_template([ASK, {"role": "assistant", "content": "x", "tool_calls": found}, ASK])[1]
+@pytest.mark.parametrize("tool_calls", [None, []])
+def test_empty_tool_calls_are_left_out(tool_calls):
+    answer = {"role": "assistant", "content": "x", "tool_calls": tool_calls}
+    turn = for_template([ASK, answer, ASK])[1]
     assert turn == {"role": "assistant", "content": "x"}
 
 
@@ -248,13 +249,13 @@ def contents(messages):
     return [m["content"] for m in for_template(messages) if m["role"] == "tool"]
 
 
-def test_results_come_in_the_order_of_arrival():
+def test_results_are_put_in_the_order_of_their_calls():
     messages = [ASK, calls("a", "b", "c"), *(result(i, i) for i in "cab")]
     assert contents(messages) == ["a", "b", "c"]
 
 
-def test_order_of_one_round_is_that_of_another():
-    """The ids are used again, as by servers that number the calls of an answer."""
+def test_results_of_each_round_follow_the_calls_of_that_round():
+    """Servers that number the calls of each answer use the same ids again in each round."""
     first = [ASK, calls("a", "b"), result("b", "1b"), result("a", "1a")]
     second = [calls("b", "a"), result("a", "2a"), result("b", "2b")]
     assert contents([*first, *second]) == ["1a", "1b", "2b", "2a"]
@@ -262,33 +263,33 @@ def test_order_of_one_round_is_that_of_another():
     assert contents([*first, *later]) == ["1a", "1b", "2b", "2a"]
 
 
-def test_unknown_result_takes_the_place_of_a_known_one():
+def test_unknown_results_follow_the_known_ones():
     messages = [ASK, calls("a", "b"), result("z", "z"), result("b", "b"), result(None, "-")]
     assert contents([*messages, result("a", "a")]) == ["a", "b", "z", "-"]
 
 
-def test_results_without_calls_are_lost_or_moved():
+def test_results_without_calls_keep_their_order():
     assert contents([ASK, result("b", "1"), result("a", "2")]) == ["1", "2"]
     messages = [ASK, calls("a", "b"), ASK, result("b", "1"), result("a", "2")]
     assert contents(messages) == ["1", "2"]
     assert [m["role"] for m in for_template(messages)][1:] == ["assistant", "user", "tool", "tool"]
 
 
-def test_results_of_calls_with_one_id_change_places():
+def test_results_with_the_same_id_keep_their_order():
     messages = [ASK, calls("a", "b", "a"), result("b", "b"), result("a", "1"), result("a", "2")]
     assert contents(messages) == ["b", "1", "2"]
     messages = [ASK, calls(None, None), result(None, "1"), result(None, "2")]
     assert contents(messages) == ["1", "2"]
 
 
-def test_system_among_results_parts_them():
+def test_system_message_among_results_does_not_separate_them():
     system = {"role": "system", "content": "s"}
     messages = [ASK, calls("a", "b"), result("b", "b"), system, result("a", "a")]
     assert contents(messages) == ["a", "b"]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_shuffled_results_differ_from_ordered_ones(rounds, rng: random.Random):
+def test_shuffled_results_are_put_in_order(rounds, rng: random.Random):
     ordered, shuffled = [ASK], [ASK]
     for number, count in enumerate(rounds):
         ids = [f"{number}.{i}" for i in range(count)]
@@ -298,7 +299,7 @@ def test_shuffled_results_differ_from_ordered_ones(rounds, rng: random.Random):
     assert for_template(shuffled) == for_template(ordered)
 
 
-# Anything at all.
+# Arbitrary messages.
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.just('{"a": 1}'),
@@ -324,11 +325,11 @@ MESSAGE = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(MESSAGE | ANY, max_size=4))
-def test_hostile_messages_raise_something_else(messages):
+def test_hostile_messages_are_normalised_or_refused(messages):
     try:
-        found = for_template(messages)
+        messages = for_template(messages)
     except SettingError:
         return
-    assert all(isinstance(m["content"], str) for m in found)
-    assert all(isinstance(c["arguments"], dict) for m in found for c in m.get("tool_calls", []))
-    assert [m["role"] for m in found].count("system") <= (found[0]["role"] == "system")
+    assert all(isinstance(m["content"], str) for m in messages)
+    assert all(isinstance(c["arguments"], dict) for m in messages for c in m.get("tool_calls", []))
+    assert [m["role"] for m in messages].count("system") <= (messages[0]["role"] == "system")

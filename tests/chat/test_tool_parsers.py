@@ -1,4 +1,4 @@
-"""tool_formats.py: what models write, well or badly, read as calls."""
+"""Test how well-formed and malformed text of models is parsed into tool calls."""
 
 import json
 import re
@@ -10,47 +10,47 @@ from tool_call_texts import ARGUMENTS, BOTH, CUTS, TOOLS, WRITERS, cut, read, un
 
 from flashmoe.chat.tool_parsers import CoderCall, HermesCall, Malformed
 
-# Calls as they should be.
+# Well-formed calls.
 
 
 @BOTH
 @settings(max_examples=200, deadline=None)
 @given(arguments=ARGUMENTS, places=CUTS)
-def test_call_reads_as_another_one_or_by_the_cuts(kind, arguments, places):
+def test_call_is_read_back_however_it_is_cut(kind, arguments, places):
     if kind is CoderCall:
         assume(not any(unwritable(v) for v in arguments.values()))
     text = WRITERS[kind]("typed", arguments)
-    name, found = read(kind, cut(text, places))
-    assert (name, json.dumps(found)) == ("typed", json.dumps(arguments))
+    name, parsed = read(kind, cut(text, places))
+    assert (name, json.dumps(parsed)) == ("typed", json.dumps(arguments))
 
 
 @BOTH
-def test_call_comes_whole_instead_of_piece_by_piece(kind):
+def test_arguments_are_streamed_piece_by_piece(kind):
     arguments = {"a": "one", "b": "two"}
-    call, given = kind(TOOLS), []
+    call, pieces = kind(TOOLS), []
     for c in WRITERS[kind]("words", arguments):
-        given += call.feed(c)
+        pieces += call.feed(c)
     expected = {
         CoderCall: ['{"a": "one"', ', "b": "two"'],
         HermesCall: list(json.dumps(arguments)),
     }
-    assert given == expected[kind]
+    assert pieces == expected[kind]
     assert call.finish()[2] == {CoderCall: "}", HermesCall: ""}[kind]
 
 
 @BOTH
-def test_call_without_parameters_is_malformed(kind):
+def test_call_without_parameters_is_read(kind):
     assert read(kind, [WRITERS[kind]("none", {})]) == ("none", {})
 
 
 @BOTH
-def test_big_integer_loses_digits(kind):
+def test_big_integer_keeps_all_digits(kind):
     arguments = {"count": 12345678901234567890123}
     assert read(kind, [WRITERS[kind]("typed", arguments)]) == ("typed", arguments)
 
 
 @BOTH
-def test_call_of_an_unknown_tool_is_malformed(kind):
+def test_call_of_an_unknown_tool_is_read(kind):
     assert read(kind, [WRITERS[kind]("other", {"a": 3})]) == ("other", {"a": 3})
 
 
@@ -76,7 +76,7 @@ def test_call_of_an_unknown_tool_is_malformed(kind):
         ("<function= words >\n<parameter= a >\nx\n</parameter>\n</function>", {"a": "x"}),
     ],
 )
-def test_coder_call_with_other_white_space_is_malformed(text, arguments):
+def test_coder_call_with_other_white_space_is_read(text, arguments):
     assert read(CoderCall, [text]) == ("words", arguments)
     assert read(CoderCall, list(text)) == ("words", arguments)
 
@@ -93,16 +93,16 @@ def test_coder_call_with_other_white_space_is_malformed(text, arguments):
         '{"name": "words", "arguments": {"a": "y", "a": "x"}}',
     ],
 )
-def test_hermes_call_written_otherwise_is_malformed(text):
+def test_hermes_call_in_another_json_layout_is_read(text):
     assert read(HermesCall, [text]) == ("words", {"a": "x"})
     assert read(HermesCall, list(text)) == ("words", {"a": "x"})
 
 
-def test_hermes_call_without_arguments_is_malformed():
+def test_hermes_call_without_arguments_is_read():
     assert read(HermesCall, ['{"name": "none"}']) == ("none", {})
 
 
-# Calls as they should not be.
+# Malformed calls.
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_hermes_call_without_arguments_is_malformed():
         ('{"name": "words", "arguments": {}}', "it has no <function=NAME> at its start"),
     ],
 )
-def test_malformed_coder_call_is_read(text, wrong):
+def test_malformed_coder_call_is_refused(text, wrong):
     for pieces in ([text], list(text)):
         with pytest.raises(Malformed) as caught:
             read(CoderCall, pieces)
@@ -213,7 +213,7 @@ def test_malformed_coder_call_is_read(text, wrong):
         ("<function=words>\n</function>", "it is not JSON"),
     ],
 )
-def test_malformed_hermes_call_is_read(text, wrong):
+def test_malformed_hermes_call_is_refused(text, wrong):
     for pieces in ([text], cut(text, range(1, 99))):
         with pytest.raises(Malformed) as caught:
             read(HermesCall, pieces)
@@ -221,7 +221,7 @@ def test_malformed_hermes_call_is_read(text, wrong):
 
 
 @BOTH
-def test_call_that_was_cut_short_is_read(kind):
+def test_call_cut_short_is_refused(kind):
     arguments = {"text": "a\n</parameter> b", "many": ["x"], "thing": {"a": {}}, "count": 12}
     text = WRITERS[kind]("typed", arguments)
     for end in range(len(text.rstrip())):
@@ -240,26 +240,27 @@ HERMES_PARTS = [*set(HERMES_CALL), '"', "[", "]", "x", "\\", "1", "\n", "é"]
 
 
 def damaged(call, parts):
-    """Texts that differ from a call in a few places."""
+    """Generate texts that differ from a call in a few places."""
     place = st.integers(0, len(call) - 1)
     some = st.lists(st.sampled_from(sorted(parts)), max_size=2)
 
     def change(replaced, added, again):
-        found = [[part] for part in call]
+        changed = [[part] for part in call]
         for at, new in replaced.items():
-            found[at] = new
+            changed[at] = new
         for at, new in added.items():
-            found[at] = found[at] + new
+            changed[at] = changed[at] + new
         if again is not None:
             start, end = sorted(again)
-            found[end:end] = found[start:end]
-        return "".join(part for some in found for part in some)
+            changed[end:end] = changed[start:end]
+        return "".join(part for parts in changed for part in parts)
 
     few = st.dictionaries(place, some, max_size=2)
     return st.builds(change, few, few, st.none() | st.tuples(place, place))
 
 
 def outcome(kind, pieces):
+    """Return the (name, arguments) that are read, or the error text."""
     try:
         return read(kind, pieces)
     except Malformed as e:
@@ -268,32 +269,32 @@ def outcome(kind, pieces):
 
 @settings(max_examples=400, deadline=None)
 @given(damaged(CODER_CALL, [*TAGS, "\n", " ", "x", "y"]), CUTS)
-def test_damaged_coder_call_reads_as_what_is_not_there(text, places):
-    found = outcome(CoderCall, [text])
-    assert outcome(CoderCall, cut(text, places)) == found
-    if isinstance(found, str):
+def test_damaged_coder_call_is_refused_or_read_as_written(text, places):
+    result = outcome(CoderCall, [text])
+    assert outcome(CoderCall, cut(text, places)) == result
+    if isinstance(result, str):
         return
-    # All of the text is what was read and the tags around it.
+    # The text consists of what was read and the tags around it, and of nothing else.
     keys = "".join(
         rf"\s*<parameter={key}>\n?{re.escape(value)}\n?</parameter>"
-        for key, value in found[1].items()
+        for key, value in result[1].items()
     )
     assert re.fullmatch(rf"\s*<function=words>{keys}\s*</function>\s*", text)
-    assert not any(re.search(r"<(parameter|function)=\w+>$", v, re.M) for v in found[1].values())
+    assert not any(re.search(r"<(parameter|function)=\w+>$", v, re.M) for v in result[1].values())
 
 
 @settings(max_examples=400, deadline=None)
 @given(damaged(HERMES_CALL, HERMES_PARTS), CUTS)
-def test_damaged_hermes_call_reads_as_what_is_not_there(text, places):
-    found = outcome(HermesCall, [text])
-    assert outcome(HermesCall, cut(text, places)) == found
-    if not isinstance(found, str):
+def test_damaged_hermes_call_is_refused_or_read_as_written(text, places):
+    result = outcome(HermesCall, [text])
+    assert outcome(HermesCall, cut(text, places)) == result
+    if not isinstance(result, str):
         call = json.loads(text)
-        assert found == (call["name"], call.get("arguments", {}))
+        assert result == (call["name"], call.get("arguments", {}))
 
 
 @BOTH
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(), places=CUTS)
-def test_any_text_raises_something_else(kind, text, places):
+def test_arbitrary_text_is_refused_as_malformed(kind, text, places):
     assert isinstance(outcome(kind, cut(text, places)), str)

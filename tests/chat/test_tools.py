@@ -1,4 +1,4 @@
-"""tools.py: the tools of a request, checked before any work."""
+"""Test how the tools and the tool choice of a request are checked before any work."""
 
 import pytest
 from tool_call_texts import TOOLS, coder, read
@@ -35,13 +35,13 @@ from flashmoe.errors import SettingError
         ({"name": "f", "parameters": {"$ref": "#a"}}, "are '#a', which cannot be followed: write"),
     ],
 )
-def test_tool_that_cannot_be_used_is_taken(definition, wrong):
+def test_unusable_tool_is_refused(definition, wrong):
     with pytest.raises(SettingError) as caught:
         read_tools([{"name": "words"}, definition])
     assert wrong in str(caught.value)
 
 
-def test_definition_of_a_tool_is_not_what_the_template_wants():
+def test_tool_definition_has_the_form_that_templates_expect():
     inner = {"name": "f", "description": "d", "strict": True}
     empty = {"type": "object", "properties": {}}
     for definition in (inner, {"type": "function", "function": inner}):
@@ -50,7 +50,7 @@ def test_definition_of_a_tool_is_not_what_the_template_wants():
         assert tool.parameters == empty
 
 
-def test_parameters_behind_a_reference_are_empty():
+def test_parameters_behind_a_reference_are_resolved():
     defs = {"Args": {"properties": {"a": {"$ref": "#/$defs/A"}}}, "A": {"type": "integer"}}
     tools = read_tools([{"name": "f", "parameters": {"$ref": "#/$defs/Args", "$defs": defs}}])
     assert tools["f"].parameters["properties"] == {"a": {"$ref": "#/$defs/A"}}
@@ -67,7 +67,7 @@ def test_parameters_behind_a_reference_are_empty():
         ("other", TOOLS, "'other' is neither auto, none, required nor a tool: the tools are words"),
     ],
 )
-def test_choice_of_no_tool_passes(choice, tools, wrong):
+def test_choice_of_an_unknown_tool_is_refused(choice, tools, wrong):
     with pytest.raises(SettingError) as caught:
         check_choice(choice, tools)
     assert wrong in str(caught.value)

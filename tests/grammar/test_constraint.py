@@ -1,4 +1,4 @@
-"""Answers under a grammar: they are what was asked for at any bit width, or an error."""
+"""Test that answers under a grammar fit the request at any bit width, or end in an error."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def two_bits(tmp_path_factory):
 
 
 def ask(engine, text="Hello.", **options):
-    """(text, calls, events, End)"""
+    """Return the text, the tool calls, all events and the `End` of one greedy answer."""
     options = {"temperature": 0.0, "max_tokens": 120} | options
     events = [*engine.stream(Request([{"role": "user", "content": text}], **options))]
     assert isinstance(events[-1], End)
@@ -61,24 +61,24 @@ NOW = {"name": "now", "description": "The time now"}
 
 
 @pytest.mark.parametrize("kind", ["schema", "tool"])
-def test_random_schema_is_not_met(engine, two_bits, kind):
-    """benchmarks/schemas.py runs 200 of them, and shows the rate without a grammar."""
+def test_answer_fits_a_random_schema(engine, two_bits, kind):
+    """benchmarks/schemas.py runs 200 random schemas, and shows the rate without a grammar."""
     for which, which_engine in (("4 bits", engine), ("2 bits", two_bits)):
         counts = {"valid": 0, "cut short": 0}
         for seed in range(1000, 1007):
             root = random_root(seed)
             request = request_of(root, kind, seed, constrain=True, max_tokens=80)
-            found, _ = outcome(which_engine, request, root)
-            assert found in counts, f"{found} at {which}, seed {seed}: {json.dumps(root)}"
-            counts[found] += 1
+            result, _ = outcome(which_engine, request, root)
+            assert result in counts, f"{result} at {which}, seed {seed}: {json.dumps(root)}"
+            counts[result] += 1
         assert counts["valid"] >= 4
 
 
-def test_two_bits_are_four(two_bits):
+def test_two_bit_checkpoint_reports_two_bits(two_bits):
     assert ask(two_bits, max_tokens=3)[-1].bits == 2
 
 
-def test_document_is_cut_short_without_an_error(engine):
+def test_document_cut_short_raises_output_error(engine):
     with pytest.raises(OutputError, match=r"cut short: max_tokens=6 was reached"):
         ask(engine, response_format=schema(PERSON), max_tokens=6)
     with pytest.raises(OutputError, match="a stop string ended the answer"):
@@ -87,7 +87,7 @@ def test_document_is_cut_short_without_an_error(engine):
         ask(engine, response_format=schema(PERSON), think=True, max_tokens=4)
 
 
-def test_schema_suppresses_the_thought(engine):
+def test_model_may_reason_before_a_document(engine):
     text, _, events, end = ask(
         engine, "Who is Anna?", response_format=schema(PERSON), think=True, thinking_budget=20
     )
@@ -98,16 +98,16 @@ def test_schema_suppresses_the_thought(engine):
     assert text == json.dumps(value, ensure_ascii=False), "white space is not flexible"
 
 
-def test_forced_tokens_take_steps(engine):
+def test_forced_tokens_take_no_steps(engine):
     _, _, _, end = ask(engine, response_format=schema(PERSON))
     assert end.forced_tokens >= 6
     assert end.steps == end.generated_tokens - end.forced_tokens
 
 
-def test_forced_tokens_exceed_the_limit(engine):
+def test_forced_tokens_count_towards_max_tokens(engine):
     whole = ask(engine, response_format=schema(PERSON))[0]
     for limit in (1, 2, 3):
-        given = []
+        events = []
         request = Request(
             [{"role": "user", "content": "Hello."}],
             response_format=schema(PERSON),
@@ -115,8 +115,8 @@ def test_forced_tokens_exceed_the_limit(engine):
             max_tokens=limit,
         )
         with pytest.raises(OutputError):
-            given.extend(engine.stream(request))
-        text = "".join(e.text for e in given if isinstance(e, Text))
+            events.extend(engine.stream(request))
+        text = "".join(e.text for e in events if isinstance(e, Text))
         assert whole.startswith(text)
         assert len(text) < 8 * limit
 
@@ -131,7 +131,7 @@ def test_forced_tokens_exceed_the_limit(engine):
         (schema(True), r".+"),
     ],
 )
-def test_format_is_not_met(engine, wanted, pattern):
+def test_answer_fits_the_response_format(engine, wanted, pattern):
     try:
         text = ask(engine, response_format=wanted, temperature=1.0, seed=5)[0]
     except OutputError:
@@ -140,7 +140,7 @@ def test_format_is_not_met(engine, wanted, pattern):
     assert re.fullmatch(pattern, text)
 
 
-def test_text_format_constrains(engine):
+def test_text_format_leaves_the_answer_unconstrained(engine):
     assert ask(engine, response_format={"type": "text"})[0] == ask(engine)[0]
 
 
@@ -157,13 +157,13 @@ def test_text_format_constrains(engine):
         (schema({"$ref": "http://example.com/schema"}), "not fetch"),
     ],
 )
-def test_bad_format_is_a_traceback_or_is_ignored(engine, wanted, words):
+def test_bad_response_format_raises_setting_error(engine, wanted, words):
     with pytest.raises(SettingError, match=re.escape(words)):
         ask(engine, response_format=wanted)
 
 
-def test_keyword_that_cannot_be_enforced_is_forgotten(engine, caplog):
-    """The grammar leaves it out with a warning; the answer is checked."""
+def test_keyword_outside_the_grammar_is_checked_afterwards(engine, caplog):
+    """The grammar leaves the keyword out with a warning; the whole answer is checked against it."""
     unique = {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}
     assert ask(engine, response_format=schema(unique))[0] == "[7, 7]"
     with pytest.raises(OutputError, match=r"non-unique elements.*'uniqueItems'"):
@@ -171,7 +171,7 @@ def test_keyword_that_cannot_be_enforced_is_forgotten(engine, caplog):
     assert 'Unimplemented keys: ["uniqueItems"]' in caplog.text
 
 
-def test_tool_choice_is_not_kept(engine):
+def test_tool_choice_is_obeyed(engine):
     tools = [ADD, NOW]
     _, calls, events, end = ask(engine, tools=tools, tool_choice="required")
     assert calls
@@ -189,7 +189,7 @@ def test_tool_choice_is_not_kept(engine):
     assert ask(engine, question, tools=[ADD], tool_choice="none")[1] == []
 
 
-def test_required_call_suppresses_the_thought(engine):
+def test_model_may_reason_before_a_required_call(engine):
     _, (call,), events, end = ask(
         engine, "What is 8 plus 9?", tools=[ADD], tool_choice="add", think=True, thinking_budget=30
     )
@@ -198,8 +198,8 @@ def test_required_call_suppresses_the_thought(engine):
     assert any(isinstance(e, Reasoning) for e in events)
 
 
-def test_parallel_calls_are_mixed_or_not_prevented(engine):
-    """Without an end in sight the demo repeats itself: many calls, or one when that is asked."""
+def test_parallel_calls_are_numbered_and_can_be_disabled(engine):
+    """The demo repeats its call until max_tokens, or calls once if parallel calls are disabled."""
     question = "What is 3 plus 4? And 5 plus 6? Use the tool."
     options = {"tools": [ADD], "tool_choice": "required", "max_tokens": 200}
     _, calls, events, _ = ask(engine, question, temperature=1.5, seed=1, **options)
@@ -211,7 +211,7 @@ def test_parallel_calls_are_mixed_or_not_prevented(engine):
     assert len(calls) == 1
 
 
-def test_call_cut_short_is_dropped(engine):
+def test_call_cut_short_is_reported_with_its_error(engine):
     _, (call,), _, end = ask(engine, tools=[ADD], tool_choice="add", max_tokens=14)
     assert call.arguments is None
     assert "max_tokens=14 was reached" in call.error
@@ -219,8 +219,8 @@ def test_call_cut_short_is_dropped(engine):
     assert end.finish_reason == "length"
 
 
-def test_call_without_tools_leaks_into_the_text(engine):
-    """The demo was trained to call; here it has nothing to call."""
+def test_call_without_tools_stays_out_of_the_text(engine):
+    """The demo was trained to call tools, so it tries to even if the request has none."""
     messages = [
         {"role": "user", "content": "What is 3 plus 4? Use the tool add."},
         {"role": "assistant", "tool_calls": [{"id": "1", "name": "add", "arguments": {"a": 3}}]},
@@ -234,7 +234,7 @@ def test_call_without_tools_leaks_into_the_text(engine):
         assert "there is no tool" in call.error
 
 
-def test_format_together_with_tools_allows_one_only(engine):
+def test_response_format_and_tools_work_together(engine):
     options = {"tools": [ADD], "response_format": schema(PERSON)}
     _, calls, _, _ = ask(engine, "What is 3 plus 4? Use the tool.", **options)
     assert calls[0].arguments == {"a": 3, "b": 4}
@@ -258,23 +258,23 @@ def test_format_together_with_tools_allows_one_only(engine):
         ({"stop": "x"}, "give a tuple"),
     ],
 )
-def test_bad_option_is_a_traceback_or_is_ignored(engine, options, words):
+def test_bad_option_raises_setting_error(engine, options, words):
     with pytest.raises(SettingError, match=re.escape(words)):
         ask(engine, **options)
 
 
-def test_context_overflow_is_found_late(engine):
+def test_prompt_longer_than_the_context_is_refused(engine):
     with pytest.raises(SettingError, match=r"the prompt has \d{4,} tokens.* is 4096"):
         ask(engine, "word " * 5000)
 
 
-def test_penalty_changes_nothing(engine):
+def test_repetition_penalty_changes_the_answer(engine):
     plain = ask(engine, "Tell me a story.", max_tokens=60)[0]
     assert ask(engine, "Tell me a story.", max_tokens=60, repetition_penalty=1.4)[0] != plain
 
 
-def test_number_goes_on_for_ever(engine):
-    """Greedily the demo model writes nines until max_tokens."""
+def test_number_ends_after_forty_digits(engine):
+    """Under greedy decoding the demo would otherwise write nines until max_tokens."""
     endless = {
         "type": "object",
         "properties": {"age": {"type": "integer"}, "size": {"type": "number"}},
@@ -289,8 +289,8 @@ def test_number_goes_on_for_ever(engine):
     assert call.error is None
 
 
-def test_forced_end_that_is_cut_off_looks_whole(engine):
-    """A regex has no schema to be checked against afterwards."""
+def test_forced_end_cut_off_by_max_tokens_raises_output_error(engine):
+    """A regex answer is not checked against a schema afterwards, so the cut itself must raise."""
     wanted = {"type": "regex", "pattern": "(yes|no), and that is all there is to say about it"}
     whole = ask(engine, response_format=wanted)[3]
     for limit in (2, whole.generated_tokens - 1):
@@ -300,7 +300,7 @@ def test_forced_end_that_is_cut_off_looks_whole(engine):
     assert end.finish_reason == "stop"
 
 
-def test_number_becomes_infinite(engine):
+def test_generated_number_is_finite(engine):
     for seed in range(4):
         wanted = schema({"type": "number"})
         text = ask(engine, "1E444", response_format=wanted, temperature=1.5, seed=seed)[0]
@@ -308,8 +308,8 @@ def test_number_becomes_infinite(engine):
         assert json.loads(text) not in (float("inf"), float("-inf"))
 
 
-def test_rounding_breaks_a_bound(engine):
-    """Nines up to the last digit that a float has: it must not become the bound itself."""
+def test_generated_number_stays_below_an_exclusive_maximum(engine):
+    """A number with more nines than a float has digits would round up to the bound."""
     wanted = {"type": "number", "minimum": 83, "exclusiveMaximum": 84}
     for seed in range(6):
         text = ask(engine, "9" * 30, response_format=schema(wanted), temperature=1.0, seed=seed)[0]
@@ -317,14 +317,15 @@ def test_rounding_breaks_a_bound(engine):
 
 
 def guard(text: str, pieces: int = 1, tools=None) -> NumberGuard:
-    found = NumberGuard(tools)
+    """Return a guard that has been fed `text` in pieces of `pieces` characters."""
+    number_guard = NumberGuard(tools)
     for start in range(0, len(text), pieces):
-        found.feed(text[start : start + pieces])
-    return found
+        number_guard.feed(text[start : start + pieces])
+    return number_guard
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
-def test_guard_stops_text_or_misses_numbers(pieces):
+def test_number_guard_limits_digits_of_numbers_but_not_of_text(pieces):
     many = "1" * 40
     assert guard(f'{{"a": {many}', pieces).room == 0
     assert guard(f'{{"a": {many[1:]}', pieces).room > 0
@@ -355,7 +356,7 @@ def test_guard_stops_text_or_misses_numbers(pieces):
 
 
 @pytest.mark.parametrize("demands", [True, False])
-def test_answer_may_end_inside_the_thought_before_a_document(demands):
+def test_answer_cannot_end_in_reasoning_before_a_required_document(demands):
     tokenizer = load_tokenizer(find(DEMO))
     control = Control.of(tokenizer)
     wanted = {"type": "regex", "pattern": "yes|no"} if demands else None

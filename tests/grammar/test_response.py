@@ -1,4 +1,4 @@
-"""grammars.py: what documents may be."""
+"""Test which documents the grammar of a response format accepts."""
 
 import logging
 import re
@@ -7,7 +7,7 @@ import pytest
 from grammar_matching import MATCHERS, accepts, document
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_schemas import rooted, spoilt, written
+from random_schemas import altered, object_schemas, to_json
 from tool_call_texts import TOKENIZER, tokens_of
 
 from flashmoe.chat import json_schema as schemas
@@ -42,20 +42,20 @@ from flashmoe.grammar import response as grammars
         ("json_schema", {"const": {"b": 1, "a": 2}}, ['{"b": 1, "a": 2}'], ['{"a": 2, "b": 1}']),
     ],
 )
-def test_document_lets_the_wrong_text_through(kind, wanted, good, bad):
+def test_grammar_accepts_exactly_the_documents_of_a_format(kind, wanted, good, bad):
     lark = document(kind, wanted)
     assert [t for t in good if not accepts(lark, t)] == []
     assert [t for t in bad if accepts(lark, t)] == []
 
 
-def test_text_is_a_document():
+def test_text_format_has_no_grammar():
     assert grammars.document({"type": "text"}) is None
 
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 
 
-def test_object_rambles_or_its_order_is_free():
+def test_object_keys_come_in_the_order_of_the_schema():
     lark = document("json_schema", {**PERSON, "required": ["name"]})
     assert accepts(lark, '{"name": "a", "age": 3}')
     assert accepts(lark, '{"name": "a"}')
@@ -67,8 +67,8 @@ def test_object_rambles_or_its_order_is_free():
     assert not accepts(lark, '{"name": "a", "city": 1}')
 
 
-def test_closing_a_schema_makes_it_unsatisfiable():
-    """Then it is enforced as it is."""
+def test_schema_that_closing_would_contradict_stays_open():
+    """If the closed schema has no values, the schema is enforced as it was given."""
     schema = {"anyOf": [{"properties": {"a": {}}}], "propertyNames": {"const": "b"}}
     lark = document("json_schema", {"type": "object", **schema})
     assert accepts(lark, '{"b": 1}')
@@ -77,7 +77,7 @@ def test_closing_a_schema_makes_it_unsatisfiable():
     assert accepts(lark, '{"name": "a", "age": 3, "id": 1}')
 
 
-def test_control_token_is_text_of_a_document():
+def test_control_token_is_refused_in_a_document():
     for lark in (document("json_schema", {"type": "string"}), document("regex", "(?s:.)*")):
         for token in TOKENIZER.get_added_vocab():
             assert not accepts(lark, f'"{token}"')
@@ -113,11 +113,11 @@ def test_control_token_is_text_of_a_document():
         ("json_schema", {"$ref": "#/$defs/x"}, "refers to '#/$defs/x', where there is no schema"),
     ],
 )
-def test_document_that_cannot_be_is_taken(kind, wanted, wrong):
+def test_document_that_cannot_be_enforced_raises_setting_error(kind, wanted, wrong):
     with pytest.raises(SettingError) as caught:
         document(kind, wanted)
     assert wrong in str(caught.value)
-    # The place in the grammar that is made of it is no help.
+    # A line number would point into the generated grammar, which the caller has never seen.
     assert not re.search(r"\d+\(\d+\):|\d+ \| ", str(caught.value))
 
 
@@ -135,9 +135,7 @@ def test_document_that_cannot_be_is_taken(kind, wanted, wrong):
         ),
     ],
 )
-def test_schema_that_is_enforced_in_part_is_refused_or_nobody_is_told(
-    caplog, schema, named, good, bad
-):
+def test_partly_enforced_schema_is_accepted_with_a_warning(caplog, schema, named, good, bad):
     schema = {**schema, "description": "a schema that no other test uses: results are kept"}
     with caplog.at_level(logging.WARNING, "flashmoe"):
         lark = document("json_schema", schema)
@@ -148,18 +146,18 @@ def test_schema_that_is_enforced_in_part_is_refused_or_nobody_is_told(
 
 
 @settings(max_examples=60, deadline=None)
-@given(rooted(), st.data())
-def test_grammar_refuses_a_value_of_the_schema(shape, data):
+@given(object_schemas(), st.data())
+def test_grammar_accepts_values_of_the_schema(shape, data):
     value = data.draw(shape.values)
     assert schemas.fault(value, shape.schema) is None
     lark = document("json_schema", shape.schema)
-    assert accepts(lark, written(value))
-    assert accepts(lark, written(value), bytewise=True)
+    assert accepts(lark, to_json(value))
+    assert accepts(lark, to_json(value), bytewise=True)
 
 
 @settings(max_examples=60, deadline=None)
-@given(rooted(), st.data())
-def test_grammar_takes_a_value_that_the_schema_refuses(shape, data):
-    value = data.draw(spoilt(data.draw(shape.values)))
+@given(object_schemas(), st.data())
+def test_grammar_refuses_values_that_the_schema_refuses(shape, data):
+    value = data.draw(altered(data.draw(shape.values)))
     if schemas.fault(value, shape.schema) is not None:
-        assert not accepts(document("json_schema", shape.schema), written(value))
+        assert not accepts(document("json_schema", shape.schema), to_json(value))

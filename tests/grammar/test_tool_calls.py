@@ -1,4 +1,4 @@
-"""call_grammars.py: what calls may be, in both formats."""
+"""Test which tool calls the grammar accepts, in both formats of calls."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from grammar_matching import CALL_MARKERS, accepts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from random_schemas import rooted, spoilt, written
+from random_schemas import altered, object_schemas, to_json
 from tool_call_texts import coder, hermes, unwritable
 
 from flashmoe.chat import json_schema as schemas
@@ -24,18 +24,18 @@ def call_lark(tools, style):
 
 
 def one_tool(properties, required=None, **more):
-    """A tool f; all of its parameters are required by default."""
+    """Return the tools of a request: one tool f, with all of its parameters required by default."""
     required = [*properties] if required is None else required
     parameters = {"type": "object", "properties": properties, "required": required, **more}
     return read_tools([{"name": "f", "parameters": parameters}])
 
 
-def takes(tools, style, text):
+def accepts_call(tools, style, text):
     return accepts(call_lark(tools, style), f"{text}</tool_call>")
 
 
-def can_be_told(tools, style):
-    """Whether every parameter has a value that the format can hold."""
+def has_writable_values(tools, style):
+    """Whether every parameter has a value that the format can write."""
     try:
         calls_rules(tools, style, *CALL_MARKERS)
     except SettingError as e:
@@ -44,7 +44,10 @@ def can_be_told(tools, style):
 
 
 def ambiguous(value, schema):
-    """Raw text that the schema lets be a string or something else is read as the latter."""
+    """Whether raw text would be read as JSON although the value is a string.
+
+    Where the schema allows a string and something else, text that is JSON is read as JSON.
+    """
     if not isinstance(value, str) or schema.get("type") == "string":
         return False
     try:
@@ -55,7 +58,10 @@ def ambiguous(value, schema):
 
 
 def out_of_reach(value, schema):
-    """Next to a constrained text the grammar leaves out numbers, and texts that start as JSON."""
+    """Whether the grammar leaves the value out.
+
+    Next to a constrained string it leaves out numbers, and strings that start like JSON.
+    """
     kinds = {kind for kind, _ in _kinds(schema)}
     if not {"text", "json"} <= kinds:
         return False
@@ -65,8 +71,8 @@ def out_of_reach(value, schema):
 
 @STYLES
 @settings(max_examples=60, deadline=None)
-@given(shapes=st.lists(rooted(), min_size=1, max_size=2), data=st.data())
-def test_call_by_the_grammar_reads_as_another_one(style, shapes, data):
+@given(shapes=st.lists(object_schemas(), min_size=1, max_size=2), data=st.data())
+def test_grammar_accepts_calls_and_the_parser_reads_them_back(style, shapes, data):
     tools = read_tools(
         [{"name": f"tool-{i}é", "parameters": s.schema} for i, s in enumerate(shapes)]
     )
@@ -77,30 +83,30 @@ def test_call_by_the_grammar_reads_as_another_one(style, shapes, data):
         assume(not any(unwritable(v) or ambiguous(v, listed[k]) for k, v in arguments.items()))
         whole = shapes[at].schema
         assume(not any(out_of_reach(v, schemas.parameter(whole, k)) for k, v in arguments.items()))
-    assume(can_be_told(tools, style))
+    assume(has_writable_values(tools, style))
     text = STYLE_WRITERS[style](f"tool-{at}é", arguments)
-    assert takes(tools, style, text)
+    assert accepts_call(tools, style, text)
     call = FORMATS[style](tools)
     pieces = [p for c in text for p in call.feed(c)]
-    name, found, rest = call.finish()
-    assert (name, written(found)) == (f"tool-{at}é", written(arguments))
+    name, parsed, rest = call.finish()
+    assert (name, to_json(parsed)) == (f"tool-{at}é", to_json(arguments))
     assert json.loads("".join([*pieces, rest])) == arguments
 
 
 @STYLES
 @settings(max_examples=60, deadline=None)
-@given(shape=rooted(), data=st.data())
-def test_grammar_of_a_call_takes_arguments_that_the_schema_refuses(style, shape, data):
+@given(shape=object_schemas(), data=st.data())
+def test_grammar_refuses_arguments_that_the_schema_refuses(style, shape, data):
     arguments = data.draw(shape.values)
     assume(arguments)
     key = data.draw(st.sampled_from([*arguments]))
-    arguments[key] = data.draw(spoilt(arguments[key]))
+    arguments[key] = data.draw(altered(arguments[key]))
     tools = read_tools([{"name": "f", "parameters": shape.schema}])
     if style == "qwen3_coder":
-        # Where a value may be text or JSON, any text is let through.
+        # Where a value may be text or JSON, the grammar accepts any text.
         kinds = {kind for kind, _ in _kinds(schemas.parameter(shape.schema, key))}
         assume(not kinds >= {"text", "json"})
-    assume(can_be_told(tools, style))
+    assume(has_writable_values(tools, style))
     text = STYLE_WRITERS[style]("f", arguments)
     call = FORMATS[style](tools)
     try:
@@ -109,7 +115,7 @@ def test_grammar_of_a_call_takes_arguments_that_the_schema_refuses(style, shape,
     except Malformed:
         good = False
     if not good:
-        assert not takes(tools, style, text)
+        assert not accepts_call(tools, style, text)
 
 
 TEXT = {"type": "string"}
@@ -159,7 +165,7 @@ CAT = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": [
         (MAYBE_COLOUR, ["red", None], ["blue", "nul", ""]),
         ({"allOf": [{"$ref": "#/$defs/C"}], "default": "red"}, ["red"], ["blue"]),
         ({"anyOf": [{"$ref": "#/$defs/N"}, {"$ref": "#/$defs/C"}]}, ["red", 3], ["blue", "3.5"]),
-        # A number may be the start of such a text, so it is taken for one.
+        # A number may be the start of such a text, so the grammar treats it as text.
         ({"anyOf": [{"$ref": "#/$defs/N"}, {**TEXT, "pattern": "/"}]}, ["1/2", "a/"], [0, "a"]),
         (
             {"anyOf": [{"type": "number"}, {**TEXT, "pattern": "^[a-z]+$"}]},
@@ -197,43 +203,43 @@ CAT = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": [
         (True, ["a", 1, {"a": 1}], []),
     ],
 )
-def test_raw_value_is_held_to_another_schema(schema, good, bad):
+def test_raw_value_is_constrained_by_the_schema_of_its_parameter(schema, good, bad):
     tools = one_tool({"x": schema}, **DEFS)
     for value in good:
-        assert takes(tools, "qwen3_coder", coder("f", {"x": value})), value
+        assert accepts_call(tools, "qwen3_coder", coder("f", {"x": value})), value
         call = FORMATS["qwen3_coder"](tools)
         list(call.feed(coder("f", {"x": value})))
         assert call.finish()[1] == {"x": value}
     for value in bad:
-        assert not takes(tools, "qwen3_coder", coder("f", {"x": value})), value
+        assert not accepts_call(tools, "qwen3_coder", coder("f", {"x": value})), value
 
 
 @STYLES
-def test_parameters_come_in_any_order_or_are_all_required(style):
+def test_parameters_keep_their_order_and_optional_ones_may_be_left_out(style):
     tools = one_tool({"a": TEXT, "b": TEXT, "c": TEXT}, ["b"])
     write = STYLE_WRITERS[style]
     for some in ("b", "ab", "bc", "abc"):
-        assert takes(tools, style, write("f", dict.fromkeys(some, "x")))
+        assert accepts_call(tools, style, write("f", dict.fromkeys(some, "x")))
     for some in ("", "a", "ac", "ba", "bd"):
-        assert not takes(tools, style, write("f", dict.fromkeys(some, "x")))
+        assert not accepts_call(tools, style, write("f", dict.fromkeys(some, "x")))
 
 
 @STYLES
-def test_call_of_another_tool_or_of_none_is_taken(style):
+def test_grammar_accepts_one_call_of_a_listed_tool_only(style):
     tools = read_tools([{"name": "f"}, {"name": "g", "parameters": {"properties": {"a": TEXT}}}])
     write = STYLE_WRITERS[style]
-    assert takes(tools, style, write("f", {}))
-    assert takes(tools, style, write("g", {"a": "x"}))
-    assert not takes(tools, style, write("f", {"a": "x"}))
-    assert not takes(tools, style, write("h", {}))
+    assert accepts_call(tools, style, write("f", {}))
+    assert accepts_call(tools, style, write("g", {"a": "x"}))
+    assert not accepts_call(tools, style, write("f", {"a": "x"}))
+    assert not accepts_call(tools, style, write("h", {}))
     for text in ("", "hello", write("f", {}) * 2, write("f", {}) + "x", " " + write("f", {})):
-        assert not takes(tools, style, text)
-    # The end marker is a part of it.
+        assert not accepts_call(tools, style, text)
+    # The end marker is a part of the call.
     assert not accepts(call_lark(tools, style), write("f", {}))
 
 
 @STYLES
-def test_call_with_its_start_marker_is_another(style):
+def test_call_rule_includes_the_start_marker(style):
     tools = one_tool({"a": TEXT})
     lark = f'start: call ("\\n" call)*\n{calls_rules(tools, style, *CALL_MARKERS)}'
     call = f"<tool_call>{STYLE_WRITERS[style]('f', {'a': 'x'})}</tool_call>"
@@ -243,20 +249,20 @@ def test_call_with_its_start_marker_is_another(style):
     assert not accepts(lark, call.removeprefix("<tool_call>"))
 
 
-def test_parameter_whose_schema_is_false_is_written():
+def test_parameter_with_a_false_schema_is_left_out():
     tools = one_tool({"a": False, "b": TEXT}, ["b"])
-    assert takes(tools, "qwen3_coder", coder("f", {"b": "x"}))
-    assert not takes(tools, "qwen3_coder", coder("f", {"a": "x", "b": "x"}))
+    assert accepts_call(tools, "qwen3_coder", coder("f", {"b": "x"}))
+    assert not accepts_call(tools, "qwen3_coder", coder("f", {"a": "x", "b": "x"}))
 
 
-def test_items_of_an_older_draft_are_enforced_as_of_the_newest():
+def test_tuple_items_of_draft_7_are_enforced():
     pair = {"type": "array", "items": [{"type": "integer"}, {"$ref": "#/definitions/s"}]}
     older = {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"s": TEXT}}
     for schema in (pair, {"anyOf": [pair, {"type": "null"}]}):
         tools = one_tool({"p": schema}, **older)
         for style, write in STYLE_WRITERS.items():
-            assert takes(tools, style, write("f", {"p": [1, "a"]}))
-            assert not takes(tools, style, write("f", {"p": ["a", 1]}))
+            assert accepts_call(tools, style, write("f", {"p": [1, "a"]}))
+            assert not accepts_call(tools, style, write("f", {"p": ["a", 1]}))
 
 
 @pytest.mark.parametrize(
@@ -292,15 +298,15 @@ def test_items_of_an_older_draft_are_enforced_as_of_the_newest():
         ({"a": {**TEXT, "minLength": 3, "maxLength": 2}}, {}, "json_tools", "Unsatisfiable schema"),
     ],
 )
-def test_tool_that_no_call_fits_is_taken(properties, more, style, wrong):
+def test_tool_without_a_valid_call_raises_setting_error(properties, more, style, wrong):
     with pytest.raises(SettingError) as caught:
         calls_rules(one_tool(properties, **more), style, *CALL_MARKERS)
     assert wrong in str(caught.value)
 
 
-def test_odd_names_of_parameters_are_refused_in_json():
+def test_json_format_allows_any_parameter_name():
     tools = one_tool({"a>b": TEXT, " a": TEXT, "": TEXT})
-    assert takes(tools, "json_tools", hermes("f", {"a>b": "x", " a": "x", "": "x"}))
+    assert accepts_call(tools, "json_tools", hermes("f", {"a>b": "x", " a": "x", "": "x"}))
 
 
 @pytest.mark.parametrize(
@@ -313,11 +319,11 @@ def test_odd_names_of_parameters_are_refused_in_json():
         ({"type": "object", "additionalProperties": {"type": "integer"}}, False, True),
     ],
 )
-def test_tool_without_listed_parameters_takes_none_or_any(parameters, any_text, number):
+def test_tool_without_listed_parameters_follows_additional_properties(parameters, any_text, number):
     definition = {"name": "f"} | ({} if parameters is None else {"parameters": parameters})
     rules = calls_rules(read_tools([definition]), "qwen3_coder", *CALL_MARKERS)
     for value, expected in (("some text", any_text), ("3", number)):
         parameter = f"<parameter=some name>\n{value}\n</parameter>\n"
-        for body, taken in (("", True), (parameter, expected), (parameter * 2, expected)):
+        for body, accepted in (("", True), (parameter, expected), (parameter * 2, expected)):
             text = f"<tool_call>\n<function=f>\n{body}</function>\n</tool_call>"
-            assert accepts(f"start: call\n{rules}", text) == taken
+            assert accepts(f"start: call\n{rules}", text) == accepted
