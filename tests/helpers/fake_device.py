@@ -1,4 +1,4 @@
-"""A "device" whose memory is the host's."""
+"""A stand-in for a device with its own memory, which is host memory here."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ from flashmoe.streaming.device_copy import DeviceMemory, Mailbox
 
 
 class HostMemory(DeviceMemory):
-    """Where bytes are copied to is memory of the host."""
+    """Device memory that is host memory. locked: how many staging places were page-locked."""
 
     def __init__(self):
         super().__init__()
@@ -27,16 +27,19 @@ class HostMemory(DeviceMemory):
 
 
 class HostMailboxes(HostMemory):
-    """With mailboxes, as a GPU with memory of its own has them."""
+    """The same with mailboxes, as a GPU with its own memory has them."""
 
     def mailbox(self, words: int) -> Mailbox:
-        # Nobody may look at more than was posted.
-        made = np.full(words, 2**32 - 1, np.uint32)
-        return Mailbox(made, mx.array([made.ctypes.data], mx.uint64))
+        # Words that were not posted are no valid expert, so a test sees when somebody reads them.
+        array = np.full(words, 2**32 - 1, np.uint32)
+        return Mailbox(array, mx.array([array.ctypes.data], mx.uint64))
 
 
 def post(mailbox: mx.array, words: np.ndarray) -> None:
-    """What a kernel does that has a mailbox's address; (1,) uint64, 0: there is none."""
+    """Write words to a mailbox, as a kernel does that gets its address.
+
+    mailbox: the address, of shape (1,) and dtype uint64; 0 where there is no mailbox.
+    """
     if address := mailbox.item():
         words = np.ascontiguousarray(words, np.uint32)
         ctypes.memmove(address, words.ctypes.data, words.nbytes)

@@ -1,4 +1,4 @@
-"""Toys for our kernels: one shape for each family, so that few kernels are compiled."""
+"""Toy checkpoints for the GPU kernels, with one shape for each family to compile few kernels."""
 
 import mlx.core as mx
 import numpy as np
@@ -36,20 +36,22 @@ TOYS = {
 
 
 def write(directory, name: str, **changes):
+    """Write the toy checkpoint of this name into a folder of the directory, and return its path."""
     return write_toy(directory / name, **TOYS[name] | changes)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Return random token ids of a toy's vocabulary."""
     return np.random.default_rng(seed).integers(0, 160, count).tolist()
 
 
 def activations(*shape: int, seed: int = 0) -> mx.array:
-    """Of the type that a bfloat16 model computes in."""
+    """Return random activations in the dtype in which a bfloat16 model computes on this device."""
     x = mx.random.normal(shape, key=mx.random.key(seed))
     return x.astype(mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32)
 
 
-def settle(model) -> None:
-    """Have every expert read."""
+def load_all_experts(model) -> None:
+    """Run a prompt that needs every expert, so that all of them are in slots afterwards."""
     mx.eval(model(mx.array([random_tokens(200)])))
     assert all(block.switch_mlp.settled for block in model._blocks)

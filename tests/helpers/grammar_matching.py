@@ -1,4 +1,4 @@
-"""What llguidance lets through, token by token, with the demo's tokenizer."""
+"""Matches texts with Lark grammars in llguidance, token by token of the demo's tokenizer."""
 
 from tool_call_texts import CONTROL, TOKENIZER, tokens_of
 
@@ -10,13 +10,17 @@ CALL_MARKERS = CONTROL.call_start, CONTROL.call_end
 
 
 def accepts(lark, text, bytewise=False):
-    """Whether a text is whole by a grammar."""
+    """Return whether a grammar accepts a text from its beginning to its end.
+
+    bytewise: give the text as one token for each byte, not as the tokenizer splits it.
+    """
     matcher = MATCHERS.new(lark)
-    taken = all(matcher.consume_token(t) for t in tokens_of(text, (), bytewise))
-    return taken and matcher.is_accepting()
+    consumed = all(matcher.consume_token(t) for t in tokens_of(text, (), bytewise))
+    return consumed and matcher.is_accepting()
 
 
 def document(kind, value):
+    """Return the Lark grammar of a response format, such as ("regex", pattern)."""
     key = {"json_schema": "schema", "regex": "pattern", "lark": "grammar", "json_object": "x"}[kind]
-    found = grammars.document({"type": kind, key: value})
-    return f"start: document\n{found.rules}"
+    response = grammars.document({"type": kind, key: value})
+    return f"start: document\n{response.rules}"

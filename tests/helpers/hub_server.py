@@ -1,8 +1,8 @@
-"""A server that speaks the hub's protocol, as far as downloads go, and fails as it is told.
+"""A server that speaks the part of the hub's protocol that downloads use, with planned faults.
 
-Large files (safetensors, tokenizer.json) are LFS files: their names lead to another host, as on the
-hub, where ranges are served. huggingface_hub reads HF_ENDPOINT when it is imported, so what uses
-this server is a process of its own, with `Hub.environ`.
+Large files (safetensors, tokenizer.json) are LFS files: as on the hub, their addresses redirect to
+another host, which serves ranges. huggingface_hub reads HF_ENDPOINT when it is imported, so a
+client of this server runs in its own process, with the variables of `Hub.environ`.
 """
 
 import hashlib
@@ -21,11 +21,17 @@ TOKEN = "hf_test"
 
 @dataclass
 class Fault:
-    """What goes wrong with a file. times: how often; then all is well.
+    """What goes wrong when a file is sent.
 
-    stop: bytes of an answer after which the connection is cut. hold: those after which it stays
-    open with nothing more. status, headers: instead of the file. short, spoilt: the body, served as
-    if it were right. no_ranges: all of it, whatever was asked. pause: seconds before each 64 KiB.
+    Attributes:
+        stop: the connection is cut after this many bytes of an answer.
+        hold: after this many bytes nothing more is sent, and the connection stays open.
+        status, headers: an answer that is sent instead of the file.
+        short: bytes that are missing at the end of the file; the Content-Length fits what is sent.
+        corrupted: the last byte is another one.
+        no_ranges: the whole file is sent, even if a range was asked for.
+        pause: seconds to wait before each 64 KiB.
+        times: how many answers have the fault; later ones are right.
     """
 
     stop: int | None = None
@@ -33,18 +39,22 @@ class Fault:
     status: int | None = None
     headers: dict = field(default_factory=dict)
     short: int = 0
-    spoilt: bool = False
+    corrupted: bool = False
     no_ranges: bool = False
     pause: float = 0
     times: int = 10**9
 
 
 class Hub:
-    """The repository owner/toy with the files of a directory.
+    """A server of the repository owner/toy with the files of a directory.
 
-    faults: by name of the file; "api" for the listing. requests: (name, first byte asked for) of
-    each file that was sent. sent: bytes of all answers. claimed: sizes that the listing gives
-    instead. needs_token: gated.
+    Attributes:
+        faults: the faults by file name; "api" is the listing.
+        requests: (name, first byte asked for) of each file that was sent.
+        sent: bytes of all answers.
+        claimed: sizes by file name that the listing gives instead of the real ones.
+        needs_token: the repository is gated.
+        held: set when an answer has come to its `Fault.hold`.
     """
 
     repo = "owner/toy"
@@ -75,6 +85,7 @@ class Hub:
 
     @property
     def environ(self) -> dict[str, str]:
+        """The environment variables that lead a client to this server."""
         return {
             "HF_ENDPOINT": f"http://localhost:{self.port}",
             "HF_HUB_OFFLINE": "0",
@@ -86,7 +97,8 @@ class Hub:
         return (self.directory / name).read_bytes()
 
     def siblings(self) -> list[dict]:
-        found = []
+        """Return the entries of the files in the listing of the repository."""
+        files = []
         for path in sorted(p for p in self.directory.rglob("*") if p.is_file()):
             name, content = path.relative_to(self.directory).as_posix(), path.read_bytes()
             size = self.claimed.get(name, len(content))
@@ -94,15 +106,16 @@ class Hub:
             if is_lfs(name):
                 sha = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": sha, "size": size, "pointerSize": 134}
-            found.append(entry)
-        return found
+            files.append(entry)
+        return files
 
     def fault(self, name: str) -> Fault:
-        found = self.faults.get(name, Fault())
-        if found.times <= 0:
+        """Return the fault of the next answer about a file, and count the answer."""
+        planned = self.faults.get(name, Fault())
+        if planned.times <= 0:
             return Fault()
-        found.times -= 1
-        return found
+        planned.times -= 1
+        return planned
 
 
 def is_lfs(name: str) -> bool:
@@ -130,7 +143,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif match := re.fullmatch(rf"/{hub.repo}/resolve/{COMMIT}/(.+)", path):
                 self._resolve(match[1])
             elif match := re.fullmatch(r"/lfs/(.+)", path):
-                # The hub's storage is another host: it must not see the token.
+                # The hub's storage is another host, which must not get the token.
                 if self.headers["Authorization"]:
                     self._send(400, b"a token came here")
                 else:
@@ -142,13 +155,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             fault = hub.fault("api")
             if fault.status:
                 self._send(fault.status, b"", fault.headers)
-            elif repo != hub.repo:  # as the hub says to those who are not logged in
+            elif repo != hub.repo:  # the hub's answer to clients that are not logged in
                 self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
             elif revision not in ("main", COMMIT):
                 self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             else:
-                found = {"id": repo, "sha": COMMIT, "siblings": hub.siblings()}
-                self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+                listing = {"id": repo, "sha": COMMIT, "siblings": hub.siblings()}
+                self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
 
         def _resolve(self, name):
             if hub.needs_token and self.headers["Authorization"] != f"Bearer {TOKEN}":
@@ -172,7 +185,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._send(fault.status, b"", fault.headers)
                 return
             etag = f'"{git_hash(content)}"'
-            if fault.spoilt:
+            if fault.corrupted:
                 content = content[:-1] + bytes([content[-1] ^ 1])
             content = content[: len(content) - fault.short]
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
@@ -206,7 +219,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
 
         def handle(self):
-            with suppress(BrokenPipeError, ConnectionResetError):  # the other side was killed
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
                 super().handle()
 
     return Handler

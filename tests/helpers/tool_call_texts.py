@@ -1,4 +1,4 @@
-"""Calls written as models write them, tools for them, and tokens of such texts."""
+"""Tool calls as models write them, the tools that they call, and the tokens of such texts."""
 
 import json
 import re
@@ -36,7 +36,7 @@ TOOLS = read_tools(
 
 
 def coder(name, arguments):
-    """A call as the template of Qwen3.5 writes it, from after its start marker."""
+    """Return the text of a call in the format of Qwen3.5, without the start and end markers."""
     body = ""
     for key, value in arguments.items():
         raw = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -45,7 +45,7 @@ def coder(name, arguments):
 
 
 def hermes(name, arguments):
-    """The same as the template of Qwen3."""
+    """Return the text of a call in the format of Qwen3, without the start and end markers."""
     call = {"name": name, "arguments": arguments}
     return f"\n{json.dumps(call, ensure_ascii=False)}\n"
 
@@ -55,16 +55,20 @@ BOTH = pytest.mark.parametrize("kind", [CoderCall, HermesCall], ids=["coder", "h
 
 
 def read(kind, pieces, tools=TOOLS):
-    """(name, arguments) of a call that comes in pieces; its pieces of JSON are checked."""
+    """Feed the pieces of a call to a parser, and return its (name, arguments).
+
+    The pieces of JSON that the parser gave on the way must add up to the arguments.
+    """
     call = kind(tools)
-    given = [piece for text in pieces for piece in call.feed(text)]
+    deltas = [piece for text in pieces for piece in call.feed(text)]
     name, arguments, rest = call.finish()
     assert call.name == name
-    assert json.loads("".join([*given, rest])) == arguments
+    assert json.loads("".join([*deltas, rest])) == arguments
     return name, arguments
 
 
 def cut(text, places):
+    """Return the parts of a text that is cut at these places."""
     ends = sorted({min(p, len(text)) for p in places} | {len(text)})
     return [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -92,7 +96,10 @@ ARGUMENTS = st.fixed_dictionaries({}, optional=VALUES)
 
 
 def unwritable(value):
-    """The Coder format has no escapes: a string that holds the end of a value cannot be written."""
+    """Return whether the Coder format cannot write a value.
+
+    It has no escapes, so a string cannot hold the end of a value.
+    """
     return isinstance(value, str) and bool(
         re.search(r"(^|\n)</parameter>(\n|$)|</parameter>\s*</function>", value)
     )
@@ -106,7 +113,10 @@ MARKERS = re.compile(f"({'|'.join(map(re.escape, ADDED))})")
 
 
 def tokens_of(text, places=(), bytewise=False):
-    """Tokens of the parts that a text is cut into, or one for each byte; markers stay whole."""
+    """Return the tokens of a text that is cut at these places, or one token for each byte.
+
+    Markers are one token in both cases.
+    """
     tokens = []
     for part in MARKERS.split(text):
         if part in ADDED:

@@ -1,4 +1,4 @@
-"""Toy checkpoints: random weights in mlx-lm's real model classes, saved as mlx-lm saves them."""
+"""Writes toy checkpoints: random weights in mlx-lm's model classes, saved as mlx-lm saves them."""
 
 import copy
 import importlib
@@ -14,8 +14,8 @@ from flashmoe.catalog import DEMO, find
 
 FAMILIES = ("qwen3_5_moe", "qwen3_next", "qwen3_moe")
 
-#: On a GPU a router's row is more than one group of scales. For rows of one group MLX 0.32.4 has a
-#: product of its own on Hopper, which gave numbers that are none, others each time.
+#: On a GPU a row of the router has more than one group of scales: for rows of one group, MLX 0.32.4
+#: has a special product on Hopper, which gave NaN, and other results at each run.
 HIDDEN = 128 if mx.default_device() == mx.gpu else 64
 
 
@@ -31,7 +31,7 @@ def toy_config(
     tie: bool = False,
     **overrides,
 ) -> dict:
-    """config.json of a toy. The overrides go where the language model's fields are."""
+    """Return the config.json of a toy. Overrides go to the fields of the language model."""
     text = {
         "model_type": family,
         "hidden_size": hidden_size,
@@ -81,17 +81,19 @@ def write_toy(
     seed: int = 0,
     **config,
 ) -> Path:
-    """Writes a toy checkpoint and returns its directory; stock mlx-lm loads it.
+    """Write a toy checkpoint, which stock mlx-lm can load, and return its directory.
 
-    bits=None leaves it unquantised. With several shards neighbouring tensors lie in different
-    files. `config` goes to toy_config. hidden_size must be a multiple of 64, as in any Qwen MoE:
-    mlx-lm packs routers in groups of 64.
+    Args:
+        bits: bits of a quantised weight; None leaves the model unquantised.
+        shards: the number of files. Neighbouring tensors are in different ones.
+        config: arguments of `toy_config`. hidden_size must be a multiple of 64, as in any Qwen MoE,
+            since mlx-lm quantises routers in groups of 64.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings = toy_config(family, **config)
     module = importlib.import_module(f"mlx_lm.models.{family}")
-    # The args classes edit what they are given.
+    # The args classes change the dict that they get.
     model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(settings)))
     random = _weights(model, mx.random.key(seed), getattr(mx, dtype))
     model.update(tree_unflatten(random))
@@ -113,7 +115,10 @@ def write_toy(
 
 
 def write_chat_toy(directory: Path, **config) -> Path:
-    """A toy with the demo's tokenizer and template: it chats nonsense, ten times faster."""
+    """Write a toy with the demo's tokenizer and template.
+
+    It answers nonsense, ten times as fast as the demo model.
+    """
     demo = find(DEMO)
     config = {"vocab_size": 8192, "max_position_embeddings": 4096} | config
     write_toy(directory, **config)
@@ -123,8 +128,8 @@ def write_chat_toy(directory: Path, **config) -> Path:
 
 
 def _weights(model, key: mx.array, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
-    """Weights that keep activations near 1 and let each token choose other experts."""
-    found = []
+    """Return weights that keep activations near 1 and let each token choose other experts."""
+    weights = []
     for name, old in sorted(tree_flatten(model.parameters())):
         key, sub = mx.random.split(key)
         noise = mx.random.normal(old.shape, key=sub)
@@ -138,5 +143,5 @@ def _weights(model, key: mx.array, dtype: mx.Dtype) -> list[tuple[str, mx.array]
             new = noise * old.shape[1] ** -0.5
         else:
             new = noise * old.shape[-1] ** -0.5
-        found.append((name, new.astype(dtype)))
-    return found
+        weights.append((name, new.astype(dtype)))
+    return weights

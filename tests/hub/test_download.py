@@ -314,7 +314,7 @@ def test_slow_download_is_silent(hub, environ):
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
 def test_wrong_hash_is_registered(flashmoe, hub, tmp_path, name):
-    hub.faults[name] = Fault(spoilt=True)
+    hub.faults[name] = Fault(corrupted=True)
     refused(flashmoe(hub, "download", NAME, code=1), name, "is not what the hub promises", ", not ")
     (entry,) = (s for s in hub.siblings() if s["rfilename"] == name)
     etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["blobId"]

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fake_device import HostMailboxes, post
-from fused_toys import activations, random_tokens, settle, write
+from fused_toys import activations, load_all_experts, random_tokens, write
 from launching import launched
 from mlx_lm.utils import load_model
 from toys import HIDDEN
@@ -178,7 +178,7 @@ def test_mailbox_of_several_pieces_is_looked_at(load, posted, tokens):
 def test_settled_layer_looks_into_the_mailbox(toy, load, posted, monkeypatch):
     model = load(toy.num_experts)
     expected = logits(model, random_tokens(4), 1, decode=1)
-    settle(model)
+    load_all_experts(model)
     posted["garbage"] = "mailbox"
     monkeypatch.setattr(StreamingSwitchGLU, "start", None)
     assert same(logits(model, random_tokens(4), 1, decode=1), expected)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from fused_toys import TOYS, activations, random_tokens, settle, write
+from fused_toys import TOYS, activations, load_all_experts, random_tokens, write
 from launching import launched, operations
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -114,7 +114,7 @@ def test_settled_model_looks_or_reads(toy, expected, load, monkeypatch):
     """And gives other bits than one that looks."""
     model = load()
     assert not any(b.switch_mlp.settled for b in model._blocks)
-    settle(model)
+    load_all_experts(model)
     monkeypatch.setattr(StreamingSwitchGLU, "start", None)
     before = model.stats
     assert same(run(model, *CALLS[0]), expected[CALLS[0]])
@@ -166,7 +166,7 @@ def test_piece_of_another_k_is_run(toy, resident, load, monkeypatch):
 
     monkeypatch.setattr(steps, "compiled", frozen)
     model = load()
-    settle(model)
+    load_all_experts(model)
     for k in (*range(1, toy.top_k + 1), *range(1, toy.top_k + 1)):
         with model.pruned_to(k), resident.pruned_to(k):
             found = logits(model, TOKENS[:3], 1, decode=1)
@@ -182,7 +182,7 @@ def test_interrupted_call_leaves_a_layer_that_is_wrong(toy, expected, load, sett
     """Interrupted at the start, between waves or in another layer."""
     model, calls = load(None if settled else toy.top_k + 2), []
     if settled:
-        settle(model)
+        load_all_experts(model)
 
     def check():
         calls.append(1)
@@ -258,7 +258,7 @@ def test_matrices_that_the_kernels_cannot_read_are_read(tmp_path, launches, what
 
 def test_step_launches_more_than_it_needs(toy, load, launches):
     model = load()
-    settle(model)
+    load_all_experts(model)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([TOKENS[:5]]), cache=cache), [c.state for c in cache])
     for layer, c in zip(model.layers, cache, strict=True):
