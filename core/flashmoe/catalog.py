@@ -7,15 +7,15 @@ under any name, or in the hub's cache.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import CheckpointError
 from .hub import registry
 from .hub.known_models import CATALOGUE, HUB, Published, from_hub_name
+from .user_dirs import hub_cache
 
-__all__ = ["CATALOGUE", "DEMO", "Model", "Published", "find", "hub_cache", "model", "models"]
+__all__ = ["CATALOGUE", "DEMO", "Model", "Published", "find", "model", "models"]
 
 DEMO = "flashmoe-demo"
 
@@ -96,14 +96,6 @@ def find(name: str) -> Path:
             f"back, or run: flashmoe remove {found.name}"
         )
     return found.path
-
-
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads; without importing it."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    home = os.environ.get("HF_HOME") or home
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expandvars(cache or Path(home) / "hub")).expanduser()
 
 
 def _registered(entry: registry.Registered) -> Model:

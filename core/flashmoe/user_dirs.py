@@ -21,6 +21,14 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "flashmoe"
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads; without importing it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    home = os.environ.get("HF_HOME") or home
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(cache or Path(home) / "hub")).expanduser()
+
+
 def write_json(file: Path, content: dict) -> None:
     """Put `content` in place of a file at once. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,11 @@ from toys import FAMILIES, write_chat_toy, write_toy
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.tokenizer import read_tokenizer
 from flashmoe.cli import cli
 from flashmoe.engine import Engine
 from flashmoe.events import Text
-from flashmoe.models.loading import load_streaming, read_tokenizer
+from flashmoe.models.loading import load_streaming
 from flashmoe.quantize import rounding
 from flashmoe.quantize import writer as quantize
 from flashmoe.quantize.calibration import calibrate

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmoe.checkpoint.file_identity import FileIdentity
 from flashmoe.errors import ReadError
 from flashmoe.streaming import reader as reader_module
 from flashmoe.streaming.io_modes import IO_MODES
-from flashmoe.streaming.reader import FileIdentity, Reader, ReadRequest, ReadStats
+from flashmoe.streaming.reader import Reader, ReadRequest, ReadStats
 
 SIZE = 3_000_017
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -10,8 +10,9 @@ from checkpoint_edits import edit_weights
 from toys import FAMILIES, write_chat_toy, write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.tokenizer import read_tokenizer
 from flashmoe.errors import CheckpointError, SettingError
-from flashmoe.models.loading import load, load_streaming, read_tokenizer
+from flashmoe.models.loading import load, load_streaming
 from flashmoe.sweep import fidelity
 from flashmoe.sweep.documents import WINDOW, Document, own_answers, windows
 from flashmoe.sweep.fidelity import compare, differences, exact_nbytes, keep_exact, means

@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import CheckpointError, SettingError
-from ..models.loading import read_tokenizer
-from .special_tokens import Control
-from .template import Template
+from .special_tokens import SpecialTokens
+from .template import ChatTemplate
 from .tools import read_tools
 
 _FILLER = {"role": "user", "content": "x"}
@@ -26,7 +26,7 @@ class Counter:
 
     def __init__(self, path: Path):
         tokenizer = read_tokenizer(Checkpoint.open(path))
-        self._template = Template(tokenizer, Control.of(tokenizer))
+        self._template = ChatTemplate(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
         self._lock = threading.Lock()
 
     def tokens(self, text: str) -> list[int]:
@@ -50,7 +50,7 @@ class Counter:
             return 0
 
         def prompt(messages, tools):
-            return len(self._template.prompt(messages, tools, think=think).tokens)
+            return len(self._template.build_prompt(messages, tools, think=think).tokens)
 
         with self._lock:
             try:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import CheckpointError
-from ..streaming.reader import FileIdentity
+from ..errors import CheckpointError, SettingError
 from .config import (
     FAMILIES,
     FLOATS,
@@ -20,6 +19,7 @@ from .config import (
     check_text_config,
     inferred_quantization,
 )
+from .file_identity import FileIdentity
 from .safetensors_header import AGAIN, EXPERT_TENSOR, Tensor, read_object, read_tensors, show
 
 PARTS = ("weight", "scales", "biases")
@@ -150,6 +150,22 @@ class Checkpoint:
     @property
     def dense_nbytes(self) -> int:
         return sum(t.nbytes for t in self.dense)
+
+
+def check_experts(k: int | None, checkpoint: Checkpoint) -> int:
+    """K as given, or the trained one.
+
+    Raises:
+        SettingError: K is not in 1..trained K.
+    """
+    if k is None:
+        return checkpoint.top_k
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= checkpoint.top_k:
+        raise SettingError(
+            f"experts={k!r} is out of range: this model was trained with {checkpoint.top_k} "
+            f"experts a token, so experts must be 1 to {checkpoint.top_k}"
+        )
+    return k
 
 
 def _is_loaded(name: str) -> bool:

@@ -165,7 +165,7 @@ def _memory(report: Report) -> dict:
 
         if device_memory() is not None:
             free = report.sections["backend"]["info"]["free_memory"]
-            found |= {"limit": "card", "default": machine.memory.spare(free)}
+            found |= {"limit": "card", "default": machine.memory.default_budget(free)}
     return found
 
 
@@ -227,7 +227,8 @@ def _probe(checkpoint: Checkpoint) -> dict:
 
 
 def _model(report: Report, name: str, checkpoint: Checkpoint) -> dict:
-    from ..models.loading import drive_for, plan_memory, read_tokenizer
+    from ..checkpoint.tokenizer import read_tokenizer
+    from ..models.loading import drive_for, plan_memory
 
     shards = len(checkpoint.files)
     if shards > (most := report.sections["open files"]["shards"]):

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-from ..chat.output_parser import Reply
-from ..chat.special_tokens import Control
-from ..chat.template import Template
-from ..chat.tools import check_choice, read_tools
+from ..chat.output_parser import OutputParser
+from ..chat.special_tokens import SpecialTokens
+from ..chat.template import ChatTemplate
+from ..chat.tools import check_tool_choice, read_tools
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import ContextError
 from ..events import Event
 from ..grammar import response as grammars
-from ..grammar.constraint import Constraint, Matchers
+from ..grammar.constraint import Constraint, MatcherFactory
 from ..memory import budget as memory
 from ..memory import footprint
-from ..models.loading import load_streaming, read_tokenizer
+from ..models.loading import load_streaming
 from ..requests import Request, in_range
 from .answer import AnswerState
 from .prompt import PromptPrefill, PromptReader
@@ -71,11 +72,11 @@ class LoadedModel:
             if self._cluster is not None:
                 self._cluster.close()
             raise
-        self.control = Control.of(self.tokenizer)
-        self.template = Template(self.tokenizer, self.control)
+        self.special_tokens = SpecialTokens.from_tokenizer(self.tokenizer)
+        self.template = ChatTemplate(self.tokenizer, self.special_tokens)
         self._defaults = sampling_defaults(self.checkpoint.path)
         width = self.checkpoint.text_config["vocab_size"]
-        self._matchers = Matchers(self.tokenizer, self.control, width)
+        self._matchers = MatcherFactory(self.tokenizer, self.special_tokens, width)
         held = limits[0]
         self.prompts = PromptCache(
             footprint.prompt_cache_nbytes(self.checkpoint) if held is None else held
@@ -115,26 +116,26 @@ class LoadedModel:
         start = perf_counter()
         self.k(request)
         tools = read_tools(request.tools)
-        check_choice(request.tool_choice, tools)
+        check_tool_choice(request.tool_choice, tools)
         wanted = request.response_format
-        document = grammars.document(wanted) if wanted else None
+        response_format = grammars.read_response_format(wanted) if wanted else None
         must_call = request.tool_choice not in ("auto", "none")
-        prompt = self.template.prompt(
+        prompt = self.template.build_prompt(
             request.messages,
             tools,
             think=request.think,
-            structured=request.constrain and (document is not None or must_call),
+            structured=request.constrain and (response_format is not None or must_call),
         )
         newlines = self.template.encode("\n"), self.template.encode("\n\n")
         return AnswerState(
             request=request,
             prompt=prompt,
-            document=document,
+            response_format=response_format,
             max_tokens=self._max_tokens(request, prompt.tokens),
             constraint=Constraint(
-                self._matchers, self.control, newlines, request, tools, document, prompt.in_thought
+                self._matchers, self.special_tokens, newlines, request, tools, response_format, prompt.in_reasoning
             ),
-            reply=Reply(self.tokenizer, self.control, tools, request.stop, prompt.in_thought),
+            parser=OutputParser(self.tokenizer, self.special_tokens, tools, request.stop, prompt.in_reasoning),
             emit=emit,
             cancelled=cancelled,
             started=start,
@@ -143,7 +144,7 @@ class LoadedModel:
     def begin(self, turn: AnswerState) -> ActiveSequence:
         """Find what of the prompt has to be read. Nothing is read yet."""
         k, request = self.k(turn.request), turn.request
-        forced = turn.within_limit(turn.constraint.start())
+        forced = turn.within_limit(turn.constraint.begin_answer())
         reading = self._reader.begin(
             turn.prompt, turn.emit, experts=k, keep=request.cache, forced=forced
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -23,7 +24,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
-from .. import __version__
 from ..errors import DownloadError
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ def listing(repo: str, revision: str | None = None) -> Listing:
 
 def headers() -> dict[str, str]:
     """Of each request for a file, with the user's token. Compressed, it could not be resumed."""
-    found = build_hf_headers(library_name="flashmoe", library_version=__version__)
+    found = build_hf_headers(library_name="flashmoe", library_version=version("llm-flashmoe"))
     return found | {"Accept-Encoding": "identity"}
 
 

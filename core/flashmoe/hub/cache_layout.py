@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import catalog
 from ..errors import DownloadError
+from ..user_dirs import hub_cache
 from .api import HubFile, Listing
 
 
@@ -27,7 +27,7 @@ class Place:
         if to is not None:
             to = to.expanduser().absolute()
             return cls(to / ".flashmoe-download", to, True)
-        repo = catalog.hub_cache() / f"models--{listing.repo.replace('/', '--')}"
+        repo = hub_cache() / f"models--{listing.repo.replace('/', '--')}"
         return cls(repo / "blobs", repo / "snapshots" / listing.commit, False)
 
     def blob(self, file: HubFile) -> Path:

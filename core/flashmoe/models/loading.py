@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_config, load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, check_experts
+from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import BudgetError, CheckpointError, FlashMoEError, SettingError
 from ..memory import budget as memory_module
 from ..memory.footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
@@ -21,7 +22,7 @@ from ..streaming.cuda import device_memory
 from ..streaming.drives import Drive, drive_of
 from ..streaming.io_modes import IO_MODES
 from ..streaming.reader import Reader
-from .qwen_moe import FAMILIES, StreamingMoE, check_experts
+from .qwen_moe import FAMILIES, StreamingMoE
 
 if TYPE_CHECKING:
     from ..cluster.lead import Cluster
@@ -226,24 +227,3 @@ def head(model: nn.Module) -> nn.Module | None:
     """The output projection, or None when the embedding is used for it."""
     # qwen3_5_moe nests its text model.
     return getattr(getattr(model, "language_model", model), "lm_head", None)
-
-
-def read_tokenizer(checkpoint: Checkpoint):
-    """The checkpoint's tokenizer, as mlx-lm wraps it. None of its code is ever run.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        # transformers makes one of a single token where there is none.
-        (checkpoint.path / "tokenizer.json").stat()
-        return load_tokenizer(
-            checkpoint.path,
-            {"trust_remote_code": False},
-            eos_token_ids=load_config(checkpoint.path).get("eos_token_id"),
-        )
-    except Exception as e:  # transformers raises many kinds for a broken file
-        raise CheckpointError(
-            f"{checkpoint.path} has no tokenizer that can be read ({type(e).__name__}: {e}): it "
-            "needs tokenizer.json and tokenizer_config.json; download the model again"
-        ) from e

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3_5_moe, qwen3_moe, qwen3_next
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..errors import SettingError
 from ..memory import budget as memory_module
 from ..ops import backend as ops
@@ -268,19 +268,3 @@ FAMILIES = {
     "qwen3_next": (Qwen3Next, qwen3_next.ModelArgs),
     "qwen3_moe": (Qwen3Moe, qwen3_moe.ModelArgs),
 }
-
-
-def check_experts(k: int | None, checkpoint: Checkpoint) -> int:
-    """K as given, or the trained one.
-
-    Raises:
-        SettingError: K is not in 1..trained K.
-    """
-    if k is None:
-        return checkpoint.top_k
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= checkpoint.top_k:
-        raise SettingError(
-            f"experts={k!r} is out of range: this model was trained with {checkpoint.top_k} "
-            f"experts a token, so experts must be 1 to {checkpoint.top_k}"
-        )
-    return k

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..errors import SettingError
 from ..memory import budget as memory
 from ..memory.footprint import PLANNED_CONTEXT, cache_nbytes
 from ..models.loading import plan_memory
-from ..models.qwen_moe import check_experts
 from ..ops import backend as ops
 from ..streaming import elastic_slots as room
 from .machines import Machine

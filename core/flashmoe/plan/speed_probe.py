@@ -35,18 +35,18 @@ from statistics import median
 from time import perf_counter
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.file_identity import FileIdentity
 from ..checkpoint.safetensors_header import EXPERT_TENSOR
 from ..checkpoint.safetensors_writer import Target, header
 from ..errors import SettingError
-from ..memory import budget as memory
-from ..memory.budget import format_size
+from ..memory import system as memory
+from ..memory.sizes import format_size
 from ..models.loading import load_streaming
 from ..ops import backend as ops
 from ..streaming import drives
 from ..streaming.disk_bench import forget, paced
 from ..streaming.io_modes import BLOCK, F_NOCACHE
-from ..streaming.reader import FileIdentity
-from ..streaming.slot_memory import pages_of
+from ..streaming.slot_memory import allocate_pages
 from .speed_model import Costs, Geometry
 
 #: Layers that stand for all where each has the same attention.
@@ -106,7 +106,7 @@ def kernels(checkpoint: Checkpoint, k: int, activations: str = "float32") -> Cos
 
 def _fresh() -> float:
     """GB/s of memory that the system gives for the first time: slow in some virtual machines."""
-    pages = pages_of(FRESH_NBYTES)
+    pages = allocate_pages(FRESH_NBYTES)
     begin = perf_counter()
     for page in range(0, FRESH_NBYTES, mmap.PAGESIZE):
         pages[page] = 1

@@ -117,8 +117,9 @@ def calibrate(
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
+    from ..checkpoint.tokenizer import read_tokenizer
     from ..models.layerwise import prefill, split
-    from ..models.loading import load_streaming, read_tokenizer
+    from ..models.loading import load_streaming
     from ..ops import backend as ops
 
     tokenizer = read_tokenizer(checkpoint)

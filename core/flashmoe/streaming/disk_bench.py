@@ -16,10 +16,11 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.file_identity import FileIdentity
 from .drives import Drive
 from .io_modes import BLOCK, IO_MODES
-from .reader import FileIdentity, Reader, ReadRequest
-from .slot_memory import SlotMemory, pages_of
+from .reader import Reader, ReadRequest
+from .slot_memory import SlotMemory, allocate_pages
 
 DEPTHS = (1, 2, 4, 8, 16)
 SPLITS = (0, 1 << 20, 1 << 18)
@@ -71,7 +72,7 @@ def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Meas
     """One way to read, at random places of the files: little memory, and a small model will do."""
     ranges = _ranges(checkpoint)
     # Huge pages, as slots have: fewer pieces for the drive.
-    pages = memoryview(pages_of(2 * drive.depth * QUICK_NBYTES))
+    pages = memoryview(allocate_pages(2 * drive.depth * QUICK_NBYTES))
     buffers = [pages[i : i + QUICK_NBYTES] for i in range(0, len(pages), QUICK_NBYTES)]
     for file in checkpoint.files:
         forget(file)
@@ -113,7 +114,7 @@ def paced(
             needed = sum(nbytes + 2 * BLOCK for _, _, nbytes in batch)
             if needed > room:
                 # Huge pages, as slots have: fewer pieces for the drive.
-                room, pages = needed, memoryview(pages_of(needed))
+                room, pages = needed, memoryview(allocate_pages(needed))
                 pages[:] = bytes(needed)  # takes them
             for file, start, nbytes in batch:
                 # In blocks as the bytes in the file, as slots lie.

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
+from ..checkpoint.file_identity import FileIdentity
 from ..errors import ReadError
 from .device_copy import PLACE_NBYTES, DeviceBytes
 from .io_modes import BLOCK, IO_MODES, Buffered
@@ -45,36 +46,6 @@ class ReadRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What tells a file, as it was at one moment, from what stands at its path later."""
-
-    device: int
-    inode: int
-    nbytes: int
-    mtime_ns: int
-    linked: bool  # it has a name in some directory
-
-    @classmethod
-    def of(cls, fd: int) -> FileIdentity:
-        """The identity of an open file."""
-        now = os.fstat(fd)
-        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_nlink > 0)
-
-    def change(self, fd: int) -> str | None:
-        """What happened to the file to make it the open file `fd`, in words. None: nothing."""
-        now = os.fstat(fd)
-        # A file that was replaced by a rename is an unlinked one behind our descriptor.
-        unlinked = self.linked and now.st_nlink == 0
-        if unlinked or (now.st_dev, now.st_ino) != (self.device, self.inode):
-            return "was deleted or replaced"
-        if now.st_size != self.nbytes:
-            return f"changed its size from {self.nbytes} to {now.st_size} bytes"
-        if now.st_mtime_ns != self.mtime_ns:
-            return "was written to"
-        return None
-
-
-@dataclass(frozen=True, slots=True)
 class ReadStats:
     """Counters of a `Reader` since its start; subtract two for what lies between them."""
 
@@ -89,7 +60,7 @@ class ReadStats:
         return ReadStats(*(now - then for now, then in pairs))
 
 
-class Pending:
+class PendingRead:
     """The reads of one `submit`."""
 
     def __init__(self, pool: _Pool, jobs: int):
@@ -163,10 +134,10 @@ class Reader:
         with self._pool.lock:
             return self._pool.stats
 
-    def submit(self, requests: Sequence[ReadRequest]) -> Pending:
+    def submit(self, requests: Sequence[ReadRequest]) -> PendingRead:
         """Start the reads, usually the ranges of one expert. Errors come from `Pending.wait`."""
         jobs = list(_jobs([piece for r in requests for piece in _pieces(r, self._split)]))
-        pending = Pending(self._pool, len(jobs))
+        pending = PendingRead(self._pool, len(jobs))
         with self._pool.lock:
             if not self._stop.alive:
                 raise RuntimeError("this Reader is closed: it takes no more reads")
@@ -247,7 +218,7 @@ class _Pool:
             now.wait_seconds + more.wait_seconds,
         )
 
-    def run(self, pending: Pending, job: list[ReadRequest]) -> None:
+    def run(self, pending: PendingRead, job: list[ReadRequest]) -> None:
         start = perf_counter()
         nbytes = reads = 0
         error = None

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..checkpoint.capabilities import chat_template
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..checkpoint.safetensors_writer import write_file
 from ..errors import SettingError, SweepError
-from ..memory.budget import format_size
+from ..memory.sizes import format_size
 from .cost import ROUNDS, needed, speeds
 from .documents import Document, own_answers, windows
 from .versions import OWN, Version, identity
@@ -128,8 +128,6 @@ class Sweep:
         return all(self._missing(v, part) == [] for v in self.versions for part in self._parts())
 
     def _check(self) -> None:
-        from ..models.qwen_moe import check_experts  # late: MLX
-
         s = self.settings
         for k in s.experts:
             check_experts(k, self.checkpoint)
@@ -222,7 +220,7 @@ class Sweep:
         return [Document(**d) for d in json.loads(self._documents_file.read_text())]
 
     def _windows(self) -> list[Document]:
-        from ..models.loading import read_tokenizer
+        from ..checkpoint.tokenizer import read_tokenizer
 
         tokenizer = read_tokenizer(self.checkpoint)
         return windows(self.settings.text, tokenizer, self.settings.tokens)
