@@ -1,4 +1,4 @@
-"""Random calls of GatedDeltaNet's step, and what comes out in float64."""
+"""Random calls of the kernel of a GatedDeltaNet step, and their results in float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ EPSILON = {mx.float32: 1e-6, mx.bfloat16: 2**-8, mx.float16: 2**-11}
 
 
 def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], dict]:
-    """Arguments of the kernel; its projections are one array."""
+    """Return the positional and keyword arguments of a call, whose projections are one array."""
     key_heads, heads, width, rows, taps = shape
     channels = 2 * key_heads * width + heads * rows
     keys = iter(mx.random.split(mx.random.key(seed), 8))
@@ -40,7 +40,7 @@ def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], 
 
 
 def in_float64(arguments: list[mx.array], *, key_heads: int, at: tuple) -> list[np.ndarray]:
-    """The definition, head by head."""
+    """Return the outputs by the definition, head by head: (out, conv state, state)."""
     arrays = [np.array(x.astype(mx.float32)).astype(np.float64) for x in arguments]
     *projected, conv_state, conv_weight, a_log, dt_bias, norm, eps, state = arrays
     qkv, z, b, a = (x[0, 0, start:] for x, start in zip(projected, at, strict=True))
@@ -69,14 +69,15 @@ def in_float64(arguments: list[mx.array], *, key_heads: int, at: tuple) -> list[
 
 
 def numpy(arrays) -> list[np.ndarray]:
+    """Return arrays as NumPy float32."""
     return [np.array(x.astype(mx.float32)) for x in arrays]
 
 
-def check(found: list[mx.array], arguments: list[mx.array], **rest):
-    """Against the definition."""
+def check(outputs: list[mx.array], arguments: list[mx.array], **rest):
+    """Assert that the outputs of a call are those of the definition, up to rounding."""
     dtype = arguments[0].dtype
-    assert [x.dtype for x in found] == [dtype, dtype, mx.float32]
+    assert [x.dtype for x in outputs] == [dtype, dtype, mx.float32]
     expected = in_float64(arguments, **rest)
-    for x, y, eps in zip(numpy(found), expected, (EPSILON[dtype], 0, 1e-6), strict=True):
+    for x, y, eps in zip(numpy(outputs), expected, (EPSILON[dtype], 0, 1e-6), strict=True):
         assert x.shape == y.shape
         np.testing.assert_allclose(x, y, rtol=eps, atol=4 * max(eps, 1e-6) * np.abs(y).mean())

@@ -1,4 +1,4 @@
-"""Calls of each kernel, for the checks that look at all of them: see test_kernel_checks.py."""
+"""Calls of each kernel, for the checks of all kernels in test_kernel_checks.py."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from flashmoe_metal.kernel import launched_by
 from flashmoe_metal.qk_norm_rope import qk_norm_rope
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
-#: Of so few slots, scores and gates MLX makes constants.
+#: Sizes of slots, scores and gates that are small enough for MLX to pass them as constants.
 FEW = {"rows": 1, "top_k": 3}
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each kernel in two types or more, once with inputs so small that MLX passes them as
-    constants. As a name for messages, and what calls the kernel by its public function.
+    """Yield a name for messages and a function that calls the kernel by its public function.
 
-    Each case costs seconds, for four compilers: none differs in sizes only.
+    Each kernel has two types or more, and once inputs that are small enough for MLX to pass them as
+    constants. A case costs seconds, for four compilers, so no two differ in their sizes only.
     """
     for name, problem in problems():
         yield name, problem.call
@@ -42,6 +42,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def problems() -> Iterator[tuple[str, Problem]]:
+    """Yield the calls of the expert kernels with their names."""
     yield "router", router_problem(dtype=BF16, more=1)
     yield "router of f32", router_problem(rows=1, experts=7)
     yield "matvec", matvec_problem(Case(Kind(5, 128, F16)))
@@ -49,13 +50,13 @@ def problems() -> Iterator[tuple[str, Problem]]:
     yield "gate_up", gate_up_problem(Case(rows=8, shared=Kind(8, 32, F16), shared_size=37))
     yield "gate_up of a few", gate_up_problem(Case(Kind(3, 32, F16), dtype=F16, **FEW))
     yield "gate_up of f32", gate_up_problem(Case(Kind(0, dtype=F32), dtype=F32))
-    own = {"shared": Kind(0, dtype=F16), "residual": BF16}
-    yield "down", down_problem(Case(rows=8, **own))
-    yield "down of a few", down_problem(Case(Kind(2, 32, F32), dtype=F32, **FEW, **own))
+    more = {"shared": Kind(0, dtype=F16), "residual": BF16}
+    yield "down", down_problem(Case(rows=8, **more))
+    yield "down of a few", down_problem(Case(Kind(2, 32, F32), dtype=F32, **FEW, **more))
     yield "down of f16", down_problem(Case(Kind(0), dtype=F16, gate=F32))
-    yield "combine", combine_problem(Case(rows=8, **own))
-    own |= {"residual": F32, "gate": F16}
-    yield "combine of a few", combine_problem(Case(dtype=F16, out=7, **FEW, **own))
+    yield "combine", combine_problem(Case(rows=8, **more))
+    more |= {"residual": F32, "gate": F16}
+    yield "combine of a few", combine_problem(Case(dtype=F16, out=7, **FEW, **more))
 
 
 def norm(dtype: mx.Dtype):
@@ -78,15 +79,15 @@ def step(dtype: mx.Dtype):
 
 
 def launches(call) -> list[tuple]:
-    """What a call launches, as (kernel, arguments); it gets zeros for results."""
-    seen = []
+    """Return the (kernel, arguments) that a call launches. The call gets zeros as results."""
+    launched = []
 
     def launch(kernel, **arguments):
-        seen.append((kernel, arguments))
+        launched.append((kernel, arguments))
         outputs = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
     with launched_by(launch):
         mx.eval(call())
-    assert seen, "it launches no kernel"
-    return seen
+    assert launched, "the call launches no kernel"
+    return launched

@@ -1,4 +1,4 @@
-"""Launches of kernels in tests: by MLX where there is a GPU, else by the stand-in `msl_cpu`."""
+"""Launches kernels in tests, through MLX on a GPU, and otherwise on the stand-in `msl_cpu`."""
 
 import io
 import re
@@ -12,9 +12,10 @@ from flashmoe_metal import kernel
 
 @contextmanager
 def launched(seed: int = 0):
-    """Kernels can be launched in here. Gives a list, to which each launch adds its name.
+    """Let kernels be launched, and yield a list to which each launch adds the kernel's name.
 
-    seed: of the order in which the stand-in runs the lanes; 0 is as they are numbered.
+    Args:
+        seed: seed of the order in which the stand-in runs the lanes; 0 runs them in their order.
     """
     launches = []
     on_gpu = kernel.available()
@@ -32,7 +33,7 @@ def launched(seed: int = 0):
 
 
 def operations(f, *args) -> Counter[str]:
-    """The operations of MLX in the graph of an array f(*args), each launch as one "Depends"."""
+    """Count the operations in MLX's graph of the array f(*args). Each launch is one "Depends"."""
 
     def launch(_, inputs, output_shapes, output_dtypes, **call):
         outputs = [mx.zeros(*kind) for kind in zip(output_shapes, output_dtypes, strict=True)]
@@ -42,5 +43,5 @@ def operations(f, *args) -> Counter[str]:
     with kernel.launched_by(launch):
         graph = io.StringIO()
         mx.export_to_dot(graph, f(*args))
-    # Arrays have letters, operations have words.
+    # In the graph, arrays are labelled with letters and operations with words.
     return Counter(re.findall(r'label ?= ?"([A-Z]\w*[a-z]\w*)"', graph.getvalue()))

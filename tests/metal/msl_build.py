@@ -1,4 +1,4 @@
-"""Compiles kernels for the CPU, and keeps what was compiled for the next run of the tests."""
+"""Compiles kernels for the CPU, and keeps the results for the next run of the tests."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "msl"
-#: Flags of a build that stops the process at its first fault, and says more about it.
+#: Flags of a build that stops the process at its first fault and describes the fault.
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 COMMON = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}")
 
 
 @cache
 def compiler() -> str | None:
-    """The C++ compiler, or None: $CXX, else GCC, which is the faster one here, else Clang."""
+    """Return the C++ compiler, or None: $CXX, else GCC, which is faster here, else Clang."""
     return next(
         filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None
     )
@@ -30,9 +30,12 @@ def compiler() -> str | None:
 
 @cache
 def library(cpp: str, flags: tuple[str, ...] = ()):
-    """The `run` of a kernel's text (see `msl_source.to_cpp`), as a function.
+    """Return the function `run` of a kernel's C++ text (see `msl_source.to_cpp`).
 
-    Raises ValueError if it does not compile. The test is skipped if there is no compiler.
+    The test is skipped if there is no compiler.
+
+    Raises:
+        ValueError: The text does not compile.
     """
     cxx = compiler()
     if cxx is None:
@@ -40,7 +43,7 @@ def library(cpp: str, flags: tuple[str, ...] = ()):
     sanitizers = [f for f in flags if f.startswith("-fsanitize")]
     command = [cxx, *_flags("clang" in cxx), *flags]
     if "clang" not in cxx:
-        # Most of the time of a small kernel goes into the headers.
+        # The headers take most of the time that it takes to compile a small kernel.
         headers = _built("metal_stdlib.gch", [*command, "-x", "c++-header"], _text("metal_stdlib"))
         command.insert(1, f"-I{headers.parent}")
     kernel = _built("kernel.o", [*command, "-c", "-x", "c++"], cpp)
@@ -52,19 +55,25 @@ def library(cpp: str, flags: tuple[str, ...] = ()):
 
 
 def _flags(clang: bool) -> list[str]:
-    """Literals are floats, as Metal's. The checks report to lanes.cpp."""
+    """Return flags that make literals floats, as in Metal, and turn on checks.
+
+    The checks report to lanes.cpp.
+    """
     checks = "alignment,shift-exponent,integer-divide-by-zero"
     if clang:
         own = [f"-fsanitize=bounds,{checks}", "-Xclang", "-cl-single-precision-constant"]
     else:
         own = [f"-fsanitize=bounds-strict,{checks}", "-fsingle-precision-constant"]
-        # Else kernels share their static variables.
+        # Without this flag kernels share their static variables.
         own += ["-fno-gnu-unique"]
     return [*COMMON, "-ffp-contract=off", "-w", *own]
 
 
 def _lanes(cxx: str, sanitized: bool) -> Path:
-    """Without sanitizers itself: they take seconds, and kernels are what is checked."""
+    """Return the object file of the lanes.
+
+    It is compiled without sanitizers, which take seconds, since only kernels are checked.
+    """
     more = ["-DMSL_SANITIZED"] if sanitized else []
     command = [cxx, *COMMON, "-U_FORTIFY_SOURCE", *more, "-c", "-x", "c++"]
     return _built("lanes.o", command, _text("lanes.cpp"))
@@ -76,6 +85,7 @@ def _text(name: str) -> str:
 
 
 def cache_directory() -> Path:
+    """Return the directory of compiled kernels, which only this user can read."""
     path = Path(tempfile.gettempdir()) / f"flashmoe-msl-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
@@ -87,23 +97,23 @@ def _headers() -> str:
 
 
 def _built(name: str, command: list[str], text: str = "") -> Path:
-    """The file that a command makes of a text, from the cache if it is there.
+    """Return the file that a command makes of a text, from the cache if it is there.
 
-    Several processes may build the same at once; the first one's is used.
+    Several processes may build the same file at once; the first result is used.
     """
     key = hashlib.sha256("\0".join([*command, text, _headers()]).encode()).hexdigest()[:24]
     target = cache_directory() / key
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as d:
-            made = Path(d) / "made"
-            made.mkdir()
+            output = Path(d) / "output"
+            output.mkdir()
             if text:
-                source = made / Path(name).stem
+                source = output / Path(name).stem
                 source.write_text(text)
                 command = [*command, str(source)]
-            _compile([*command, "-o", str(made / name)])
+            _compile([*command, "-o", str(output / name)])
             with suppress(OSError):  # another process was faster
-                made.rename(target)
+                output.rename(target)
     return target / name
 
 

@@ -1,7 +1,7 @@
-"""Runs kernels on the CPU: a C++ compiler builds MLX's source for Metal against `msl/`.
+"""Runs Metal kernels on the CPU: a C++ compiler builds MLX's source for Metal against `msl/`.
 
-It finds what a GPU would not say: lanes that do not come to a barrier, reads of memory that nobody
-wrote, accesses outside a buffer. It knows nothing of speed, nor of Apple's compiler.
+It reports faults that a GPU would hide: lanes that do not reach a barrier, reads of memory that
+nobody wrote, accesses outside a buffer. It says nothing about speed, nor about Apple's compiler.
 
     with launched_by(msl_cpu.launcher(seed=3)):
         y = some_kernel(x)
@@ -19,21 +19,21 @@ import msl_build
 import msl_source
 import numpy as np
 
-#: Bytes around each buffer that no kernel may write, and whose values none should use.
+#: The size of the guards around each buffer. No kernel may write there or use the values.
 GUARD = 64 << 10
 POISON = 0xFF  # NaN, as a float of any size
 
 
 class KernelError(Exception):
-    """A kernel does what none may."""
+    """A kernel did something that no kernel may do."""
 
 
 def launcher(*, seed: int = 0, flags: Sequence[str] = ()):
-    """For `flashmoe_metal.kernel.launched_by`. Unlike MLX it computes at once."""
+    """Return a launcher for `flashmoe_metal.kernel.launched_by`, which computes at once."""
 
     def launch(kernel, **call) -> list[mx.array]:
-        made = kernel.made("metal", call["inputs"])
-        return run(made, title=kernel.name, seed=seed, flags=flags, **call)
+        built = kernel.made("metal", call["inputs"])
+        return run(built, title=kernel.name, seed=seed, flags=flags, **call)
 
     return launch
 
@@ -51,11 +51,16 @@ def run(
     seed: int = 0,
     flags: Sequence[str] = (),
 ) -> list[mx.array]:
-    """Launch an `mx.fast.metal_kernel`.
+    """Launch an `mx.fast.metal_kernel` and return its outputs.
 
-    title: of its text, in messages. seed: of the order in which lanes and threadgroups run; 0: one
-    after another. flags: of the compiler, besides the usual ones.
-    Raises KernelError, and ValueError if the kernel does not compile.
+    Args:
+        title: the name of the kernel's text in messages.
+        seed: seed of the order in which lanes and threadgroups run; 0 runs them in their order.
+        flags: flags of the compiler besides the usual ones.
+
+    Raises:
+        KernelError: The kernel did something that no kernel may do.
+        ValueError: The kernel does not compile.
     """
     call = {
         "template": list(template),
@@ -73,7 +78,7 @@ def run(
         (ctypes.c_uint * 6)(*grid, *threadgroup),
         seed,
     ).decode()
-    # What lanes wrote before an error may be the better reason.
+    # A wrong write before an error may be the error's cause, so both are reported.
     errors = list(filter(None, [error, *(b.fault() for b in buffers)]))
     if errors:
         raise KernelError(f"{title}: {'; '.join(errors)}")
@@ -82,12 +87,15 @@ def run(
 
 
 class Buffer:
-    """A kernel's memory, with guards around it. before: its content; None: it is written."""
+    """A kernel's memory with guards around it.
+
+    before: the content of an input; None for an output.
+    """
 
     def __init__(self, name: str, size: int, before: bytes | None):
         self.name, self.size, self.before = name, size, before
         self.all = np.full(GUARD + size + 2 * GUARD, POISON, np.uint8)
-        # As Metal's buffers begin.
+        # Metal's buffers begin at multiples of 256 bytes.
         self.start = GUARD + -(self.all.ctypes.data + GUARD) % 256
         self.inside = self.all[self.start : self.start + size]
         if before:
@@ -99,7 +107,7 @@ class Buffer:
         return self.inside.ctypes.data if self.size else self.all.ctypes.data + self.start
 
     def _guard(self, *, closed: bool):
-        """Tell AddressSanitizer about the guards, where it is in this process."""
+        """Tell AddressSanitizer about the guards, if it is in this process."""
         mark = _marker(closed)
         if mark is not None:
             first, end = self.all.ctypes.data, self.all.ctypes.data + self.all.size
@@ -107,7 +115,10 @@ class Buffer:
                 mark(ctypes.c_void_p(a), ctypes.c_size_t(b - a))
 
     def fault(self) -> str:
-        """What was done to it that may not be. Reading in the guards shows in the results only."""
+        """Describe a write that is not allowed, or return "".
+
+        Reads in the guards show only in the results.
+        """
         self._guard(closed=False)
         before, after = self.all[: self.start], self.all[self.start + self.size :]
         if (before != POISON).any():
@@ -122,13 +133,13 @@ class Buffer:
         values = self.inside.view(_numpy(dtype)).reshape(shape)
         if dtype == mx.bool_:
             values = values != 0
-        made = mx.array(values)
-        return made.view(dtype) if dtype == mx.bfloat16 else made
+        array = mx.array(values)
+        return array.view(dtype) if dtype == mx.bfloat16 else array
 
 
 @cache
 def _marker(closed: bool):
-    """AddressSanitizer's function for memory that is closed or open, if it is in this process."""
+    """Return AddressSanitizer's function that closes or opens memory, or None without it."""
     name = f"__asan_{'' if closed else 'un'}poison_memory_region"
     return getattr(ctypes.CDLL(None), name, None)
 
@@ -139,31 +150,34 @@ def _numpy(dtype: mx.Dtype) -> np.dtype:
 
 
 def _host(x: mx.array) -> np.ndarray:
-    # MLX hands kernels contiguous copies too.
+    # MLX gives kernels contiguous copies too.
     return np.ascontiguousarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
 def _buffers(source, inputs: Iterable[np.ndarray], outputs: Iterable[tuple]) -> list[Buffer]:
-    """In the order of the kernel's parameters: each input, what MLX tells of it, the outputs.
+    """Return the buffers in the order of the kernel's parameters.
 
-    outputs: as (shape, dtype).
+    They are each input, then what the kernel asks about it (its shape and so on), then the outputs.
+
+    Args:
+        outputs: (shape, dtype) of each output.
     """
     sizes = (math.prod(shape) * _numpy(dtype).itemsize for shape, dtype in outputs)
-    inputs, told, made = iter(inputs), {}, []
+    inputs, details, buffers = iter(inputs), {}, []
     for name in (p.name for p in source.parameters if p.buffer is not None):
-        if name in told:
-            array = told[name]
+        if name in details:
+            array = details[name]
         elif (array := next(inputs, None)) is not None:
-            told = _told(name, array)
+            details = _details(name, array)
         else:
-            made.append(Buffer(name, next(sizes), None))
+            buffers.append(Buffer(name, next(sizes), None))
             continue
-        made.append(Buffer(name, array.nbytes, array.tobytes()))
-    return made
+        buffers.append(Buffer(name, array.nbytes, array.tobytes()))
+    return buffers
 
 
-def _told(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """What a kernel may ask about an input. Strides count elements, as MLX's do."""
+def _details(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what a kernel may ask about an input. Strides count elements, as in MLX."""
     return {
         f"{name}_shape": np.array(array.shape, np.int32),
         f"{name}_strides": np.array(array.strides, np.int64) // array.itemsize,

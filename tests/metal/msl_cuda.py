@@ -1,7 +1,7 @@
-"""Compiles kernels for CUDA as MLX would, with NVRTC: it needs no GPU.
+"""Compiles kernels for CUDA as MLX does, with NVRTC, which needs no GPU.
 
-Looked for in the packages that are installed, and in those of the folder $FLASHMOE_CUDA_SITE, where
-wheels may lie unpacked: nvidia-cuda-nvrtc, nvidia-cuda-runtime, mlx-cuda-13.
+The packages nvidia-cuda-nvrtc, nvidia-cuda-runtime and mlx-cuda-13 are searched among the installed
+ones and in the folder $FLASHMOE_CUDA_SITE, which may hold unpacked wheels.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-#: What MLX writes before the header of a kernel.
+#: The text that MLX puts before the header of a kernel.
 PRELUDE = '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperative_groups.h>\n\n'
-#: MLX's headers that the prelude includes, which lie in its library, each with a word of it.
+#: MLX's headers that the prelude includes, each with a text by which it is found in MLX's library.
 HEADERS = {
     "mlx/backend/cuda/device/utils.cuh": b"struct alignas(sizeof(T) * N) AlignedVector",
     "mlx/backend/cuda/device/complex.cuh": b"struct is_complex :",
     "mlx/backend/cuda/device/config.h": b"#define MAX_NDIM",
 }
-#: Bytes that headers may take as NVRTC compiles them beforehand: 316 MB with CUDA 13.
+#: Bytes reserved for the headers that NVRTC compiles beforehand; CUDA 13 needs 316 MB.
 PRECOMPILED = 512 << 20
 TYPES = {
     mx.bool_: "bool",
@@ -38,7 +38,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Toolkit:
-    """nvrtc: its library. mlx: that of MLX with its CUDA back end. include: folders of headers."""
+    """Libraries of NVRTC and of MLX with its CUDA back end, and the folders of headers."""
 
     nvrtc: Path
     mlx: Path
@@ -50,7 +50,8 @@ def _sites() -> list[Path]:
     return [Path(p) for p in ([named] if named else []) + sys.path if Path(p).is_dir()]
 
 
-def _found(*patterns: str) -> Iterator[Path]:
+def _matching(*patterns: str) -> Iterator[Path]:
+    """Yield the files of all sites that match one of the patterns."""
     for site in _sites():
         for pattern in patterns:
             yield from sorted(site.glob(pattern))
@@ -58,11 +59,11 @@ def _found(*patterns: str) -> Iterator[Path]:
 
 @cache
 def toolkit() -> Toolkit | None:
-    """None: a part of it is missing."""
+    """Return the toolkit, or None if a part of it is missing."""
     system = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    nvrtc = [*_found("nvidia/*/lib/libnvrtc.so.*"), *system.glob("lib64/libnvrtc.so.*")]
-    runtime = [*_found("nvidia/*/include/cuda_fp16.h"), *system.glob("include/cuda_fp16.h")]
-    cccl = list(_found("mlx/include/cccl"))
+    nvrtc = [*_matching("nvidia/*/lib/libnvrtc.so.*"), *system.glob("lib64/libnvrtc.so.*")]
+    runtime = [*_matching("nvidia/*/include/cuda_fp16.h"), *system.glob("include/cuda_fp16.h")]
+    cccl = list(_matching("mlx/include/cccl"))
     libraries = [c.parents[1] / "lib/libmlx.so" for c in cccl]
     if not (nvrtc and runtime and cccl and libraries[0].exists()):
         return None
@@ -71,18 +72,24 @@ def toolkit() -> Toolkit | None:
 
 @cache
 def _headers(library: Path) -> dict[str, str]:
-    """Texts of MLX's own headers. Raises LookupError if it has others now."""
-    with library.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as all:
-        if all.find(b"\0" + PRELUDE.encode() + b"\0") < 0:
-            raise LookupError("MLX puts something else before a kernel now")
-        return {name: _text_around(all, word) for name, word in HEADERS.items()}
+    """Return the texts of MLX's headers.
+
+    Raises:
+        LookupError: This version of MLX has other headers.
+    """
+    with library.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"\0" + PRELUDE.encode() + b"\0") < 0:
+            raise LookupError("this version of MLX puts another text before a kernel")
+        return {name: _text_around(content, word) for name, word in HEADERS.items()}
 
 
-def _text_around(all: mmap.mmap, word: bytes) -> str:
-    at = all.find(word)
+def _text_around(content: mmap.mmap, word: bytes) -> str:
+    at = content.find(word)
     if at < 0:
-        raise LookupError(f"MLX has no header with {word.decode()!r} now")
-    return all[all.rfind(b"\0", 0, at) + 1 : all.find(b"\0", at)].decode("utf-8", "replace")
+        raise LookupError(f"this version of MLX has no header with {word.decode()!r}")
+    return content[content.rfind(b"\0", 0, at) + 1 : content.find(b"\0", at)].decode(
+        "utf-8", "replace"
+    )
 
 
 def unit(
@@ -93,7 +100,7 @@ def unit(
     output_dtypes: Sequence[mx.Dtype],
     **_,
 ) -> str:
-    """What MLX's `cuda_kernel` compiles for a call of a `flashmoe_metal.kernel.Kernel`."""
+    """Return the text that MLX's `cuda_kernel` compiles for a call of a `Kernel`."""
     parameters = []
     for name, x in zip(kernel.inputs, inputs, strict=True):
         parameters.append(f"const {_type(x.dtype)}* {name}")
@@ -130,27 +137,27 @@ def _constant(argument: tuple) -> str:
 
 @cache
 def _precompiled() -> tempfile.TemporaryDirectory:
-    """Where NVRTC keeps what it made of headers, which are most of what it compiles."""
+    """A directory in which NVRTC keeps compiled headers, which are most of what it compiles."""
     return tempfile.TemporaryDirectory(prefix="flashmoe-cuda-")
 
 
 def errors(kernel, *, architecture: str = "sm_90", **call) -> str:
-    """What NVRTC says against a kernel for a call of it; "" if nothing."""
-    found = toolkit()
-    headers = _headers(found.mlx)
-    nvrtc = ctypes.CDLL(str(found.nvrtc))
+    """Return the errors that NVRTC reports about a kernel for a call of it, or ""."""
+    tools = toolkit()
+    headers = _headers(tools.mlx)
+    nvrtc = ctypes.CDLL(str(tools.nvrtc))
     program = ctypes.c_void_p()
     texts, names = _strings(headers.values()), _strings(headers)
     source = unit(kernel, **call).encode()
     title = f"{kernel.name}.cu".encode()
-    made = nvrtc.nvrtcCreateProgram(
+    status = nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), source, title, len(headers), texts, names
     )
-    assert made == 0, made
+    assert status == 0, status
     try:
         nvrtc.nvrtcAddNameExpression(program, f"mlx::core::cu::{_name(kernel)}".encode())
         options = ["--device-as-default-execution-space", f"--gpu-architecture={architecture}"]
-        options += [f"--include-path={path}" for path in found.include]
+        options += [f"--include-path={path}" for path in tools.include]
         if hasattr(nvrtc, "nvrtcSetPCHHeapSize"):
             nvrtc.nvrtcSetPCHHeapSize(ctypes.c_size_t(PRECOMPILED))
             options += ["--pch", f"--pch-dir={_precompiled().name}"]

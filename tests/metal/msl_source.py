@@ -1,7 +1,7 @@
-"""The source that MLX hands to Metal for a kernel, made without Metal, and what C++ makes of it.
+"""Gets the source that MLX gives to Metal for a kernel, without Metal, and turns it into C++.
 
-MLX lets a kernel be traced where there is no Metal, and prints its source then: so the signature,
-the template arguments and the address spaces are MLX's own.
+MLX can trace a kernel where there is no Metal, and prints the kernel's source then. So the
+signature, the template arguments and the address spaces are the ones that MLX writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mlx.core as mx
 
 _stdout = threading.Lock()
 
-#: What a parameter of a kernel is in the words of lanes.h.
+#: The expression in lanes.h for each attribute of a kernel's parameter.
 PLACES = {
     "thread_position_in_grid": "msl::lane().in_grid",
     "thread_position_in_threadgroup": "msl::lane().in_group",
@@ -37,13 +37,13 @@ PLACES = {
     "threads_per_grid": "msl::group().grid",
 }
 
-#: The declaration of a threadgroup array, as (indent, type, name, sizes); of pointers it is none.
+#: The declaration of a threadgroup array, as (indent, type, name, sizes). It matches no pointers.
 SHARED_ARRAY = re.compile(r"(?m)^(\s*)threadgroup\s+([\w:<>, ]+?)\s+(\w+)((?:\s*\[[^\]]*\])*)\s*;")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of a kernel's. declared: its type. what: the attribute that says where it comes from."""
+    """A parameter of a kernel. declared: its type. what: the attribute, such as "buffer(0)"."""
 
     declared: str
     name: str
@@ -51,14 +51,14 @@ class Parameter:
 
     @cached_property
     def buffer(self) -> int | None:
-        """Its number, if it is a buffer."""
-        found = re.fullmatch(r"buffer\((\d+)\)", self.what)
-        return int(found[1]) if found else None
+        """The number of a buffer; None for other parameters."""
+        match = re.fullmatch(r"buffer\((\d+)\)", self.what)
+        return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """The text for Metal, in its parts: header, signature, body, instantiation."""
+    """A kernel's text for Metal and its parts: header, signature, body, instantiation."""
 
     text: str
 
@@ -73,7 +73,7 @@ class Source:
 
     @property
     def head(self) -> str:
-        """All before the body."""
+        """The text before the body."""
         return self.text[: self._parts.start(3)]
 
     @property
@@ -87,13 +87,13 @@ class Source:
 
     @property
     def instance(self) -> str:
-        """What to call: `name<arguments>` of a template."""
-        found = re.search(r"decltype\((\w+<.*?>)\)", self.text[self._parts.end() :])
-        return found[1] if found else self.name
+        """The function to call: `name<arguments>` of a template, or the name."""
+        match = re.search(r"decltype\((\w+<.*?>)\)", self.text[self._parts.end() :])
+        return match[1] if match else self.name
 
 
 def source(kernel, *, inputs: Sequence[mx.array], **call) -> Source:
-    """What MLX makes of an `mx.fast.metal_kernel` for these arguments of a call."""
+    """Return the source that MLX makes of an `mx.fast.metal_kernel` for a call."""
     like = tuple((tuple(x.shape), x.dtype) for x in inputs)
     fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in call.items()}
     fixed["output_shapes"] = tuple(map(tuple, fixed["output_shapes"]))
@@ -102,7 +102,7 @@ def source(kernel, *, inputs: Sequence[mx.array], **call) -> Source:
 
 @cache
 def _source(kernel, like: tuple, call: tuple) -> Source:
-    """Cached: a trace takes some milliseconds, and tests launch a kernel often."""
+    """Cache the sources: a trace takes some milliseconds, and tests launch a kernel often."""
     arguments = {k: list(v) if k in ("template", "output_dtypes") else v for k, v in call}
     inputs = [mx.zeros(shape, dtype) for shape, dtype in like]
 
@@ -117,7 +117,7 @@ def _source(kernel, like: tuple, call: tuple) -> Source:
 
 @contextmanager
 def _printed():
-    """A list that holds, after the block, what C++ wrote to standard output in it."""
+    """Yield a list that, after the block, holds what C++ code wrote to standard output."""
     printed = []
     with _stdout, tempfile.TemporaryFile() as file:
         sys.stdout.flush()
@@ -134,9 +134,13 @@ def _printed():
 
 
 def to_cpp(source: Source, title: str) -> str:
-    """A C++ file whose `run` launches the kernel. title: of the body, in messages about its lines.
+    """Return a C++ file whose function `run` launches the kernel.
 
-    Raises ValueError for what the stand-in would take for something else.
+    Args:
+        title: the name of the body in messages about its lines.
+
+    Raises:
+        ValueError: The kernel has something that the stand-in would misinterpret.
     """
     head = re.sub(r"\[\[.*?\]\]", "", source.head)
     arguments = ", ".join(map(_argument, source.parameters))
@@ -171,11 +175,11 @@ def _argument(parameter: Parameter) -> str:
 
 
 def _shared_arrays(body: str) -> str:
-    """Declarations of threadgroup arrays, which all lanes share, with each line where it was."""
+    """Return a body whose threadgroup arrays are shared by all lanes, with the same lines."""
     number = count()
     body = SHARED_ARRAY.sub(
         lambda m: f"{m[1]}auto& {m[3]} = msl::shared<{m[2]}{m[4]}, {next(number)}>();", body
     )
     if left := re.search(r"(?m)^\s*(threadgroup\s+[\w:<>, ]+?\s+\w+\s*[\[,=][^;]*;)", body):
-        raise ValueError(f"one threadgroup array in a statement: {left[1]!r}")
+        raise ValueError(f"declare only one threadgroup array in a statement: {left[1]!r}")
     return body

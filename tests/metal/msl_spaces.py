@@ -1,7 +1,7 @@
-"""Checks with Clang that the address spaces of a kernel fit, as Apple's compiler would.
+"""Checks the address spaces of a kernel with Clang, as Apple's compiler does.
 
 MLX passes small inputs as `constant` and others as `device`: a pointer that is right for one is an
-error for the other. The stand-in runs a kernel on one memory, and cannot see that.
+error for the other. The stand-in runs a kernel on one memory and cannot notice that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.core as mx
 import msl_source
 from msl_build import HERE
 
-#: The first that has half and bfloat for x86, which the check needs.
+#: The first version of Clang with half and bfloat for x86, which the check needs.
 OLDEST = 17
 
 PREFIX = """\
@@ -33,27 +33,29 @@ PREFIX = """\
 
 @cache
 def clang() -> str | None:
-    """A Clang that is new enough, or None: $CLANG, then `clang++`, then `clang++-NN`."""
+    """Return a Clang that is new enough, or None: $CLANG, `clang++` or `clang++-NN`."""
     names = [os.environ.get("CLANG", ""), "clang++", *(f"clang++-{n}" for n in range(30, 16, -1))]
     return next((path for path in filter(None, map(shutil.which, names)) if _new(path)), None)
 
 
 def _new(path: str) -> bool:
     ran = subprocess.run([path, "--version"], capture_output=True, text=True)
-    found = re.search(r"clang version (\d+)", ran.stdout)
-    # Apple counts otherwise; there, Metal itself is at hand.
-    return bool(found) and "Apple" not in ran.stdout and int(found[1]) >= OLDEST
+    version = re.search(r"clang version (\d+)", ran.stdout)
+    # Apple numbers its versions differently, and there Metal itself is available.
+    return bool(version) and "Apple" not in ran.stdout and int(version[1]) >= OLDEST
 
 
 def errors(kernel, *, inputs: list[mx.array], title: str = "kernel", **call) -> str:
-    """What Clang says against an `mx.fast.metal_kernel` for a call of it; "" if nothing.
+    """Return the errors that Clang reports about an `mx.fast.metal_kernel` for a call, or "".
 
-    title: of its text, in messages. call: as MLX takes it.
+    Args:
+        title: the name of the kernel's text in messages.
+        call: the other arguments of the call.
     """
     source = msl_source.source(kernel, inputs=inputs, **call)
-    # The instantiation stays: a template's body is checked only with its arguments.
+    # The instantiation is kept, since a template's body is checked only with its arguments.
     text = source.text.replace(source.head, f'{source.head}\n#line 1 "{title}.metal"\n', 1)
-    # A variable of a function may have no address space, but for a static one.
+    # Only static variables of a function may have an address space.
     text = msl_source.SHARED_ARRAY.sub(r"\1static threadgroup \2 \3\4;", text)
     text = re.sub(r"\[\[.*?\]\]", "", text)
     with tempfile.TemporaryDirectory() as d:

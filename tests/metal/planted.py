@@ -1,7 +1,7 @@
-"""Faults in the package's kernels: see test_kernel_faults.py.
+"""Plants faults in the package's kernels for test_kernel_faults.py.
 
-As a module of cases for sanitized.py: a call that reads past the end of a matrix, and nobody uses
-what it reads.
+It is also a module of cases for sanitized.py: a call that reads past the end of a matrix and does
+not use what it reads.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from flashmoe_metal import kernel
 
 @contextmanager
 def planted(file: str, old: str, new: str, *, seed: int = 0, flags: tuple[str, ...] = ()):
-    """In here, the stand-in launches kernels with something else in their text."""
+    """Let the stand-in launch kernels in whose text `old` is replaced with `new`."""
     text = kernel.text
 
     def changed(path: str) -> str:
         return text(path).replace(old, new) if path == f"kernels/{file}" else text(path)
 
     def launch(k: kernel.Kernel, **call):
-        # Another one: they keep what they compiled.
+        # A new kernel, since a kernel keeps what it compiled.
         other = kernel.Kernel(k.name, k.inputs, k.outputs, k.helpers, **k.defines)
         return msl_cpu.launcher(seed=seed, flags=flags)(other, **call)
 

@@ -1,6 +1,6 @@
-"""Runs calls of kernels on the stand-in under AddressSanitizer, which ends the process on a fault.
+"""Runs kernels on the stand-in under AddressSanitizer, which ends the process at a fault.
 
-python sanitized.py MODULE      # each case of MODULE.cases(); see kernel_cases.py
+python sanitized.py MODULE      # runs each case of MODULE.cases(); see kernel_cases.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flashmoe_metal.kernel import launched_by
 
 @cache
 def library() -> str | None:
-    """AddressSanitizer's, or None: GCC's, since Python has to be started with it."""
+    """Return the library of GCC's AddressSanitizer, with which Python must be started, or None."""
     cxx = msl_build.compiler()
     if sys.platform != "linux" or cxx is None or "clang" in cxx:
         return None
@@ -31,7 +31,7 @@ def library() -> str | None:
 
 
 def run(module: str) -> subprocess.CompletedProcess:
-    """Run the cases of a module, in a process of their own. stdout: their names, as they begin."""
+    """Run the cases of a module in a new process, whose stdout has their names as they begin."""
     options = "detect_leaks=0:allocator_may_return_null=1"
     env = {
         **os.environ,
@@ -40,11 +40,11 @@ def run(module: str) -> subprocess.CompletedProcess:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     command = [sys.executable, __file__, module]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
 
 
 if __name__ == "__main__":
-    # Compilers take nearly twice the time with it.
+    # Compilers take nearly twice as long with it.
     os.environ.pop("LD_PRELOAD", None)
     for name, call in importlib.import_module(sys.argv[1]).cases():
         print(name, flush=True)

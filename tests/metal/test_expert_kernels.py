@@ -1,4 +1,4 @@
-"""The kernels of the experts, and what computes the same in plain MLX, against float64."""
+"""Tests the expert kernels, and their references in plain MLX, against float64."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from expert_problems import (
-    HOW,
+    IMPLEMENTATIONS,
     Case,
     Kind,
     combine_problem,
@@ -76,34 +76,35 @@ DOWN = {
     "16 rows": Case(rows=16),
 }
 
-how = pytest.mark.parametrize("how", HOW)
+how = pytest.mark.parametrize("how", IMPLEMENTATIONS)
 
 
 def each(cases):
+    """Parametrise a test by cases and their names."""
     return pytest.mark.parametrize("case", cases.values(), ids=cases)
 
 
 @how
 @each(MATVEC)
-def test_product_differs_from_float64(case, how, on_device):
+def test_matvec_equals_float64_within_rounding(case, how, on_device):
     matvec_problem(case).check(how)
 
 
 @how
 @each(GATE_UP)
-def test_first_half_differs_from_float64(case, how, on_device):
+def test_gate_up_equals_float64_within_rounding(case, how, on_device):
     gate_up_problem(case).check(how)
 
 
 @how
 @each(DOWN)
-def test_second_half_differs_from_float64(case, how, on_device):
+def test_down_equals_float64_within_rounding(case, how, on_device):
     down_problem(case).check(how)
 
 
 @how
 @each({name: DOWN[name] for name in ("4 bits", "one of one expert", "3 chunks", "bf16", "8 bits")})
-def test_sum_differs_from_float64(case, how, on_device):
+def test_combine_equals_float64_within_rounding(case, how, on_device):
     combine_problem(replace(case, out=300)).check(how)
 
 
@@ -117,7 +118,7 @@ def test_sum_differs_from_float64(case, how, on_device):
         "plain": Case(Kind(0), dtype=F32, shared=Kind(0, dtype=F16), residual=F16),
     }
 )
-def test_terms_computed_apart_give_other_bits(case, on_device):
+def test_down_equals_combine_of_separate_terms_bit_for_bit(case, on_device):
     problem = down_problem(case)
     h, slots, scores, matrix, dtype = problem.arguments
     order = np.random.default_rng(1).permutation(slots.size)
@@ -134,11 +135,11 @@ def test_terms_computed_apart_give_other_bits(case, on_device):
         slots, ones = mx.zeros((rows, 1), mx.uint32), mx.ones((rows, 1))
         term = down(shared.h, slots, ones, stack, F32, team=lanes(matrix.columns))
         options |= {"shared": term, "gate": shared.gate, "column": shared.column}
-    found = combine(terms, places, scores, dtype, **options)
-    assert mx.array_equal(found, down(*problem.arguments, **problem.options))
+    combined = combine(terms, places, scores, dtype, **options)
+    assert mx.array_equal(combined, down(*problem.arguments, **problem.options))
 
 
-@pytest.mark.skipif(kernel.available(), reason="a GPU has an order of its own")
+@pytest.mark.skipif(kernel.available(), reason="a GPU chooses the order")
 @pytest.mark.parametrize(
     "problem",
     [
@@ -149,7 +150,7 @@ def test_terms_computed_apart_give_other_bits(case, on_device):
     ],
     ids=lambda p: p.name,
 )
-def test_order_of_lanes_changes_the_result(problem):
+def test_result_does_not_depend_on_the_order_of_lanes(problem):
     results = []
     for seed in (0, 1, 2):
         with launched(seed=seed):
@@ -169,18 +170,18 @@ def reason(*, bits: int, group: int, rows: int, columns: int) -> str | None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_packed_matrix_is_refused(bits, group):
+def test_quantised_matrix_is_supported(bits, group):
     assert reason(**FITS | {"bits": bits, "group": group}) is None
 
 
-def test_scales_of_another_mode_pass():
+def test_scales_of_another_quantisation_mode_are_refused():
     weight, scales = mx.zeros((8, 16), mx.uint32), mx.zeros((8, 4), mx.uint8)
     assert "scales of" in Matrix(weight, scales, None, 4, 32).reason()
     assert "no biases" in Matrix(weight, scales.astype(BF16), None, 4, 32).reason()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_plain_matrix_is_refused(dtype):
+def test_unquantised_matrix_is_supported(dtype):
     assert Matrix(mx.zeros((8, 32), dtype)).reason() is None
 
 
@@ -197,9 +198,9 @@ def test_plain_matrix_is_refused(dtype):
         ({"rows": 7, "columns": 64}, "7 x 64 is too small"),
     ],
 )
-def test_matrix_that_no_kernel_reads_is_taken(changed, why):
+def test_matrix_that_no_kernel_can_read_is_refused(changed, why):
     assert why in reason(**FITS | changed)
 
 
-def test_plain_matrix_of_a_few_weights_is_taken():
+def test_very_small_unquantised_matrix_is_refused():
     assert "too small" in Matrix(mx.zeros((7, 32))).reason()

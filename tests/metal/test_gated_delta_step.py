@@ -1,4 +1,4 @@
-"""One token of GatedDeltaNet in one kernel, against mlx-lm's module and against float64."""
+"""Tests the kernel of one GatedDeltaNet step against float64 and against mlx-lm's module."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +10,7 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.cache import ArraysCache
 
 from flashmoe.ops.gpu import layers as gpu_layers
-from flashmoe.ops.reference import kernels as kernel_twins
+from flashmoe.ops.reference import kernels as reference_kernels
 from flashmoe_metal import kernel
 from flashmoe_metal.gated_delta_step import gated_delta_step, supports
 
@@ -21,17 +21,17 @@ net = pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("how", ["kernel", "twin"])
-def test_step_differs_from_float64(shape, dtype, how):
+@pytest.mark.parametrize("how", ["kernel", "reference"])
+def test_step_equals_float64_within_rounding(shape, dtype, how):
     arguments, rest = case(shape, dtype)
     with launched():
-        ours = gated_delta_step if how == "kernel" else kernel_twins.gated_delta_step
-        found = ours(*arguments, **rest)
-    check(found, arguments, **rest)
+        implementation = gated_delta_step if how == "kernel" else reference_kernels.gated_delta_step
+        outputs = implementation(*arguments, **rest)
+    check(outputs, arguments, **rest)
 
 
-@pytest.mark.skipif(kernel.available(), reason="a GPU has an order of its own")
-def test_order_of_lanes_changes_the_result():
+@pytest.mark.skipif(kernel.available(), reason="a GPU chooses the order")
+def test_result_does_not_depend_on_the_order_of_lanes():
     for shape in (SHAPES["plain"], SHAPES["three_to_one"]):
         arguments, rest = case(shape, mx.bfloat16)
         results = []
@@ -43,32 +43,32 @@ def test_order_of_lanes_changes_the_result():
                 np.testing.assert_array_equal(x, y)
 
 
-def test_projections_apart_differ_from_joined():
+def test_separate_projections_give_the_result_of_joined_ones():
     arguments, rest = case(SHAPES["three_to_one"], mx.float32)
     sizes = [132, 60, 3, 3]
     assert sum(sizes) == arguments[0].shape[-1]
-    apart = [arguments[0][..., s : s + n] for s, n in zip(rest["at"], sizes, strict=True)]
+    parts = [arguments[0][..., s : s + n] for s, n in zip(rest["at"], sizes, strict=True)]
     with launched():
         joined = numpy(gated_delta_step(*arguments, **rest))
-        found = numpy(gated_delta_step(*apart, *arguments[4:], key_heads=1))
-    for x, y in zip(found, joined, strict=True):
+        separate = numpy(gated_delta_step(*parts, *arguments[4:], key_heads=1))
+    for x, y in zip(separate, joined, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("extreme", [-200.0, -20.0, 20.0, 200.0])
-def test_extreme_gates_overflow(extreme):
-    """exp of them is 0 or infinite in float32."""
+def test_extreme_gates_do_not_overflow(extreme):
+    """Their exponential is 0 or infinite in float32."""
     arguments, rest = case(SHAPES["plain"], mx.float32)
     arguments[:4] = [x * extreme for x in arguments[:4]]
     with launched():
-        found = numpy(gated_delta_step(*arguments, **rest))
+        outputs = numpy(gated_delta_step(*arguments, **rest))
     with np.errstate(over="ignore"):
         expected = in_float64(arguments, **rest)
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).mean())
 
 
-def test_heads_that_the_kernel_cannot_hold_are_taken():
+def test_supports_refuses_heads_that_do_not_fit():
     fits = {"taps": 4, "value_heads": 4, "key_heads": 2, "rows": 128, "width": 128}
     assert supports(**fits)
     for name, value in {"taps": 1, "width": 30, "rows": 129, "key_heads": 3}.items():
@@ -77,9 +77,10 @@ def test_heads_that_the_kernel_cannot_hold_are_taken():
 
 
 def module(family: str, dtype: mx.Dtype, *, bits: int | None, mixed: bool = False):
-    """A GatedDeltaNet of mlx-lm with random weights.
+    """Return a GatedDeltaNet of mlx-lm with random weights.
 
-    mixed: the small projections in 8 bits, so that not all can be joined.
+    Args:
+        mixed: quantise the small projections to 8 bits, so that not all projections can be joined.
     """
     shape = {
         "hidden_size": 64,
@@ -94,8 +95,8 @@ def module(family: str, dtype: mx.Dtype, *, bits: int | None, mixed: bool = Fals
     if family == "qwen3_5":
         net = qwen3_5.GatedDeltaNet(qwen3_5.TextModelArgs(**shape))
     else:
-        others = dict.fromkeys(qwen3_next.ModelArgs.__dataclass_fields__, 1)
-        net = qwen3_next.Qwen3NextGatedDeltaNet(qwen3_next.ModelArgs(**others | shape))
+        defaults = dict.fromkeys(qwen3_next.ModelArgs.__dataclass_fields__, 1)
+        net = qwen3_next.Qwen3NextGatedDeltaNet(qwen3_next.ModelArgs(**defaults | shape))
     net.dt_bias = mx.random.normal(net.dt_bias.shape)
     net.norm.weight = mx.random.uniform(0.5, 1.5, net.norm.weight.shape)
     net.conv1d.weight = mx.random.normal(net.conv1d.weight.shape) * 0.5
@@ -114,9 +115,10 @@ def module(family: str, dtype: mx.Dtype, *, bits: int | None, mixed: bool = Fals
     return net
 
 
-def run(net, pieces, x: mx.array) -> tuple[list[np.ndarray], ArraysCache]:
+def run(net, chunks, x: mx.array) -> tuple[list[np.ndarray], ArraysCache]:
+    """Return the outputs of a net for chunks of x of these lengths, and its cache."""
     cache, outs, start = ArraysCache(size=2), [], 0
-    for n in pieces:
+    for n in chunks:
         outs.append(net(x[:, start : start + n], None, cache))
         mx.eval(outs[-1], cache.state[0])
         start += n
@@ -126,48 +128,48 @@ def run(net, pieces, x: mx.array) -> tuple[list[np.ndarray], ArraysCache]:
 @net
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_steps_differ_from_mlx_lm(family, bits, mixed):
-    """A prompt, several steps, more of the prompt and a step again."""
-    pieces = [5, 1, 1, 1, 3, 1]
-    x = mx.random.normal((1, sum(pieces), 64), key=mx.random.key(1))
-    expected, theirs = run(module(family, mx.float32, bits=bits, mixed=mixed), pieces, x)
+def test_steps_equal_mlx_lm(family, bits, mixed):
+    """The steps follow a prompt and each other, with another chunk of a prompt in between."""
+    chunks = [5, 1, 1, 1, 3, 1]
+    x = mx.random.normal((1, sum(chunks), 64), key=mx.random.key(1))
+    expected, theirs = run(module(family, mx.float32, bits=bits, mixed=mixed), chunks, x)
     ours = module(family, mx.float32, bits=bits, mixed=mixed)
     gpu_layers.prepare(ours)
     assert len(ours.joined) == (2 if bits and mixed else 1)
     with launched() as launches:
-        found, cache = run(ours, pieces, x)
-    # Metal has products of its own for one row, as unquantised matrices have everywhere.
+        outputs, cache = run(ours, chunks, x)
+    # On Metal, MLX's own products serve one row, as they do for unquantised matrices everywhere.
     matvecs = len(ours.joined) if bits and not mx.metal.is_available() else 0
     step = ["matvec"] * matvecs + ["gated_delta_step"] + ["matvec"] * bool(matvecs)
     assert launches == step * 4
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
     for a, b in zip(numpy(cache.cache), numpy(theirs.cache), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
 @net
-def test_bfloat16_is_less_exact_than_mlx_lm(family):
-    """Against float32, over steps: what the kernel does not round in between may only help."""
+def test_bfloat16_is_about_as_exact_as_mlx_lm(family):
+    """Errors are against float32. What the kernel does not round in between may only help."""
     x = mx.random.normal((1, 9, 64), key=mx.random.key(2)).astype(mx.bfloat16)
-    pieces = [3] + [1] * 6
+    chunks = [3] + [1] * 6
     exact = module(family, mx.bfloat16, bits=None)
     exact.set_dtype(mx.float32)
-    expected, _ = run(exact, pieces, x.astype(mx.float32))
-    theirs, _ = run(module(family, mx.bfloat16, bits=None), pieces, x)
+    expected, _ = run(exact, chunks, x.astype(mx.float32))
+    theirs, _ = run(module(family, mx.bfloat16, bits=None), chunks, x)
     ours = module(family, mx.bfloat16, bits=None)
     gpu_layers.prepare(ours)
     with launched():
-        found, _ = run(ours, pieces, x)
+        outputs, _ = run(ours, chunks, x)
 
     def error(outs):
         return sum(np.square(a - b).sum() for a, b in zip(outs, expected, strict=True))
 
-    assert error(found) <= 1.5 * error(theirs)
+    assert error(outputs) <= 1.5 * error(theirs)
 
 
 @net
-def test_padded_or_batched_calls_reach_the_kernel(family):
+def test_padded_and_batched_calls_do_not_use_the_kernel(family):
     theirs, ours = (module(family, mx.float32, bits=None) for _ in range(2))
     gpu_layers.prepare(ours)
     x = mx.random.normal((2, 4, 64), key=mx.random.key(4))
@@ -186,14 +188,14 @@ def test_padded_or_batched_calls_reach_the_kernel(family):
         ours(x[:1, :3], None, lengths)
         lengths.prepare(lengths=[1])
         ours(x[:1, 3:], None, lengths)
-        # No cache, and one without a state.
+        # Calls without a cache, and with a cache that has no state.
         ours(x[:1, :1])
         ours(x[:1, :1], None, ArraysCache(size=2))
     assert launches == []
 
 
 @net
-def test_cache_of_another_model_is_read_out_of_bounds(family):
+def test_cache_of_another_model_raises_without_a_launch(family):
     net = module(family, mx.float32, bits=None)
     gpu_layers.prepare(net)
     cache = ArraysCache(size=2)

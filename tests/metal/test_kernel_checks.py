@@ -1,4 +1,4 @@
-"""All kernels, as compilers other than the stand-in's see them. What they compute: other tests."""
+"""Tests that all kernels compile with Clang and NVRTC and run clean under AddressSanitizer."""
 
 import mlx.core as mx
 import msl_cuda
@@ -15,34 +15,34 @@ CASES = [pytest.param(call, id=name) for name, call in cases()]
 
 @pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")
 @pytest.mark.parametrize("call", CASES)
-def test_address_spaces_mix(call):
+def test_address_spaces_are_right(call):
     for kernel, arguments in launches(call):
-        made = kernel.made("metal", arguments["inputs"])
-        assert not msl_spaces.errors(made, title=kernel.name, **arguments)
+        built = kernel.made("metal", arguments["inputs"])
+        assert not msl_spaces.errors(built, title=kernel.name, **arguments)
 
 
 @pytest.mark.skipif(msl_cuda.toolkit() is None, reason="no NVRTC, or no MLX for CUDA")
 @pytest.mark.parametrize("call", CASES)
-def test_cuda_does_not_know_a_word(call):
+def test_kernel_compiles_for_cuda(call):
     for kernel, arguments in launches(call):
         assert not msl_cuda.errors(kernel, **arguments)
 
 
 @pytest.mark.skipif(sanitized.library() is None, reason="no AddressSanitizer of GCC")
-def test_a_kernel_reads_where_it_may_not():
+def test_kernels_run_clean_under_address_sanitizer():
     done = sanitized.run("kernel_cases")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_of_other_types_or_inputs_share_a_name(monkeypatch):
-    """By its name CUDA's back end tells what it compiled. It is not here, so MLX only says it."""
+def test_each_variant_of_down_has_its_own_cuda_name(monkeypatch):
+    """MLX's CUDA back end caches kernels by name. A stub of it shows the names without a GPU."""
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda name, **_: name)
     cases = [{}, {"shared": Kind(8), "gate": mx.bfloat16}, {"shared": Kind(8), "gate": mx.float16}]
     cases += [case | {"residual": dtype} for case in cases for dtype in (mx.bfloat16, mx.float16)]
     names = set()
     for case in cases:
         ((kernel, arguments),) = launches(down_problem(Case(**case)).call)
-        # Another one, which has no kernel of this back end yet and keeps none.
-        other = Kernel("down", kernel.inputs, ["y"], kernel.helpers, **kernel.defines)
-        names.add(other.made("cuda", arguments["inputs"]))
+        # A new kernel, which has not been built for this back end yet.
+        fresh = Kernel("down", kernel.inputs, ["y"], kernel.helpers, **kernel.defines)
+        names.add(fresh.made("cuda", arguments["inputs"]))
     assert len(names) == len(cases)

@@ -1,4 +1,4 @@
-"""The tests of the kernels notice faults in them."""
+"""Tests that the tests of the kernels notice planted faults."""
 
 import sys
 from collections.abc import Callable
@@ -32,6 +32,7 @@ SHARED = Case(rows=3, shared=Kind(8), residual=mx.bfloat16)
 
 
 def noticed(check: Callable, *fault: str, seed: int) -> bool:
+    """Return whether a check fails with a fault, which is (file, old text, new text)."""
     with planted(*fault, seed=seed):
         try:
             check()
@@ -41,11 +42,11 @@ def noticed(check: Callable, *fault: str, seed: int) -> bool:
 
 
 def assert_noticed(check: Callable, *fault: str):
-    # It may pass where lanes run in order; so tests shuffle.
+    # A fault may go unnoticed where lanes run in their order, so tests shuffle them.
     assert any(noticed(check, *fault, seed=seed) for seed in (0, 1, 2))
 
 
-def test_sound_kernels_are_faulty():
+def test_sound_kernels_pass():
     for problem in (down_problem(SHARED), router_problem(), combine_problem(SHARED)):
         assert not noticed(problem.check, "rows.h", "METAL_FUNC", "METAL_FUNC", seed=1)
 
@@ -83,7 +84,7 @@ def test_sound_kernels_are_faulty():
         "lanes of two teams",
     ],
 )
-def test_fault_of_rows_passes(old, new, case):
+def test_fault_in_rows_is_noticed(old, new, case):
     assert_noticed(matvec_problem(case).check, "rows.h", old, new)
 
 
@@ -112,7 +113,7 @@ def test_fault_of_rows_passes(old, new, case):
         "the residual's sign",
     ],
 )
-def test_fault_of_down_passes(old, new):
+def test_fault_in_down_is_noticed(old, new):
     assert_noticed(down_problem(SHARED).check, "down.metal", old, new)
 
 
@@ -135,7 +136,7 @@ def test_fault_of_down_passes(old, new):
         "the shared expert of a stack",
     ],
 )
-def test_fault_of_gate_up_passes(old, new):
+def test_fault_in_gate_up_is_noticed(old, new):
     case = Case(shared=Kind(8, 32), shared_size=99)
     assert_noticed(gate_up_problem(case).check, "gate_up.metal", old, new)
 
@@ -162,18 +163,18 @@ def test_fault_of_gate_up_passes(old, new):
         "a divergent collective",
     ],
 )
-def test_fault_of_router_passes(old, new):
+def test_fault_in_router_is_noticed(old, new):
     problem = router_problem(logits="none", normalise=False, more=3)
     assert_noticed(problem.check, "router.metal", old, new)
 
 
-def test_places_are_not_looked_at():
+def test_ignored_places_in_combine_are_noticed():
     change = "size_t(places[pair])", "size_t(pair)"
     assert_noticed(combine_problem(SHARED).check, "combine.metal", *change)
 
 
 @pytest.mark.parametrize("after", ["\n\n// Eight lanes", "\n\nfloat squares"])
-def test_step_without_a_barrier_passes(after):
+def test_missing_barrier_in_gated_delta_step_is_noticed(after):
     arguments, rest = gated_delta_problems.case(gated_delta_problems.SHAPES["plain"], mx.float32)
 
     def check():
@@ -183,7 +184,7 @@ def test_step_without_a_barrier_passes(after):
 
 
 @pytest.mark.skipif(sanitized.library() is None, reason="no AddressSanitizer of GCC")
-def test_read_past_the_last_row_passes():
+def test_address_sanitizer_notices_a_read_past_the_last_row():
     done = sanitized.run("planted")
     assert done.stdout.split("\n")[:2] == ["sound", "past the end"], done.stderr
     assert "AddressSanitizer: use-after-poison" in done.stderr

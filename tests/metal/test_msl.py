@@ -1,4 +1,4 @@
-"""The stand-in for Metal computes as Metal does: where there is Metal, that runs these tests."""
+"""Tests that the stand-in computes as Metal does; where there is Metal, Metal runs these tests."""
 
 import importlib
 import sys
@@ -13,24 +13,25 @@ from toy_kernel import TOLERANCE, TextKernel, launch, matvec, multiply, problem
 
 from flashmoe_metal.kernel import launched_by
 
-stand_in_only = pytest.mark.skipif(sys.platform != "linux", reason="about the stand-in alone")
+stand_in_only = pytest.mark.skipif(sys.platform != "linux", reason="tests the stand-in alone")
 
 
 @pytest.fixture
 def on_metal(on_device):
+    """Launch kernels on Metal or the stand-in; skip the test on CUDA."""
     if on_device == "cuda":
-        pytest.skip("words that kernels here do not use are not defined for CUDA")
+        pytest.skip("words of Metal that no kernel of the package uses are not defined for CUDA")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_sound_kernel_fails(dtype, on_device):
+def test_matvec_equals_the_exact_product(dtype, on_device):
     arguments, exact = problem(dtype=dtype)
-    found = np.array(multiply(matvec(), *arguments).astype(mx.float32))
-    assert np.abs(found - exact).max() < TOLERANCE[dtype] * np.abs(exact).max()
+    outputs = np.array(multiply(matvec(), *arguments).astype(mx.float32))
+    assert np.abs(outputs - exact).max() < TOLERANCE[dtype] * np.abs(exact).max()
 
 
 @stand_in_only
-def test_a_result_depends_on_the_order_of_lanes():
+def test_result_does_not_depend_on_the_order_of_lanes():
     arguments, _ = problem()
 
     def product(seed):
@@ -45,7 +46,7 @@ INTEGERS = [mx.int8, mx.uint8, mx.int16, mx.uint16, mx.int32, mx.uint32, mx.int6
 
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, *TOLERANCE, mx.bool_])
-def test_a_type_is_passed_wrongly(dtype, on_metal):
+def test_inputs_of_each_type_are_passed(dtype, on_metal):
     many, few = mx.arange(-20, 20).astype(dtype), mx.array([3, 0, 1]).astype(dtype)
     one = mx.array(7).astype(dtype)
     body = """
@@ -58,7 +59,7 @@ def test_a_type_is_passed_wrongly(dtype, on_metal):
     assert mx.array_equal(y.reshape(-1), mx.concatenate([many, few, one[None]]))
 
 
-def test_shapes_are_passed_wrongly(on_metal):
+def test_shapes_and_strides_are_passed(on_metal):
     body = """
       uint i = thread_position_in_grid.x;
       y[i] = i < 3 ? x_shape[i] : i < 6 ? int(x_strides[i - 3]) : i < 7 ? x_ndim : e_shape[i - 7];
@@ -68,8 +69,8 @@ def test_shapes_are_passed_wrongly(on_metal):
     assert y.tolist() == [2, 5, 3, 15, 3, 1, 3, 2, 1]
 
 
-def test_lanes_stand_elsewhere(on_metal):
-    """A grid that ends within a threadgroup, in two dimensions."""
+def test_lanes_know_their_positions(on_metal):
+    """The grid ends within a threadgroup, in two dimensions."""
     body = """
       uint3 at = thread_position_in_grid;
       y[at.y * 10 + at.x] = thread_index_in_threadgroup + 100 * threads_per_threadgroup.x
@@ -88,7 +89,7 @@ def test_lanes_stand_elsewhere(on_metal):
     np.testing.assert_array_equal(kernel(template=[], **call)[0], expected)
 
 
-def test_collectives_mix_lanes(on_metal):
+def test_collectives_exchange_values_between_lanes(on_metal):
     body = """
       uint lane = thread_index_in_simdgroup;
       float v = x[lane];
@@ -100,14 +101,14 @@ def test_collectives_mix_lanes(on_metal):
     k, lanes = x.view(np.uint32), np.arange(32)
     outputs = {"y": ((32,), mx.float32), "z": ((32,), mx.uint32)}
     y, z = launch(body, {"x": mx.array(x)}, outputs)
-    # The last lanes have none below them.
+    # The last lanes have no lane below them.
     down = x[np.minimum(lanes + 3, 31)]
     np.testing.assert_array_equal(np.array(y)[:29], (x.max() + x[lanes ^ 5] + down)[:29])
     top = k.view(np.int32).max().astype(np.uint32)
     np.testing.assert_array_equal(z, k.max() ^ k[lanes ^ 16] ^ top)
 
 
-def test_vectors_are_read_wrongly(on_metal):
+def test_vectors_are_read_and_written(on_metal):
     body = """
       uint i = thread_index_in_simdgroup;
       uint4 a = *(const device uint4*)(x + 4 * i);
@@ -126,7 +127,7 @@ def test_vectors_are_read_wrongly(on_metal):
 
 @stand_in_only
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_a_small_float_is_rounded_wrongly(dtype, on_metal):
+def test_16_bit_floats_round_as_in_mlx(dtype, on_metal):
     raw = np.arange(2**16, dtype=np.uint16)
     values = mx.array(raw).view(dtype)
     between = np.random.default_rng(0).integers(0, 2**32, 2**16, np.uint32).view(np.float32)
@@ -146,7 +147,7 @@ def test_a_small_float_is_rounded_wrongly(dtype, on_metal):
     )
 
 
-def test_a_small_float_grows_or_shrinks(on_metal):
+def test_half_keeps_its_size_in_expressions(on_metal):
     body = """
       y[0] = sizeof(x[0] * 1.5f);
       y[1] = sizeof(1.5f - x[0]);
@@ -160,18 +161,18 @@ def test_a_small_float_grows_or_shrinks(on_metal):
 
 
 @stand_in_only
-def test_a_kernel_of_mlx_lm_differs(monkeypatch):
+def test_stand_in_runs_a_kernel_of_mlx_lm(monkeypatch):
     module = importlib.import_module("mlx_lm.kernels.expert_routing")
     kernel = module._routing_kernel
     monkeypatch.setattr(module, "_routing_kernel", lambda **call: msl_cpu.run(kernel, **call))
     logits = mx.random.normal((5, 128), key=mx.random.key(0))
     bias = mx.random.normal((128,), key=mx.random.key(1)) * 0.1
-    found, weights = module.expert_routing(
+    indices, weights = module.expert_routing(
         logits, bias, top_k=8, multiplier=1.5, score_eps=1e-9, route_scale=2.5
     )
     scores = mx.sigmoid(logits * 1.5)
     top = mx.argsort(-(scores + bias), axis=-1)[:, :8]
-    np.testing.assert_array_equal(found, top)
+    np.testing.assert_array_equal(indices, top)
     scores = mx.take_along_axis(scores, top, -1)
     expected = scores / (scores.sum(-1, keepdims=True) + 1e-9) * 2.5
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
@@ -179,10 +180,10 @@ def test_a_kernel_of_mlx_lm_differs(monkeypatch):
 
 @stand_in_only
 @pytest.mark.parametrize("bits", [4, 2])
-def test_a_kernel_of_mlx_differs(bits):
+def test_stand_in_runs_a_kernel_of_mlx(bits):
     include = Path(next(iter(mlx.__path__))) / "include"
     header = (include / "mlx/backend/metal/kernels/quantized.h").read_text()
-    # What comes after needs matrices of a simdgroup.
+    # The rest of the header needs simdgroup matrices, which the stand-in does not have.
     header = header[: header.rindex("template <", 0, header.index("METAL_FUNC void qvm_impl("))]
     kernel = mx.fast.metal_kernel(
         name="mlx",

@@ -1,4 +1,4 @@
-"""The stand-in for Metal, and the checks beside it, notice the faults that kernels have."""
+"""Tests that the stand-in for Metal, Clang, NVRTC and AddressSanitizer notice faulty kernels."""
 
 import sys
 
@@ -29,10 +29,10 @@ def product(kernel, arguments, *, seed=0, **options) -> np.ndarray:
 
 
 def error(*changes, seed=0, dtype=mx.float32) -> float:
-    """Of the matvec with these faults, over the largest value; NaN is infinitely wrong."""
+    """Return the relative error of the matvec with these faults; inf if a result is NaN."""
     arguments, exact = problem(dtype=dtype)
-    found = product(matvec(*changes), arguments, seed=seed)
-    return float(np.nan_to_num(np.abs(found - exact).max() / np.abs(exact).max(), nan=np.inf))
+    result = product(matvec(*changes), arguments, seed=seed)
+    return float(np.nan_to_num(np.abs(result - exact).max() / np.abs(exact).max(), nan=np.inf))
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -42,7 +42,7 @@ def error(*changes, seed=0, dtype=mx.float32) -> float:
         ("(4 * j)", "(4 * (j ^ 1))"),
         ("i < K / 8", "i < K / 8 + 32"),
         ("row * (K / G);\nauto bias", "(row + 1) * (K / G);\nauto bias"),
-        # Nobody has written it: it is not zero, as it often is on a GPU.
+        # The memory is unwritten. Here it is not zero, as it often is on a GPU.
         (
             "if (lane == 0) {\n  partial[simd] = sum;",
             "if (lane == 0 && simd) {\n  partial[simd] = sum;",
@@ -51,16 +51,16 @@ def error(*changes, seed=0, dtype=mx.float32) -> float:
     ],
     ids=["wrong nibble", "past the row", "wrong row", "unwritten threadgroup memory", "no output"],
 )
-def test_a_wrong_result_passes(change, seed):
+def test_wrong_result_is_noticed(change, seed):
     assert error(change, seed=seed) > 1e-3
 
 
-def test_a_read_past_the_end_is_harmless():
+def test_read_past_the_end_gives_nan():
     assert error(("auto xs = x + i * 8;", "auto xs = x + i * 8 + 1;")) == np.inf
 
 
-def test_a_missing_barrier_passes():
-    # It may pass where lanes run in order; so tests shuffle.
+def test_missing_barrier_changes_the_result():
+    # The fault may go unnoticed where lanes run in their order, so tests shuffle them.
     assert max(error((BARRIER, ""), seed=seed) for seed in (0, 1, 2)) > 1e-3
 
 
@@ -86,7 +86,7 @@ def test_a_missing_barrier_passes():
         (("i * 8 / G]) * product", "i * 8 / (G * (i - i))]) * product"), "integers by zero"),
     ],
 )  # fmt: skip
-def test_a_fault_passes(change, what, seed):
+def test_fault_raises_kernel_error(change, what, seed):
     with pytest.raises(msl_cpu.KernelError, match=what):
         error(change, seed=seed)
 
@@ -102,14 +102,14 @@ def test_a_fault_passes(change, what, seed):
         ),
     ],
 )
-def test_what_metal_does_not_know_compiles(change, what):
+def test_code_that_metal_refuses_does_not_compile(change, what):
     with pytest.raises(ValueError, match=what):
         error(change)
 
 
 @pytest.mark.parametrize("index", [4, -1])
-def test_a_threadgroup_array_is_overrun(index):
-    """Through a pointer, where the compiler does not see how long the array is."""
+def test_write_outside_a_threadgroup_array_raises_kernel_error(index):
+    """The write goes through a pointer, where the compiler cannot see the length of the array."""
     body = f"""
       threadgroup float shared[4];
       threadgroup float* p = shared;
@@ -124,7 +124,7 @@ def test_a_threadgroup_array_is_overrun(index):
 
 
 @pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")
-def test_a_pointer_to_device_memory_points_to_a_constant():
+def test_clang_reports_a_device_pointer_to_constant_memory():
     kernel = matvec(("auto scale =", "const device T* scale ="))
     assert not clang_errors(lambda: multiply(kernel, *problem()[0]))
     few = problem(rows=1, width=128)[0]
@@ -132,14 +132,15 @@ def test_a_pointer_to_device_memory_points_to_a_constant():
 
 
 def clang_errors(call) -> str:
+    """Return the errors that Clang reports about the one kernel that a call launches."""
     ((kernel, arguments),) = launches(call)
-    made = kernel.made("metal", arguments["inputs"])
-    return msl_spaces.errors(made, title=kernel.name, **arguments)
+    built = kernel.made("metal", arguments["inputs"])
+    return msl_spaces.errors(built, title=kernel.name, **arguments)
 
 
 @pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")
-def test_vectors_have_no_address_space():
-    """What is right must pass: vectors from and to all memories."""
+def test_clang_accepts_vectors_in_each_address_space():
+    """Correct code must pass the check: vectors from and to memory of each kind."""
     body = """
       threadgroup float4 shared[2 * 1];
       threadgroup float4* p = shared;
@@ -156,14 +157,14 @@ def test_vectors_have_no_address_space():
 
 
 @pytest.mark.skipif(msl_cuda.toolkit() is None, reason="no NVRTC, or no MLX for CUDA")
-def test_a_word_of_metal_alone_compiles_for_cuda():
+def test_nvrtc_reports_a_word_that_only_metal_knows():
     kernel = matvec(("float sum = 0;", "float sum = metal::sinpi(0.0f);"))
     ((kernel, arguments),) = launches(lambda: multiply(kernel, *problem()[0]))
     assert "metal" in msl_cuda.errors(kernel, **arguments)
 
 
 @pytest.mark.skipif(sanitized.library() is None, reason="no AddressSanitizer of GCC")
-def test_a_read_past_the_end_that_changes_nothing_passes():
+def test_address_sanitizer_notices_a_read_past_the_end():
     done = sanitized.run("planted_cases")
     assert done.stdout.split("\n")[:2] == ["sound", "past the end"], done.stderr
     assert "AddressSanitizer: use-after-poison" in done.stderr

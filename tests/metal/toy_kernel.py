@@ -1,4 +1,4 @@
-"""A kernel of the tests: a matrix of 4 bits times a vector, as one of the package's."""
+"""A test kernel that multiplies a 4-bit matrix with a vector, written like the package's."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,12 @@ from flashmoe_metal.kernel import Kernel
 
 TEXT = (Path(__file__).parent / "msl/matvec.metal").read_text()
 GROUP, SIMDS = 32, 4
-#: Of an error of the product over its largest value: the rounding of the result.
+#: The error allowed, relative to the largest value of the product: the rounding of the result.
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
 class TextKernel(Kernel):
-    """A kernel whose body is here and not in a file of the package."""
+    """A kernel whose body is a given text and not a file of the package."""
 
     def __init__(self, name, inputs, outputs, body: str):
         super().__init__(name, inputs, outputs)
@@ -27,7 +27,7 @@ class TextKernel(Kernel):
 
 
 def matvec(*changes: tuple[str, str]) -> TextKernel:
-    """The kernel, or one with faults: changes as (what is there, what comes instead)."""
+    """Return the kernel with changes to its text, as (old, new), which plant faults."""
     body = TEXT
     for old, new in changes:
         assert old in body, old
@@ -36,7 +36,7 @@ def matvec(*changes: tuple[str, str]) -> TextKernel:
 
 
 def problem(rows: int = 3, width: int = 512, dtype: mx.Dtype = mx.float32):
-    """Random arguments of the kernel, and what comes out: exactly, but for the last rounding."""
+    """Return random arguments of the kernel and the exact product in float64."""
     w = mx.random.normal((rows, width), key=mx.random.key(1))
     q, scales, biases = mx.quantize(w, group_size=GROUP, bits=4)
     x = mx.random.normal((width,), key=mx.random.key(2)).astype(dtype)
@@ -47,7 +47,7 @@ def problem(rows: int = 3, width: int = 512, dtype: mx.Dtype = mx.float32):
 
 
 def multiply(kernel: TextKernel, q, scales, biases, x) -> mx.array:
-    """The kernel's product, of shape [rows]."""
+    """Return the kernel's product, of shape (rows,)."""
     rows = q.shape[0]
     template = [("T", x.dtype), ("K", x.size), ("G", GROUP), ("SIMDS", SIMDS)]
     (y,) = kernel(
@@ -64,7 +64,7 @@ def multiply(kernel: TextKernel, q, scales, biases, x) -> mx.array:
 def launch(
     body: str, inputs: dict[str, mx.array], outputs: dict, *, lanes=32, groups=1, template=()
 ):
-    """One launch of a kernel in some lines. outputs: as {name: (shape, dtype)}."""
+    """Launch a kernel with this body once. outputs: {name: (shape, dtype)}."""
     shapes, dtypes = zip(*outputs.values(), strict=True)
     return TextKernel("lines", list(inputs), list(outputs), body)(
         inputs=list(inputs.values()),
