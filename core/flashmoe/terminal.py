@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import floor, isfinite, log10
 from time import monotonic
 
 import click
@@ -17,6 +18,33 @@ from .events import Progress
 PATIENCE = 2.0
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """Write a number for people: rounded to `digits` significant digits, never as 4.3e+02.
+
+    Digits before the decimal point are all written, and zeros at the end of a fraction are not.
+    """
+    if value == 0 or not isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - floor(log10(abs(value))))
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration for people, such as "350 ms", "4.3 s", "7 min 10 s" or "3 h 36 min"."""
+    if not isfinite(seconds):
+        return f"{seconds} s"
+    if round(1000 * seconds) < 1000:
+        return f"{format_number(1000 * seconds, 2)} ms"
+    if round(seconds) < 120:
+        return f"{format_number(seconds, 2)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def table(records: list[dict], columns: list[str], *, as_json: bool, empty: str = "") -> None:
