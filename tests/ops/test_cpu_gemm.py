@@ -1,26 +1,35 @@
-"""Products of many rows against float64; the bits of a row depend on nothing but its values."""
+"""Tests the CPU kernel for many rows against float64.
+
+The bits of a row must depend on nothing but the weights and the values of the row.
+"""
 
 import itertools
 import os
-import subprocess
-import sys
 
 import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_matvec import BITS, DTYPES, GROUPS, affine, assert_product, normal, plain
+from matvec_problems import (
+    BITS,
+    DTYPES,
+    GROUPS,
+    assert_product,
+    normal,
+    quantised,
+    rerun_with_two_threads,
+    unquantised,
+)
 
-from flashmoe.ops.cpu import gemm
-from flashmoe.ops.cpu import matvec as kernels
-from flashmoe.ops.cpu import swiglu as glu
+from flashmoe.ops.cpu import gemm, matvec, swiglu
 
 ROWS = (1, 2, 3, 5, 7, 13, 21, 40, 51)
 HEIGHTS = (1, 5, 17, 40)
 
 
 def product(w, slot, x, up=None):
+    """Return x @ w[slot].T; with `up`, its silu times x @ up[slot].T."""
     out = np.full((len(x), w.shape[1]), np.nan, np.float32)
     gemm.product(w, slot, x, out, up)
     return out
@@ -29,32 +38,32 @@ def product(w, slot, x, up=None):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_product_of_many_rows_is_wrong(bits, group_size, dtype):
-    # One group, some groups, and more than two pieces.
+def test_product_equals_float64_for_each_quantised_format(bits, group_size, dtype):
+    # Rows of one group, of some groups, and of more columns than are unpacked at once.
     for height, groups in zip(HEIGHTS, (1, 3, 7, 2080 // group_size + 1), strict=True):
-        w, values = affine((2, height, groups * group_size), bits, group_size, dtype)
+        w, values = quantised((2, height, groups * group_size), bits, group_size, dtype)
         x = normal(max(ROWS), w.shape[2])
         for rows in ROWS:
             assert_product(product(w, 1, x[:rows]), values[1], x[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_product_with_unquantised_weights_is_wrong(dtype):
+def test_product_equals_float64_for_unquantised_weights(dtype):
     for height, width in itertools.product(HEIGHTS, (1, 17, 32, 100, 1023, 1024, 1025, 2100)):
-        w, values = plain((2, height, width), dtype)
+        w, values = unquantised((2, height, width), dtype)
         x = normal(max(ROWS), width)
         for rows in ROWS:
             assert_product(product(w, 1, x[:rows]), values[1], x[:rows])
 
 
-def test_what_lay_in_memory_after_the_last_input_counts():
-    """There x is zero, and zero times an infinity of the piece before would be nan."""
+def test_memory_after_the_last_input_does_not_count():
+    """The kernel pads x with zeros. Zero times an infinity that was left there would be NaN."""
     values = np.full((1, 17, 1030), np.inf, np.float32)
-    w = kernels.Packed(values.view(np.uint8), None, None, 32, 0, "float32")
+    w = matvec.Packed(values.view(np.uint8), None, None, 32, 0, "float32")
     assert np.isinf(product(w, 0, np.ones((5, 1030), np.float32))).all()
 
 
-def test_a_row_of_nan_reaches_other_rows(stacks):
+def test_row_of_nan_does_not_reach_other_rows(stacks):
     x = normal(7, stacks[1].shape[2])
     whole = product(stacks[1], 1, x)
     x[2] = np.nan
@@ -65,19 +74,22 @@ def test_a_row_of_nan_reaches_other_rows(stacks):
 
 @pytest.fixture(scope="module")
 def stacks():
-    """Slot 4 has the bytes of slot 1."""
-    made = [affine((5, 37, 1344), b, 64, "bfloat16")[0] for b in (3, 4)]
-    made += [plain((5, 37, 1075), "bfloat16")[0], affine((5, 21, 320), 8, 32, "float16")[0]]
-    for w in made:
+    """Stacks of several formats. Slot 4 has the bytes of slot 1."""
+    stacks = [quantised((5, 37, 1344), b, 64, "bfloat16")[0] for b in (3, 4)]
+    stacks += [
+        unquantised((5, 37, 1075), "bfloat16")[0],
+        quantised((5, 21, 320), 8, 32, "float16")[0],
+    ]
+    for w in stacks:
         for array in (w.weight, w.scales, w.biases):
             if array is not None:
                 array[4] = array[1]
-    return made
+    return stacks
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_bits_of_a_row_depend_on_other_rows(stacks, data):
+def test_bits_of_a_row_do_not_depend_on_other_rows(stacks, data):
     w = data.draw(st.sampled_from(stacks))
     up = data.draw(st.sampled_from([None, w]))
     x = normal(70, w.shape[2])
@@ -87,27 +99,21 @@ def test_bits_of_a_row_depend_on_other_rows(stacks, data):
     np.testing.assert_array_equal(product(w, slot, x[rows], up), whole[rows])
 
 
-def test_bits_of_a_result_depend_on_other_matrix_rows(stacks):
-    """Nor does a result depend on where its matrix row lies among the others."""
+def test_bits_of_a_result_do_not_depend_on_other_matrix_rows(stacks):
+    """Neither does a result depend on the position of its matrix row."""
     w = stacks[1]
     x = normal(7, w.shape[2])
     whole = product(w, 1, x)
     for first, last in ((1, 37), (5, 6), (17, 36)):
         parts = (np.ascontiguousarray(a[:, first:last]) for a in (w.weight, w.scales, w.biases))
-        part = kernels.Packed(*parts, 4, 64, "bfloat16")
+        part = matvec.Packed(*parts, 4, 64, "bfloat16")
         np.testing.assert_array_equal(product(part, 1, x), whole[:, first:last])
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="one CPU")
-def test_bits_of_a_product_depend_on_threads(stacks):
+def test_bits_of_a_product_do_not_depend_on_threads(stacks):
     if numba.config.NUMBA_NUM_THREADS < 2:
-        # A worker of xdist has one thread; how many there can be is decided at the start.
-        name = f"{__file__}::test_bits_of_a_product_depend_on_threads"
-        command = [sys.executable, "-m", "pytest", "-n0", "-q", "-rs", name]
-        env = {k: v for k, v in os.environ.items() if "XDIST" not in k}
-        env["NUMBA_NUM_THREADS"] = "2"
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert "1 passed" in done.stdout, done.stdout + done.stderr
+        rerun_with_two_threads(__file__, "test_bits_of_a_product_do_not_depend_on_threads")
         return
 
     def results():
@@ -128,14 +134,14 @@ def test_bits_of_a_product_depend_on_threads(stacks):
 
 
 @pytest.mark.parametrize(("gate_bits", "up_bits"), [(4, 4), (4, 6), (8, 3), (16, 4)])
-def test_a_product_with_up_is_not_silu_times_up(gate_bits, up_bits):
-    def made(bits, seed):
+def test_product_with_up_is_silu_of_gate_times_up(gate_bits, up_bits):
+    def stack(bits, seed):
         shape = (2, 21, 1152)
         if bits == 16:
-            return plain(shape, "bfloat16", seed)
-        return affine(shape, bits, 32 if seed else 64, "bfloat16", seed)
+            return unquantised(shape, "bfloat16", seed)
+        return quantised(shape, bits, 32 if seed else 64, "bfloat16", seed)
 
-    (gate, gate_values), (up, up_values) = made(gate_bits, 0), made(up_bits, 5)
+    (gate, gate_values), (up, up_values) = stack(gate_bits, 0), stack(up_bits, 5)
     x = normal(7, 1152) / 8
     g = x.astype(np.float64) @ gate_values[1].T
     expected = g / (1 + np.exp(-g)) * (x @ up_values[1].T.astype(np.float64))
@@ -143,16 +149,16 @@ def test_a_product_with_up_is_not_silu_times_up(gate_bits, up_bits):
     assert np.isfinite(product(gate, 1, x * 10000, up)).all()
 
 
-def test_many_rows_are_not_the_mlp_of_few():
-    gate, up = (affine((2, 96, 256), 4, 64, "bfloat16", seed=s)[0] for s in (0, 1))
-    down, _ = affine((2, 256, 96), 4, 32, "bfloat16", seed=2)
+def test_many_rows_and_few_rows_compute_the_same_mlp():
+    gate, up = (quantised((2, 96, 256), 4, 64, "bfloat16", seed=s)[0] for s in (0, 1))
+    down, _ = quantised((2, 256, 96), 4, 32, "bfloat16", seed=2)
     x = normal(30, 256)
-    few = glu.few_rows(gate, up, down, np.ones(30, np.int64), x, np.arange(30))
-    many = glu.many_rows(gate, up, down, 1, x)
+    few = swiglu.few_rows(gate, up, down, np.ones(30, np.int64), x, np.arange(30))
+    many = swiglu.many_rows(gate, up, down, 1, x)
     np.testing.assert_allclose(many, few, rtol=1e-3, atol=1e-3 * np.abs(few).max())
 
 
-def test_wrong_arrays_or_slots_reach_the_product(stacks):
+def test_wrong_arrays_and_slots_raise(stacks):
     w = stacks[1]
     assert product(w, 0, normal(0, w.shape[2])).shape == (0, 37)
     x, out = normal(40, w.shape[2]), np.empty((40, 37), np.float32)
@@ -166,4 +172,4 @@ def test_wrong_arrays_or_slots_reach_the_product(stacks):
         with pytest.raises(ValueError, match=match):
             gemm.product(w, 0, *arguments)
     with pytest.raises(ValueError, match="out is"):
-        gemm.product(w, 0, x, out, affine((5, 38, w.shape[2]), 4, 64, "bfloat16")[0])
+        gemm.product(w, 0, x, out, quantised((5, 38, w.shape[2]), 4, 64, "bfloat16")[0])
