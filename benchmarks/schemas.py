@@ -156,14 +156,14 @@ def outcome(engine: Engine, request: Request, schema: dict) -> tuple[str, End | 
         calls = [e for e in events if isinstance(e, ToolCall)]
         # Held against the schema here too, not only by the engine.
         good = calls and all(
-            c.error is None and schemas.fault(c.arguments, schema) is None for c in calls
+            c.error is None and schemas.validation_error(c.arguments, schema) is None for c in calls
         )
         return ("valid" if good else "invalid"), end
     try:
         value = json.loads("".join(e.text for e in events if isinstance(e, Text)))
     except ValueError:
         return "invalid", end
-    return ("valid" if schemas.fault(value, schema) is None else "invalid"), end
+    return ("valid" if schemas.validation_error(value, schema) is None else "invalid"), end
 
 
 def run(engine: Engine, kind: str, seeds: range, free: int, max_tokens: int) -> dict:

@@ -11,11 +11,11 @@ from jsonschema.validators import validator_for
 
 from flashmoe.chat.json_schema import (
     check_schema,
-    closed,
-    fault,
-    parameter,
-    resolved,
-    without_patterns,
+    close_objects,
+    drop_patterns,
+    property_schema,
+    resolve_reference,
+    validation_error,
 )
 from flashmoe.errors import SettingError
 
@@ -73,7 +73,7 @@ def accepts(schema, value):
 @settings(max_examples=300, deadline=None)
 @given(SCHEMAS)
 def test_closed_schema_accepts_only_what_the_schema_accepts(schema):
-    shut = closed(schema)
+    shut = close_objects(schema)
     for value in VALUES if shut != schema else ():
         if accepts(shut, value):
             assert accepts(schema, value), value
@@ -97,7 +97,7 @@ REF_A = {"$ref": "#/$defs/a"}
 def test_closing_alternatives_and_conditions_admits_no_value(schema, value):
     schema = {**schema, "$defs": {"a": A}}
     assert not accepts(schema, value)
-    assert not accepts(closed(schema), value)
+    assert not accepts(close_objects(schema), value)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_closing_alternatives_and_conditions_admits_no_value(schema, value):
 def test_closing_keeps_what_other_keywords_allow(schema, value):
     schema = {**schema, "$defs": {"a": A}}
     assert accepts(schema, value)
-    assert accepts(closed(schema), value)
+    assert accepts(close_objects(schema), value)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_closing_keeps_what_other_keywords_allow(schema, value):
 def test_object_that_lists_its_properties_is_closed(schema, value):
     schema = {**schema, "$defs": {"a": A}}
     assert accepts(schema, value)
-    assert not accepts(closed(schema), value)
+    assert not accepts(close_objects(schema), value)
 
 
 def test_discriminated_alternatives_are_closed():
@@ -165,13 +165,13 @@ def test_discriminated_alternatives_are_closed():
     }
     schema = {"oneOf": [{"$ref": f"#/$defs/{k}"} for k in kinds], "$defs": kinds}
     schema["discriminator"] = {"propertyName": "kind", "mapping": {}}
-    assert accepts(closed(schema), {"kind": "cat", "cat": 1})
-    assert not accepts(closed(schema), {"kind": "cat", "dog": 1})
+    assert accepts(close_objects(schema), {"kind": "cat", "cat": 1})
+    assert not accepts(close_objects(schema), {"kind": "cat", "dog": 1})
 
 
 def test_data_that_looks_like_a_schema_is_not_closed():
     schema = {k: A for k in ("default", "const")} | {"enum": [A], "examples": [A]}
-    assert closed(schema) == schema
+    assert close_objects(schema) == schema
 
 
 # Schemas of single parameters.
@@ -189,13 +189,13 @@ def test_parameter_accepts_the_same_values_as_the_property(properties, defined, 
     text = json.dumps([properties, defined]).replace("#/$defs/a", "#/$defs/~1%25 a")
     properties, defined = json.loads(text)
     schema = {"properties": properties, "$defs": {**defined, "/% a": defined["a"]}, **dialect}
-    cut = parameter(schema, name)
+    cut = property_schema(schema, name)
     for value in VALUES:
         expected = accepts(schema, {name: value})
         assert accepts(cut, value) == expected, value
         # Draft 7 ignores keywords beside a reference.
         if not dialect:
-            assert accepts(resolved(cut), value) == expected, value
+            assert accepts(resolve_reference(cut), value) == expected, value
 
 
 @pytest.mark.parametrize("name", ["default", "enum", "const", "examples", "not", "if", "$ref"])
@@ -203,9 +203,9 @@ def test_reference_below_a_property_named_like_a_keyword_resolves(name):
     """The keyword `default` holds data, but a property of that name holds a schema."""
     inner = {"properties": {name: REF_A}}
     schema = {"properties": {name: inner}, "$defs": {"a": A}}
-    cut = parameter(schema, name)
-    assert fault({name: {"a": 1}}, cut) is None
-    assert "'x' is not of type 'integer'" in fault({name: {"a": "x"}}, cut)
+    cut = property_schema(schema, name)
+    assert validation_error({name: {"a": 1}}, cut) is None
+    assert "'x' is not of type 'integer'" in validation_error({name: {"a": "x"}}, cut)
 
 
 def test_parameter_keeps_the_draft_of_its_schema():
@@ -214,9 +214,9 @@ def test_parameter_keeps_the_draft_of_its_schema():
     schema = {"$schema": DRAFT7, "properties": {"a": pair, "b": plain}}
     schema["definitions"] = {"s": {"type": "string"}}
     for name in "ab":
-        cut = parameter(schema, name)
-        assert fault([1, "x"], cut) is None
-        assert "is not of type 'integer'" in fault(["x"], cut)
+        cut = property_schema(schema, name)
+        assert validation_error([1, "x"], cut) is None
+        assert "is not of type 'integer'" in validation_error(["x"], cut)
 
 
 def test_parameter_keeps_anchors_and_references_by_id():
@@ -226,8 +226,8 @@ def test_parameter_keeps_anchors_and_references_by_id():
         "$defs": {"a": {"type": "integer", "$anchor": "here"}},
     }
     for name in "ab":
-        assert fault(1, parameter(schema, name)) is None
-        assert "is not of type 'integer'" in fault("x", parameter(schema, name))
+        assert validation_error(1, property_schema(schema, name)) is None
+        assert "is not of type 'integer'" in validation_error("x", property_schema(schema, name))
 
 
 TREE = {"properties": {"kids": {"items": {"$ref": "#/$defs/t"}}}, "required": ["v"]}
@@ -235,9 +235,9 @@ TREE = {"properties": {"kids": {"items": {"$ref": "#/$defs/t"}}}, "required": ["
 
 def test_recursive_parameter_is_checked_at_every_level():
     schema = {"properties": {"t": {"$ref": "#/$defs/t"}}, "$defs": {"t": TREE}}
-    cut = parameter(schema, "t")
-    assert fault({"v": 1, "kids": [{"v": 2, "kids": []}]}, cut) is None
-    assert "'v' is a required property (at ['kids'][0]['kids'][0]" in fault(
+    cut = property_schema(schema, "t")
+    assert validation_error({"v": 1, "kids": [{"v": 2, "kids": []}]}, cut) is None
+    assert "'v' is a required property (at ['kids'][0]['kids'][0]" in validation_error(
         {"v": 1, "kids": [{"v": 2, "kids": [{}]}]}, cut
     )
 
@@ -257,7 +257,7 @@ def test_reference_is_resolved(schema, expected):
     defs = {"a": A, "list": [True, A], "a/b c": A, "via": {"$ref": "#/$defs/a"}, "yes": True}
     # The definitions stay, because references inside the schema may name them.
     expected = expected if expected is True else {**expected, "$defs": defs}
-    assert resolved({**schema, "$defs": defs}) == expected
+    assert resolve_reference({**schema, "$defs": defs}) == expected
 
 
 @pytest.mark.parametrize(
@@ -276,13 +276,13 @@ def test_reference_is_resolved(schema, expected):
     ],
 )
 def test_reference_that_cannot_be_resolved_is_left_unchanged(schema):
-    assert resolved(schema) == schema
+    assert resolve_reference(schema) == schema
 
 
 def test_without_patterns_removes_the_keyword_but_not_a_property_of_that_name():
     schema = {"properties": {"pattern": {"pattern": "a"}, "b": {"pattern": "b"}}, "enum": ["x"]}
     schema |= {"default": {"pattern": "a"}, "items": [{"pattern": "a"}], "x": {"pattern": 3}}
-    left = without_patterns(schema, lambda pattern: pattern == "a")
+    left = drop_patterns(schema, lambda pattern: pattern == "a")
     assert left == schema | {"items": [{}]} | {"properties": {"pattern": {}, "b": {"pattern": "b"}}}
 
 
@@ -292,15 +292,15 @@ def test_without_patterns_removes_the_keyword_but_not_a_property_of_that_name():
 @pytest.mark.parametrize(
     ("schema", "wrong"),
     [
-        (3, "it is no JSON schema: it must be a dict"),
-        (None, "it is no JSON schema"),
-        ("object", "it is no JSON schema"),
-        ([], "it is no JSON schema"),
-        ({1: {}}, "it is no JSON schema: it must be a dict whose keys are text"),
-        ({"required": ("a",)}, "it is no JSON schema"),
-        ({"enum": [{1, 2}]}, "it is not JSON: Object of type set"),
-        ({"const": math.nan}, "it is not JSON: Out of range float"),
-        ({"const": json}, "it is not JSON"),
+        (3, "it is not a JSON schema: a schema is a dict"),
+        (None, "it is not a JSON schema"),
+        ("object", "it is not a JSON schema"),
+        ([], "it is not a JSON schema"),
+        ({1: {}}, "it is not a JSON schema: a schema is a dict whose keys are strings"),
+        ({"required": ("a",)}, "it is not a JSON schema"),
+        ({"enum": [{1, 2}]}, "it cannot be written as JSON: Object of type set"),
+        ({"const": math.nan}, "it cannot be written as JSON: Out of range float"),
+        ({"const": json}, "it cannot be written as JSON"),
         ({"type": "text"}, "at type: 'text' is not valid under any of the given schemas"),
         ({"properties": {"a": {"type": 1}}}, "at properties/a/type: 1 is not valid"),
         ({"properties": []}, "at properties: [] is not of type 'object'"),
@@ -308,17 +308,20 @@ def test_without_patterns_removes_the_keyword_but_not_a_property_of_that_name():
         ({"minLength": -1}, "at minLength: -1 is less than the minimum of 0"),
         ({"pattern": "("}, "at pattern: '(' is not a 'regex'"),
         ({"anyOf": []}, "at anyOf: [] should be non-empty"),
-        ({"$schema": ["x"]}, "$schema must be text"),
-        ({"items": {"$schema": 3}}, "$schema must be text"),
-        ({"$id": 3}, "$id must be text"),
-        ({"x": {"$ref": 3}}, "$ref must be text"),
+        ({"$schema": ["x"]}, "$schema must be a string"),
+        ({"items": {"$schema": 3}}, "$schema must be a string"),
+        ({"$id": 3}, "$id must be a string"),
+        ({"x": {"$ref": 3}}, "$ref must be a string"),
         ({"$schema": DRAFT7, "minimum": 3, "exclusiveMinimum": True}, "at exclusiveMinimum: True"),
-        ({"$schema": "http://json-schema.org/draft-03/schema#"}, "it is of draft 3"),
-        ({"$ref": "#/$defs/x"}, "it refers to '#/$defs/x', where there is no schema"),
-        ({"$ref": "#/title", "title": "x"}, "it refers to '#/title', where there is no schema"),
-        ({"$ref": "#/anyOf/x", "anyOf": [{}]}, "it refers to '#/anyOf/x', where there is"),
-        ({"items": {"$ref": "other.json"}}, "it refers to 'other.json', which is not fetched"),
-        ({"$ref": "http://[bad"}, "it refers to 'http://[bad', which is not fetched"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#"}, "it is written for draft 3"),
+        ({"$ref": "#/$defs/x"}, "it refers to '#/$defs/x', but there is no schema"),
+        ({"$ref": "#/title", "title": "x"}, "it refers to '#/title', but there is no schema"),
+        ({"$ref": "#/anyOf/x", "anyOf": [{}]}, "it refers to '#/anyOf/x', but there is"),
+        (
+            {"items": {"$ref": "other.json"}},
+            "it refers to 'other.json', and remote schemas are not fetched",
+        ),
+        ({"$ref": "http://[bad"}, "it refers to 'http://[bad', and remote schemas are not fetched"),
     ],
 )
 def test_invalid_schema_is_refused(schema, wrong):
@@ -350,9 +353,9 @@ def test_schema_nested_too_deeply_raises_setting_error(depth):
 )
 def test_valid_schema_is_accepted(schema):
     check_schema(schema, "it")
-    closed(schema)
-    without_patterns(schema, lambda pattern: True)
-    parameter({"properties": {"a": schema}}, "a")
+    close_objects(schema)
+    drop_patterns(schema, lambda pattern: True)
+    property_schema({"properties": {"a": schema}}, "a")
 
 
 @settings(max_examples=100, deadline=None)
@@ -366,8 +369,8 @@ def test_hostile_schema_is_refused_or_can_be_used(schema, value):
             check_schema(hostile, "it")
         except SettingError:
             continue
-        for usable in (hostile, closed(hostile), resolved(hostile)):
-            fault(value, usable)
+        for usable in (hostile, close_objects(hostile), resolve_reference(hostile)):
+            validation_error(value, usable)
 
 
 @pytest.mark.parametrize("dialect", [None, DRAFT7, "https://json-schema.org/draft/2020-12/schema"])
@@ -380,9 +383,13 @@ def test_search_for_an_exponential_pattern_is_given_up(dialect):
         ({"properties": {"x": slow}}, {"x": "a" * 60}),
         ({"$defs": {"s": slow}, "items": {"$ref": "#/$defs/s"}}, ["a" * 60]),
     ):
-        assert "does not" in fault(value, schema) or "too long" in fault(value, schema)
-        assert fault("ab" if value == "a" * 60 else [], schema) is None
+        assert "does not" in validation_error(value, schema) or "too long" in validation_error(
+            value, schema
+        )
+        assert validation_error("ab" if value == "a" * 60 else [], schema) is None
 
 
 def test_invalid_pattern_is_reported_as_a_fault():
-    assert "no regular expression" in fault("x", {"type": "string", "pattern": "(?P<"})
+    assert "not a regular expression" in validation_error(
+        "x", {"type": "string", "pattern": "(?P<"}
+    )

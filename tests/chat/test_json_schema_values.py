@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmoe.chat.json_schema import check_schema, fault, loads, parameter, typed
+from flashmoe.chat.json_schema import (
+    check_schema,
+    loads,
+    property_schema,
+    validation_error,
+    value_from_text,
+)
 from flashmoe.errors import SettingError
 
 # Typing of raw text.
@@ -81,7 +87,7 @@ BIG = 12345678901234567890123
     ],
 )
 def test_raw_text_is_typed_by_its_schema(text, schema, value):
-    typed_value, wrong = typed(text, schema)
+    typed_value, wrong = value_from_text(text, schema)
     assert wrong is None
     assert repr(typed_value) == repr(value)  # because 1, 1.0 and True are equal
 
@@ -111,7 +117,7 @@ def test_raw_text_is_typed_by_its_schema(text, schema, value):
     ],
 )
 def test_raw_text_that_does_not_fit_its_schema_is_a_fault(text, schema, wrong):
-    value, fault = typed(text, schema)
+    value, fault = value_from_text(text, schema)
     assert value is None
     assert wrong in fault
 
@@ -126,12 +132,12 @@ JSON = st.recursive(
 @given(JSON)
 def test_value_written_as_json_is_read_back(value):
     for ascii_only in (False, True):
-        assert typed(json.dumps(value, ensure_ascii=ascii_only), {}) == (value, None)
+        assert value_from_text(json.dumps(value, ensure_ascii=ascii_only), {}) == (value, None)
 
 
 @given(st.text())
 def test_text_of_type_string_is_returned_unchanged(text):
-    assert typed(text, {"type": "string"}) == (text, None)
+    assert value_from_text(text, {"type": "string"}) == (text, None)
 
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", "1e400", "", "{'a': 1}", '"\\ud800"', "1 2"])
@@ -145,12 +151,12 @@ def test_loads_refuses_text_that_is_not_json(text):
 
 def test_fault_is_short_and_names_the_place():
     schema = {"properties": {"a": {"items": {"maxLength": 3}}}}
-    wrong = fault({"a": ["abc", "x" * 10**5]}, schema)
+    wrong = validation_error({"a": ["abc", "x" * 10**5]}, schema)
     assert wrong.endswith("... (at ['a'][1], keyword 'maxLength')")
     assert len(wrong) < 400
-    assert fault(3, {"type": "null"}).endswith("(at its top, keyword 'type')")
+    assert validation_error(3, {"type": "null"}).endswith("(at its top, keyword 'type')")
     dangling = {"$ref": "#/$defs/x", "description": "y" * 10**5}
-    assert len(fault(3, dangling)) < 400
+    assert len(validation_error(3, dangling)) < 400
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_fault_is_short_and_names_the_place():
     ],
 )
 def test_value_that_cannot_be_checked_is_reported_as_a_fault(value, schema):
-    assert "cannot be held against the schema" in fault(value, schema)
+    assert "cannot be validated against the schema" in validation_error(value, schema)
 
 
 def test_remote_reference_is_not_fetched():
@@ -177,14 +183,16 @@ def test_remote_reference_is_not_fetched():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/schema.json"
         schema = {"properties": {"a": {"$ref": f"{url}#/x"}}}
-        with pytest.raises(SettingError, match=f"it refers to '{url}#/x', which is not fetched"):
+        with pytest.raises(
+            SettingError, match=f"it refers to '{url}#/x', and remote schemas are not fetched"
+        ):
             check_schema(schema, "it")
-        assert "cannot be followed: Unresolvable: http" in fault({"a": 1}, schema)
-        value, wrong = typed("1", parameter(schema, "a"))
+        assert "cannot be followed: Unresolvable: http" in validation_error({"a": 1}, schema)
+        value, wrong = value_from_text("1", property_schema(schema, "a"))
         assert value is None
         assert "cannot be followed: Unresolvable: http" in wrong
         named = {"$schema": url, "$id": url, "items": {"$id": f"{url}/2", "$ref": "3"}}
         check_schema(named, "it")
-        assert "cannot be followed" in fault([1], named)
+        assert "cannot be followed" in validation_error([1], named)
         server.shutdown()
     assert requested_paths == []

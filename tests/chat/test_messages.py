@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe.chat.messages import ROLES, for_template
+from flashmoe.chat.messages import ROLES, normalize_messages
 from flashmoe.errors import SettingError
 
 ASK = {"role": "user", "content": "q"}
@@ -25,7 +25,7 @@ def result(of, content="r"):
 
 def refuses(messages, text):
     with pytest.raises(SettingError) as caught:
-        for_template(messages)
+        normalize_messages(messages)
     assert text in str(caught.value)
 
 
@@ -35,7 +35,7 @@ def refuses(messages, text):
 @pytest.mark.parametrize(
     ("message", "shown"),
     [
-        ({}, "message 1 is {}: it needs a role of system, developer, user"),
+        ({}, "message 1 is {}: a message needs a role, one of system, developer, user"),
         ({"role": "robot"}, "message 1 is {'role': 'robot'}"),
         ({"role": None}, "message 1 is {'role': None}"),
         ({"role": ["user"]}, "message 1 is {'role': ['user']}"),
@@ -51,14 +51,14 @@ def test_message_without_a_known_role_is_refused(message, shown):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (3, "message 0 has content 3: it must be text"),
-        ({"type": "text"}, "message 0 has content {'type': 'text'}: it must be text"),
-        (b"x", "message 0 has content b'x': it must be text"),
-        ([{"type": "image_url"}], "message 0 holds a block of type 'image_url': these models"),
-        ([{"type": "text"}], "message 0 holds a block of type 'text'"),
-        ([{"type": "text", "text": 3}], "message 0 holds a block of type 'text'"),
-        ([3], "message 0 holds a block of type 'int'"),
-        ([None], "message 0 holds a block of type 'NoneType'"),
+        (3, "message 0 has the content 3: give a string"),
+        ({"type": "text"}, "message 0 has the content {'type': 'text'}: give a string"),
+        (b"x", "message 0 has the content b'x': give a string"),
+        ([{"type": "image_url"}], "message 0 has a block of type 'image_url': these models"),
+        ([{"type": "text"}], "message 0 has a block of type 'text'"),
+        ([{"type": "text", "text": 3}], "message 0 has a block of type 'text'"),
+        ([3], "message 0 has a block of type 'int'"),
+        ([None], "message 0 has a block of type 'NoneType'"),
     ],
 )
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
@@ -67,30 +67,35 @@ def test_content_that_is_not_text_is_refused(role, content, text):
 
 
 def test_reasoning_that_is_not_text_is_refused():
-    refuses([ASK, {**calls("a"), "reasoning_content": 3}, result("a")], "message 1 has content 3")
+    refuses(
+        [ASK, {**calls("a"), "reasoning_content": 3}, result("a")], "message 1 has the content 3"
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (3, "message 1 has a tool call without a name: 3"),
-        ({}, "without a name: {}"),
-        ({"function": None}, "without a name"),
-        ({"function": "f"}, "without a name"),
-        ({"function": {"name": 3}}, "without a name"),
+        (3, "message 1 has a tool call without the name of a function: 3"),
+        ({}, "without the name of a function: {}"),
+        ({"function": None}, "without the name of a function"),
+        ({"function": "f"}, "without the name of a function"),
+        ({"function": {"name": 3}}, "without the name of a function"),
         (
             {"name": "f", "arguments": "{"},
-            "message 1 calls f with arguments that are not JSON: '{'",
+            "message 1 calls f with the arguments '{', which are not JSON",
         ),
         ({"name": "f", "arguments": '{"a": NaN}'}, "NaN is not JSON"),
         ({"name": "f", "arguments": '{"a": 1e999}'}, "1e999 is not JSON"),
-        ({"name": "f", "arguments": "[" * 10**5}, "arguments that are not JSON"),
-        ({"name": "f", "arguments": "3"}, "message 1 calls f with arguments 3: they must be an"),
-        ({"name": "f", "arguments": "null"}, "with arguments None: they must be an object"),
-        ({"name": "f", "arguments": []}, "with arguments []: they must be an object"),
-        ({"name": "f", "arguments": 0}, "with arguments 0: they must be an object"),
-        ({"name": "f", "id": ["a"]}, "message 1 has ['a'] for the id of a call: give text"),
-        ({"name": "f", "id": 3}, "message 1 has 3 for the id of a call"),
+        ({"name": "f", "arguments": "[" * 10**5}, "which are not JSON: "),
+        (
+            {"name": "f", "arguments": "3"},
+            "message 1 calls f with the arguments 3: they must be an",
+        ),
+        ({"name": "f", "arguments": "null"}, "with the arguments None: they must be an object"),
+        ({"name": "f", "arguments": []}, "with the arguments []: they must be an object"),
+        ({"name": "f", "arguments": 0}, "with the arguments 0: they must be an object"),
+        ({"name": "f", "id": ["a"]}, "message 1 has the id ['a'] for a tool call: give a string"),
+        ({"name": "f", "id": 3}, "message 1 has the id 3 for a tool call"),
     ],
 )
 def test_invalid_call_is_refused(call, text):
@@ -99,11 +104,11 @@ def test_invalid_call_is_refused(call, text):
 
 @pytest.mark.parametrize("value", [{"id": "a"}, "f", 3])
 def test_calls_that_are_not_a_list_are_refused(value):
-    refuses([ASK, {"role": "assistant", "tool_calls": value}, ASK], "message 1 has tool_calls")
+    refuses([ASK, {"role": "assistant", "tool_calls": value}, ASK], "message 1 has the tool_calls")
 
 
 def test_result_with_an_id_that_is_not_text_is_refused():
-    refuses([ASK, calls("a"), result(["a"])], "message 2 has ['a'] for the id of a call")
+    refuses([ASK, calls("a"), result(["a"])], "message 2 has the id ['a'] for a tool call")
 
 
 LONG = "x" * 10**6
@@ -122,7 +127,7 @@ LONG = "x" * 10**6
 )
 def test_error_text_shortens_long_values(message):
     with pytest.raises(SettingError) as caught:
-        for_template([message])
+        normalize_messages([message])
     assert len(str(caught.value)) < 300
 
 
@@ -140,7 +145,7 @@ def test_error_text_shortens_long_values(message):
     ],
 )
 def test_empty_prompt_is_refused(messages):
-    refuses(messages, "the prompt is empty: give the model something to answer")
+    refuses(messages, "the prompt is empty: end with a message that the model can answer")
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
@@ -150,7 +155,7 @@ def test_last_message_from_the_assistant_is_refused(system):
 
 
 def test_empty_tool_result_is_accepted():
-    assert for_template([ASK, calls("a"), result("a", "")])[-1]["content"] == ""
+    assert normalize_messages([ASK, calls("a"), result("a", "")])[-1]["content"] == ""
 
 
 # Roles and content.
@@ -159,32 +164,32 @@ def test_empty_tool_result_is_accepted():
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_system_messages_are_joined_at_the_start(role):
     messages = [{"role": role, "content": "one"}, ASK, {"role": "developer", "content": "two"}, ASK]
-    assert for_template(messages) == [{"role": "system", "content": "one\n\ntwo"}, ASK, ASK]
+    assert normalize_messages(messages) == [{"role": "system", "content": "one\n\ntwo"}, ASK, ASK]
 
 
 @pytest.mark.parametrize("content", ["", None, []])
 def test_empty_system_message_is_dropped(content):
-    assert for_template([{"role": "system", "content": content}, ASK]) == [ASK]
+    assert normalize_messages([{"role": "system", "content": content}, ASK]) == [ASK]
     messages = [{"role": "system", "content": c} for c in (content, "s", content)]
-    assert for_template([*messages, ASK])[0] == {"role": "system", "content": "s"}
+    assert normalize_messages([*messages, ASK])[0] == {"role": "system", "content": "s"}
 
 
 def test_role_human_means_user():
-    assert for_template([{"role": "human", "content": "q"}]) == [ASK]
+    assert normalize_messages([{"role": "human", "content": "q"}]) == [ASK]
 
 
 def test_text_blocks_are_joined():
     content = ["a", {"type": "text", "text": "b"}, {"text": "c"}, {"type": "text", "text": ""}]
-    assert for_template([{"role": "user", "content": content}])[0]["content"] == "abc"
+    assert normalize_messages([{"role": "user", "content": content}])[0]["content"] == "abc"
     answer = {"role": "assistant", "content": content, "reasoning_content": content}
-    turn = for_template([ASK, answer, ASK])[1]
+    turn = normalize_messages([ASK, answer, ASK])[1]
     assert turn == {"role": "assistant", "content": "abc", "reasoning_content": "abc"}
 
 
 def test_messages_are_not_changed_in_place():
     messages = [ASK, calls("b", "a", x=[1]), result("a"), result("b"), ASK]
     before = json.dumps(messages)
-    for_template(messages)
+    normalize_messages(messages)
     assert json.dumps(messages) == before
 
 
@@ -200,13 +205,15 @@ def test_messages_are_not_changed_in_place():
     ],
 )
 def test_failed_result_starts_with_error(message, content):
-    messages = for_template([ASK, calls("a"), {"role": "tool", "tool_call_id": "a", **message}])
+    messages = normalize_messages(
+        [ASK, calls("a"), {"role": "tool", "tool_call_id": "a", **message}]
+    )
     assert messages[-1]["content"] == content
 
 
 def test_result_keeps_only_the_keys_of_a_result():
     more = {"name": "f", "tool_calls": None, "reasoning_content": 3, "error": False}
-    message = for_template([ASK, calls("a"), {**result("a"), **more}])[-1]
+    message = normalize_messages([ASK, calls("a"), {**result("a"), **more}])[-1]
     assert message == {"role": "tool", "content": "r", "tool_call_id": "a", "name": "f"}
 
 
@@ -218,7 +225,7 @@ def test_result_keeps_only_the_keys_of_a_result():
 def test_arguments_reach_the_template_as_a_dict(arguments, nested):
     function = {"name": "f", "arguments": arguments}
     call = {"id": "c", "function": function} if nested else {"id": "c", **function}
-    turn = for_template([ASK, {"role": "assistant", "tool_calls": [call]}, result("c")])[1]
+    turn = normalize_messages([ASK, {"role": "assistant", "tool_calls": [call]}, result("c")])[1]
     inner = {"name": "f", "arguments": {"a": [1, None]}}
     assert turn["tool_calls"] == [{"id": "c", "type": "function", "function": inner, **inner}]
 
@@ -226,19 +233,19 @@ def test_arguments_reach_the_template_as_a_dict(arguments, nested):
 @pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}])
 def test_call_without_arguments_has_an_empty_dict(arguments):
     turn = {"role": "assistant", "tool_calls": [{"name": "f", **arguments}]}
-    assert for_template([ASK, turn, result(None)])[1]["tool_calls"][0]["arguments"] == {}
+    assert normalize_messages([ASK, turn, result(None)])[1]["tool_calls"][0]["arguments"] == {}
 
 
 def test_big_integer_in_arguments_keeps_all_digits():
     call = {"name": "f", "arguments": '{"a": 12345678901234567890123}'}
-    turn = for_template([ASK, {"role": "assistant", "tool_calls": [call]}, ASK])[1]
+    turn = normalize_messages([ASK, {"role": "assistant", "tool_calls": [call]}, ASK])[1]
     assert turn["tool_calls"][0]["arguments"] == {"a": 12345678901234567890123}
 
 
 @pytest.mark.parametrize("tool_calls", [None, []])
 def test_empty_tool_calls_are_left_out(tool_calls):
     answer = {"role": "assistant", "content": "x", "tool_calls": tool_calls}
-    turn = for_template([ASK, answer, ASK])[1]
+    turn = normalize_messages([ASK, answer, ASK])[1]
     assert turn == {"role": "assistant", "content": "x"}
 
 
@@ -246,7 +253,7 @@ def test_empty_tool_calls_are_left_out(tool_calls):
 
 
 def contents(messages):
-    return [m["content"] for m in for_template(messages) if m["role"] == "tool"]
+    return [m["content"] for m in normalize_messages(messages) if m["role"] == "tool"]
 
 
 def test_results_are_put_in_the_order_of_their_calls():
@@ -272,7 +279,12 @@ def test_results_without_calls_keep_their_order():
     assert contents([ASK, result("b", "1"), result("a", "2")]) == ["1", "2"]
     messages = [ASK, calls("a", "b"), ASK, result("b", "1"), result("a", "2")]
     assert contents(messages) == ["1", "2"]
-    assert [m["role"] for m in for_template(messages)][1:] == ["assistant", "user", "tool", "tool"]
+    assert [m["role"] for m in normalize_messages(messages)][1:] == [
+        "assistant",
+        "user",
+        "tool",
+        "tool",
+    ]
 
 
 def test_results_with_the_same_id_keep_their_order():
@@ -296,7 +308,7 @@ def test_shuffled_results_are_put_in_order(rounds, rng: random.Random):
         results = [result(i, i) for i in ids]
         ordered += [calls(*ids), *results]
         shuffled += [calls(*ids), *rng.sample(results, count)]
-    assert for_template(shuffled) == for_template(ordered)
+    assert normalize_messages(shuffled) == normalize_messages(ordered)
 
 
 # Arbitrary messages.
@@ -327,7 +339,7 @@ MESSAGE = st.fixed_dictionaries(
 @given(st.lists(MESSAGE | ANY, max_size=4))
 def test_hostile_messages_are_normalised_or_refused(messages):
     try:
-        messages = for_template(messages)
+        messages = normalize_messages(messages)
     except SettingError:
         return
     assert all(isinstance(m["content"], str) for m in messages)

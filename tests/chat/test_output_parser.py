@@ -6,19 +6,19 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tool_call_texts import CONTROL, TOKENIZER, TOOLS, coder, hermes, tokens_of
+from tool_call_texts import SPECIAL_TOKENS, TOKENIZER, TOOLS, coder, hermes, tokens_of
 
-from flashmoe.chat.output_parser import Reply
+from flashmoe.chat.output_parser import OutputParser
 from flashmoe.chat.tools import read_tools
 from flashmoe.events import Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 
 
-def parse(tokens, stop=(), in_thought=False, why="it ended", tools=TOOLS, control=CONTROL):
+def parse(tokens, stop=(), in_reasoning=False, why="it ended", tools=TOOLS, special=SPECIAL_TOKENS):
     """Return a summary of the events and the parser.
 
     The summary lists joined texts as (kind, text) and calls as (name, arguments, error), in order.
     """
-    parser = Reply(TOKENIZER, control, tools, stop, in_thought)
+    parser = OutputParser(TOKENIZER, special, tools, stop, in_reasoning)
     events = [e for t in tokens for e in parser.feed(t)] + [*parser.finish(why)]
     summary, calls = [], {}
     for event in events:
@@ -99,17 +99,17 @@ def test_answer_is_split_into_text_reasoning_and_calls(text, summary, bytewise):
     ],
 )
 def test_reasoning_opened_by_the_prompt_is_reported_as_reasoning(text, summary, bytewise):
-    assert parse(tokens_of(text, bytewise=bytewise), in_thought=True)[0] == summary
+    assert parse(tokens_of(text, bytewise=bytewise), in_reasoning=True)[0] == summary
 
 
 def test_kind_of_the_next_token_follows_the_answer():
-    parser = Reply(TOKENIZER, CONTROL, TOOLS, in_thought=True)
+    parser = OutputParser(TOKENIZER, SPECIAL_TOKENS, TOOLS, in_reasoning=True)
     kinds = []
     for token in tokens_of(f"Hm.</think>a{CALL}"):
         kinds.append(parser.kind)
         list(parser.feed(token))
     inside = len(tokens_of(coder("words", {"a": "x"})))
-    before = ["thought"] * len(tokens_of("Hm.</think>")) + ["answer"] * len(tokens_of("a<think>"))
+    before = ["reasoning"] * len(tokens_of("Hm.</think>")) + ["answer"] * len(tokens_of("a<think>"))
     assert kinds == [*before, *["call"] * (inside + 1)]
     assert parser.kind == "answer"
 
@@ -118,7 +118,7 @@ def test_kind_of_the_next_token_follows_the_answer():
 @pytest.mark.parametrize(
     ("body", "name", "error"),
     [
-        (coder("other", {"a": 1}), "other", "there is no tool 'other'; the tools are: words,"),
+        (coder("other", {"a": 1}), "other", "there is no tool 'other': the tools are words,"),
         (coder("words", {"a": 1, "d": 2}), "words", None),
         (coder("typed", {"count": "x"}), "typed", "cannot be read: the parameter 'count' is 'x'"),
         (coder("typed", {"x": 1}).replace("=x", "=count>\n3\n"), "typed", "cannot be read"),
@@ -148,10 +148,10 @@ def test_bad_call_is_reported_with_its_error(body, name, error, bytewise):
 
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_calls_in_the_json_format_are_parsed(bytewise):
-    control = replace(CONTROL, style="json_tools")
+    special = replace(SPECIAL_TOKENS, tool_parser="json_tools")
     bodies = [hermes("words", {"a": "é\n"}), hermes("other", {}), coder("words", {"a": "x"}), ""]
     tokens = tokens_of("".join(f"<tool_call>{b}</tool_call>" for b in bodies), (), bytewise)
-    (good, unknown, other, empty), _ = parse(tokens, control=control)
+    (good, unknown, other, empty), _ = parse(tokens, special=special)
     assert good == ("words", {"a": "é\n"}, None)
     assert unknown[2].startswith("there is no tool 'other'")
     assert other[:2] == empty[:2] == ("", None)
@@ -188,7 +188,7 @@ def test_call_cut_short_is_reported_with_its_error():
 
 
 def test_text_of_a_call_is_what_the_model_wrote():
-    parser = Reply(TOKENIZER, CONTROL, TOOLS)
+    parser = OutputParser(TOKENIZER, SPECIAL_TOKENS, TOOLS)
     body = coder("typed", {"count": "three", "text": "a  b"})
     events = [e for t in tokens_of(f"<tool_call>{body}</tool_call>") for e in parser.feed(t)]
     assert events[-1].text == body.strip("\n")

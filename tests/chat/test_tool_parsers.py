@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tool_call_texts import ARGUMENTS, BOTH, CUTS, TOOLS, WRITERS, cut, read, unwritable
 
-from flashmoe.chat.tool_parsers import CoderCall, HermesCall, Malformed
+from flashmoe.chat.tool_parsers import CoderCallParser, HermesCallParser, MalformedCall
 
 # Well-formed calls.
 
@@ -17,7 +17,7 @@ from flashmoe.chat.tool_parsers import CoderCall, HermesCall, Malformed
 @settings(max_examples=200, deadline=None)
 @given(arguments=ARGUMENTS, places=CUTS)
 def test_call_is_read_back_however_it_is_cut(kind, arguments, places):
-    if kind is CoderCall:
+    if kind is CoderCallParser:
         assume(not any(unwritable(v) for v in arguments.values()))
     text = WRITERS[kind]("typed", arguments)
     name, parsed = read(kind, cut(text, places))
@@ -31,11 +31,11 @@ def test_arguments_are_streamed_piece_by_piece(kind):
     for c in WRITERS[kind]("words", arguments):
         pieces += call.feed(c)
     expected = {
-        CoderCall: ['{"a": "one"', ', "b": "two"'],
-        HermesCall: list(json.dumps(arguments)),
+        CoderCallParser: ['{"a": "one"', ', "b": "two"'],
+        HermesCallParser: list(json.dumps(arguments)),
     }
     assert pieces == expected[kind]
-    assert call.finish()[2] == {CoderCall: "}", HermesCall: ""}[kind]
+    assert call.finish()[2] == {CoderCallParser: "}", HermesCallParser: ""}[kind]
 
 
 @BOTH
@@ -77,8 +77,8 @@ def test_call_of_an_unknown_tool_is_read(kind):
     ],
 )
 def test_coder_call_with_other_white_space_is_read(text, arguments):
-    assert read(CoderCall, [text]) == ("words", arguments)
-    assert read(CoderCall, list(text)) == ("words", arguments)
+    assert read(CoderCallParser, [text]) == ("words", arguments)
+    assert read(CoderCallParser, list(text)) == ("words", arguments)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_coder_call_with_other_white_space_is_read(text, arguments):
     ],
 )
 def test_hermes_call_in_another_json_layout_is_read(text):
-    assert read(HermesCall, [text]) == ("words", {"a": "x"})
-    assert read(HermesCall, list(text)) == ("words", {"a": "x"})
+    assert read(HermesCallParser, [text]) == ("words", {"a": "x"})
+    assert read(HermesCallParser, list(text)) == ("words", {"a": "x"})
 
 
 def test_hermes_call_without_arguments_is_read():
-    assert read(HermesCall, ['{"name": "none"}']) == ("none", {})
+    assert read(HermesCallParser, ['{"name": "none"}']) == ("none", {})
 
 
-# Malformed calls.
+# MalformedCall calls.
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_hermes_call_without_arguments_is_read():
 )
 def test_malformed_coder_call_is_refused(text, wrong):
     for pieces in ([text], list(text)):
-        with pytest.raises(Malformed) as caught:
-            read(CoderCall, pieces)
+        with pytest.raises(MalformedCall) as caught:
+            read(CoderCallParser, pieces)
         assert wrong in str(caught.value)
 
 
@@ -188,10 +188,10 @@ def test_malformed_coder_call_is_refused(text, wrong):
     [
         ("", "it is not JSON"),
         ("hello", "it is not JSON"),
-        ("{}", 'it is no object with a "name"'),
-        ("[]", 'it is no object with a "name"'),
-        ('{"name": 3, "arguments": {}}', 'it is no object with a "name"'),
-        ('{"arguments": {}}', 'it is no object with a "name"'),
+        ("{}", 'it is not an object with a "name"'),
+        ("[]", 'it is not an object with a "name"'),
+        ('{"name": 3, "arguments": {}}', 'it is not an object with a "name"'),
+        ('{"arguments": {}}', 'it is not an object with a "name"'),
         ('{"name": "words", "arguments": []}', 'its "arguments" are [], not an object'),
         ('{"name": "words", "arguments": null}', 'its "arguments" are None, not an object'),
         ('{"name": "words", "arguments": "{}"}', "its \"arguments\" are '{}', not an object"),
@@ -215,8 +215,8 @@ def test_malformed_coder_call_is_refused(text, wrong):
 )
 def test_malformed_hermes_call_is_refused(text, wrong):
     for pieces in ([text], cut(text, range(1, 99))):
-        with pytest.raises(Malformed) as caught:
-            read(HermesCall, pieces)
+        with pytest.raises(MalformedCall) as caught:
+            read(HermesCallParser, pieces)
         assert wrong in str(caught.value)
 
 
@@ -225,7 +225,7 @@ def test_call_cut_short_is_refused(kind):
     arguments = {"text": "a\n</parameter> b", "many": ["x"], "thing": {"a": {}}, "count": 12}
     text = WRITERS[kind]("typed", arguments)
     for end in range(len(text.rstrip())):
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedCall):
             read(kind, [text[:end]])
     assert read(kind, [text.rstrip()]) == ("typed", arguments)
 
@@ -263,15 +263,15 @@ def outcome(kind, pieces):
     """Return the (name, arguments) that are read, or the error text."""
     try:
         return read(kind, pieces)
-    except Malformed as e:
+    except MalformedCall as e:
         return str(e)
 
 
 @settings(max_examples=400, deadline=None)
 @given(damaged(CODER_CALL, [*TAGS, "\n", " ", "x", "y"]), CUTS)
 def test_damaged_coder_call_is_refused_or_read_as_written(text, places):
-    result = outcome(CoderCall, [text])
-    assert outcome(CoderCall, cut(text, places)) == result
+    result = outcome(CoderCallParser, [text])
+    assert outcome(CoderCallParser, cut(text, places)) == result
     if isinstance(result, str):
         return
     # The text consists of what was read and the tags around it, and of nothing else.
@@ -286,8 +286,8 @@ def test_damaged_coder_call_is_refused_or_read_as_written(text, places):
 @settings(max_examples=400, deadline=None)
 @given(damaged(HERMES_CALL, HERMES_PARTS), CUTS)
 def test_damaged_hermes_call_is_refused_or_read_as_written(text, places):
-    result = outcome(HermesCall, [text])
-    assert outcome(HermesCall, cut(text, places)) == result
+    result = outcome(HermesCallParser, [text])
+    assert outcome(HermesCallParser, cut(text, places)) == result
     if not isinstance(result, str):
         call = json.loads(text)
         assert result == (call["name"], call.get("arguments", {}))

@@ -4,15 +4,15 @@ import pytest
 from tool_call_texts import TOOLS, coder, read
 
 from flashmoe.chat import tools as tools_module
-from flashmoe.chat.tool_parsers import CoderCall
-from flashmoe.chat.tools import check_choice, read_tools
+from flashmoe.chat.tool_parsers import CoderCallParser
+from flashmoe.chat.tools import check_tool_choice, read_tools
 from flashmoe.errors import SettingError
 
 
 @pytest.mark.parametrize(
     ("definition", "wrong"),
     [
-        (3, "a tool has the name None: names are up to 128 characters"),
+        (3, "a tool has the name None: use a name of 1 to 128 characters"),
         ({}, "a tool has the name None"),
         ({"function": None}, "a tool has the name None"),
         ({"function": {"name": 3}}, "a tool has the name 3"),
@@ -23,16 +23,31 @@ from flashmoe.errors import SettingError
         ({"name": 'a"b'}, "a tool has the name 'a\"b'"),
         ({"name": "x" * 129}, "a tool has the name 'xxx"),
         ({"name": "words"}, "two tools are named 'words': rename one"),
-        ({"name": "f", "parameters": "x"}, "the parameters of tool 'f' is no JSON schema"),
-        ({"name": "f", "parameters": [1]}, "the parameters of tool 'f' is no JSON schema"),
-        ({"name": "f", "parameters": True}, "the parameters of tool 'f' are of type True: they"),
-        ({"name": "f", "parameters": {"type": "array"}}, "are of type 'array': they must be an"),
-        ({"name": "f", "parameters": {"type": ["object"]}}, "are of type ['object']: they must"),
-        ({"name": "f", "parameters": {"type": "objekt"}}, "tool 'f' is no valid JSON schema"),
-        ({"name": "f", "parameters": {"$ref": "#/x", "x": {"type": "null"}}}, "are of type 'null'"),
-        ({"name": "f", "parameters": {"$ref": "#/x"}}, "refers to '#/x', where there is no schema"),
-        ({"name": "f", "parameters": {"$ref": "#"}}, "are '#', which cannot be followed: write"),
-        ({"name": "f", "parameters": {"$ref": "#a"}}, "are '#a', which cannot be followed: write"),
+        ({"name": "f", "parameters": "x"}, "the parameter schema of tool 'f' is not a JSON schema"),
+        ({"name": "f", "parameters": [1]}, "the parameter schema of tool 'f' is not a JSON schema"),
+        ({"name": "f", "parameters": True}, "the parameters of tool 'f' have the type True: their"),
+        (
+            {"name": "f", "parameters": {"type": "array"}},
+            "have the type 'array': their schema must be",
+        ),
+        (
+            {"name": "f", "parameters": {"type": ["object"]}},
+            "have the type ['object']: their schema must",
+        ),
+        ({"name": "f", "parameters": {"type": "objekt"}}, "tool 'f' is not a valid JSON schema"),
+        (
+            {"name": "f", "parameters": {"$ref": "#/x", "x": {"type": "null"}}},
+            "have the type 'null'",
+        ),
+        ({"name": "f", "parameters": {"$ref": "#/x"}}, "refers to '#/x', but there is no schema"),
+        (
+            {"name": "f", "parameters": {"$ref": "#"}},
+            "are '#', a reference that cannot be followed",
+        ),
+        (
+            {"name": "f", "parameters": {"$ref": "#a"}},
+            "are '#a', a reference that cannot be followed",
+        ),
     ],
 )
 def test_unusable_tool_is_refused(definition, wrong):
@@ -54,9 +69,11 @@ def test_parameters_behind_a_reference_are_resolved():
     defs = {"Args": {"properties": {"a": {"$ref": "#/$defs/A"}}}, "A": {"type": "integer"}}
     tools = read_tools([{"name": "f", "parameters": {"$ref": "#/$defs/Args", "$defs": defs}}])
     assert tools["f"].parameters["properties"] == {"a": {"$ref": "#/$defs/A"}}
-    assert read(CoderCall, [coder("f", {"a": 3})], tools) == ("f", {"a": 3})
-    assert tools_module.fault("f", {"a": 3}, tools) is None
-    assert "'x' is not of type 'integer' (at ['a']" in tools_module.fault("f", {"a": "x"}, tools)
+    assert read(CoderCallParser, [coder("f", {"a": 3})], tools) == ("f", {"a": 3})
+    assert tools_module.call_error("f", {"a": 3}, tools) is None
+    assert "'x' is not of type 'integer' (at ['a']" in tools_module.call_error(
+        "f", {"a": "x"}, tools
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,14 +81,18 @@ def test_parameters_behind_a_reference_are_resolved():
     [
         ("required", {}, "tool_choice='required' needs tools, and the request has none"),
         ("words", {}, "tool_choice='words' needs tools"),
-        ("other", TOOLS, "'other' is neither auto, none, required nor a tool: the tools are words"),
+        (
+            "other",
+            TOOLS,
+            "'other' is neither auto, none, required nor the name of a tool: the tools",
+        ),
     ],
 )
 def test_choice_of_an_unknown_tool_is_refused(choice, tools, wrong):
     with pytest.raises(SettingError) as caught:
-        check_choice(choice, tools)
+        check_tool_choice(choice, tools)
     assert wrong in str(caught.value)
     for good in ("auto", "none"):
-        check_choice(good, tools)
+        check_tool_choice(good, tools)
     for good in ("required", "words"):
-        check_choice(good, TOOLS)
+        check_tool_choice(good, TOOLS)

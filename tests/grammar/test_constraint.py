@@ -9,13 +9,13 @@ from mlx_lm.utils import load_tokenizer
 from schemas import outcome, random_root, requantise_experts, request_of
 
 from flashmoe.catalog import DEMO, find
-from flashmoe.chat.special_tokens import Control
+from flashmoe.chat.special_tokens import SpecialTokens
 from flashmoe.chat.tools import read_tools
 from flashmoe.engine import Engine
 from flashmoe.errors import OutputError, SettingError
 from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallStart
 from flashmoe.grammar import response as grammars
-from flashmoe.grammar.constraint import Constraint, Matchers
+from flashmoe.grammar.constraint import Constraint, MatcherFactory
 from flashmoe.grammar.numbers import NumberGuard
 from flashmoe.requests import Request
 
@@ -83,7 +83,7 @@ def test_document_cut_short_raises_output_error(engine):
         ask(engine, response_format=schema(PERSON), max_tokens=6)
     with pytest.raises(OutputError, match="a stop string ended the answer"):
         ask(engine, response_format=schema(PERSON), stop=("age",))
-    with pytest.raises(OutputError, match="inside the thought"):
+    with pytest.raises(OutputError, match="inside the reasoning"):
         ask(engine, response_format=schema(PERSON), think=True, max_tokens=4)
 
 
@@ -151,8 +151,8 @@ def test_text_format_leaves_the_answer_unconstrained(engine):
         ({"type": "regex"}, "needs its 'pattern'"),
         ({"type": "regex", "pattern": "(?=a)"}, "look-ahead"),
         ({"type": "lark", "grammar": "start: A"}, 'unknown name: "A"'),
-        (schema({"type": "strng"}), "no valid JSON schema: at type"),
-        (schema(False), "nothing satisfies it"),
+        (schema({"type": "strng"}), "not a valid JSON schema: at type"),
+        (schema(False), "no value satisfies it"),
         (schema({"type": "integer", "minimum": 3, "maximum": 2}), "Unsatisfiable"),
         (schema({"$ref": "http://example.com/schema"}), "not fetch"),
     ],
@@ -327,16 +327,16 @@ def guard(text: str, pieces: int = 1, tools=None) -> NumberGuard:
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 def test_number_guard_limits_digits_of_numbers_but_not_of_text(pieces):
     many = "1" * 40
-    assert guard(f'{{"a": {many}', pieces).room == 0
-    assert guard(f'{{"a": {many[1:]}', pieces).room > 0
-    assert guard('{"a": -3.' + many[:14], pieces).room == 0
-    assert guard('{"a": -3.' + many[:13], pieces).room > 0
+    assert guard(f'{{"a": {many}', pieces).digits_left == 0
+    assert guard(f'{{"a": {many[1:]}', pieces).digits_left > 0
+    assert guard('{"a": -3.' + many[:14], pieces).digits_left == 0
+    assert guard('{"a": -3.' + many[:13], pieces).digits_left > 0
     for exponent, room in (("", 2), ("1", 1), ("29", 1), ("30", 0), ("299", 0), ("-12", 1)):
-        assert guard('{"a": [3.1, 7, 0.5e' + exponent, pieces).room == room
-    assert guard('{"a": 3.11111111111111, "e1": 2', pieces).room > 0
-    assert guard(f'{{"a": "{many}', pieces).room > 0
-    assert guard(f'{{"a": "\\"{many}', pieces).room > 0
-    assert guard(f'{{"a": "\\\\", "b": {many}', pieces).room == 0
+        assert guard('{"a": [3.1, 7, 0.5e' + exponent, pieces).digits_left == room
+    assert guard('{"a": 3.11111111111111, "e1": 2', pieces).digits_left > 0
+    assert guard(f'{{"a": "{many}', pieces).digits_left > 0
+    assert guard(f'{{"a": "\\"{many}', pieces).digits_left > 0
+    assert guard(f'{{"a": "\\\\", "b": {many}', pieces).digits_left == 0
     number = {"type": ["integer", "null"]}
     text = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
     listed = {"type": "array", "items": {}}
@@ -348,30 +348,30 @@ def test_number_guard_limits_digits_of_numbers_but_not_of_text(pieces):
         start = f"<tool_call>\n<function=f>\n{before}<parameter={name}>\n"
         return guard(start + value, pieces, tools)
 
-    assert call("number", many).room == 0
-    assert call("text", many).room > 0
-    assert call("listed", f'["x", {many}').room == 0
-    assert call("listed", f'["x{many}').room > 0
-    assert call("number", f"{many}\n</parameter>\n").room > 0
+    assert call("number", many).digits_left == 0
+    assert call("text", many).digits_left > 0
+    assert call("listed", f'["x", {many}').digits_left == 0
+    assert call("listed", f'["x{many}').digits_left > 0
+    assert call("number", f"{many}\n</parameter>\n").digits_left > 0
 
 
 @pytest.mark.parametrize("demands", [True, False])
 def test_answer_cannot_end_in_reasoning_before_a_required_document(demands):
     tokenizer = load_tokenizer(find(DEMO))
-    control = Control.of(tokenizer)
+    special = SpecialTokens.from_tokenizer(tokenizer)
     wanted = {"type": "regex", "pattern": "yes|no"} if demands else None
     constraint = Constraint(
-        Matchers(tokenizer, control, len(tokenizer)),
-        control,
+        MatcherFactory(tokenizer, special, len(tokenizer)),
+        special,
         ([10], [11]),
         Request([], response_format=wanted),
         {},
-        grammars.document(wanted) if demands else None,
-        in_thought=True,
+        grammars.read_response_format(wanted) if demands else None,
+        in_reasoning=True,
     )
-    assert constraint.start() == []
+    assert constraint.begin_answer() == []
     logits = constraint.mask(mx.zeros((1, len(tokenizer))))[0].tolist()
-    for token in (*control.end, control.call_start):
+    for token in (*special.answer_end, special.call_start):
         assert (logits[token] == float("-inf")) == demands
-    assert logits[control.think_end] == 0
+    assert logits[special.think_end] == 0
     assert sum(x == 0 for x in logits) >= len(tokenizer) - 3

@@ -4,7 +4,7 @@ import logging
 import re
 
 import pytest
-from grammar_matching import MATCHERS, accepts, document
+from grammar_matching import MATCHER_FACTORY, accepts, document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_schemas import altered, object_schemas, to_json
@@ -49,7 +49,7 @@ def test_grammar_accepts_exactly_the_documents_of_a_format(kind, wanted, good, b
 
 
 def test_text_format_has_no_grammar():
-    assert grammars.document({"type": "text"}) is None
+    assert grammars.read_response_format({"type": "text"}) is None
 
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
@@ -81,7 +81,7 @@ def test_control_token_is_refused_in_a_document():
     for lark in (document("json_schema", {"type": "string"}), document("regex", "(?s:.)*")):
         for token in TOKENIZER.get_added_vocab():
             assert not accepts(lark, f'"{token}"')
-            matcher = MATCHERS.new(lark)
+            matcher = MATCHER_FACTORY.create(lark)
             spelt = tokens_of('"<', bytewise=True) + tokens_of(token[1:] + '"', bytewise=True)
             assert all(matcher.consume_token(t) for t in spelt)
 
@@ -98,8 +98,12 @@ def test_control_token_is_refused_in_a_document():
         ("lark", "}", "the Lark grammar cannot be enforced: expecting rule"),
         ("lark", "start: /(/", "the Lark grammar cannot be enforced: invalid regex"),
         ("lark", 'start: "a', "the Lark grammar cannot be enforced"),
-        ("json_schema", False, "the schema is false: nothing satisfies it"),
-        ("json_schema", {"type": "nope"}, "the schema of response_format is no valid JSON schema"),
+        ("json_schema", False, "the schema is false, so no value satisfies it"),
+        (
+            "json_schema",
+            {"type": "nope"},
+            "the schema of response_format is not a valid JSON schema",
+        ),
         ("json_schema", {"enum": []}, "cannot be enforced: Unsatisfiable schema"),
         ("json_schema", {"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable schema"),
         ("json_schema", {"type": "array", "minItems": 3, "maxItems": 2}, "Unsatisfiable schema"),
@@ -109,8 +113,12 @@ def test_control_token_is_refused_in_a_document():
             {"type": "object", "properties": {"a": False}, "required": ["a"]},
             "Unsatisfiable schema: required property 'a'",
         ),
-        ("json_schema", {"$ref": "http://a.b/c"}, "refers to 'http://a.b/c', which is not fetched"),
-        ("json_schema", {"$ref": "#/$defs/x"}, "refers to '#/$defs/x', where there is no schema"),
+        (
+            "json_schema",
+            {"$ref": "http://a.b/c"},
+            "refers to 'http://a.b/c', and remote schemas are not fetched",
+        ),
+        ("json_schema", {"$ref": "#/$defs/x"}, "refers to '#/$defs/x', but there is no schema"),
     ],
 )
 def test_document_that_cannot_be_enforced_raises_setting_error(kind, wanted, wrong):
@@ -139,7 +147,7 @@ def test_partly_enforced_schema_is_accepted_with_a_warning(caplog, schema, named
     schema = {**schema, "description": "a schema that no other test uses: results are kept"}
     with caplog.at_level(logging.WARNING, "flashmoe"):
         lark = document("json_schema", schema)
-    assert "the grammar does not enforce the whole schema" in caplog.text
+    assert "the grammar cannot enforce the complete schema" in caplog.text
     assert named in caplog.text
     assert accepts(lark, good)
     assert not accepts(lark, bad)
@@ -149,7 +157,7 @@ def test_partly_enforced_schema_is_accepted_with_a_warning(caplog, schema, named
 @given(object_schemas(), st.data())
 def test_grammar_accepts_values_of_the_schema(shape, data):
     value = data.draw(shape.values)
-    assert schemas.fault(value, shape.schema) is None
+    assert schemas.validation_error(value, shape.schema) is None
     lark = document("json_schema", shape.schema)
     assert accepts(lark, to_json(value))
     assert accepts(lark, to_json(value), bytewise=True)
@@ -159,5 +167,5 @@ def test_grammar_accepts_values_of_the_schema(shape, data):
 @given(object_schemas(), st.data())
 def test_grammar_refuses_values_that_the_schema_refuses(shape, data):
     value = data.draw(altered(data.draw(shape.values)))
-    if schemas.fault(value, shape.schema) is not None:
+    if schemas.validation_error(value, shape.schema) is not None:
         assert not accepts(document("json_schema", shape.schema), to_json(value))

@@ -10,17 +10,17 @@ from random_schemas import altered, object_schemas, to_json
 from tool_call_texts import coder, hermes, unwritable
 
 from flashmoe.chat import json_schema as schemas
-from flashmoe.chat.tool_parsers import FORMATS, Malformed
+from flashmoe.chat.tool_parsers import TOOL_PARSERS, MalformedCall
 from flashmoe.chat.tools import read_tools
 from flashmoe.errors import SettingError
-from flashmoe.grammar.tool_calls import _kinds, calls_rules
+from flashmoe.grammar.tool_calls import _kinds, tool_call_rules
 
 STYLE_WRITERS = {"qwen3_coder": coder, "json_tools": hermes}
-STYLES = pytest.mark.parametrize("style", sorted(FORMATS))
+STYLES = pytest.mark.parametrize("style", sorted(TOOL_PARSERS))
 
 
 def call_lark(tools, style):
-    return f"start: body\n{calls_rules(tools, style, *CALL_MARKERS)}"
+    return f"start: body\n{tool_call_rules(tools, style, *CALL_MARKERS)}"
 
 
 def one_tool(properties, required=None, **more):
@@ -37,7 +37,7 @@ def accepts_call(tools, style, text):
 def has_writable_values(tools, style):
     """Whether every parameter has a value that the format can write."""
     try:
-        calls_rules(tools, style, *CALL_MARKERS)
+        tool_call_rules(tools, style, *CALL_MARKERS)
     except SettingError as e:
         return "cannot be told from the format around" not in str(e)
     return True
@@ -82,11 +82,15 @@ def test_grammar_accepts_calls_and_the_parser_reads_them_back(style, shapes, dat
         listed = shapes[at].schema["properties"]
         assume(not any(unwritable(v) or ambiguous(v, listed[k]) for k, v in arguments.items()))
         whole = shapes[at].schema
-        assume(not any(out_of_reach(v, schemas.parameter(whole, k)) for k, v in arguments.items()))
+        assume(
+            not any(
+                out_of_reach(v, schemas.property_schema(whole, k)) for k, v in arguments.items()
+            )
+        )
     assume(has_writable_values(tools, style))
     text = STYLE_WRITERS[style](f"tool-{at}é", arguments)
     assert accepts_call(tools, style, text)
-    call = FORMATS[style](tools)
+    call = TOOL_PARSERS[style](tools)
     pieces = [p for c in text for p in call.feed(c)]
     name, parsed, rest = call.finish()
     assert (name, to_json(parsed)) == (f"tool-{at}é", to_json(arguments))
@@ -104,15 +108,15 @@ def test_grammar_refuses_arguments_that_the_schema_refuses(style, shape, data):
     tools = read_tools([{"name": "f", "parameters": shape.schema}])
     if style == "qwen3_coder":
         # Where a value may be text or JSON, the grammar accepts any text.
-        kinds = {kind for kind, _ in _kinds(schemas.parameter(shape.schema, key))}
+        kinds = {kind for kind, _ in _kinds(schemas.property_schema(shape.schema, key))}
         assume(not kinds >= {"text", "json"})
     assume(has_writable_values(tools, style))
     text = STYLE_WRITERS[style]("f", arguments)
-    call = FORMATS[style](tools)
+    call = TOOL_PARSERS[style](tools)
     try:
         list(call.feed(text))
-        good = schemas.fault(call.finish()[1], shape.schema) is None
-    except Malformed:
+        good = schemas.validation_error(call.finish()[1], shape.schema) is None
+    except MalformedCall:
         good = False
     if not good:
         assert not accepts_call(tools, style, text)
@@ -207,7 +211,7 @@ def test_raw_value_is_constrained_by_the_schema_of_its_parameter(schema, good, b
     tools = one_tool({"x": schema}, **DEFS)
     for value in good:
         assert accepts_call(tools, "qwen3_coder", coder("f", {"x": value})), value
-        call = FORMATS["qwen3_coder"](tools)
+        call = TOOL_PARSERS["qwen3_coder"](tools)
         list(call.feed(coder("f", {"x": value})))
         assert call.finish()[1] == {"x": value}
     for value in bad:
@@ -241,7 +245,7 @@ def test_grammar_accepts_one_call_of_a_listed_tool_only(style):
 @STYLES
 def test_call_rule_includes_the_start_marker(style):
     tools = one_tool({"a": TEXT})
-    lark = f'start: call ("\\n" call)*\n{calls_rules(tools, style, *CALL_MARKERS)}'
+    lark = f'start: call ("\\n" call)*\n{tool_call_rules(tools, style, *CALL_MARKERS)}'
     call = f"<tool_call>{STYLE_WRITERS[style]('f', {'a': 'x'})}</tool_call>"
     assert accepts(lark, call)
     assert accepts(lark, f"{call}\n{call}")
@@ -280,7 +284,7 @@ def test_tuple_items_of_draft_7_are_enforced():
         ),
         ({"a": False}, {}, "qwen3_coder", "the parameter 'a' is required, but its schema is false"),
         ({"a": False}, {}, "json_tools", "required property 'a' is unsatisfiable"),
-        ({}, {"required": ["b"]}, "qwen3_coder", "required names {'b'}, which are no properties"),
+        ({}, {"required": ["b"]}, "qwen3_coder", "requires 'b' but does not list it in properties"),
         (
             {"a": {"type": "integer", "minimum": 2, "maximum": 1}},
             {},
@@ -300,7 +304,7 @@ def test_tuple_items_of_draft_7_are_enforced():
 )
 def test_tool_without_a_valid_call_raises_setting_error(properties, more, style, wrong):
     with pytest.raises(SettingError) as caught:
-        calls_rules(one_tool(properties, **more), style, *CALL_MARKERS)
+        tool_call_rules(one_tool(properties, **more), style, *CALL_MARKERS)
     assert wrong in str(caught.value)
 
 
@@ -321,7 +325,7 @@ def test_json_format_allows_any_parameter_name():
 )
 def test_tool_without_listed_parameters_follows_additional_properties(parameters, any_text, number):
     definition = {"name": "f"} | ({} if parameters is None else {"parameters": parameters})
-    rules = calls_rules(read_tools([definition]), "qwen3_coder", *CALL_MARKERS)
+    rules = tool_call_rules(read_tools([definition]), "qwen3_coder", *CALL_MARKERS)
     for value, expected in (("some text", any_text), ("3", number)):
         parameter = f"<parameter=some name>\n{value}\n</parameter>\n"
         for body, accepted in (("", True), (parameter, expected), (parameter * 2, expected)):

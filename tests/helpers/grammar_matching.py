@@ -1,12 +1,12 @@
 """Matches texts with Lark grammars in llguidance, token by token of the demo's tokenizer."""
 
-from tool_call_texts import CONTROL, TOKENIZER, tokens_of
+from tool_call_texts import SPECIAL_TOKENS, TOKENIZER, tokens_of
 
 from flashmoe.grammar import response as grammars
-from flashmoe.grammar.constraint import Matchers
+from flashmoe.grammar.constraint import MatcherFactory
 
-MATCHERS = Matchers(TOKENIZER, CONTROL, len(TOKENIZER))
-CALL_MARKERS = CONTROL.call_start, CONTROL.call_end
+MATCHER_FACTORY = MatcherFactory(TOKENIZER, SPECIAL_TOKENS, len(TOKENIZER))
+CALL_MARKERS = SPECIAL_TOKENS.call_start, SPECIAL_TOKENS.call_end
 
 
 def accepts(lark, text, bytewise=False):
@@ -14,7 +14,7 @@ def accepts(lark, text, bytewise=False):
 
     bytewise: give the text as one token for each byte, not as the tokenizer splits it.
     """
-    matcher = MATCHERS.new(lark)
+    matcher = MATCHER_FACTORY.create(lark)
     consumed = all(matcher.consume_token(t) for t in tokens_of(text, (), bytewise))
     return consumed and matcher.is_accepting()
 
@@ -22,5 +22,5 @@ def accepts(lark, text, bytewise=False):
 def document(kind, value):
     """Return the Lark grammar of a response format, such as ("regex", pattern)."""
     key = {"json_schema": "schema", "regex": "pattern", "lark": "grammar", "json_object": "x"}[kind]
-    response = grammars.document({"type": kind, key: value})
+    response = grammars.read_response_format({"type": kind, key: value})
     return f"start: document\n{response.rules}"

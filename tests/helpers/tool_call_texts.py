@@ -9,12 +9,12 @@ from mlx_lm.utils import load_tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flashmoe.catalog import DEMO, find
-from flashmoe.chat.special_tokens import Control
-from flashmoe.chat.tool_parsers import CoderCall, HermesCall
+from flashmoe.chat.special_tokens import SpecialTokens
+from flashmoe.chat.tool_parsers import CoderCallParser, HermesCallParser
 from flashmoe.chat.tools import read_tools
 
 TOKENIZER = load_tokenizer(find(DEMO))
-CONTROL = Control.of(TOKENIZER)
+SPECIAL_TOKENS = SpecialTokens.from_tokenizer(TOKENIZER)
 
 WORDS = {n: {"type": "string"} for n in "abc"}
 TYPED = {
@@ -50,8 +50,8 @@ def hermes(name, arguments):
     return f"\n{json.dumps(call, ensure_ascii=False)}\n"
 
 
-WRITERS = {CoderCall: coder, HermesCall: hermes}
-BOTH = pytest.mark.parametrize("kind", [CoderCall, HermesCall], ids=["coder", "hermes"])
+WRITERS = {CoderCallParser: coder, HermesCallParser: hermes}
+BOTH = pytest.mark.parametrize("kind", [CoderCallParser, HermesCallParser], ids=["coder", "hermes"])
 
 
 def read(kind, pieces, tools=TOOLS):

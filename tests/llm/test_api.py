@@ -11,7 +11,7 @@ import llm
 from flashmoe import catalog
 from flashmoe import engine as engine_module
 from flashmoe.catalog import DEMO
-from flashmoe.chat.messages import for_template
+from flashmoe.chat.messages import normalize_messages
 from flashmoe.hub import registry
 from llm_flashmoe import FlashMoE
 from llm_flashmoe.errors import UserError
@@ -255,7 +255,7 @@ def test_parallel_calls_or_their_results_are_mixed(model):
     assert [m["role"] for m in found] == ["user", "assistant", "tool", "tool"]
     assert found[1]["reasoning_content"] == "Hm."
     assert [c["id"] for c in found[1]["tool_calls"]] == ["c1", "c2"]
-    rendered = for_template(found)
+    rendered = normalize_messages(found)
     assert [m["content"] for m in rendered[2:]] == ["Error: broken", "three"]
 
 

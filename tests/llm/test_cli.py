@@ -139,7 +139,7 @@ def test_broken_registry_breaks_llm(run_llm, tmp_path, monkeypatch):
         (("-m", "qwen3.5-397b-flash", "hi"),
          ("Error: qwen3.5-397b-flash is not on this disk: it is about 224 GB. To get it, run: "
           "flashmoe download qwen3.5-397b-flash\n",)),
-        ((*GREEDY, "--schema", '{"type": "strng"}', "x"), ("no valid JSON schema", "strng")),
+        ((*GREEDY, "--schema", '{"type": "strng"}', "x"), ("not a valid JSON schema", "strng")),
         ((*GREEDY, "-a", "README.md", "x"), ("does not support",)),
         ((*GREEDY, "-o", "nonsense", "1", "x"), ("nonsense",)),
         ((*GREEDY, "--functions", FUNCTIONS, "--cl", "1", "What is 3 plus 4? Use the tool."),

@@ -4,11 +4,11 @@ import json
 from dataclasses import astuple
 
 import pytest
-from tool_call_texts import CONTROL, TOKENIZER, coder, tokens_of
+from tool_call_texts import SPECIAL_TOKENS, TOKENIZER, coder, tokens_of
 from toys import write_chat_toy
 
 from flashmoe.chat import json_schema as schemas
-from flashmoe.chat.output_parser import Reply
+from flashmoe.chat.output_parser import OutputParser
 from flashmoe.chat.tools import read_tools
 from flashmoe.engine import Engine
 from flashmoe.events import ToolCall
@@ -21,7 +21,7 @@ RIGHT = {"a": ADD.values["a"], "b": ADD.values["b"]}
 
 def judged(text: str) -> str:
     """What an answer is worth, read as the engine reads it."""
-    reply = Reply(TOKENIZER, CONTROL, read_tools(list(ADD.tools)), (), False)
+    reply = OutputParser(TOKENIZER, SPECIAL_TOKENS, read_tools(list(ADD.tools)), (), False)
     events = [e for t in tokens_of(text) for e in reply.feed(t)] + [*reply.finish("it ended")]
     return judge_call(ADD, [e for e in events if isinstance(e, ToolCall)])
 
@@ -76,7 +76,7 @@ def test_tasks_cannot_be_solved():
         assert "{" not in text
         known = task.schema["properties"]
         for name, value in task.values.items():
-            assert schemas.fault(value, known[name]) is None
+            assert schemas.validation_error(value, known[name]) is None
     shapes = schema_tasks()
     assert len({t.messages[0]["content"] for t in shapes}) == len(shapes) == 40
     for task in tasks + shapes:

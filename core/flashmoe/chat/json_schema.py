@@ -1,43 +1,46 @@
-"""JSON schemas: checked, closed, cut into parameters; values held against them.
+"""Check JSON schemas, transform them, and validate values against them.
 
-Knows no tokens and no grammars. Remote references are never fetched.
+Knows nothing of tokens or grammars. Remote references are never fetched.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import isfinite
+from typing import Any
 from urllib.parse import quote, unquote
 
 from ..errors import SettingError
 
-#: Keywords that look at an object from outside its own schema: closing it could contradict them.
+#: Keywords that constrain an object from outside its own schema. Closing the object could
+#: contradict them.
 _OUTSIDE = {"not", "if", "contains", "dependentSchemas", "dependencies", "dependentRequired"}
 _OUTSIDE |= {"unevaluatedProperties", "unevaluatedItems"}
-#: Keywords that hold for an object itself, and those that give it to another schema as well.
+#: Keywords that constrain an object directly (`_OWN`), and keywords that apply another schema to it
+#: as well (`_OTHERS`).
 _OWN = {"properties", "patternProperties", "additionalProperties", "propertyNames"}
 _OWN |= {"required", "minProperties", "enum", "const"}
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
 _OTHERS = {"anyOf", "oneOf"} | _REFERENCES
 #: Keywords whose values are data, not schemas.
 _DATA = {"enum", "const", "default", "examples"}
-#: Keywords whose values are schemas by name; a name is no keyword.
+#: Keywords whose values map names to schemas. The names are not keywords.
 _NAMED = {"properties", "patternProperties", "dependentSchemas", "dependencies"}
 _DEFINITIONS = {"$defs", "definitions"}
 _NAMED |= _DEFINITIONS
-#: Keywords that ask nothing of a value.
-NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "discriminator"}
-NOTES |= {"$schema", *_DEFINITIONS}
+#: Keywords that do not constrain a value.
+ANNOTATIONS = {"title", "description", "default", "examples", "$comment", "deprecated"}
+ANNOTATIONS |= {"discriminator", "$schema", *_DEFINITIONS}
 
-
-#: Seconds that a pattern may be searched for in a string. Some take longer than the universe lasts.
+#: Seconds allowed for searching a pattern in a string. Backtracking patterns may never finish.
 PATTERN_SECONDS = 0.5
 
 
 @lru_cache(maxsize=256)
-def _validator(text: str):
+def _validator(text: str) -> Any:
+    """Return the jsonschema validator of a schema, given as JSON text."""
     from jsonschema import Draft3Validator, Draft202012Validator  # late: 0.1 s
     from jsonschema.validators import extend, validator_for
     from referencing import Registry
@@ -46,14 +49,17 @@ def _validator(text: str):
     kind = validator_for(schema, default=Draft202012Validator)
     if kind is not Draft3Validator:
         kind = extend(kind, {"pattern": _pattern})
-        # One inside would bring its own validator, without ours.
+        # A nested $schema would select a validator of its own, without our `pattern` keyword.
         schema = _rebuilt(schema, lambda s: {k: v for k, v in s.items() if k != "$schema"})
-    # An empty registry: a remote reference is an error, not a download.
+    # The registry is empty, so a remote reference is an error and not a download.
     return kind(schema, registry=Registry())
 
 
 def _pattern(validator, pattern: str, value, schema):
-    """jsonschema's keyword, but for the time that it may take: a search by `re` cannot be ended."""
+    """Validate the `pattern` keyword as jsonschema does, but with a time limit.
+
+    jsonschema searches with `re`, and such a search cannot be interrupted.
+    """
     import regex
     from jsonschema.exceptions import ValidationError
 
@@ -63,13 +69,16 @@ def _pattern(validator, pattern: str, value, schema):
         if not regex.search(pattern, value, timeout=PATTERN_SECONDS):
             yield ValidationError(f"{value!r} does not match {pattern!r}")
     except TimeoutError:
-        yield ValidationError(f"{pattern!r} takes too long to be searched for in {value!r}")
+        yield ValidationError(f"searching {value!r} for {pattern!r} takes too long")
     except regex.error as e:
-        yield ValidationError(f"{pattern!r} is no regular expression: {e}")
+        yield ValidationError(f"{pattern!r} is not a regular expression: {e}")
 
 
 def check_schema(schema: dict | bool, what: str) -> None:
-    """Refuse what is no JSON schema, and references that lead out of it.
+    """Raise an error if `schema` is not a JSON schema, or has references that lead out of it.
+
+    Args:
+        what: what the schema is, for the error text.
 
     Raises:
         SettingError: names `what`, the place in the schema and the fault.
@@ -80,44 +89,54 @@ def check_schema(schema: dict | bool, what: str) -> None:
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
-        raise SettingError(f"{what} is not JSON: {e}") from e
+        raise SettingError(
+            f"{what} cannot be written as JSON: {e}; use only JSON values in a schema"
+        ) from e
     if not isinstance(schema, dict | bool) or json.loads(text) != schema:
-        raise SettingError(f"{what} is no JSON schema: it must be a dict whose keys are text")
+        raise SettingError(
+            f"{what} is not a JSON schema: a schema is a dict whose keys are strings, or a bool"
+        )
     try:
         for name in ("$schema", "$id", "$ref"):
             if any(not isinstance(s.get(name, ""), str) for s in _subschemas(schema)):
-                raise SettingError(f"{what} is no valid JSON schema: {name} must be text")
+                raise SettingError(f"{what} is not a valid JSON schema: {name} must be a string")
         validator = _validator(text)
         validator.check_schema(schema)
     except SchemaError as e:
         place = "/".join(map(str, e.absolute_path)) or "its top"
         raise SettingError(
-            f"{what} is no valid JSON schema: at {place}: {_short(e.message)}"
+            f"{what} is not a valid JSON schema: at {place}: {_short(e.message)}"
         ) from e
     except RecursionError as e:
-        raise SettingError(f"{what} is nested too deeply") from e
+        raise SettingError(f"{what} is nested too deeply: use a flatter schema") from e
     if isinstance(validator, Draft3Validator):
-        raise SettingError(f"{what} is of draft 3 of JSON schema: write it for draft 4 or later")
+        raise SettingError(
+            f"{what} is written for draft 3 of JSON schema: write it for draft 4 or later"
+        )
     _check_references(schema, what)
 
 
 def _check_references(schema: dict | bool, what: str) -> None:
-    top, *inner = [*_subschemas(schema), {}]
-    # With names of its own for parts of it, only the validator can tell.
+    subschemas: list[dict] = [*_subschemas(schema), {}]
+    top, inner = subschemas[0], subschemas[1:]
+    # Where a part has an $id of its own, only the validator can resolve references.
     if any("$id" in s for s in inner):
         return
-    for reference in (s["$ref"] for s in (top, *inner) if "$ref" in s):
+    for reference in (s["$ref"] for s in subschemas if "$ref" in s):
         place = reference.removeprefix(top.get("$id", ""))
         if place and not place.startswith("#"):
             raise SettingError(
-                f"{what} refers to {reference!r}, which is not fetched: copy it to $defs"
+                f"{what} refers to {reference!r}, and remote schemas are not fetched: copy that "
+                "schema to $defs and refer to it there"
             )
         if _is_pointer(place) and not isinstance(_target(schema, place), dict | bool):
-            raise SettingError(f"{what} refers to {reference!r}, where there is no schema")
+            raise SettingError(
+                f"{what} refers to {reference!r}, but there is no schema at that place"
+            )
 
 
-def fault(value, schema: dict | bool) -> str | None:
-    """Why `value` does not satisfy the schema, in one line; None when it does."""
+def validation_error(value: Any, schema: dict | bool) -> str | None:
+    """Return why `value` does not satisfy the schema, in one line, or None if it does."""
     from jsonschema.exceptions import best_match
     from referencing.exceptions import Unresolvable
 
@@ -126,7 +145,7 @@ def fault(value, schema: dict | bool) -> str | None:
     except Unresolvable as e:
         return f"the schema has a reference that cannot be followed: {_short(str(e))}"
     except (RecursionError, OverflowError) as e:
-        return f"it cannot be held against the schema: {e}"
+        return f"it cannot be validated against the schema: {e}"
     if error is None:
         return None
     place = "".join(f"[{p!r}]" for p in error.absolute_path)
@@ -137,45 +156,53 @@ def _short(text: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def closed(schema: dict | bool) -> dict | bool:
-    """The schema with objects that list their properties, and do not say whether others may
-    follow, taking no others. What satisfies it satisfies the schema; models then do not ramble."""
-    if any(_looks_outside(s) for s in _subschemas(schema)):
+def close_objects(schema: dict | bool) -> dict | bool:
+    """Return the schema with its objects closed, so that models do not add properties endlessly.
+
+    An object that lists its properties, and does not say whether others may follow, takes no
+    others. Every value that satisfies the closed schema also satisfies the original one. A schema
+    for which that cannot be ensured is returned as it is.
+    """
+    if any(_blocks_closing(s) for s in _subschemas(schema)):
         return schema
     return _rebuilt(schema, _close)
 
 
-def _looks_outside(schema: dict) -> bool:
+def _blocks_closing(schema: dict) -> bool:
+    """Return whether a subschema has keywords which closed objects could contradict."""
     # A value of one closed alternative may satisfy another one that is open.
     objects = [s for s in _get(schema, "oneOf", list) if _may_be_object(s)]
     overlap = len(objects) > 1 and "discriminator" not in schema
     others = len(_OTHERS & schema.keys()) + len(_get(schema, "allOf", list))
-    looks = bool(_OWN & schema.keys()) + others
-    return bool(_OUTSIDE & schema.keys()) or overlap or looks > 1
+    constraints = bool(_OWN & schema.keys()) + others
+    return bool(_OUTSIDE & schema.keys()) or overlap or constraints > 1
 
 
-def _may_be_object(schema) -> bool:
+def _may_be_object(schema: Any) -> bool:
     kinds = schema.get("type", "object") if isinstance(schema, dict) else "object"
     return kinds == "object" or (isinstance(kinds, list) and "object" in kinds)
 
 
 def _close(schema: dict) -> dict:
-    says = {"additionalProperties", "patternProperties", "minProperties"} & schema.keys()
+    explicit = {"additionalProperties", "patternProperties", "minProperties"} & schema.keys()
     listed = _get(schema, "properties", dict)
     unlisted = set(map(str, _get(schema, "required", list))) - listed.keys()
-    if "properties" not in schema or says or unlisted:
+    if "properties" not in schema or explicit or unlisted:
         return schema
     return {**schema, "additionalProperties": False}
 
 
-def _get(schema: dict, key: str, kind: type):
-    """The value of a keyword. Under keywords of others, what looks like a schema may be none."""
+def _get(schema: dict, key: str, kind: type) -> Any:
+    """Return the value of a keyword, or an empty `kind` if the value is of another type.
+
+    Under unknown keywords, a dict that looks like a schema may be something else.
+    """
     value = schema.get(key)
     return value if isinstance(value, kind) else kind()
 
 
-def _subschemas(schema):
-    """Each dict in a schema that may be a schema."""
+def _subschemas(schema: Any) -> Iterator[dict]:
+    """Yield each dict in a schema that may be a schema, outer ones first."""
     if isinstance(schema, list):
         for value in schema:
             yield from _subschemas(value)
@@ -188,8 +215,8 @@ def _subschemas(schema):
                 yield from _subschemas(value)
 
 
-def _rebuilt(schema, change: Callable[[dict], dict]):
-    """The schema with each dict of `_subschemas` changed, inner ones first."""
+def _rebuilt(schema: Any, change: Callable[[dict], dict]) -> Any:
+    """Return the schema with each dict of `_subschemas` changed, inner ones first."""
     if isinstance(schema, list):
         return [_rebuilt(value, change) for value in schema]
     if not isinstance(schema, dict):
@@ -203,8 +230,8 @@ def _rebuilt(schema, change: Callable[[dict], dict]):
     return change(new)
 
 
-def without_patterns(schema, unusable: Callable[[str], bool]):
-    """The schema less the `pattern`s for which unusable(pattern) is true."""
+def drop_patterns(schema: dict | bool, unusable: Callable[[str], bool]) -> dict | bool:
+    """Return the schema without each `pattern` for which `unusable(pattern)` is true."""
 
     def change(schema):
         pattern = _get(schema, "pattern", str)
@@ -214,8 +241,11 @@ def without_patterns(schema, unusable: Callable[[str], bool]):
     return _rebuilt(schema, change)
 
 
-def parameter(schema: dict, name: str) -> dict | bool:
-    """The schema of one property, as a schema of its own: its references still find their aim."""
+def property_schema(schema: dict, name: str) -> dict | bool:
+    """Return the schema of one property as a standalone schema.
+
+    References in it are rewritten, with the definitions that they need, so that they still resolve.
+    """
     sub = schema["properties"][name]
     dialect = {"$schema": schema["$schema"]} if "$schema" in schema else {}
     if not any(_REFERENCES & s.keys() for s in _subschemas(sub)):
@@ -233,30 +263,36 @@ def parameter(schema: dict, name: str) -> dict | bool:
     return {**dialect, "$ref": f"#/$defs/root/properties/{place}", "$defs": moved}
 
 
-def resolved(schema: dict | bool) -> dict | bool:
-    """The schema with a reference at its top followed, and the definitions that references in it
-    need; as it is when that cannot be done."""
+def resolve_reference(schema: dict | bool) -> dict | bool:
+    """Return the schema with the reference at its top followed, up to 20 references in a chain.
+
+    The result keeps the definitions that references inside it need. A schema whose reference cannot
+    be followed is returned as it is.
+    """
     root = schema
     for _ in range(20):
-        if not isinstance(schema, dict) or not _is_pointer(schema.get("$ref")):
+        if not isinstance(root, dict) or not isinstance(schema, dict):
+            break
+        if not _is_pointer(schema.get("$ref")):
             break
         target = _target(root, schema["$ref"])
         rest = {k: v for k, v in schema.items() if k not in ("$ref", "description")}
-        if isinstance(target, bool) and not rest.keys() - NOTES:
+        if isinstance(target, bool) and not rest.keys() - ANNOTATIONS:
             return target
-        # Both may ask something under one keyword.
-        if not isinstance(target, dict) or (rest.keys() & target.keys()) - NOTES:
+        # Where both sides use one keyword, neither value may replace the other.
+        if not isinstance(target, dict) or (rest.keys() & target.keys()) - ANNOTATIONS:
             break
         schema = {**target, **rest, **{k: root[k] for k in _DEFINITIONS & root.keys()}}
     return schema
 
 
-def _is_pointer(reference) -> bool:
+def _is_pointer(reference: Any) -> bool:
+    """Return whether a reference leads into its own schema by a JSON pointer."""
     return reference in ("", "#") or (isinstance(reference, str) and reference.startswith("#/"))
 
 
-def _target(root, pointer: str):
-    """What a pointer leads to; None: nothing."""
+def _target(root: Any, pointer: str) -> Any:
+    """Return the value that a JSON pointer leads to, or None if there is none."""
     target = root
     for step in unquote(pointer.removeprefix("#")).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
@@ -267,14 +303,18 @@ def _target(root, pointer: str):
     return target
 
 
-def loads(text: str):
-    """The value of a JSON text; ValueError for what is none, and for what JSON cannot write again:
-    numbers beyond the range of floats, halves of characters."""
+def loads(text: str) -> Any:
+    """Parse JSON text strictly, so that every value can be written as JSON again.
 
-    def refuse(word):
+    Raises:
+        ValueError: the text is not JSON, or it has numbers beyond the range of floats, or half of a
+            surrogate pair.
+    """
+
+    def refuse(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")
 
-    def finite(digits):
+    def finite(digits: str) -> float:
         number = float(digits)
         return number if isfinite(number) else refuse(digits)
 
@@ -284,31 +324,34 @@ def loads(text: str):
     return value
 
 
-def typed(text: str, schema: dict | bool):
-    """The value that raw text stands for, by its schema: (value, fault).
+def value_from_text(text: str, schema: dict | bool) -> tuple[Any, str | None]:
+    """Decide by its schema which value a raw text stands for.
 
-    Formats that write strings without quotes leave it open whether `3` is a number. Text that is
-    JSON and satisfies the schema is that value (big integers whole); else it is the string. Quotes
-    belong to a string, where the schema lets them.
+    Formats that write strings without quotes leave it open whether `3` is a number or a string.
+    Text that is JSON and satisfies the schema is parsed (big integers stay exact); otherwise it is
+    the string. Quotes are part of a string where the schema allows that.
+
+    Returns:
+        (value, None), or (None, why the text fits no value of the schema).
     """
-    candidates = [text]
+    candidates: list[Any] = [text]
     try:
-        value = _as_schema_types(loads(text), resolved(schema))
+        value = _as_schema_types(loads(text), resolve_reference(schema))
         candidates.insert(isinstance(value, str), value)
     except (ValueError, RecursionError):
-        # As templates write them back.
+        # Chat templates write these values of earlier calls as Python does, and models copy that.
         words = {"True": True, "False": False, "None": None}
         if text.strip() in words:
             candidates.insert(0, words[text.strip()])
-    faults = [fault(value, schema) for value in candidates]
-    for value, wrong in zip(candidates, faults, strict=True):
-        if wrong is None:
+    errors = [validation_error(value, schema) for value in candidates]
+    for value, error in zip(candidates, errors, strict=True):
+        if error is None:
             return value, None
-    return None, faults[0]
+    return None, errors[0]
 
 
-def _as_schema_types(value, schema):
-    """1.0 is an integer to a schema; to a function in Python it is not."""
+def _as_schema_types(value: Any, schema: dict | bool) -> Any:
+    """Return 1.0 as 1 where the schema asks for an integer: to a Python function they differ."""
     whole = isinstance(value, float) and value.is_integer()
     if whole and isinstance(schema, dict) and schema.get("type") == "integer":
         return int(value)

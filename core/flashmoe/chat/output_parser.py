@@ -1,107 +1,117 @@
-"""Generated tokens to events: thought, answer and tool calls apart, without their markers."""
+"""Split generated tokens into events: text, reasoning and tool calls, without their markers.
+
+mlx-lm's TextStateMachine and StopSequences are not used. TextStateMachine matches markers as text:
+here markers are matched as special tokens, so text cannot pose as one. StopSequences matches stop
+strings as tokens: here they are matched in the text, however it is split into tokens. And the
+arguments of tool calls are streamed while they are written, and get the types of the tool's schema.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 from ..events import Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 from . import tools as tools_module
-from .special_tokens import Control
-from .tool_parsers import FORMATS, Malformed
+from .special_tokens import SpecialTokens
+from .tool_parsers import TOOL_PARSERS, MalformedCall, ToolCallParser
 from .tools import Tool
 
 
-class Reply:
-    """One answer, token by token.
+class OutputParser:
+    """Turns the tokens of one answer into events.
 
     Args:
-        tokenizer: mlx-lm's wrapper.
-        control: its control tokens.
-        tools: the tools that may be called.
-        stop: the answer's text ends before the first of these.
-        in_thought: the prompt left a thought open.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        special: the special tokens of the tokenizer.
+        tools: the tools that may be called, by name.
+        stop: stop strings: the text of the answer ends before the first of them.
+        in_reasoning: the prompt ends inside reasoning.
 
     Attributes:
-        kind: what the next token belongs to: "answer", "thought" or "call".
-        stopped: a stop string was met: nothing more is to be generated.
-        calls: how many calls were reported.
+        kind: what the next token belongs to: "answer", "reasoning" or "call".
+        stopped: a stop string was found, so nothing more is to be generated.
+        calls: the number of tool calls so far.
         answer: the text of the answer so far.
     """
 
     def __init__(
         self,
-        tokenizer,
-        control: Control,
+        tokenizer: Any,
+        special: SpecialTokens,
         tools: dict[str, Tool] | None = None,
         stop: tuple[str, ...] = (),
-        in_thought: bool = False,
+        in_reasoning: bool = False,
     ):
         self._tokenizer = tokenizer
-        self._control = control
+        self._special = special
         self._tools = tools or {}
         self._stop = stop
         self._detokenizer = tokenizer.detokenizer
         self._held = ""
-        self._fresh = True  # nothing of this stretch of text was given out
-        self._call: _Call | None = None
-        self.kind = "thought" if in_thought else "answer"
+        self._at_start = True  # nothing of this stretch of text was emitted yet
+        self._call: _CallEvents | None = None
+        self.kind = "reasoning" if in_reasoning else "answer"
         self.stopped = False
         self.calls = 0
         self.answer = ""
 
     def feed(self, token: int) -> Iterator[Event]:
-        """Events that the next token completes. Nothing comes after a stop string."""
+        """Yield the events that the next token completes, and none after a stop string."""
         if self.stopped:
             return
-        control = self._control
-        # Inside a call they are a part of what the model wrote, and a fault in it.
-        if token not in control.silent or (self.kind == "call" and token != control.call_end):
+        special = self._special
+        # Inside a call, all markers but its end are text that the model wrote, and an error in it.
+        if token not in special.non_text or (self.kind == "call" and token != special.call_end):
             self._detokenizer.add_token(token)
-            yield from self._text(self._detokenizer.last_segment)
+            yield from self._add_text(self._detokenizer.last_segment)
             return
-        follows = {control.think_start: "thought", control.think_end: "answer"}
+        next_kinds = {special.think_start: "reasoning", special.think_end: "answer"}
         if self.kind == "call":
-            follows = {control.call_end: "answer"}
-        elif control.call_start is not None:
-            follows[control.call_start] = "call"
-        if token in follows:
-            yield from self._end_stretch(follows[token])
+            next_kinds = {special.call_end: "answer"}
+        elif special.call_start is not None:
+            next_kinds[special.call_start] = "call"
+        if token in next_kinds:
+            yield from self._change_kind(next_kinds[token])
 
     def finish(self, why: str) -> Iterator[Event]:
-        """Events for what was held back, when generation has ended. A call that is still open is
-        reported as cut short by `why`."""
+        """Yield the events for text that was held back, when generation has ended.
+
+        Args:
+            why: why it has ended, for the error of a call that is still open.
+        """
         if self.stopped:
             return
-        yield from self._drain()
+        yield from self._drain_detokenizer()
         if self._call is not None:
-            yield from self._call.end(f"the answer ended inside the call ({why})")
+            yield from self._call.finish(f"the answer ended inside the call ({why})")
             self._call = None
         elif self.kind == "answer":
-            yield from self._release(len(self._held))
+            yield from self._emit(len(self._held))
 
-    def _text(self, piece: str) -> Iterator[Event]:
+    def _add_text(self, piece: str) -> Iterator[Event]:
         if self._call is not None:
             yield from self._call.feed(piece)
             return
         self._held += piece
-        if self._fresh:
-            # Templates put newlines around the markers; they are no part of the text, so that a
-            # stop string does not meet them.
+        if self._at_start:
+            # Templates put newlines around the markers. They are no part of the text, so a stop
+            # string must not match them.
             self._held = self._held.lstrip("\n")
         if self.kind == "answer" and self._stop:
             starts = {s: self._held.find(s) for s in self._stop if s in self._held}
             if starts:
-                # The first to be complete, however the text comes in.
+                # The stop string that is complete first, however the text is cut into pieces.
                 first = min(starts, key=lambda s: (starts[s] + len(s), starts[s]))
-                yield from self._release(starts[first])
+                yield from self._emit(starts[first])
                 self.stopped = True
                 return
-        yield from self._release(len(self._held) - self._undecided())
+        yield from self._emit(len(self._held) - self._undecided())
 
     def _undecided(self) -> int:
-        """How much of the end of the held text may turn out not to be given out."""
-        # Newlines before a marker are the template's.
+        """Return how many characters at the end of the held text may turn out not to be emitted."""
+        # Newlines before a marker belong to the template.
         count = len(self._held) - len(self._held.rstrip("\n"))
         if self.kind == "answer":
             longest = max((len(s) for s in self._stop), default=1) - 1
@@ -110,82 +120,84 @@ class Reply:
                     return size
         return count
 
-    def _release(self, count: int) -> Iterator[Event]:
+    def _emit(self, count: int) -> Iterator[Event]:
+        """Yield the first `count` characters of the held text as an event."""
         ready, self._held = self._held[:count], self._held[count:]
         if ready:
-            if self._fresh and self.kind == "answer" and self.answer:
-                # Text on both sides of a call or thought.
+            if self._at_start and self.kind == "answer" and self.answer:
+                # Separates the texts on both sides of a call or of reasoning.
                 ready = "\n" + ready
-            self._fresh = False
+            self._at_start = False
             if self.kind == "answer":
                 self.answer += ready
                 yield Text(ready)
             else:
                 yield Reasoning(ready)
 
-    def _drain(self) -> Iterator[Event]:
-        """What the detokenizer still holds, such as a space, or a character cut short."""
+    def _drain_detokenizer(self) -> Iterator[Event]:
+        """Add the text that the detokenizer holds, such as a space or an incomplete character."""
         self._detokenizer.finalize()
-        yield from self._text(self._detokenizer.last_segment)
+        yield from self._add_text(self._detokenizer.last_segment)
 
-    def _end_stretch(self, kind: str) -> Iterator[Event]:
-        yield from self._drain()
+    def _change_kind(self, kind: str) -> Iterator[Event]:
+        yield from self._drain_detokenizer()
         if self.stopped:
             return
         if self._call is not None:
-            yield from self._call.end()
+            yield from self._call.finish()
             self._call = None
         else:
-            yield from self._release(len(self._held.rstrip("\n")))
-        self._held, self._fresh, self.kind = "", True, kind
+            yield from self._emit(len(self._held.rstrip("\n")))
+        self._held, self._at_start, self.kind = "", True, kind
         self._detokenizer = self._tokenizer.detokenizer
         if kind == "call":
-            self._call = _Call(self.calls, FORMATS[self._control.style](self._tools), self._tools)
+            name = self._special.tool_parser
+            assert name is not None, "call_start is a token only where there is a parser"
+            self._call = _CallEvents(self.calls, TOOL_PARSERS[name](self._tools), self._tools)
             self.calls += 1
 
 
-class _Call:
-    """A call under way: what its format reads, as events."""
+class _CallEvents:
+    """Turns the text of one tool call into events."""
 
-    def __init__(self, index: int, format, tools: dict[str, Tool]):
+    def __init__(self, index: int, parser: ToolCallParser, tools: dict[str, Tool]):
         self._index = index
         self._id = f"call_{secrets.token_hex(8)}"
-        self._format = format
+        self._parser = parser
         self._tools = tools
         self._started = False
         self._text = ""
-        self._wrong: str | None = None
+        self._error: str | None = None
 
     def feed(self, text: str) -> Iterator[Event]:
         self._text += text
-        if self._wrong is None:
+        if self._error is None:
             try:
-                for piece in self._format.feed(text):
+                for piece in self._parser.feed(text):
                     yield from self._start()
                     yield ToolCallArguments(self._index, self._id, piece)
-                if self._format.name is not None:
-                    yield from self._start()
-            except Malformed as e:
-                self._wrong = f"the call cannot be read: {e}"
+                yield from self._start()
+            except MalformedCall as e:
+                self._error = f"the call cannot be read: {e}"
 
-    def end(self, wrong: str | None = None) -> Iterator[Event]:
-        wrong = wrong or self._wrong
+    def finish(self, error: str | None = None) -> Iterator[Event]:
+        error = error or self._error
         arguments = None
-        if wrong is None:
+        if error is None:
             try:
-                name, found, rest = self._format.finish()
-                wrong = tools_module.fault(name, found, self._tools)
-                arguments = None if wrong else found
+                name, parsed, rest = self._parser.finish()
+                error = tools_module.call_error(name, parsed, self._tools)
+                arguments = None if error else parsed
                 yield from self._start()
                 if rest:
                     yield ToolCallArguments(self._index, self._id, rest)
-            except Malformed as e:
-                wrong = f"the call cannot be read: {e}"
-        name = self._format.name or ""
+            except MalformedCall as e:
+                error = f"the call cannot be read: {e}"
         text = self._text.strip("\n")
-        yield ToolCall(self._index, self._id, name, arguments, text, wrong)
+        yield ToolCall(self._index, self._id, self._parser.name or "", arguments, text, error)
 
     def _start(self) -> Iterator[Event]:
-        if not self._started:
+        """Yield the ToolCallStart once, as soon as the function's name is known."""
+        if not self._started and self._parser.name is not None:
             self._started = True
-            yield ToolCallStart(self._index, self._id, self._format.name)
+            yield ToolCallStart(self._index, self._id, self._parser.name)

@@ -1,21 +1,23 @@
-"""Messages to the tokens of a prompt, through the checkpoint's own chat template.
+"""Turn messages into the tokens of a prompt, with the checkpoint's own chat template.
 
 The template runs in the sandbox of transformers. What users, tools and models wrote is text: a
-control token in it is encoded as the characters it is made of.
+special token in it is encoded as the characters that it consists of.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..errors import CheckpointError, SettingError
-from .messages import for_template
-from .special_tokens import Control
+from .messages import normalize_messages
+from .special_tokens import SpecialTokens
 from .tools import Tool
 
-#: A first turn (system prompt and tools) of so many tokens gets a cut of its own behind it.
+#: A first turn (system prompt and tools) of at least this many tokens is followed by its own cut.
 LONG_FIRST_TURN = 64
 
 
@@ -24,27 +26,32 @@ class Prompt:
     """A prompt, ready for the model.
 
     Attributes:
-        tokens: up to where the assistant's answer begins.
-        cuts: ascending places (token counts) where the prompt is split, whatever the prompt cache
-            holds: before each turn of the assistant, and behind a long first turn. Whether there
-            is a cut depends on the tokens up to it alone, so a longer conversation is split at
-            the same places. The last one is just before the turn to be generated.
-        in_thought: the prompt leaves a thought open.
+        tokens: all tokens up to the start of the assistant's answer.
+        cuts: ascending places (token counts) where prefill splits the prompt, whatever the prompt
+            cache holds: before each turn of the assistant, and after a long first turn. Whether
+            there is a cut at a place depends only on the tokens up to it, so a longer conversation
+            is split at the same places. The last cut is just before the turn to be generated.
+        in_reasoning: the prompt ends inside reasoning.
     """
 
     tokens: list[int]
     cuts: tuple[int, ...]
-    in_thought: bool
+    in_reasoning: bool
 
 
-class Template:
-    """The chat template of a tokenizer (mlx-lm's wrapper)."""
+class ChatTemplate:
+    """Renders prompts with the chat template of a tokenizer.
 
-    def __init__(self, tokenizer, control: Control):
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper.
+        special: the special tokens of the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, special: SpecialTokens):
         self._tokenizer = tokenizer
-        self._control = control
+        self._special = special
 
-    def prompt(
+    def build_prompt(
         self,
         messages: list[dict],
         tools: dict[str, Tool] | None = None,
@@ -52,12 +59,14 @@ class Template:
         think: bool | None = None,
         structured: bool = False,
     ) -> Prompt:
-        """The prompt for the next turn of the assistant.
+        """Return the prompt for the next turn of the assistant.
 
         Args:
-            think: open a thought; False: none; None: what the template does by itself.
-            structured: the answer will follow a grammar, so a model that opens its thoughts
-                itself must have it opened.
+            messages: the conversation; see `flashmoe.chat.messages`.
+            tools: the tools that the model may call, by name.
+            think: True opens reasoning, False closes it, and None leaves that to the template.
+            structured: the answer will follow a grammar. The grammar begins after the reasoning,
+                so for a model that opens reasoning by itself the prompt must open it.
 
         Raises:
             SettingError: the messages or options cannot be used.
@@ -68,57 +77,60 @@ class Template:
                 "this checkpoint has no chat template, so it cannot answer messages: "
                 "download its chat_template.jinja, or use flashmoe.load with mlx_lm.generate"
             )
-        if tools and self._control.style is None:
+        if tools and self._special.tool_parser is None:
             raise SettingError(
-                "this checkpoint's chat template has no tool calls of a kind that flashmoe reads: "
-                "ask without tools"
+                "this checkpoint's chat template has no tool calls in a format that flashmoe can "
+                "parse: leave tools out"
             )
-        if think and self._control.think_start is None:
-            raise SettingError("think=True: this model has no thoughts; leave think out")
-        messages = for_template(messages)
+        if think and self._special.think_start is None:
+            raise SettingError("think=True: this model does not reason; leave think out")
+        messages = normalize_messages(messages)
         definitions = [tool.definition for tool in (tools or {}).values()]
         try:
             seam, (messages, definitions) = _break_special_tokens(
                 self._tokenizer, (messages, definitions)
             )
         except RecursionError as e:
-            raise SettingError("the messages or tools hold data that is nested too deeply") from e
+            raise SettingError(
+                "the messages or tools have data that is nested too deeply: use flatter data"
+            ) from e
         text = self._render(messages, definitions, think=think)
-        in_thought = False
-        if self._control.think_start is not None:
+        in_reasoning = False
+        if self._special.think_start is not None:
             start, end = self._tokenizer.think_start, self._tokenizer.think_end
-            in_thought = text.rfind(start) > text.rfind(end)
-            if in_thought and think is False:
+            in_reasoning = text.rfind(start) > text.rfind(end)
+            if in_reasoning and think is False:
                 text += f"\n{end}\n\n"
-                in_thought = False
-            elif not in_thought and think is not False:
-                reacts = text != self._render(messages, definitions, think=False)
-                if think and not reacts:
+                in_reasoning = False
+            elif not in_reasoning and think is not False:
+                responds = text != self._render(messages, definitions, think=False)
+                if think and not responds:
                     raise SettingError(
-                        "think=True: this model's chat template has no thoughts; leave think out"
+                        "think=True: this model's chat template has no reasoning; leave think out"
                     )
-                if reacts and structured:
+                if responds and structured:
                     text += f"{start}\n"
-                    in_thought = True
+                    in_reasoning = True
         tokens = self.encode(*text.split(seam))
-        return Prompt(tokens, self._cuts(tokens), in_thought)
+        return Prompt(tokens, self._find_cuts(tokens), in_reasoning)
 
-    def text_tokens(self, text: str) -> list[int]:
-        """Tokens of a text as it stands in a message: no control tokens."""
-        seam, text = _break_special_tokens(self._tokenizer, text)
-        return self.encode(*text.split(seam))
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a text as it is encoded in a message: without special tokens."""
+        seam, broken = _break_special_tokens(self._tokenizer, text)
+        return self.encode(*broken.split(seam))
 
     def encode(self, *pieces: str) -> list[int]:
-        """Tokens of pieces of text, each encoded by itself."""
-        # Halves of characters, as in bytes of another encoding, are joined or marked as lost.
-        pieces = [p.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for p in pieces]
+        """Return the tokens of pieces of text, each of them encoded by itself."""
+        # Lone surrogates, as from bytes of another encoding, are joined to pairs or replaced.
+        texts = [p.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for p in pieces]
         encode = self._tokenizer.encode
-        return [t for p in pieces for t in encode(p, add_special_tokens=False, verbose=False)]
+        return [t for p in texts for t in encode(p, add_special_tokens=False, verbose=False)]
 
     def _render(self, messages, tools, *, think: bool | None, answer: bool = True) -> str:
         try:
-            # think None leaves the choice to the template; mlx-lm's default forces thoughts on.
-            # As text: encoding a long prompt there would warn before our error has both numbers.
+            # think=None leaves the choice to the template; mlx-lm's default forces reasoning on.
+            # Rendered as text, since encoding a long prompt here would print a warning before our
+            # ContextError, which has both numbers, is raised.
             return self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools or None,
@@ -126,12 +138,12 @@ class Template:
                 tokenize=False,
                 enable_thinking=think,
             )
-        except Exception as e:  # jinja2 has many kinds
+        except Exception as e:  # jinja2 and templates raise many types
             raise CheckpointError(
                 f"the checkpoint's chat template refuses the messages: {e}"
             ) from e
 
-    def _cuts(self, tokens: list[int]) -> tuple[int, ...]:
+    def _find_cuts(self, tokens: list[int]) -> tuple[int, ...]:
         header = self._header
         if not header:
             return ()
@@ -143,7 +155,7 @@ class Template:
 
     @cached_property
     def _header(self) -> list[int]:
-        """What each turn of the assistant starts with, or [] when no control token marks it."""
+        """The tokens that each turn of the assistant starts with, or [] if no marker is first."""
         ask = {"role": "user", "content": "x"}
         history = [ask, {"role": "assistant", "content": "y"}, ask]
         try:
@@ -154,22 +166,25 @@ class Template:
             return []
         if not all(turn.startswith(base) for turn in turns):
             return []
-        # Not the white space at its end: it may be one token with what follows.
+        # White space at the end is left out: it may form one token with the text that follows.
         header = self.encode(os.path.commonprefix([t[len(base) :] for t in turns]).rstrip())
-        return header if header and header[0] in self._control.silent else []
+        return header if header and header[0] in self._special.non_text else []
 
 
-def _break_special_tokens(tokenizer, value):
-    """Put a seam into each special token that strings in `value` hold as text: (seam, value).
+def _break_special_tokens(tokenizer: Any, value: Any) -> tuple[str, Any]:
+    """Put a seam into each special token that strings in `value` contain as text.
 
-    A user who writes "<|im_end|>" means the characters. Encoded at one go they would become the
-    control token, and what follows could pose as another role. Cut at the seam, they cannot.
+    A user who writes "<|im_end|>" means the characters. Encoded in one piece, they would become the
+    special token, and the text after it could pose as another role. Split at the seam, they cannot.
+
+    Returns:
+        (the seam, a character that occurs in none of the strings; the value with seams).
     """
     used = {c for text in _strings(value) for c in text}
     seam = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in used)
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
-    def broken(value):
+    def broken(value: Any) -> Any:
         if isinstance(value, str):
             for token in special:
                 if token in value:
@@ -183,7 +198,8 @@ def _break_special_tokens(tokenizer, value):
     return seam, broken(value)
 
 
-def _strings(value):
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings in nested data, the keys of dicts included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Tokens counted as the model will count them, without loading it. From any thread."""
+"""Count tokens as the model will count them, without loading it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import CheckpointError, SettingError
 from .special_tokens import SpecialTokens
 from .template import ChatTemplate
-from .tools import read_tools
+from .tools import Tool, read_tools
 
 _FILLER = {"role": "user", "content": "x"}
 
 
-class Counter:
-    """Of the checkpoint in a directory. Has a tokenizer of its own: the engine's belongs to its
-    thread.
+class TokenCounter:
+    """Counts tokens for the checkpoint in a directory; may be called from any thread.
+
+    It has a tokenizer of its own, since the engine's tokenizer belongs to the engine's thread.
 
     Raises:
         CheckpointError: there is no tokenizer that can be read.
@@ -29,37 +30,38 @@ class Counter:
         self._template = ChatTemplate(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
         self._lock = threading.Lock()
 
-    def tokens(self, text: str) -> list[int]:
-        """The tokens of a text that stands in a message."""
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text as it is encoded in a message."""
         with self._lock:
-            return self._template.text_tokens(text)
+            return self._template.encode_text(text)
 
     def count(
         self, messages: list[dict], tools: list[dict] | None = None, think: bool | None = None
     ) -> int:
-        """Tokens of messages and tools through the chat template.
+        """Return the number of tokens of messages and tools, with the chat template.
 
-        A conversation that can be answered counts as its prompt does (`End.prompt_tokens`); any
-        other part of one as much as it adds to the prompt before a message of the user.
+        For a conversation that can be answered, that is the length of its prompt
+        (`End.prompt_tokens`). For any other part of a conversation, it is the number of tokens that
+        the part adds to a prompt when a message of the user follows.
 
         Raises:
             SettingError: a message or tool cannot be used.
         """
-        known = read_tools(tools or [])
-        if not messages and not known:
+        checked = read_tools(tools or [])
+        if not messages and not checked:
             return 0
 
-        def prompt(messages, tools):
+        def prompt_length(messages: list[dict], tools: dict[str, Tool]) -> int:
             return len(self._template.build_prompt(messages, tools, think=think).tokens)
 
         with self._lock:
             try:
-                return prompt(messages, known)
+                return prompt_length(messages, checked)
             except (SettingError, CheckpointError):
-                return prompt([*messages, _FILLER], known) - prompt([_FILLER], {})
+                return prompt_length([*messages, _FILLER], checked) - prompt_length([_FILLER], {})
 
 
 @lru_cache(maxsize=2)
-def counter(path: Path) -> Counter:
-    """The counter of a checkpoint, made on first use."""
-    return Counter(path)
+def token_counter(path: Path) -> TokenCounter:
+    """Return the token counter of a checkpoint, created on first use; two are kept."""
+    return TokenCounter(path)

@@ -1,4 +1,4 @@
-"""The tools of a request: their definitions, checked, and the calls that fit them."""
+"""Check the tools of a request, its tool_choice, and the calls that a model makes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from ..errors import SettingError
 from . import json_schema as schemas
 
-#: What formats write without quotes must not look like the format itself.
+#: Tool calls contain names without quotes, so a name must not look like a part of the format.
 _NAME = re.compile(r"[^\s<>=\"'/\\{}]{1,128}")
 
 
 @dataclass(frozen=True)
 class Tool:
-    """name, the JSON schema of its arguments, and the definition as a chat template takes it."""
+    """A function that the model may call.
+
+    Attributes:
+        parameters: the JSON schema of the arguments, an object without a reference at its top.
+        definition: the whole definition, as chat templates take it.
+    """
 
     name: str
     parameters: dict
@@ -22,7 +27,7 @@ class Tool:
 
 
 def read_tools(definitions: list[dict]) -> dict[str, Tool]:
-    """The tools of a request, by name.
+    """Check the tool definitions of a request, and return the tools by name.
 
     Raises:
         SettingError: names the tool and what is wrong with it.
@@ -33,55 +38,61 @@ def read_tools(definitions: list[dict]) -> dict[str, Tool]:
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise SettingError(
-                f"a tool has the name {name!r}: names are up to 128 characters without spaces, "
-                "quotes, slashes, braces, = and <>"
+                f"a tool has the name {name!r}: use a name of 1 to 128 characters without spaces, "
+                "quotes, slashes, braces, =, < and >"
             )
         if name in tools:
-            raise SettingError(f"two tools are named {name!r}: rename one")
+            raise SettingError(f"two tools are named {name!r}: rename one of them")
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        schemas.check_schema(parameters, f"the parameters of tool {name!r}")
-        whole = {**function, "name": name, "parameters": parameters}
-        tools[name] = Tool(name, _object(parameters, name), {"type": "function", "function": whole})
+        schemas.check_schema(parameters, f"the parameter schema of tool {name!r}")
+        complete = {**function, "name": name, "parameters": parameters}
+        tools[name] = Tool(
+            name, _object_schema(parameters, name), {"type": "function", "function": complete}
+        )
     return tools
 
 
-def check_choice(choice: str, tools: dict[str, Tool]) -> None:
-    """Refuse a tool_choice that the tools do not allow.
+def check_tool_choice(choice: str, tools: dict[str, Tool]) -> None:
+    """Raise an error if the tools of the request do not allow its tool_choice.
 
     Raises:
-        SettingError
+        SettingError: there are no tools to choose from, or none of that name.
     """
     if choice in ("auto", "none"):
         return
     if not tools:
-        raise SettingError(f"tool_choice={choice!r} needs tools, and the request has none")
+        raise SettingError(
+            f"tool_choice={choice!r} needs tools, and the request has none: add tools, or leave "
+            "tool_choice out"
+        )
     if choice != "required" and choice not in tools:
         raise SettingError(
-            f"tool_choice={choice!r} is neither auto, none, required nor a tool: the tools are "
-            f"{', '.join(tools)}"
+            f"tool_choice={choice!r} is neither auto, none, required nor the name of a tool: the "
+            f"tools are {', '.join(tools)}"
         )
 
 
-def fault(name: str, arguments: dict, tools: dict[str, Tool]) -> str | None:
-    """Why a call cannot be made, in one line; None when it can."""
+def call_error(name: str, arguments: dict, tools: dict[str, Tool]) -> str | None:
+    """Return why a call cannot be made, in one line, or None if it can."""
     if name not in tools:
         known = ", ".join(tools) or "none"
-        return f"there is no tool {name!r}; the tools are: {known}"
-    wrong = schemas.fault(arguments, tools[name].parameters)
-    return f"the arguments of {name} do not fit its schema: {wrong}" if wrong else None
+        return f"there is no tool {name!r}: the tools are {known}"
+    error = schemas.validation_error(arguments, tools[name].parameters)
+    return f"the arguments of {name} do not fit its schema: {error}" if error else None
 
 
-def _object(parameters: dict, name: str) -> dict:
-    """The schema with the object at its top in plain sight."""
-    found = schemas.resolved(parameters)
-    if not isinstance(found, dict) or found.get("type", "object") != "object":
+def _object_schema(parameters: dict, name: str) -> dict:
+    """Return the parameter schema of a tool with the reference at its top resolved."""
+    schema = schemas.resolve_reference(parameters)
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        kind = schema.get("type") if isinstance(schema, dict) else schema
         raise SettingError(
-            f"the parameters of tool {name!r} are of type "
-            f"{found.get('type') if isinstance(found, dict) else found!r}: they must be an object"
+            f"the parameters of tool {name!r} have the type {kind!r}: their schema must be of type "
+            "'object'"
         )
-    if "$ref" in found:
+    if "$ref" in schema:
         raise SettingError(
-            f"the parameters of tool {name!r} are {found['$ref']!r}, which cannot be followed: "
-            "write the object in its place"
+            f"the parameters of tool {name!r} are {schema['$ref']!r}, a reference that cannot be "
+            "followed: write the object in its place"
         )
-    return {**found, "type": "object"}
+    return {**schema, "type": "object"}

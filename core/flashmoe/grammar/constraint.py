@@ -1,10 +1,13 @@
-"""What the next token may be: llguidance's masks, bans, and the tokens that have no alternative.
+"""Constrain the next token: llguidance's masks, banned tokens, and tokens without an alternative.
 
-An answer without a grammar is left alone. A grammar for all of it (a schema, a call that is
-required) begins after the thought; one for a tool call begins when the model opens a call.
+An answer without a grammar is not constrained. A grammar for the whole answer (a response format,
+or a required tool call) begins after the reasoning; a grammar for one tool call begins when the
+model opens a call.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,230 +15,260 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from ..chat.special_tokens import Control
+from ..chat.special_tokens import SpecialTokens
 from ..chat.tools import Tool
 from ..errors import SettingError
 from ..requests import Request
-from . import response as grammars
-from . import tool_calls as call_grammars
 from .numbers import NumberGuard
+from .response import ResponseFormat
+from .tool_calls import tool_call_rules
 
-#: More digits than one token has.
+#: More digits than any token starts with.
 _LONGEST_DIGITS = 20
 
 
-class Matchers:
-    """Makes matchers for one tokenizer. The first one reads its vocabulary: seconds for a large
-    one.
+class MatcherFactory:
+    """Creates llguidance's matchers for one tokenizer.
+
+    The first matcher reads the vocabulary, which takes seconds for a large one.
 
     Args:
-        tokenizer: mlx-lm's wrapper.
-        control: its control tokens.
-        width: of the logits, which may be wider than the vocabulary.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        special: the special tokens of the tokenizer.
+        width: the width of the logits, which may be greater than the size of the vocabulary.
     """
 
-    def __init__(self, tokenizer, control: Control, width: int):
+    def __init__(self, tokenizer: Any, special: SpecialTokens, width: int):
         self._tokenizer = tokenizer
-        self._end = sorted(control.end)
+        self._end = sorted(special.answer_end)
         self.width = width
-        self._read: LLTokenizer | None = None
-        self._digits: np.ndarray | None = None
+        self._vocabulary: LLTokenizer | None = None
+        self._leading_digits: np.ndarray | None = None
 
-    def text(self, tokens: list[int]) -> str:
-        """The text of generated tokens."""
-        return self._read.decode_str(tokens)
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of generated tokens."""
+        return self._read_vocabulary().decode_str(tokens)
 
     @property
-    def digits(self) -> np.ndarray:
-        """(width,) int: how many digits each token starts with."""
-        if self._digits is None:
-            texts = [self._read.decode_bytes([i]) for i in range(self.width)]
-            self._digits = np.array([len(t) - len(t.lstrip(b"0123456789")) for t in texts])
-        return self._digits
+    def leading_digits(self) -> np.ndarray:
+        """The number of digits that each token starts with: (width,) int."""
+        if self._leading_digits is None:
+            vocabulary = self._read_vocabulary()
+            texts = [vocabulary.decode_bytes([i]) for i in range(self.width)]
+            counts = [len(t) - len(t.lstrip(b"0123456789")) for t in texts]
+            self._leading_digits = np.array(counts)
+        return self._leading_digits
 
-    def new(self, lark: str) -> LLMatcher:
-        """A matcher at the start of a Lark grammar.
+    def create(self, lark: str) -> LLMatcher:
+        """Return a matcher at the start of a Lark grammar.
 
         Raises:
-            SettingError: llguidance does not take the grammar.
+            SettingError: llguidance cannot enforce the grammar.
         """
-        if self._read is None:
-            self._read = from_tokenizer(
-                self._tokenizer._tokenizer, n_vocab=self.width, eos_token=self._end
-            )
-        matcher = LLMatcher(self._read, LLMatcher.grammar_from_lark(lark), log_level=0)
+        grammar = LLMatcher.grammar_from_lark(lark)
+        matcher = LLMatcher(self._read_vocabulary(), grammar, log_level=0)
         if matcher.is_error():
             raise SettingError(f"the grammar cannot be enforced: {matcher.get_error()[:500]}")
         return matcher
 
+    def _read_vocabulary(self) -> LLTokenizer:
+        if self._vocabulary is None:
+            self._vocabulary = from_tokenizer(
+                self._tokenizer._tokenizer, n_vocab=self.width, eos_token=self._end
+            )
+        return self._vocabulary
+
 
 class Constraint:
-    """The constraint of one answer. `start`, then for each token `mask` and `accept`.
+    """Constrains the tokens of one answer.
+
+    Call `begin_answer` first, then `mask` and `accept` for each token.
 
     Args:
-        matchers: for the model's tokenizer.
-        control: its control tokens.
-        newlines: the tokens of "\\n" and of "\\n\\n", which stand around the end of a thought.
-        request: the request; tools: its tools; document: its structured answer.
-        in_thought: the prompt left a thought open.
+        matchers: creates matchers for the model's tokenizer.
+        special: the special tokens of the tokenizer.
+        newlines: the tokens of "\\n" and of "\\n\\n", which stand around the end of reasoning.
+        request: the request.
+        tools: the tools of the request, by name.
+        response_format: the response format of the request; None for text.
+        in_reasoning: the prompt ends inside reasoning.
 
     Attributes:
-        finished: the grammar is complete: the answer ends here.
-        demands: the whole answer must follow a grammar.
+        finished: the grammar is complete, so the answer ends here.
+        covers_answer: the whole answer must follow a grammar.
+
+    Raises:
+        SettingError: llguidance cannot enforce the grammar.
     """
 
     def __init__(
         self,
-        matchers: Matchers,
-        control: Control,
+        matchers: MatcherFactory,
+        special: SpecialTokens,
         newlines: tuple[list[int], list[int]],
         request: Request,
         tools: dict[str, Tool],
-        document: grammars.Document | None,
-        in_thought: bool,
+        response_format: ResponseFormat | None,
+        in_reasoning: bool,
     ):
         self._matchers = matchers
-        self._control = control
+        self._special = special
         self._newline, self._blank_line = newlines
         self._budget = request.thinking_budget
-        self._thought = 0
-        self._in_thought = in_thought
+        self._reasoning_tokens = 0
+        self._in_reasoning = in_reasoning
         self._matcher: LLMatcher | None = None
         self._guard: NumberGuard | None = None
         self._tools = tools
-        # Regexes and Lark grammars say for themselves how long they are.
-        self._guarded = document is None or document.schema is not None
+        # Regexes and Lark grammars limit the length of their numbers themselves.
+        self._guarded = response_format is None or response_format.schema is not None
         self._parallel = request.parallel_tool_calls
         self._no_calls = bool(tools) and request.tool_choice == "none"
-        self._whole, self._call = _grammars(request, tools, document, control)
+        self._answer_grammar, self._call_grammar = _grammars(
+            request, tools, response_format, special
+        )
         self._bitmask = allocate_token_bitmask(1, matchers.width)
         self.finished = False
-        self.demands = self._whole is not None
-        for lark in (self._whole, self._call):
+        self.covers_answer = self._answer_grammar is not None
+        for lark in (self._answer_grammar, self._call_grammar):
             if lark is not None:
-                matchers.new(lark)  # what is refused is refused before any work
+                matchers.create(lark)  # a grammar is refused before the model does any work
 
-    def start(self) -> list[int]:
-        """Tokens that follow the prompt without an alternative."""
-        if not self._in_thought:
-            return self._begin_answer()
-        return self._close_thought() if self._budget == 0 else []
+    def begin_answer(self) -> list[int]:
+        """Begin the answer, and return the tokens that follow the prompt without an alternative."""
+        if not self._in_reasoning:
+            return self._begin_answer_grammar()
+        return self._close_reasoning() if self._budget == 0 else []
 
     def mask(self, logits: mx.array) -> mx.array:
-        """The logits (1, width), -inf where a token is not allowed now."""
+        """Return the logits (1, width), with -inf for each token that is not allowed now."""
         if self._matcher is not None:
             fill_next_token_bitmask(self._matcher, self._bitmask, 0)
             bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
             allowed = bits[: logits.shape[-1]].astype(bool)
-            if self._guard is not None and self._guard.room < _LONGEST_DIGITS:
-                shorter = allowed & (self._matchers.digits <= self._guard.room)
+            if self._guard is not None and self._guard.digits_left < _LONGEST_DIGITS:
+                shorter = allowed & (self._matchers.leading_digits <= self._guard.digits_left)
                 allowed = shorter if shorter.any() else allowed
             return mx.where(mx.array(allowed)[None], logits, -mx.inf)
-        banned = set()
-        if self._in_thought and self.demands:
-            banned = self._control.end | {self._control.call_start}
+        banned: set[int | None] = set()
+        if self._in_reasoning and self.covers_answer:
+            banned = {*self._special.answer_end, self._special.call_start}
         elif self._no_calls:
-            banned = {self._control.call_start}
-        if self._budget is not None and self._thought >= self._budget:
-            banned = banned | {self._control.think_start}
-        banned = sorted(t for t in banned if t is not None)
-        return logits.at[:, mx.array(banned)].add(-mx.inf) if banned else logits
+            banned = {self._special.call_start}
+        if self._budget is not None and self._reasoning_tokens >= self._budget:
+            banned = banned | {self._special.think_start}
+        tokens = sorted(t for t in banned if t is not None)
+        return logits.at[:, mx.array(tokens)].add(-mx.inf) if tokens else logits
 
-    def ends(self, token: int) -> bool:
-        """Whether a picked token ends the answer."""
-        return token in self._control.end
+    def is_end(self, token: int) -> bool:
+        """Return whether a sampled token ends the answer."""
+        return token in self._special.answer_end
 
     def accept(self, token: int) -> list[int]:
-        """Take the next token; the tokens that now follow without an alternative, taken too."""
+        """Accept the next token, and the tokens that now follow without an alternative.
+
+        Returns:
+            Those tokens that follow.
+        """
         if self._matcher is not None:
             return self._consume([token])
-        control = self._control
-        if self._in_thought:
-            if token == control.think_end:
-                self._in_thought = False
-                return [*self._blank_line, *self._begin_answer()] if self.demands else []
-            self._thought += 1
-            spent = self._budget is not None and self._thought >= self._budget
-            return self._close_thought() if spent else []
-        if token == control.think_start:
-            self._in_thought = True
-        elif token == control.call_start and self._call is not None:
-            forced = self._begin(self._call)
-            self._follow([token, *forced])
+        special = self._special
+        if self._in_reasoning:
+            if token == special.think_end:
+                self._in_reasoning = False
+                if self.covers_answer:
+                    return [*self._blank_line, *self._begin_answer_grammar()]
+                return []
+            self._reasoning_tokens += 1
+            spent = self._budget is not None and self._reasoning_tokens >= self._budget
+            return self._close_reasoning() if spent else []
+        if token == special.think_start:
+            self._in_reasoning = True
+        elif token == special.call_start and self._call_grammar is not None:
+            forced = self._begin_grammar(self._call_grammar)
+            self._update_guard([token, *forced])
             return forced
         return []
 
-    def _begin_answer(self) -> list[int]:
-        return [] if self._whole is None else self._begin(self._whole)
+    def _begin_answer_grammar(self) -> list[int]:
+        return [] if self._answer_grammar is None else self._begin_grammar(self._answer_grammar)
 
-    def _begin(self, lark: str) -> list[int]:
-        self._matcher = self._matchers.new(lark)
+    def _begin_grammar(self, lark: str) -> list[int]:
+        """Constrain the tokens from here on by a grammar; return the tokens that it forces."""
+        self._matcher = self._matchers.create(lark)
         self._guard = NumberGuard() if self._guarded else None
         return self._consume([])
 
-    def _close_thought(self) -> list[int]:
-        self._in_thought = False
-        closing = [*self._newline, self._control.think_end, *self._blank_line]
-        return closing + self._begin_answer()
+    def _close_reasoning(self) -> list[int]:
+        self._in_reasoning = False
+        assert self._special.think_end is not None, "there is no reasoning without its markers"
+        closing = [*self._newline, self._special.think_end, *self._blank_line]
+        return closing + self._begin_answer_grammar()
 
     def _consume(self, tokens: list[int]) -> list[int]:
-        """Feed tokens to the matcher, then what it forces; the latter."""
+        """Feed tokens to the matcher, then the tokens that it forces; return the forced tokens."""
+        matcher = self._matcher
+        assert matcher is not None, "callers have begun a grammar"
         for token in tokens:
-            if not self._matcher.consume_token(token):
-                raise self._broken("a masked token was sampled")
-        forced = []
-        while not self._matcher.is_stopped() and (more := self._matcher.compute_ff_tokens()):
-            self._matcher.consume_tokens(more)
+            if not matcher.consume_token(token):
+                raise self._matcher_error(matcher, "a masked token was sampled")
+        forced: list[int] = []
+        while not matcher.is_stopped() and (more := matcher.compute_ff_tokens()):
+            matcher.consume_tokens(more)
             forced += more
-        if self._matcher.is_error():
-            raise self._broken("the grammar failed")
-        self._follow([*tokens, *forced])
-        if self._matcher.is_stopped():
-            # The end of all, or of one call among text.
-            self.finished = self.demands or not self._parallel
+        if matcher.is_error():
+            raise self._matcher_error(matcher, "the grammar failed")
+        self._update_guard([*tokens, *forced])
+        if matcher.is_stopped():
+            # The grammar ends with the whole answer, or with one call among text.
+            self.finished = self.covers_answer or not self._parallel
             self._matcher = None
         return forced
 
-    def _broken(self, what: str) -> Exception:
-        error = self._matcher.get_error()[:500]
-        # Its stop reason does not say so.
+    def _matcher_error(self, matcher: LLMatcher, what: str) -> Exception:
+        error = matcher.get_error()[:500]
+        # The matcher's stop reason does not tell this case, so its text must.
         if "; max is " in error:
             return SettingError(
-                f"the schemas or the grammar are too large to be enforced ({error}): ask for "
-                "less at a time"
+                f"the schemas or the grammar are too large to be enforced ({error}): use fewer or "
+                "smaller ones in one request"
             )
         return RuntimeError(f"{what}: {error}")
 
-    def _follow(self, tokens: list[int]) -> None:
-        """Tell the guard what came."""
+    def _update_guard(self, tokens: list[int]) -> None:
+        """Feed the text of the tokens that came to the number guard."""
         if self._guard is None:
             return
-        if tokens and tokens[0] == self._control.call_start:
-            coder = self._control.style == "qwen3_coder"
-            self._guard = NumberGuard(self._tools if coder else None)
-        self._guard.feed(self._matchers.text(tokens))
+        if tokens and tokens[0] == self._special.call_start:
+            raw_values = self._special.tool_parser == "qwen3_coder"
+            self._guard = NumberGuard(self._tools if raw_values else None)
+        self._guard.feed(self._matchers.decode(tokens))
 
 
 def _grammars(
     request: Request,
     tools: dict[str, Tool],
-    document: grammars.Document | None,
-    control: Control,
+    response_format: ResponseFormat | None,
+    special: SpecialTokens,
 ) -> tuple[str | None, str | None]:
-    """Lark grammars: (for the whole answer, for a call from after its start marker)."""
+    """Return the Lark grammars of the whole answer, and of a call after its start marker."""
     if not request.constrain:
         return None, None
     choice = request.tool_choice
     rules, starts = "", []
     if tools and choice != "none":
         chosen = {choice: tools[choice]} if choice in tools else tools
-        markers = control.call_start, control.call_end
-        rules = call_grammars.calls_rules(chosen, control.style, *markers)
-        if document is None and choice == "auto":
+        # ChatTemplate.build_prompt has refused tools where there is no parser; without a parser
+        # SpecialTokens has no markers.
+        assert special.tool_parser is not None
+        assert special.call_start is not None
+        assert special.call_end is not None
+        rules = tool_call_rules(chosen, special.tool_parser, special.call_start, special.call_end)
+        if response_format is None and choice == "auto":
             return None, f"start: body\n{rules}"
-        more = request.parallel_tool_calls and choice not in tools
-        starts.append('call ("\\n" call)*' if more else "call")
-    if document is not None and (choice in ("auto", "none") or not tools):
+        several = request.parallel_tool_calls and choice not in tools
+        starts.append('call ("\\n" call)*' if several else "call")
+    if response_format is not None and (choice in ("auto", "none") or not tools):
         starts.append("document")
-        rules += document.rules
+        rules += response_format.rules
     return (f"start: {' | '.join(starts)}\n{rules}", None) if starts else (None, None)

@@ -1,9 +1,10 @@
-"""Keeps numbers of constrained JSON finite.
+"""Limit the digits of numbers in constrained JSON.
 
-A grammar lets a number go on for ever, and a weak model does: `"age": 99999999...` until
-max_tokens. Here an integer has at most 40 digits, more than 128 bits; a decimal number 15 in all,
-so that reading it rounds it to no other one (83.99999999999999999 is 84 to a float, and no longer
-below 84); an exponent is at most 299, so that it is finite. Text and JSON strings have any.
+A grammar lets a number go on for ever, and a weak model writes `"age": 99999999...` until
+max_tokens. Here an integer has at most 40 digits, which is more than 128 bits. A decimal number has
+at most 15 digits in all, so that parsing it as a float does not round it to another one
+(83.99999999999999999 is 84 as a float, and no longer below 84). An exponent is at most 299, so that
+the number is finite. Digits in raw text and in JSON strings are not limited.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import re
 
 from ..chat import json_schema as schemas
 from ..chat.tools import Tool
-from .tool_calls import holds_text
+from .tool_calls import may_be_text
 
-#: Digits of the parts of a number, by what was seen last.
-LIMITS = {"integer": 40, "fraction": 15, "exponent": 2}
+#: The most digits of a number, by the part of the number that was seen last.
+MAX_DIGITS = {"integer": 40, "fraction": 15, "exponent": 2}
 _THIRD_DIGIT_UP_TO = 29
 
 _TAG = re.compile(r"<(function|parameter)=([^<>\n]+)>\n")
@@ -23,10 +24,11 @@ _CLOSING = "\n</parameter>\n"
 
 
 class NumberGuard:
-    """Follows the text of a document, or of calls in one of the formats.
+    """Follows JSON text, or the text of tool calls, and counts the digits of its numbers.
 
     Args:
-        tools: given for the Coder format alone, whose values may be raw text.
+        tools: the tools by name, for the text of calls in the Coder format, whose values may be raw
+            text; None for JSON and for calls in the Hermes format.
     """
 
     def __init__(self, tools: dict[str, Tool] | None = None):
@@ -35,44 +37,44 @@ class NumberGuard:
         self._part = "integer"
         self._exponent = ""
         self._in_string = self._escaped = False
-        # Of the Coder format: the text since the last tag, and what is open.
+        # For the Coder format: the text since the last tag, and how much of it was followed.
         self._rest = ""
-        self._read = 0  # how much of it was followed
+        self._read = 0
         self._function = ""
-        self._open: str | None = None  # "json", "text", or None between parameters
+        self._value_kind: str | None = None  # "json", "text", or None between parameters
 
     @property
-    def room(self) -> int:
-        """How many digits may come next, one after the other."""
-        if self._part == "exponent" and self._digits >= LIMITS[self._part]:
+    def digits_left(self) -> int:
+        """The number of digits that may follow, one after the other."""
+        if self._part == "exponent" and self._digits >= MAX_DIGITS[self._part]:
             return int(self._digits == 2 and int(self._exponent) <= _THIRD_DIGIT_UP_TO)
-        return max(0, LIMITS[self._part] - self._digits)
+        return max(0, MAX_DIGITS[self._part] - self._digits)
 
     def feed(self, text: str) -> None:
-        """Follow the next piece of text, however it is cut."""
+        """Follow the next piece of text, wherever it is cut."""
         if self._tools is None:
-            self._json(text)
+            self._follow_json(text)
         else:
             self._rest += text
-            while self._tag():
+            while self._pass_tag(self._tools):
                 pass
-            if self._open == "json":
-                self._json(self._rest[self._read :])
+            if self._value_kind == "json":
+                self._follow_json(self._rest[self._read :])
             self._read = len(self._rest)
 
-    def _tag(self) -> bool:
-        """Go past the next tag, if it is there."""
-        if self._open is not None:
+    def _pass_tag(self, tools: dict[str, Tool]) -> bool:
+        """Go past the next tag; return False if it has not come yet."""
+        if self._value_kind is not None:
             end = self._rest.find(_CLOSING, max(0, self._read - len(_CLOSING)))
             if end < 0:
                 return False
-            self._open, self._rest = None, self._rest[end + len(_CLOSING) :]
+            self._value_kind, self._rest = None, self._rest[end + len(_CLOSING) :]
         elif match := _TAG.search(self._rest):
             if match[1] == "function":
                 self._function = match[2]
             else:
-                self._open = "text" if self._is_text(match[2]) else "json"
-            # With the line end, which may start the closing tag.
+                self._value_kind = "text" if self._is_text(match[2], tools) else "json"
+            # The line end is kept: it may be the start of the closing tag.
             self._rest = self._rest[match.end() - 1 :]
         else:
             return False
@@ -80,13 +82,14 @@ class NumberGuard:
         self._in_string, self._escaped, self._read = False, False, 0
         return True
 
-    def _is_text(self, name: str) -> bool:
-        tool = self._tools.get(self._function)
+    def _is_text(self, name: str, tools: dict[str, Tool]) -> bool:
+        """Return whether the value of a parameter may be raw text."""
+        tool = tools.get(self._function)
         if tool is None or name not in tool.parameters.get("properties", {}):
             return True
-        return holds_text(schemas.parameter(tool.parameters, name))
+        return may_be_text(schemas.property_schema(tool.parameters, name))
 
-    def _json(self, text: str) -> None:
+    def _follow_json(self, text: str) -> None:
         for c in text:
             if self._in_string:
                 self._in_string = self._escaped or c != '"'

@@ -1,8 +1,8 @@
-"""Grammars that the answer must follow, as llguidance takes them: Lark rules with JSON schemas.
+"""Write the grammars of response formats for llguidance: Lark rules that contain JSON schemas.
 
-JSON is written with ", " and ": " and no other white space: a weak model given free white space
-may write it for ever. A schema that llguidance cannot enforce whole is enforced as far as it can
-be, and what comes out is held against the whole schema afterwards.
+JSON is written with ", " and ": " and no other white space, because a weak model that may write any
+white space may write it for ever. A schema that llguidance cannot enforce completely is enforced as
+far as possible, and the answer is validated against the complete schema afterwards.
 """
 
 from __future__ import annotations
@@ -24,44 +24,51 @@ _LAYOUT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator"
 
 
 @dataclass(frozen=True)
-class Document:
-    """A structured answer: the Lark rules of it (`start` is called `document`), and the schema
-    that its JSON must satisfy, or None when it is no JSON."""
+class ResponseFormat:
+    """A format that the answer must have.
+
+    Attributes:
+        rules: the Lark rules of the format, of which the first one is called `document`.
+        schema: the JSON schema that the answer must satisfy; None for regexes and Lark grammars.
+    """
 
     rules: str
     schema: dict | bool | None
 
 
-def document(wanted: dict) -> Document | None:
-    """What `Request.response_format` asks for; None for plain text.
+def read_response_format(wanted: dict) -> ResponseFormat | None:
+    """Return the format that a `Request.response_format` asks for, or None for plain text.
+
+    Args:
+        wanted: a response_format that `flashmoe.requests.check_request` has checked.
 
     Raises:
-        SettingError: the schema or grammar is not one, or cannot be enforced.
+        SettingError: the schema or grammar is invalid, or cannot be enforced.
     """
     kind = wanted["type"]
     if kind == "text":
         return None
     if kind == "regex":
-        rules = f"document: DOCUMENT\nDOCUMENT: {regex(wanted['pattern'])}\n"
-        _check(rules, "document", f"the pattern {wanted['pattern']!r}")
-        return Document(rules, None)
+        rules = f"document: DOCUMENT\nDOCUMENT: {lark_regex(wanted['pattern'])}\n"
+        _check_rules(rules, f"the pattern {wanted['pattern']!r}")
+        return ResponseFormat(rules, None)
     if kind == "lark":
-        # Nested, so that its own `start` and names stay apart from ours.
+        # The grammar is nested, so that its `start` and other names do not clash with ours.
         rules = f"document: %lark {{\n{wanted['grammar']}\n}}\n"
-        _check(rules, "document", "the Lark grammar")
-        return Document(rules, None)
+        _check_rules(rules, "the Lark grammar")
+        return ResponseFormat(rules, None)
     schema = {"type": "object"} if kind == "json_object" else wanted["schema"]
     schemas.check_schema(schema, "the schema of response_format")
-    return Document(f"document: {json_rule(schema)}\n", schema)
+    return ResponseFormat(f"document: {json_rule(schema)}\n", schema)
 
 
-def literal(text: str) -> str:
-    """A Lark string for exactly this text."""
+def lark_string(text: str) -> str:
+    """Return the Lark string that matches exactly this text."""
     return json.dumps(text)
 
 
-def regex(pattern: str) -> str:
-    """A Lark regex; slashes and line ends would end it."""
+def lark_regex(pattern: str) -> str:
+    """Return a pattern as a Lark regex, in which slashes and line ends must be escaped."""
     escaped, backslash = "", False
     for c in pattern:
         escape = "" if backslash else "\\"
@@ -71,10 +78,10 @@ def regex(pattern: str) -> str:
 
 
 def json_rule(schema: dict | bool) -> str:
-    """The Lark item for JSON that satisfies a schema, as far as that can be enforced.
+    """Return the Lark item for JSON that satisfies a schema, as far as that can be enforced.
 
     Raises:
-        SettingError: nothing satisfies the schema, or llguidance cannot read it.
+        SettingError: no value satisfies the schema, or llguidance cannot read it.
     """
     return _json_rule(json.dumps(schema))
 
@@ -83,43 +90,52 @@ def json_rule(schema: dict | bool) -> str:
 def _json_rule(text: str) -> str:
     schema = json.loads(text)
     if schema is False:
-        raise SettingError("the schema is false: nothing satisfies it")
-    for candidate in (schemas.closed(schema), schema):
-        rule = _item(candidate)
-        wrong = fault(f"start: {rule}\n")
-        if wrong is None:
+        raise SettingError("the schema is false, so no value satisfies it: use another schema")
+    for candidate in (schemas.close_objects(schema), schema):
+        rule = _json_item(candidate)
+        error = grammar_error(f"start: {rule}\n")
+        if error is None:
             return rule
-    plain = schemas.without_patterns(schema, refuses_pattern)
-    for candidate in (schemas.closed(plain), plain):
-        rule = _item(candidate, lenient=True)
-        if fault(f"start: {rule}\n") is None:
-            log.warning("the grammar does not enforce the whole schema (%s)", wrong)
+    plain = schemas.drop_patterns(schema, is_unsupported_pattern)
+    for candidate in (schemas.close_objects(plain), plain):
+        rule = _json_item(candidate, lenient=True)
+        if grammar_error(f"start: {rule}\n") is None:
+            log.warning("the grammar cannot enforce the complete schema (%s)", error)
             return rule
-    raise SettingError(f"the schema {text[:200]} cannot be enforced: {wrong}")
+    raise SettingError(f"the schema {text[:200]} cannot be enforced: {error}")
 
 
-def _item(schema: dict | bool, lenient: bool = False) -> str:
+def _json_item(schema: dict | bool, lenient: bool = False) -> str:
+    """Return llguidance's Lark item for a schema.
+
+    Args:
+        lenient: leave out what llguidance cannot enforce.
+    """
     options = {**_LAYOUT, "lenient": True} if lenient else _LAYOUT
-    return "%json " + json.dumps({**({} if schema is True else schema), "x-guidance": options})
+    keywords = schema if isinstance(schema, dict) else {}
+    return "%json " + json.dumps({**keywords, "x-guidance": options})
 
 
 @lru_cache(maxsize=256)
-def refuses_pattern(pattern: str) -> bool:
-    """Whether llguidance cannot hold strings to a `pattern` of JSON schema."""
-    return fault(f"start: {_item({'type': 'string', 'pattern': pattern})}\n") is not None
+def is_unsupported_pattern(pattern: str) -> bool:
+    """Return whether llguidance cannot enforce this `pattern` of a JSON schema."""
+    return (
+        grammar_error(f"start: {_json_item({'type': 'string', 'pattern': pattern})}\n") is not None
+    )
 
 
-def fault(lark: str) -> str | None:
-    """What llguidance says against a grammar, in one line; None when nothing."""
+def grammar_error(lark: str) -> str | None:
+    """Return llguidance's error for a Lark grammar, in one line, or None if it has none."""
     failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark))
     if not failed:
         return None
-    # The place in the grammar is left out: the grammar is ours, not the user's.
+    # The place in the grammar is left out, because users have not seen this grammar.
     text = re.split(r" \d+ \| ", " ".join(messages[0].split()))[0]
     return re.sub(r"^((at )?\d+\(\d+\): )*(failed to compile JSON schema: )?", "", text)
 
 
-def _check(rules: str, start: str, what: str) -> None:
-    wrong = fault(f"start: {start}\n{rules}")
-    if wrong is not None:
-        raise SettingError(f"{what} cannot be enforced: {wrong}")
+def _check_rules(rules: str, what: str) -> None:
+    """Raise a SettingError that names `what` if llguidance cannot enforce the rules."""
+    error = grammar_error(f"start: document\n{rules}")
+    if error is not None:
+        raise SettingError(f"{what} cannot be enforced: {error}")

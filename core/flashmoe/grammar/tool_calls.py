@@ -1,31 +1,40 @@
-"""Grammars of tool calls, in the two formats that `tool_formats` reads.
+"""Write the grammars of tool calls, in the two formats that `flashmoe.chat.tool_parsers` parses.
 
-A parameter of the Coder format is raw text when its schema may be a string, and ends at the first
-closing tag. What a raw text cannot be held to here is checked when the call has been read. Where
-it may be a constrained text or JSON, all that the grammar takes fits; not all that fits is taken.
+In the Coder format, the value of a parameter is raw text if its schema allows a string, and ends at
+the first closing tag. What a grammar cannot enforce on raw text is checked after the call has been
+parsed. Where a value may be either a constrained text or JSON, every value that the grammar accepts
+fits the schema, but the grammar does not accept every value that fits.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from ..chat import json_schema as schemas
-from ..chat.tool_parsers import ENDS_NO_LINE, IN_NO_VALUE
+from ..chat.tool_parsers import NEVER_ENDS_LINE, NEVER_IN_VALUE
 from ..chat.tools import Tool
 from ..errors import SettingError
-from .response import fault, json_rule, literal, refuses_pattern, regex
+from .response import grammar_error, is_unsupported_pattern, json_rule, lark_regex, lark_string
 
 
-def calls_rules(tools: dict[str, Tool], style: str, start: int, end: int) -> str:
-    """Lark rules for tool calls: `body` is one, from after its start marker to its end marker;
-    `call` is one with its start marker.
+def tool_call_rules(tools: dict[str, Tool], tool_parser: str, start: int, end: int) -> str:
+    """Return the Lark rules of tool calls.
+
+    The rule `body` is one call from after its start marker up to its end marker, and `call` is one
+    call with its start marker.
 
     Args:
-        style: a key of `tool_formats.FORMATS`.
+        tools: the tools that may be called, by name; at least one.
+        tool_parser: the format, a key of `flashmoe.chat.tool_parsers.TOOL_PARSERS`.
         start, end: the marker tokens.
+
+    Raises:
+        SettingError: names the tool that cannot be enforced, and why.
     """
-    write = {"qwen3_coder": _coder, "json_tools": _hermes}[style]
+    write = {"qwen3_coder": _coder, "json_tools": _hermes}[tool_parser]
     rules = [f"call: <[{start}]> body\n"]
     bodies = []
     for index, tool in enumerate(tools.values()):
@@ -39,114 +48,134 @@ def calls_rules(tools: dict[str, Tool], style: str, start: int, end: int) -> str
 
 
 def _hermes(rule: str, tool: Tool) -> str:
+    """Return the Lark rules of a call in the Hermes format, between its markers."""
     name = json.dumps(tool.name, ensure_ascii=False)
-    head, tail = literal(f'\n{{"name": {name}, "arguments": '), literal("}\n")
+    head, tail = lark_string(f'\n{{"name": {name}, "arguments": '), lark_string("}\n")
     return f"{rule}: {head} {rule}a {tail}\n{rule}a: {json_rule(tool.parameters)}\n"
 
 
 def _coder(rule: str, tool: Tool) -> str:
+    """Return the Lark rules of a call in the Coder format, between its markers."""
     schema = tool.parameters
     listed = schema.get("properties", {})
     required = set(schema.get("required", ()))
     if not required <= listed.keys():
-        raise SettingError(f"required names {required - listed.keys()}, which are no properties")
+        unknown = ", ".join(map(repr, sorted(required - listed.keys())))
+        raise SettingError(
+            f"its schema requires {unknown} but does not list it in properties: add it there, or "
+            "remove it from required"
+        )
     order, rules = [], []
     for index, name in enumerate(listed):
         if any(c in name for c in "<>\n") or name != name.strip() or not name:
             raise SettingError(
                 f"the parameter {name!r} cannot be told from the format around it: use a name "
-                "without <, > and space at its ends"
+                "without <, > and line ends, and without white space at its ends"
             )
         if listed[name] is False:
             if name in required:
-                raise SettingError(f"the parameter {name!r} is required, but its schema is false")
+                raise SettingError(
+                    f"the parameter {name!r} is required, but its schema is false, so it has no "
+                    "value: use another schema"
+                )
             continue
         value = f"{rule}p{index}"
-        opening = literal(f"<parameter={name}>\n")
+        opening = lark_string(f"<parameter={name}>\n")
         rules.append(f"{value}: {opening} {value}v\n")
-        rules.append(_coder_value(f"{value}v", schemas.parameter(schema, name)))
+        rules.append(_coder_value(f"{value}v", schemas.property_schema(schema, name)))
         order.append(value if name in required else f"{value}?")
     others = schema.get("additionalProperties", True)
     if "properties" not in schema and others is not False:
-        # A tool that lists no parameters takes any.
+        # A tool that does not list its parameters takes any.
         rules.append(f'{rule}x: "<parameter=" {rule.upper()}N ">\\n" {rule}xv\n')
         rules.append(f"{rule.upper()}N: /[^<>\\s]([^<>\\n]*[^<>\\s])?/\n")
         rules.append(_coder_value(f"{rule}xv", others))
         order.append(f"{rule}x*")
-    head, tail = literal(f"\n<function={tool.name}>\n"), literal("</function>\n")
+    head, tail = lark_string(f"\n<function={tool.name}>\n"), lark_string("</function>\n")
     return "".join([f"{rule}: {head} {' '.join(order)} {tail}\n", *rules])
 
 
 _CLOSING = "\n</parameter>\n"
-#: Raw text that `tool_formats` would read as something else.
+#: A Lark regex of raw texts that `tool_parsers` would parse as something else.
 _UNREADABLE = (
-    f"/(?s:.*){IN_NO_VALUE}(?s:.*)|(?s:.*){ENDS_NO_LINE}(\\n(?s:.*))?"
+    f"/(?s:.*){NEVER_IN_VALUE}(?s:.*)|(?s:.*){NEVER_ENDS_LINE}(\\n(?s:.*))?"
     "|((?s:.*)\\n)?<\\/parameter>(\\n(?s:.*))?/"
 )
 
-_TEXT = {"type", "minLength", "maxLength", "pattern"}
+_TEXT_KEYWORDS = {"type", "minLength", "maxLength", "pattern"}
 _ROOTS = {"$defs", "$schema"}
-#: llguidance gives up on texts that must be several thousand characters long.
-_LONGEST_LOW = 1000
+#: The highest minLength that is enforced: llguidance gives up on texts that must be several
+#: thousand characters long.
+_MAX_ENFORCED_MIN_LENGTH = 1000
 
 
-def _unreadable(value) -> bool:
+def _unreadable(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(_UNREADABLE[1:-1], value) is not None
 
 
 def _coder_value(rule: str, schema: dict | bool) -> str:
-    """Lark rules for a raw value and its closing tag."""
-    texts, words, parts = [], [], []
+    """Return the Lark rules of a raw value and its closing tag."""
+    texts: list[dict] = []
+    literals: list[Any] = []
+    json_values: list[dict] = []
     for kind, value in _kinds(schema):
-        {"text": texts, "literal": words, "json": parts}[kind].append(value)
-    readable = [v for v in words if not _unreadable(v)]
-    if words and not (readable or texts or parts):
-        raise SettingError(f"the values {words} cannot be told from the format around them")
-    words = readable
-    strings = [v for v in words if isinstance(v, str)]
-    if parts and not (texts or strings):
-        return f"{rule}: {rule}j {literal(_CLOSING)}\n{rule}j: {json_rule(schema)}\n"
+        {"text": texts, "literal": literals, "json": json_values}[kind].append(value)
+    readable = [v for v in literals if not _unreadable(v)]
+    if literals and not (readable or texts or json_values):
+        raise SettingError(
+            f"the values {literals} cannot be told from the format around them: use values without "
+            "<parameter=...>, <function=...> and </parameter>"
+        )
+    literals = readable
+    strings = [v for v in literals if isinstance(v, str)]
+    if json_values and not (texts or strings):
+        return f"{rule}: {rule}j {lark_string(_CLOSING)}\n{rule}j: {json_rule(schema)}\n"
     terminal = rule.upper()
-    written = [*map(_text, texts)]
-    if _ANY_TEXT in written:
-        # All that the others could be.
-        written, words, parts = [_ANY_TEXT], [], []
-    if parts:
-        parts += [{"type": _OPEN[type(v)], "const": v} for v in words if type(v) in _OPEN]
-        words = [v for v in words if type(v) not in _OPEN]
-    body = " | ".join([*written, *map(_word, words)])
-    if written:
+    patterns = [*map(_text, texts)]
+    if _ANY_TEXT in patterns:
+        # Any text includes all other values.
+        patterns, literals, json_values = [_ANY_TEXT], [], []
+    if json_values:
+        # Arrays and objects among the literals belong to the JSON rule.
+        json_values += [
+            {"type": _CONTAINERS[type(v)], "const": v} for v in literals if type(v) in _CONTAINERS
+        ]
+        literals = [v for v in literals if type(v) not in _CONTAINERS]
+    body = " | ".join([*patterns, *map(_literal, literals)])
+    if patterns:
         body = f"({body}) & ~{_UNREADABLE}"
-        # The lexer takes what may start a text for one, and does not come back to JSON.
-        starts = {_STARTS[p["type"]] for p in parts if p["type"] in _STARTS}
+        # The lexer takes what may be the start of a text for one, and does not go back to JSON.
+        starts = {_STARTS[v["type"]] for v in json_values if v["type"] in _STARTS}
         body += f" & ~/[{''.join(sorted(starts))}](?s:.*)/" if starts else ""
-    # Lazy, and with the closing tag inside: the value ends at the first one.
-    rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {literal(_CLOSING)}\n"
-    if not parts:
+    # The terminal is lazy and includes the closing tag, so the value ends at the first such tag.
+    rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {lark_string(_CLOSING)}\n"
+    if not json_values:
         return f"{rule}: {rule}t\n{rules}"
-    roots = {k: p[k] for p in parts for k in _ROOTS & p.keys()}
-    rules += f"{rule}j: {json_rule({'anyOf': parts, **roots})}\n"
-    return f"{rule}: {rule}t | {rule}j {literal(_CLOSING)}\n{rules}"
+    roots = {k: v[k] for v in json_values for k in _ROOTS & v.keys()}
+    rules += f"{rule}j: {json_rule({'anyOf': json_values, **roots})}\n"
+    return f"{rule}: {rule}t | {rule}j {lark_string(_CLOSING)}\n{rules}"
 
 
-def holds_text(schema: dict | bool) -> bool:
-    """Whether a raw value of that schema may be text, and not only JSON."""
+def may_be_text(schema: dict | bool) -> bool:
+    """Return whether a raw value of this schema may be text, and not only JSON."""
     return any(k == "text" or (k == "literal" and isinstance(v, str)) for k, v in _kinds(schema))
 
 
 _ANY_TEXT = "/(?s:.*)/"
-#: What JSON of a type starts with, where few texts do. Numbers are left to a text that may be one.
+#: The first character of JSON values of a type with which few texts start. Numbers are not listed:
+#: a value that may be a number or a text may start with a digit in either case.
 _STARTS = {"array": "\\[", "object": "{"}
-_OPEN = {list: "array", dict: "object"}
+_CONTAINERS: dict[type, str] = {list: "array", dict: "object"}
 
 
-def _word(value) -> str:
-    return literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+def _literal(value: Any) -> str:
+    """Return the Lark string of a value as it stands in a call."""
+    return lark_string(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _kinds(schema: dict | bool):
-    """What a value may be: ("literal", value), ("text", schema) or ("json", schema) each."""
-    schema = schemas.resolved(schema)
+def _kinds(schema: dict | bool) -> Iterator[tuple[str, Any]]:
+    """Yield what a value may be: ("literal", value), ("text", schema) or ("json", schema)."""
+    schema = schemas.resolve_reference(schema)
     if isinstance(schema, bool):
         yield "text", {}
     elif "enum" in schema or "const" in schema:
@@ -169,49 +198,52 @@ def _kinds(schema: dict | bool):
 
 
 def _union(schema: dict) -> list:
-    """The alternatives of a schema that says nothing beside them."""
+    """Return the alternatives of a schema that has no other constraints, or [] for any other."""
+    constraints = schema.keys() - schemas.ANNOTATIONS
     for key in ("anyOf", "oneOf", "allOf"):
-        if schema.keys() - schemas.NOTES == {key} and (key != "allOf" or len(schema[key]) == 1):
+        if constraints == {key} and (key != "allOf" or len(schema[key]) == 1):
             return schema[key]
     return []
 
 
 def _text(schema: dict) -> str:
-    """The strings of a schema, as far as a regex can say."""
-    if schema.keys() - schemas.NOTES - _TEXT:
+    """Return the Lark regex of the strings of a schema, as far as a regex can express them."""
+    if schema.keys() - schemas.ANNOTATIONS - _TEXT_KEYWORDS:
         return _ANY_TEXT
     parts = []
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
     if high != "" and low > high:
-        raise SettingError(f"Unsatisfiable schema: minLength ({low}) is above maxLength ({high})")
-    low = min(low, _LONGEST_LOW)
+        raise SettingError(
+            f"Unsatisfiable schema: minLength ({low}) is greater than maxLength ({high})"
+        )
+    low = min(low, _MAX_ENFORCED_MIN_LENGTH)
     if low or high != "":
         parts.append(f"/(?s:.{{{low},{high}}})/")
     pattern = schema.get("pattern")
-    if pattern and not refuses_pattern(pattern):
-        searched = regex("|".join(_searched(p) for p in _alternatives(pattern)))
-        if fault(f"start: P\nP: {searched}\n") is None:
+    if pattern and not is_unsupported_pattern(pattern):
+        searched = lark_regex("|".join(_searched(p) for p in _alternatives(pattern)))
+        if grammar_error(f"start: P\nP: {searched}\n") is None:
             parts.append(searched)
     return f"({' & '.join(parts)})" if parts else _ANY_TEXT
 
 
 def _searched(pattern: str) -> str:
-    """A pattern of JSON schema is searched for in the string: the regex of the whole string."""
+    """Return the regex of all strings in which a JSON schema's search for `pattern` succeeds."""
     start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
     core = f"({pattern[start : len(pattern) - end]})"
     return f"{'' if start else '(?s:.*)'}{core}{'' if end else '(?s:.*)'}"
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """The alternatives at the top of a regex, to each of which its anchors belong."""
-    found, depth, in_class, escaped = [""], 0, False, False
+    """Split a regex at its outermost "|", since an anchor belongs to one alternative only."""
+    parts, depth, in_class, escaped = [""], 0, False, False
     for c in pattern:
         if c == "|" and not (depth or in_class or escaped):
-            found.append("")
+            parts.append("")
             continue
         if not escaped:
             in_class = c != "]" if in_class else c == "["
             depth += 0 if in_class else (c == "(") - (c == ")")
         escaped = c == "\\" and not escaped
-        found[-1] += c
-    return found
+        parts[-1] += c
+    return parts

@@ -129,7 +129,9 @@ def judge_call(task: Task, calls: list[ToolCall]) -> str:
     """Passed: each call is of the right tool and fits it, and there is one; right: the first one
     also has the values that were asked for."""
     good = calls and all(
-        c.name == task.tool and c.error is None and schemas.fault(c.arguments, task.schema) is None
+        c.name == task.tool
+        and c.error is None
+        and schemas.validation_error(c.arguments, task.schema) is None
         for c in calls
     )
     if not good:
@@ -144,7 +146,7 @@ def judge_json(task: Task, text: str) -> str:
         value = schemas.loads(text)
     except (ValueError, RecursionError):
         return "wrong"
-    return "passed" if schemas.fault(value, task.schema) is None else "wrong"
+    return "passed" if schemas.validation_error(value, task.schema) is None else "wrong"
 
 
 def _plain(value):

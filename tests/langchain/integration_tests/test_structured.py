@@ -9,7 +9,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from pydantic import BaseModel, Field
 
 from flashmoe.catalog import DEMO
-from flashmoe.chat.json_schema import fault, loads
+from flashmoe.chat.json_schema import loads, validation_error
 from langchain_flashmoe import ChatFlashMoE, IncompleteOutput
 
 
@@ -57,7 +57,7 @@ async def test_answer_does_not_fit_the_class(method, seed):
     assert last == person
     as_dict = made.with_structured_output(Person.model_json_schema(), method=method)
     found = as_dict.invoke("Invent a person.")
-    assert fault(found, Person.model_json_schema()) is None
+    assert validation_error(found, Person.model_json_schema()) is None
     if method != "function_calling":
         assert found == person.model_dump()
 
@@ -129,7 +129,7 @@ def test_tool_is_called_against_the_choice(choice):
 def test_arguments_are_not_typed():
     message = model().bind_tools([register], tool_choice="any").invoke("Register Ann, 31.")
     (call,) = message.tool_calls
-    assert fault(call["args"]["person"], Person.model_json_schema()) is None
+    assert validation_error(call["args"]["person"], Person.model_json_schema()) is None
     assert isinstance(call["args"]["person"]["homes"][0]["number"], int)
 
 

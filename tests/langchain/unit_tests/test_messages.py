@@ -11,8 +11,8 @@ from langchain_core.messages import (
 )
 from qwen_tokenizers import tokenizer
 
-from flashmoe.chat.special_tokens import Control
-from flashmoe.chat.template import Template
+from flashmoe.chat.special_tokens import SpecialTokens
+from flashmoe.chat.template import ChatTemplate
 from langchain_flashmoe import InvalidRequest
 from langchain_flashmoe.messages import engine_messages
 
@@ -140,7 +140,9 @@ def test_prompt_of_qwen_differs():
         ToolMessage("4", tool_call_id="c2"),
         ToolMessage("boom", tool_call_id="c1", status="error"),
     ]
-    prompt = Template(made, Control.of(made)).prompt(engine_messages(conversation), think=True)
+    prompt = ChatTemplate(made, SpecialTokens.from_tokenizer(made)).build_prompt(
+        engine_messages(conversation), think=True
+    )
     text = made.decode(prompt.tokens)
     assert text == (
         "<|im_start|>system\nBe kind.\n\nBe brief.<|im_end|>\n"
