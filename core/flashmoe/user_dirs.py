@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
 from pathlib import Path
+
+from . import files
 
 #: The directory of settings, when it is not the platform's.
 ENV = "FLASHMOE_CONFIG"
@@ -32,6 +32,4 @@ def hub_cache() -> Path:
 def write_json(file: Path, content: dict) -> None:
     """Put `content` in place of a file at once. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as f:
-        json.dump(content, f, indent=1)
-    os.replace(f.name, file)
+    files.write_json(file, content, concurrent=True)

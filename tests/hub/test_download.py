@@ -382,7 +382,7 @@ def test_server_that_is_away_is_not_explained(process, hub):
 def test_download_fills_the_disk(flashmoe, hub, tmp_path):
     hub.claimed[WEIGHTS] = 10**16
     text = flashmoe(hub, "download", NAME, code=1)
-    refused(text, "does not fit", "10000.0 TB are missing", "are free in", "--to DIR")
+    refused(text, "does not fit", "10000.0 TB are missing", "must stay free", "--to DIR")
     assert hub.requests == []
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -235,8 +236,9 @@ def test_sizes_of_a_dry_run_are_not_those_of_the_files(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from flashmoe import cli, quantize
+from flashmoe import cli
 from flashmoe.checkpoint.safetensors_writer import ShardWriter
+from flashmoe.quantize import writer as quantize
 owner = {"write": ShardWriter, "finish": ShardWriter, "_finish": quantize.Run}[sys.argv[1]]
 method, left = getattr(owner, sys.argv[1]), int(sys.argv[2])
 def killed(*args):
@@ -299,7 +301,7 @@ def test_directory_with_files_is_filled(toy, tmp_path):
 
 def test_disk_without_room_is_filled(toy, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
-    monkeypatch.setattr(quantize.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "1.0 MB free" in run(toy, tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,7 +195,7 @@ def test_checkpoint_without_a_template_answers(tmp_path, toy, text):
 
 def test_disk_without_room_is_filled(toy, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
-    monkeypatch.setattr(driver.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     said = run(toy, "--bits", 2, "--work", tmp_path / "work", code=1)
     assert "1.0 MB free" in said
     assert "--work on another disk" in said
@@ -205,7 +206,8 @@ def test_ctrl_c_loses_finished_points(toy, text, tmp_path):
     work = tmp_path / "work"
     options = ("--experts", "3,2,1", "--text", text, "--work", work)
     options += ("--tokens", 40, "--calls", 120, "--schemas", 0)
-    code = "from flashmoe import cli, sweep_cost; sweep_cost.SPEED_TOKENS = 4; cli.cli()"
+    code = "from flashmoe import cli\nfrom flashmoe.sweep import cost\n"
+    code += "cost.SPEED_TOKENS = 4\ncli.cli()"
     command = [sys.executable, "-c", code, "sweep", toy, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     while not any('"speed"' in f.read_text() for f in work.rglob("points.jsonl")):

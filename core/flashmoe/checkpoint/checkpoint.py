@@ -4,6 +4,7 @@ Only config.json, the index and the safetensors headers are read, all as hostile
 a checkpoint contains is executed. MLX is not imported.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,6 +122,16 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The safetensors files, sorted."""
         return tuple(sorted({t.file for t in self.tensors.values()}))
+
+    @cached_property
+    def files_identity(self) -> str:
+        """A hash that differs once a shard was replaced, resized or written to.
+
+        It covers the names, sizes and modification times of the shards, not their bytes, so copies
+        of a checkpoint on two machines differ. config.json is not covered.
+        """
+        files = [(f.name, i.nbytes, i.mtime_ns) for f, i in sorted(self.identities.items())]
+        return hashlib.sha256(repr(files).encode()).hexdigest()
 
     @property
     def expert_nbytes(self) -> int:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import PARTIAL, publish
 from .safetensors_header import ITEM_BYTES
-
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Give the whole file its name."""
-        os.replace(self.partial, self.path)
-        sync_directory(self.path.parent)
+        publish(self.partial, self.path)
 
     def _write(self, at: int, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
@@ -92,23 +90,3 @@ class ShardWriter:
 
     def __exit__(self, *exc) -> None:
         os.close(self._fd)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Put a small file in place at once, on the disk before it has its name."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Let new names in a directory outlive a crash of the machine."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

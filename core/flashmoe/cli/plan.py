@@ -11,6 +11,7 @@ import click
 from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DownloadError
+from ..files import nearest_existing_parent
 from ..ops.activations import ACTIVATIONS
 from ..plan.report import Planned, Source
 from ..plan.routing import REAL
@@ -102,9 +103,7 @@ def opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
             f"fetched: {e}"
         ) from e
     planned = Download(listing)
-    from ..hub.cache_layout import existing
-
-    directory = existing(planned.place.blobs)
+    directory = nearest_existing_parent(planned.place.blobs)
     with hub_headers.checkpoint(listing) as checkpoint:
         yield (
             checkpoint,

@@ -17,6 +17,7 @@ from time import perf_counter
 from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FlashMoEError
+from ..files import nearest_existing_parent
 from ..generation.prompt_store import PromptStore
 from ..streaming import drives
 from . import machine
@@ -183,9 +184,7 @@ def _open_files(report: Report) -> dict:
 def _cache(report: Report) -> dict:
     store = PromptStore()
     states = store.states()
-    there = store.directory
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = nearest_existing_parent(store.directory)
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = f"{store.directory} cannot be written: conversations are read again in each process"
         report.wrong("cache", what, "change its permissions, or set FLASHMOE_CACHE")

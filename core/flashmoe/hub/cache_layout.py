@@ -81,8 +81,3 @@ class Place:
             ref = self.blobs.parent / "refs" / listing.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(listing.commit)
-
-
-def existing(path: Path) -> Path:
-    """The nearest directory above that is there."""
-    return next(p for p in (path, *path.parents) if os.path.isdir(p))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,10 +29,11 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import check_quantization, check_text_config
 from ..checkpoint.safetensors_header import read_object
 from ..errors import Cancelled, DownloadError
-from ..memory.budget import format_size
+from ..files import disk_too_full, free_nbytes
+from ..sizes import format_size
 from . import api as hub
 from .api import HubFile, Listing
-from .cache_layout import Place, existing
+from .cache_layout import Place
 
 #: Files at once, and bytes read at once.
 WORKERS, PIECE = 4, 1 << 22
@@ -53,7 +53,7 @@ class Download:
         self.place = Place.of(listing, to)
         self.here = sum(map(self.place.here, listing.files))
         self.missing = listing.nbytes - self.here
-        self.free = shutil.disk_usage(existing(self.place.blobs)).free
+        self.free = free_nbytes(self.place.blobs)
         self._cancel = threading.Event()
 
     def check_room(self) -> None:
@@ -63,11 +63,11 @@ class Download:
         """
         needed = self.missing + MARGIN
         if self.missing and needed > self.free:
+            way_out = "give a directory on another disk: --to DIR"
             raise DownloadError(
-                f"{self.listing.repo} does not fit: {format_size(self.missing)} are missing, "
-                f"{format_size(MARGIN)} are left for others, and {format_size(self.free)} are free "
-                f"in {existing(self.place.blobs)}: free {format_size(needed - self.free)} there, "
-                "or give a directory on another disk: --to DIR"
+                f"{self.listing.repo} does not fit: {format_size(self.missing)} are missing, and "
+                f"{format_size(MARGIN)} must stay free for other programs. "
+                + disk_too_full(self.place.directory, needed, self.free, way_out)
             )
 
     def run(self, advance: Callable[[int], None] = lambda nbytes: None) -> Path:

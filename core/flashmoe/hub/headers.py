@@ -18,7 +18,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.safetensors_header import INDEX_NAME, MAX_JSON_BYTES
 from ..errors import DownloadError
-from ..memory.budget import format_size
+from ..sizes import format_size
 from . import api as hub
 from .api import HubFile, Listing
 

@@ -13,7 +13,8 @@ import click
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import BudgetError, ContextError
-from ..memory.budget import format_size
+from ..files import disk_too_full
+from ..sizes import format_size
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,8 @@ class Planned:
             costs, disk = self._measured(activations)
         self.speed = planning.speed(checkpoint, self.asked, self.memory, costs, disk)
         if mac is None and not source.fits:
-            self.why = (
-                f"{format_size(source.to_fetch)} are to be fetched and {format_size(source.free)} "
-                f"are free in {source.directory}: free some, or download it to another disk"
-            )
+            way_out = "download the model to another disk"
+            self.why = disk_too_full(source.directory, source.to_fetch, source.free, way_out)
 
     def _measured(self, activations: str):
         from . import speed_probe

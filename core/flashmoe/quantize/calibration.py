@@ -18,6 +18,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
+from ..files import replacing
 
 #: Tokens that are read of a text, unless more are asked for.
 TOKENS = 4096
@@ -72,10 +73,8 @@ class Importance:
         for layer, sums in self.layers.items():
             found = (sums.hidden, np.array(sums.tokens), sums.down, sums.counts)
             arrays |= {f"{layer}.{i}": value for i, value in enumerate(found)}
-        partial = file.with_suffix(".partial")
-        with open(partial, "wb") as f:
+        with replacing(file) as partial, open(partial, "wb") as f:
             np.savez(f, **arrays)
-        os.replace(partial, file)
 
     @classmethod
     def load(cls, file: Path) -> Importance:

@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.safetensors_header import INDEX_NAME, read_header
-from ..checkpoint.safetensors_writer import PARTIAL, ShardWriter, write_file
+from ..checkpoint.safetensors_writer import ShardWriter
 from ..errors import CheckpointError, QuantizeError
-from ..memory.budget import format_size
-from ..user_dirs import write_json
+from ..files import PARTIAL, disk_too_full, free_nbytes, write_json
 from .recipe import Part, Plan
 from .rounding import Rounded, search, weighed
 from .weights import narrow, read_back, read_bytes, read_weights
@@ -194,7 +193,7 @@ class Run:
         index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
         note = self.note | {"errors": {r: e.summary() for r, e in self.errors.items()}}
         for name, content in ((NOTE, note), (INDEX_NAME, index), ("config.json", self.plan.config)):
-            write_file(directory / name, json.dumps(content, indent=1).encode())
+            write_json(directory / name, content)
         shutil.rmtree(directory / WORK)
         return note
 
@@ -232,27 +231,20 @@ def check_room(plan: Plan, directory: Path) -> None:
         if not (directory / name).is_file()
     )
     needed += _MARGIN_NBYTES
-    place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
     kept = sum(f.stat().st_size for f in directory.glob(f"*{PARTIAL}"))
-    free = shutil.disk_usage(place).free + kept
+    free = free_nbytes(directory) + kept
     if free < needed:
-        raise QuantizeError(
-            f"{format_size(needed)} are needed in {directory}, and its disk has "
-            f"{format_size(free)} free: free some, or give a directory on another disk"
-        )
+        way_out = "give a directory on another disk"
+        raise QuantizeError(disk_too_full(directory, needed, free, way_out))
 
 
 def fingerprint(plan: Plan, shard_nbytes: int, calibration: dict | None) -> dict:
     """What must be the same for a run to go on with what an earlier one left."""
-    files = {
-        file.name: [found.nbytes, found.mtime_ns]
-        for file, found in plan.checkpoint.identities.items()
-    }
     return {
-        "version": 1,
+        "version": 2,
         "recipe": asdict(plan.recipe),
         "shard": shard_nbytes,
-        "source": {"config": plan.checkpoint.config, "files": files},
+        "source": {"config": plan.checkpoint.config, "files": plan.checkpoint.files_identity},
         "calibration": calibration,
     }
 

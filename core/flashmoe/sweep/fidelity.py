@@ -8,7 +8,6 @@ the hidden states of the tokens of a sweep, which the memory plan has room for.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import replacing
 from ..models.layerwise import together
 from ..models.qwen_moe import StreamingMoE
 from .documents import Document
@@ -60,13 +60,9 @@ def keep_exact(
     advance: Callable[[int], None] = lambda documents: None,
 ) -> None:
     """Write the logits of the exact model. The file has its name when it is whole."""
-    partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "wb") as f:
+    with replacing(file) as partial, open(partial, "wb") as f:
         for _, rows in _logits(model, documents, advance):
             f.write(rows.data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, file)
 
 
 def compare(

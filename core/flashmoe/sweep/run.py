@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,12 +17,11 @@ from pathlib import Path
 
 from ..checkpoint.capabilities import chat_template
 from ..checkpoint.checkpoint import Checkpoint, check_experts
-from ..checkpoint.safetensors_writer import write_file
 from ..errors import SettingError, SweepError
-from ..memory.sizes import format_size
+from ..files import disk_too_full, free_nbytes, write_bytes, write_json
 from .cost import ROUNDS, needed, speeds
 from .documents import Document, own_answers, windows
-from .versions import OWN, Version, identity
+from .versions import OWN, Version
 
 _MARGIN_NBYTES = 64 * 2**20
 
@@ -73,7 +71,7 @@ class Sweep:
         self.keep = keep
         self.progress = progress
         self._check()
-        self.home = work / f"{checkpoint.path.absolute().name}-{identity(checkpoint)}"
+        self.home = work / f"{checkpoint.path.absolute().name}-{checkpoint.files_identity[:12]}"
         text = settings.text and hashlib.sha256(settings.text.read_bytes()).hexdigest()
         asked = _hash([text, settings.tokens, settings.calls, settings.schemas])
         self.results = self.home / f"sweep-{asked}"
@@ -90,8 +88,7 @@ class Sweep:
         return made + exact + (_MARGIN_NBYTES if made + exact else 0)
 
     def free_nbytes(self) -> int:
-        place = self.home.absolute()
-        return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+        return free_nbytes(self.home)
 
     def run(self) -> None:
         """Measure all that has not been measured.
@@ -100,11 +97,8 @@ class Sweep:
             SweepError: the disk has too little room, or does not take what is written.
         """
         if (wanted := self.needed_nbytes()) > (free := self.free_nbytes()):
-            raise SweepError(
-                f"{format_size(wanted)} are needed in {self.home.parent}, and its disk has "
-                f"{format_size(free)} free: free some, give --work on another disk, fewer --tokens "
-                "or fewer --bits"
-            )
+            way_out = "give --work on another disk, fewer --tokens or fewer --bits"
+            raise SweepError(disk_too_full(self.home.parent, wanted, free, way_out))
         try:
             self.results.mkdir(parents=True, exist_ok=True)
             self._points = self._read()
@@ -231,7 +225,7 @@ class Sweep:
             raise SettingError(
                 f"the tokenizer of {self.checkpoint.path} gives {highest}: it is another's"
             )
-        write_file(self._documents_file, json.dumps([asdict(d) for d in documents]).encode())
+        write_json(self._documents_file, [asdict(d) for d in documents])
 
     def _answers(self, version: Version, checkpoint: Checkpoint, missing: dict) -> None:
         from ..engine import Engine
@@ -276,7 +270,7 @@ class Sweep:
         text = self._journal.read_text()
         if not text.endswith("\n"):  # the last line of a run that was killed
             text = text[: text.rfind("\n") + 1]
-            write_file(self._journal, text.encode())
+            write_bytes(self._journal, text.encode())
         for line in text.splitlines():
             noted = json.loads(line)
             key = noted["key"], noted["experts"]

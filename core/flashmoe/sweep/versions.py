@@ -3,7 +3,6 @@ other checkpoints of the same model."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -35,7 +34,7 @@ class Version:
         """The name, and for another checkpoint what its files are."""
         if self.plan is not None or self.name == OWN:
             return self.name
-        return f"{self.name}@{identity(self.checkpoint)}"
+        return f"{self.name}@{self.checkpoint.files_identity[:12]}"
 
     @property
     def nbytes(self) -> int:
@@ -69,12 +68,6 @@ class Version:
         """Remove what `make` wrote."""
         if self.plan is not None:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def identity(checkpoint: Checkpoint) -> str:
-    """A short hash of which files a checkpoint has: names, sizes and times."""
-    files = [(f.name, i.nbytes, i.mtime_ns) for f, i in sorted(checkpoint.identities.items())]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
 
 
 def read_versions(names: list[str], source: Checkpoint) -> list[Version]:
