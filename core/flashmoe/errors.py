@@ -1,70 +1,79 @@
-"""The errors that flashmoe raises on purpose.
+"""Define the errors that flashmoe raises on purpose.
 
-Each text is written for the user: it holds the values that are wrong and the way out. Front ends
-show the text alone; a traceback is left for real bugs.
+The text of each error is written for the user: it has the wrong values and says what to do. Front
+ends show only the text; a traceback means a bug.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .events import End
+
 
 
 class FlashMoEError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class CheckpointError(FlashMoEError):
-    """A checkpoint directory that cannot be used: missing, corrupt, or of an unsupported kind."""
+    """Raised when a checkpoint cannot be used: it is missing, corrupt or unsupported."""
 
 
 class QuantizeError(FlashMoEError):
-    """A checkpoint that cannot be written: no room, something in the way, a faulty disk."""
+    """Raised when a checkpoint cannot be written: the disk fails or is full, or files exist."""
 
 
 class SweepError(FlashMoEError):
-    """A comparison of versions of a model that cannot go on: no room, a faulty disk."""
+    """Raised when a comparison of model versions cannot go on: the disk is full or fails."""
 
 
 class RegistryError(FlashMoEError):
-    """The list of the user's models cannot be read or changed, or a name in it is taken."""
+    """Raised when the list of registered models cannot be read or changed, or a name is taken."""
 
 
 class DownloadError(FlashMoEError):
-    """A checkpoint that could not be fetched whole and unchanged from the hub. Says what to do."""
+    """Raised when a checkpoint cannot be downloaded completely and unchanged; says why."""
 
 
 class ReadError(FlashMoEError):
-    """Expert bytes that could not be read while in use. Names file, layer, expert and range."""
+    """Raised when expert bytes cannot be read; names the file, layer, expert and byte range."""
 
 
 class DeviceError(FlashMoEError):
-    """The GPU's driver did not do what expert bytes need. Has CUDA's name of the error."""
+    """Raised when a call of the GPU's driver fails; gives CUDA's name of the error."""
 
 
 class BudgetError(FlashMoEError):
-    """A memory budget or a number of slots that is too small. Says how much is needed."""
+    """Raised when a memory budget or number of slots is too small; says how much is needed."""
 
 
 class SettingError(FlashMoEError, ValueError):
-    """An option outside its range, such as K above the trained one."""
+    """Raised when an option is out of range, such as K above the trained K."""
 
 
 class ContextError(SettingError):
-    """A prompt that is longer than the model's context."""
+    """Raised when a prompt is longer than the model's context."""
 
 
 class TimedOut(FlashMoEError, TimeoutError):
-    """An answer that was not whole in the time it had."""
+    """Raised when an answer is not complete within its timeout."""
 
 
 class OutputError(FlashMoEError):
-    """An answer that is not what was asked for: JSON cut short, or against its schema.
+    """Raised when an answer does not have the requested format: it is cut short, or does not fit.
 
-    end: the `flashmoe.events.End` that the answer has instead, with its figures.
+    Attributes:
+        end: the last event of the answer, which is not emitted; None before the engine sets it.
     """
 
-    end = None
+    end: End | None = None
 
 
 class ClusterError(FlashMoEError):
-    """A host of a cluster that is gone, or does not fit the others. Says which, and why."""
+    """Raised when a worker of a cluster is gone or does not fit the others; says which, and why."""
 
 
 class Cancelled(Exception):
-    """Leaves a request that nobody waits for any more. No error: it does not reach a user."""
+    """Raised to abandon a request that nobody waits for any more; it does not reach a user."""

@@ -1,7 +1,8 @@
-"""What an engine answers with. Plain data: no MLX, cheap to import.
+"""Define the events of an answer.
 
-The events of an answer, in order: Progress while the prompt is read; then Reasoning, Text and tool
-calls as they are generated; End. A tool call is ToolCallStart, ToolCallArguments pieces, ToolCall.
+In order: Progress during prefill; Reasoning, Text and tool calls while they are generated; End. A
+tool call is a ToolCallStart, any number of ToolCallArguments, and a ToolCall. Events are plain
+data: this module is cheap to import and does not import MLX.
 """
 
 from __future__ import annotations
@@ -11,8 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the prompt has been read: `done` of `total` tokens, and the chunk that is under way
-    has reached `layer` of `layers`. Tokens that the prompt cache held are in neither count."""
+    """Reports how far prefill has come.
+
+    Attributes:
+        done, total: prompt tokens that are done, and in all. Tokens from the prompt cache are in
+            neither count.
+        layer, layers: the layer that the current chunk of the prompt has reached, and the number of
+            layers.
+    """
 
     done: int
     total: int
@@ -22,21 +29,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of the answer."""
+    """A piece of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A piece of the thought before the answer."""
+    """A piece of the reasoning before the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCallStart:
-    """A call whose function is known; its arguments follow. index counts the calls from 0."""
+    """Announces a tool call, as soon as its function is known.
+
+    Attributes:
+        index: the number of the call in the answer, from 0.
+        id: identifies the call in the conversation.
+        name: the function.
+    """
 
     index: int
     id: str
@@ -45,7 +58,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """A piece of a call's arguments: the pieces of a call, joined, are a JSON object."""
+    """A piece of a call's arguments. The pieces of a call, joined, are a JSON object."""
 
     index: int
     id: str
@@ -54,13 +67,14 @@ class ToolCallArguments:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A whole call.
+    """A complete tool call.
 
     Attributes:
-        name: the function; "" when the model gave none.
-        arguments: typed by the tool's schema; None when `error` is set.
-        text: what the model wrote, without the markers.
-        error: why the call cannot be used; None for a good one.
+        index, id: as in `ToolCallStart`.
+        name: the function; "" if the model gave no name.
+        arguments: the arguments, with the types of the tool's schema; None if there is an `error`.
+        text: the text of the call as the model wrote it, without the markers.
+        error: why the call cannot be used; None if it can.
     """
 
     index: int
@@ -73,28 +87,30 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class End:
-    """The last event.
+    """The last event of an answer, with its statistics.
 
     Attributes:
-        finish_reason: "stop" (the model ended, or a stop string), "length" (max_tokens),
-            "tool_calls" (it ended with calls), "cancelled".
-        prompt_tokens, cached_tokens, generated_tokens, reasoning_tokens: counts; the cached ones
-            are a part of the prompt, the reasoning ones of the generated.
-        forced_tokens: generated tokens that a grammar left no choice for; they go through the
-            model together, so that the answer took `steps` calls of it.
-        prompt_seconds: from the start of the request to its first token.
-        seconds: from the first token to the last.
-        batch: the most answers that a step of this one had beside it, itself included. They share
-            what was read: hit_rate, bytes_read and wait_seconds are its part of each step.
-        experts: K in use; trained_experts: the K of training.
-        bits: of the expert weights, 16 or 32 when they are not quantised.
-        activations: "float32" or "int8", see `flashmoe.ops.activations`.
-        ops: what computed the experts, a module of `flashmoe.ops`: "cpu", "fused" (our GPU
-            kernels), or "gather" or "reference", which FLASHMOE_OPS selects to find a fault.
-        hit_rate: share of the needed experts that were resident, 0..1.
-        bytes_read: expert bytes read from disk.
-        wait_seconds: time that computing stood still for the disk.
-        peak_nbytes: peak memory of the process so far.
+        finish_reason: "stop" (the model or a stop string ended it), "length" (max_tokens),
+            "tool_calls" (it ended with tool calls) or "cancelled".
+        prompt_tokens, cached_tokens, generated_tokens, reasoning_tokens: token counts. Cached
+            tokens are part of the prompt, reasoning tokens part of the generated tokens.
+        forced_tokens: generated tokens for which a grammar left no choice. They go through the
+            model together with the token before them.
+        steps: the number of model calls that generated the answer.
+        prompt_seconds: time from the start of the request to its first token.
+        seconds: time from the first token to the last.
+        batch: the largest number of answers that shared a step with this one, itself included.
+            Answers share the expert bytes of a step: hit_rate, bytes_read and wait_seconds are this
+            answer's part of its steps.
+        experts, trained_experts: the experts per token (K) in use, and in training.
+        bits: bits per expert weight; 16 or 32 if the weights are not quantized.
+        activations: "float32" or "int8"; see `flashmoe.ops.activations`.
+        ops: the back end that computed the experts: "cpu", "fused" (flashmoe's GPU kernels), or
+            "gather" or "reference", which FLASHMOE_OPS selects for debugging.
+        hit_rate: the share of the needed experts that were resident, 0 to 1.
+        bytes_read: expert bytes read from the disk.
+        wait_seconds: time that computation waited for the disk.
+        peak_nbytes: peak memory of the process so far, in bytes.
     """
 
     finish_reason: str
@@ -119,17 +135,20 @@ class End:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decode: the first token belongs to the prompt."""
+        """The speed of decode. The first token is not counted: its time is prompt_seconds."""
         return max(0, self.generated_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Expert bytes read for each token that went through the model, of prompt and answer."""
+        """Expert bytes read per token of prompt and answer that went through the model."""
         tokens = self.prompt_tokens - self.cached_tokens + self.generated_tokens
         return self.bytes_read / tokens if tokens else 0.0
 
-    def figures(self) -> dict:
-        """What front ends record beside an answer, apart from token counts: rounded, JSON."""
+    def figures(self) -> dict[str, str | int | float]:
+        """Return the statistics that front ends log with an answer, rounded, as a JSON object.
+
+        Token counts are left out, since front ends have fields of their own for them.
+        """
         return {
             "finish_reason": self.finish_reason,
             "tokens_per_second": round(self.tokens_per_second, 2),

@@ -148,7 +148,7 @@ def test_text_format_leaves_the_answer_unconstrained(engine):
     ("wanted", "words"),
     [
         ({"type": "yaml"}, "type is one of text, json_object"),
-        ({"type": "regex"}, "needs its 'pattern'"),
+        ({"type": "regex"}, "has no valid 'pattern'"),
         ({"type": "regex", "pattern": "(?=a)"}, "look-ahead"),
         ({"type": "lark", "grammar": "start: A"}, 'unknown name: "A"'),
         (schema({"type": "strng"}), "not a valid JSON schema: at type"),
