@@ -31,7 +31,8 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 docs: setup
-	$(BIN)/python -m cogapp -r README.md docs/langchain.md docs/plan.md docs/pruning.md
+	$(BIN)/python -m cogapp -r docs/commands.md docs/langchain.md docs/llm.md docs/models.md docs/plan.md \
+		docs/pruning.md
 
 lint: setup
 	$(BIN)/ruff check .
