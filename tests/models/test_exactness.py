@@ -1,4 +1,4 @@
-"""Streamed logits equal resident logits bit for bit, and stock mlx-lm's within 1e-4."""
+"""Tests that streamed logits equal resident ones bit for bit, and stock mlx-lm's within 1e-4."""
 
 import mlx.core as mx
 import mlx_lm
@@ -17,8 +17,8 @@ from flashmoe.streaming.io_modes import IO_MODES, Direct
 
 on_cpu = pytest.mark.skipif(ops.on_gpu(), reason="on a GPU the model computes in bfloat16")
 
-# Odd numbers of experts, not multiples of K; a dense layer where the family has them; all kinds of
-# expert weights.
+# The numbers of experts are no multiples of K. There are all kinds of expert weights, and
+# dense layers where the family has them.
 TOYS = {
     "qwen3_5_moe": {"family": "qwen3_5_moe", "num_experts": 13, "top_k": 3, "bits": 4},
     "qwen3_next": {
@@ -43,8 +43,8 @@ TOYS = {
     "bf16": {"family": "qwen3_moe", "num_experts": 7, "top_k": 3, "bits": None},
     "f32": {"family": "qwen3_next", "num_experts": 7, "top_k": 3, "bits": None, "dtype": "float32"},
 }
-# Random networks amplify rounding: noise of 1e-7 on stock's weights moves its toy logits by 5e-4.
-# The trained demo model is held to 1e-4.
+# Random networks amplify rounding: with noise of 1e-7 on the weights, the logits that stock mlx-lm
+# computes for a toy change by 5e-4. The trained demo model must be within 1e-4.
 TOY_TOLERANCE = 1e-3
 # (tokens of the prompt, tokens of a chunk)
 PROMPTS = [(1, 1), (7, 7), (7, 3), (64, 64), (64, 20), (700, 700), (700, 256)]
@@ -87,30 +87,30 @@ def check(checkpoint, resident, slots, length, chunk, vocab, **settings):
 
 
 @pytest.mark.parametrize(("length", "chunk"), PROMPTS)
-def test_streamed_logits_differ_from_resident(toy, resident, length, chunk):
+def test_streamed_logits_equal_resident_ones(toy, resident, length, chunk):
     vocab = toy.text_config["vocab_size"]
-    few, all_ = toy.top_k + 2, toy.num_experts
-    for slots in sorted({few, (few + all_) // 2, all_}):
+    fewest, most = toy.top_k + 2, toy.num_experts
+    for slots in sorted({fewest, (fewest + most) // 2, most}):
         model = check(toy, resident, slots, length, chunk, vocab)
-        evictions = sum(b.switch_mlp._slots.evictions for b in model._blocks)
-        if slots == few and length >= 7:
+        evictions = sum(b.switch_mlp._table.evictions for b in model.blocks.values())
+        if slots == fewest and length >= 7:
             assert evictions > 0, "this case was meant to evict"
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 1), (7, 7), (64, 20), (700, 256)])
 @pytest.mark.parametrize("slots", [12, 30, 64])
-def test_streamed_demo_differs_from_resident(demo, demo_resident, slots, length, chunk):
+def test_streamed_demo_equals_the_resident_one(demo, demo_resident, slots, length, chunk):
     check(demo, demo_resident, slots, length, chunk, 8192)
 
 
 @pytest.mark.parametrize("io", [mode for mode in IO_MODES if mode != "buffered"])
-def test_way_of_reading_changes_a_bit(toy, resident, io):
+def test_io_mode_does_not_change_a_bit(toy, resident, io):
     check(toy, resident, toy.top_k + 2, 64, 20, toy.text_config["vocab_size"], io=io)
 
 
 @on_cpu
 @pytest.mark.parametrize(("length", "chunk"), [(7, 7), (64, 20)])
-def test_rounded_activations_depend_on_slots(toy, length, chunk):
+def test_int8_activations_do_not_depend_on_slots(toy, length, chunk):
     resident = load_resident(toy.path, "int8")
     vocab = toy.text_config["vocab_size"]
     for slots in (toy.top_k + 2, toy.num_experts):
@@ -118,25 +118,25 @@ def test_rounded_activations_depend_on_slots(toy, length, chunk):
 
 
 @on_cpu
-def test_rounded_activations_are_the_default_or_nothing(demo, demo_resident):
-    """They change the logits of the demo model, and by little; the router is not rounded."""
+def test_int8_activations_change_the_logits_a_little(demo, demo_resident):
+    """Only the logits of the demo model may change, by little; the router is not rounded."""
     model = load_streaming(demo, slots=64, activations="int8")
     tokens = prompt(20, 8192)
-    exact, found = (logits(m, tokens, 20, decode=0)[0] for m in (demo_resident, model))
-    assert 0 < np.abs(found - exact).mean() < 0.2
-    rounds = {
+    exact, rounded = (logits(m, tokens, 20, decode=0)[0] for m in (demo_resident, model))
+    assert 0 < np.abs(rounded - exact).mean() < 0.2
+    activations = {
         name.rpartition(".")[2]: module.activations
         for name, module in model.named_modules()
         if hasattr(module, "activations") and hasattr(module, "bits")
     }
     model.close()
     routers = {"gate": "float32", "shared_expert_gate": "float32"}
-    assert {k: v for k, v in rounds.items() if v == "float32"} == routers
-    assert {"q_proj", "down_proj", "in_proj_qkv", "out_proj"} <= rounds.keys()
+    assert {k: v for k, v in activations.items() if v == "float32"} == routers
+    assert {"q_proj", "down_proj", "in_proj_qkv", "out_proj"} <= activations.keys()
 
 
-def test_drive_that_writes_into_slots_changes_a_bit(tmp_path, monkeypatch):
-    """Experts of whole blocks, as those of real models are; the other toys' go through a copy."""
+def test_direct_reads_into_slots_do_not_change_a_bit(tmp_path, monkeypatch):
+    """Experts here fill whole blocks, as in real models; those of the other toys need a copy."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 12}
     toy = Checkpoint.open(write_toy(tmp_path, bits=None, **sizes))
     in_place, read = [], Direct._read_in_place
@@ -152,7 +152,7 @@ def test_drive_that_writes_into_slots_changes_a_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("experts", [1, 2])
-def test_pruned_logits_depend_on_slots(toy, resident, experts):
+def test_pruned_logits_do_not_depend_on_slots(toy, resident, experts):
     tokens = prompt(40, toy.text_config["vocab_size"])
     with resident.pruned_to(experts):
         expected = logits(resident, tokens, 16)
@@ -163,7 +163,7 @@ def test_pruned_logits_depend_on_slots(toy, resident, experts):
 
 
 @on_cpu
-def test_toy_differs_from_stock_mlx_lm(toy):
+def test_toy_equals_stock_mlx_lm(toy):
     stock, _ = load_model(toy.path)
     stock.set_dtype(mx.float32)
     model = load_streaming(toy, slots=toy.top_k + 2)
@@ -174,7 +174,7 @@ def test_toy_differs_from_stock_mlx_lm(toy):
 
 
 @on_cpu
-def test_pruned_toy_differs_from_stock_mlx_lm_with_that_k(toy):
+def test_pruned_toy_equals_stock_mlx_lm_with_the_same_top_k(toy):
     stock, _ = load_model(toy.path)
     stock.set_dtype(mx.float32)
     for layer in stock.layers:
@@ -204,8 +204,8 @@ QUESTIONS = [f"Tell me a short story about {x}." for x in SUBJECTS.split("|")] +
 
 
 @on_cpu
-def test_demo_greedy_text_differs_from_stock_mlx_lm():
-    """20 prompts x 40 tokens: the same text, and logits within 1e-4."""
+def test_demo_writes_the_greedy_text_of_stock_mlx_lm():
+    """For 20 prompts and 40 tokens each, the text is the same and logits are within 1e-4."""
     assert len(QUESTIONS) == 20
     stock, tokenizer = mlx_lm.load(str(find(DEMO)))
     stock.set_dtype(mx.float32)

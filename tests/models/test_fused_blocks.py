@@ -1,4 +1,4 @@
-"""MoE blocks through our kernels: waves, pieces of a sweep, lazy results, and the mailbox."""
+"""Tests MoE blocks on the GPU kernels: waves, chunks of a pass, lazy results and the mailbox."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,13 +14,13 @@ from flashmoe.models import qwen_moe as models
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import logits, same
 from flashmoe.ops.gpu import fused
-from flashmoe.ops.reference import kernels as kernel_twins
+from flashmoe.ops.reference import kernels as reference_kernels
 from flashmoe.streaming.switch_glu import StreamingSwitchGLU
 from flashmoe_metal import kernel
 
 ON_GPU = kernel.available()
-on_stand_in = pytest.mark.skipif(ON_GPU, reason="a GPU has memory and mailboxes of its own")
-#: Beside which 16 tokens are few.
+on_stand_in = pytest.mark.skipif(ON_GPU, reason="a GPU has its own memory and mailboxes")
+#: More tokens than the kernels take.
 MANY = 40
 
 
@@ -30,7 +30,7 @@ def launches():
         yield names
 
 
-# With a shared expert of another size than the routed ones, and without any.
+# One toy has a shared expert of another size than the routed ones, the other has none.
 @pytest.fixture(scope="module", params=["qwen3_5_moe", "qwen3_moe"])
 def toy(request, tmp_path_factory):
     return Checkpoint.open(write(tmp_path_factory.mktemp("toys"), request.param, dtype="bfloat16"))
@@ -38,7 +38,7 @@ def toy(request, tmp_path_factory):
 
 @pytest.fixture
 def load(toy):
-    """Load it with so many slots, by default as few as there may be."""
+    """A function that loads the toy with this number of slots, by default as few as possible."""
     made = []
 
     def load(slots=None):
@@ -51,26 +51,28 @@ def load(toy):
 
 
 def numpy(xs) -> list[np.ndarray]:
+    """Return arrays as NumPy float32."""
     return [np.array(x.astype(mx.float32)) for x in xs]
 
 
-def pieces(*tokens: int) -> list[mx.array]:
+def chunks(*tokens: int) -> list[mx.array]:
+    """Return the activations (1, tokens, hidden) of chunks of these lengths."""
     return [activations(1, n, HIDDEN, seed=i) for i, n in enumerate(tokens)]
 
 
 @pytest.mark.parametrize("tokens", [5, 16])
 @pytest.mark.parametrize("residual", [False, True])
-def test_waves_change_a_bit(toy, load, launches, tokens, residual):
-    x, r = pieces(tokens, tokens)
-    found = []
+def test_waves_do_not_change_a_bit(toy, load, launches, tokens, residual):
+    x, r = chunks(tokens, tokens)
+    results = []
     for slots in (toy.top_k + 2, toy.num_experts):
-        block = load(slots)._blocks[0]
+        block = next(iter(load(slots).blocks.values()))
         launches.clear()
         y = block.with_residual(x, r) if residual else block(x)
-        found += numpy([y])
+        results += numpy([y])
         needed = len(np.unique(np.array(block.route(x[0])[0])))
         assert ("combine" in launches) == (needed > slots)
-    assert same(*([f] for f in found))
+    assert same(*([f] for f in results))
 
 
 @pytest.mark.parametrize(
@@ -78,31 +80,31 @@ def test_waves_change_a_bit(toy, load, launches, tokens, residual):
     [(5, MANY), (MANY, 5), (5, 16), (MANY, 1, 20)],
     ids=str,
 )
-def test_piece_beside_others_has_other_bits(toy, load, tokens):
-    xs = pieces(*tokens)
-    resident = load(toy.num_experts)._blocks[0]
+def test_bits_of_a_chunk_do_not_depend_on_other_chunks(toy, load, tokens):
+    xs = chunks(*tokens)
+    resident = next(iter(load(toy.num_experts).blocks.values()))
     alone = numpy([next(resident.sweep([x])) for x in xs])
-    for block in (load()._blocks[0], resident):
+    for block in (next(iter(load().blocks.values())), resident):
         together = list(block.sweep(xs))
         assert [y.shape for y in together] == [x.shape for x in xs]
         assert same(numpy(together), alone)
 
 
-def test_residual_of_a_piece_is_added_to_another(toy, load):
-    xs, rs = pieces(5, MANY, 2), [x * 2 for x in pieces(5, MANY, 2)]
-    block = load()._blocks[0]
+def test_each_chunk_gets_its_own_residual(toy, load):
+    xs, rs = chunks(5, MANY, 2), [x * 2 for x in chunks(5, MANY, 2)]
+    block = next(iter(load().blocks.values()))
     alone = [block.with_residual(x, r) for x, r in zip(xs, rs, strict=True)]
     assert same(numpy(block._sweep(xs, rs)), numpy(alone))
     assert same(numpy(block._sweep(xs[::2], rs[::2])), numpy(alone[::2]))
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_lazy_result_reads_a_slot_after_it_was_given_away(load, monkeypatch, rows):
-    """The stand-in computes at once, so other kernels stand in for ours here."""
+def test_slot_is_reused_only_after_lazy_results_have_read_it(load, monkeypatch, rows):
+    """The stand-in computes at once, so here the lazy reference kernels replace the kernels."""
     if not ON_GPU:
         for name in ("gate_up", "down", "combine"):
-            monkeypatch.setattr(fused, name, getattr(kernel_twins, name))
-    switch = load()._blocks[0].switch_mlp
+            monkeypatch.setattr(fused, name, getattr(reference_kernels, name))
+    switch = next(iter(load().blocks.values())).switch_mlp
     x, scores = activations(rows, HIDDEN), mx.full((rows, 2), 0.5)
 
     def call(first: int) -> mx.array:
@@ -110,18 +112,18 @@ def test_lazy_result_reads_a_slot_after_it_was_given_away(load, monkeypatch, row
         return next(switch.start([(x, indices)]).finish([scores], [{}]))
 
     at_once = [np.array(call(first).astype(mx.float32)) for first in (0, 2, 4, 6)]
-    evictions = switch._slots.evictions
+    evictions = switch._table.evictions
     lazy = [call(first) for first in (0, 2, 4, 6)]
-    assert switch._slots.evictions > evictions + 4
+    assert switch._table.evictions > evictions + 4
     assert same(numpy(lazy), at_once)
 
 
-def test_piece_of_many_rows_is_split_wrongly_by_name(toy, load):
-    """The router and the shared expert's gate are one product."""
+def test_router_and_shared_gate_of_many_rows_equal_mlx_lm(toy, load):
+    """The router and the gate of the shared expert are one product."""
     stock, _ = load_model(toy.path)
     if not ON_GPU:
         stock.set_dtype(mx.float32)
-    ours, theirs = load()._blocks[0], stock.layers[0].mlp
+    ours, theirs = next(iter(load().blocks.values())), stock.layers[0].mlp
     x = activations(2, MANY, HIDDEN)
     for name in ("gate", "shared_expert_gate"):
         if hasattr(theirs, name):
@@ -132,7 +134,12 @@ def test_piece_of_many_rows_is_split_wrongly_by_name(toy, load):
 
 @pytest.fixture
 def posted(monkeypatch):
-    """Routers post to mailboxes. Gives settings: what of a choice is garbage, for all that look."""
+    """Let routers post to mailboxes.
+
+    Yields:
+        A dict: "garbage" is the copy of a choice that is wrong ("mailbox", "indices" or None), and
+            "posts" counts the choices that were posted.
+    """
     monkeypatch.setattr(models, "device_memory", HostMailboxes)
     settings = {"garbage": None, "posts": 0}
     run = kernel._launcher
@@ -152,7 +159,7 @@ def posted(monkeypatch):
 
 
 @on_stand_in
-def test_choice_is_looked_at_elsewhere_than_in_the_mailbox(load, posted):
+def test_choice_is_read_from_the_mailbox(load, posted):
     tokens = random_tokens(16)
     calls = ((1, 1), (16, 5))
     model = load()
@@ -165,17 +172,17 @@ def test_choice_is_looked_at_elsewhere_than_in_the_mailbox(load, posted):
 
 @on_stand_in
 @pytest.mark.parametrize("tokens", [(5, 5), (1, 2, 3), (3, MANY)], ids=str)
-def test_mailbox_of_several_pieces_is_looked_at(load, posted, tokens):
-    """It has the choice of the last one."""
-    xs = pieces(*tokens)
-    block = load()._blocks[0]
+def test_mailbox_is_not_read_for_several_chunks(load, posted, tokens):
+    """The mailbox holds only the choice of the last chunk."""
+    xs = chunks(*tokens)
+    block = next(iter(load().blocks.values()))
     alone = numpy([next(block.sweep([x])) for x in xs])
     posted["garbage"] = "mailbox"
     assert same(numpy(block.sweep(xs)), alone)
 
 
 @on_stand_in
-def test_settled_layer_looks_into_the_mailbox(toy, load, posted, monkeypatch):
+def test_fully_resident_layer_does_not_read_the_mailbox(toy, load, posted, monkeypatch):
     model = load(toy.num_experts)
     expected = logits(model, random_tokens(4), 1, decode=1)
     load_all_experts(model)

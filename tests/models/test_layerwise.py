@@ -1,4 +1,4 @@
-"""A prompt read by layers: the bits of one that is read piece by piece, each expert read once."""
+"""Tests that a prefill layer by layer equals one chunk by chunk and reads each expert once."""
 
 import random
 
@@ -26,69 +26,73 @@ def random_tokens(count):
     return random.Random(count).choices(range(160), k=count)
 
 
-def answer(model, pieces, limit, keep=(), cache=None):
-    """Logits after the prompt and of four greedy tokens; the states that were kept."""
+def answer(model, chunks, limit, keep=(), cache=None):
+    """Prefill chunks and decode four greedy tokens.
+
+    Returns:
+        The logits after the prompt and after each token, and the kept states by the chunk's number.
+    """
     cache = cache or make_prompt_cache(model)
-    states, taken = {}, []
-    for swept in prefill(model, pieces, cache, limit=limit, keep=keep):
-        first = len(taken)
-        states |= {first + i: s.state for i, s in enumerate(swept) if s.state is not None}
-        taken += [len(s.piece.tokens) for s in swept]
-    assert sum(taken) == sum(map(len, pieces))
-    found = [np.array(model.logits(swept[-1].hidden).astype(mx.float32))]
+    kept, lengths = {}, []
+    for swept in prefill(model, chunks, cache, limit=limit, keep=keep):
+        first = len(lengths)
+        kept |= {first + i: s.state for i, s in enumerate(swept) if s.state is not None}
+        lengths += [len(s.piece.tokens) for s in swept]
+    assert sum(lengths) == sum(map(len, chunks))
+    logits_ = [np.array(model.logits(swept[-1].hidden).astype(mx.float32))]
     for _ in range(4):
-        new = model.next_logits([int(found[-1].argmax())], cache)
-        found.append(np.array(new.astype(mx.float32)))
-    return found, states
+        new = model.next_logits([int(logits_[-1].argmax())], cache)
+        logits_.append(np.array(new.astype(mx.float32)))
+    return logits_, kept
 
 
 @pytest.mark.parametrize("slots", [5, 7, 11])
-def test_sweep_changes_a_bit(path, slots):
-    """Against whole models, resident, that take one piece after the other."""
+def test_layerwise_prefill_equals_prefill_chunk_by_chunk(path, slots):
+    """Both are compared with a resident model that runs one chunk after the other."""
     tokens = random_tokens(90)
-    pieces = [tokens[:1], tokens[1:41], tokens[41:43], tokens[43:90]]
+    chunks = [tokens[:1], tokens[1:41], tokens[41:43], tokens[43:90]]
     resident = load_resident(path)
     cache = make_prompt_cache(resident)
-    for piece in pieces:
-        expected = resident(mx.array([piece]), cache=cache)
+    for chunk in chunks:
+        expected = resident(mx.array([chunk]), cache=cache)
         mx.eval(expected, [c.state for c in cache])
     model = load_streaming(Checkpoint.open(path), slots=slots)
-    ours, _ = answer(model, pieces, 1)
-    # In bfloat16 on a GPU.
+    ours, _ = answer(model, chunks, 1)
+    # A GPU computes in bfloat16.
     whole = np.array(expected[0, -1].astype(mx.float32))
     np.testing.assert_allclose(ours[0][0], whole, atol=0.1 if ops.on_gpu() else 1e-5, rtol=0)
-    ours_resident, _ = answer(resident, pieces, 10**9)
+    ours_resident, _ = answer(resident, chunks, 10**9)
     for limit in (1, 41, 60, 10**9):
-        found, _ = answer(model, pieces, limit)
-        assert same(found, ours)
-        assert same(found, ours_resident)
+        logits_, _ = answer(model, chunks, limit)
+        assert same(logits_, ours)
+        assert same(logits_, ours_resident)
     model.close()
 
 
-def test_states_inside_a_sweep_are_not_those_of_their_piece(path):
+def test_states_kept_inside_a_pass_continue_like_the_whole_prompt(path):
     tokens = random_tokens(60)
-    pieces = [tokens[:20], tokens[20:33], tokens[33:60]]
+    chunks = [tokens[:20], tokens[20:33], tokens[33:60]]
     model = load_streaming(Checkpoint.open(path), slots=6)
-    expected, states = answer(model, pieces, 10**9, keep={0, 1})
+    expected, states = answer(model, chunks, 10**9, keep={0, 1})
     assert sorted(states) == [0, 1]
     for i, state in states.items():
-        found, _ = answer(model, pieces[i + 1 :], 10**9, cache=state)
-        assert same(found, expected)
+        continued, _ = answer(model, chunks[i + 1 :], 10**9, cache=state)
+        assert same(continued, expected)
     model.close()
 
 
-def test_expert_is_read_twice_in_a_sweep(path):
+def test_each_expert_is_read_once_in_a_pass(path):
     checkpoint = Checkpoint.open(path)
     tokens = random_tokens(120)
-    pieces = [tokens[i : i + 40] for i in (0, 40, 80)]
+    chunks = [tokens[i : i + 40] for i in (0, 40, 80)]
     model = load_streaming(checkpoint, slots=5)
-    for _ in prefill(model, pieces, make_prompt_cache(model), limit=10**9):
+    for _ in prefill(model, chunks, make_prompt_cache(model), limit=10**9):
         pass
     layers = len(checkpoint.expert_layers)
     assert model.stats.needed == model.stats.loaded == 11 * layers
     assert model.stats.reads.bytes == checkpoint.expert_nbytes
     before = model.stats
-    for _ in prefill(model, pieces, make_prompt_cache(model), limit=40):
+    for _ in prefill(model, chunks, make_prompt_cache(model), limit=40):
         pass
     assert (model.stats - before).needed > 2 * 11 * layers
     model.close()
@@ -104,13 +108,13 @@ def test_expert_is_read_twice_in_a_sweep(path):
         (20, [10, 19], [10, 9, 1]),
     ],
 )
-def test_pieces_cross_a_cut_or_are_too_long(count, cuts, sizes):
-    pieces = split(list(range(count)), cuts)
-    assert [len(p) for p in pieces] == sizes
-    assert sum(pieces, []) == list(range(count))
+def test_chunks_end_at_cuts_and_have_at_most_512_tokens(count, cuts, sizes):
+    chunks = split(list(range(count)), cuts)
+    assert [len(p) for p in chunks] == sizes
+    assert sum(chunks, []) == list(range(count))
 
 
-def test_read_error_in_a_sweep_is_lost(path, tmp_path):
+def test_read_error_in_a_pass_is_raised(path, tmp_path):
     model = load_streaming(Checkpoint.open(path), slots=5)
     for file in Checkpoint.open(path).files:
         file.rename(tmp_path / file.name)

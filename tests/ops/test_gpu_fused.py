@@ -1,4 +1,4 @@
-"""Whole models through our kernels: streamed as resident, settled, pruned, and with other ops."""
+"""Tests whole models that run on the GPU kernels, on a GPU or on the stand-in."""
 
 import mlx.core as mx
 import numpy as np
@@ -22,9 +22,9 @@ from flashmoe_metal import kernel
 
 ON_GPU = kernel.available()
 TOKENS = random_tokens(23)
-#: Tokens of a prompt, tokens of a chunk, tokens that follow.
+#: (tokens of a prompt, tokens of a chunk, decoded tokens).
 CALLS = [(4, 1, 2), (23, 5, 1), (16, 16, 1), (23, 17, 0), (23, 23, 1)]
-#: As in test_exactness.py.
+#: See test_exactness.py.
 TOY_TOLERANCE = 1e-3
 
 
@@ -39,7 +39,7 @@ def toy(request, tmp_path_factory):
     return Checkpoint.open(write(tmp_path_factory.mktemp("toys"), request.param))
 
 
-#: What does not depend on the family.
+#: For tests that do not depend on the family.
 one_toy = pytest.mark.parametrize("toy", ["qwen3_5_moe"], indirect=True)
 
 
@@ -54,13 +54,13 @@ def resident(toy):
 
 @pytest.fixture(scope="module")
 def expected(resident):
-    """Logits of each of CALLS."""
+    """The logits of the resident model for each of CALLS."""
     return {call: run(resident, *call) for call in CALLS}
 
 
 @pytest.fixture
 def load(toy):
-    """Load it with so many slots, all by default."""
+    """A function that loads the toy with this number of slots, by default one for each expert."""
     models = []
 
     def load(slots=None, **settings):
@@ -72,7 +72,7 @@ def load(toy):
         model.close()
 
 
-def test_streamed_logits_differ_from_resident(toy, expected, load, launches):
+def test_streamed_logits_equal_resident_ones(toy, expected, load, launches):
     few = toy.top_k + 2
     for slots, calls in (
         (few, CALLS),
@@ -83,26 +83,26 @@ def test_streamed_logits_differ_from_resident(toy, expected, load, launches):
         launches.clear()
         for call in calls:
             assert same(run(model, *call), expected[call]), (slots, call)
-        evictions = sum(b.switch_mlp._slots.evictions for b in model._blocks)
+        evictions = sum(b.switch_mlp._table.evictions for b in model.blocks.values())
         assert (evictions > 0) == (slots < toy.num_experts)
-        # Chunks of tokens that need more experts than there are slots.
+        # combine runs for chunks that need more experts than there are slots.
         assert slots > few or "combine" in launches
 
 
 @pytest.mark.parametrize("toy", ["qwen3_5_moe", "bf16"], indirect=True)
-def test_split_into_sweeps_changes_a_bit(toy, load):
-    """Of pieces that go through our kernels and others that do not."""
-    pieces = [TOKENS[:1], TOKENS[1:19], TOKENS[19:], TOKENS[:17]]
-    found = []
+def test_split_into_passes_does_not_change_a_bit(toy, load):
+    """Some of the chunks run on the kernels, and the longer ones do not."""
+    chunks = [TOKENS[:1], TOKENS[1:19], TOKENS[19:], TOKENS[:17]]
+    results = []
     for slots, limit in ((None, 1), (None, 10**9), (toy.top_k + 2, 19), (toy.top_k + 2, 10**9)):
         model = load(slots)
-        *_, (*_, last) = prefill(model, pieces, make_prompt_cache(model), limit=limit)
-        found.append(np.array(model.logits(last.hidden).astype(mx.float32)))
-    assert all(same([other], found[:1]) for other in found[1:])
+        *_, (*_, last) = prefill(model, chunks, make_prompt_cache(model), limit=limit)
+        results.append(np.array(model.logits(last.hidden).astype(mx.float32)))
+    assert all(same([other], results[:1]) for other in results[1:])
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the model computes in bfloat16")
-def test_logits_differ_from_stock_mlx_lm(toy, expected):
+def test_logits_equal_stock_mlx_lm(toy, expected):
     stock, _ = load_model(toy.path)
     stock.set_dtype(mx.float32)
     for call in CALLS:
@@ -110,54 +110,54 @@ def test_logits_differ_from_stock_mlx_lm(toy, expected):
             np.testing.assert_allclose(a, b, atol=TOY_TOLERANCE, rtol=0)
 
 
-def test_settled_model_looks_or_reads(toy, expected, load, monkeypatch):
-    """And gives other bits than one that looks."""
+def test_fully_resident_model_needs_neither_reads_nor_the_host(toy, expected, load, monkeypatch):
+    """It gives the same bits as a model that copies the router's choice to the host."""
     model = load()
-    assert not any(b.switch_mlp.settled for b in model._blocks)
+    assert not any(b.switch_mlp.fully_resident for b in model.blocks.values())
     load_all_experts(model)
     monkeypatch.setattr(StreamingSwitchGLU, "start", None)
     before = model.stats
     assert same(run(model, *CALLS[0]), expected[CALLS[0]])
     spent = model.stats - before
     assert spent.reads.bytes == spent.loaded == 0
-    assert spent.needed == 6 * toy.top_k * len(model._blocks)
+    assert spent.needed == 6 * toy.top_k * len(model.blocks)
 
 
 @one_toy
-def test_layer_settles_with_an_expert_elsewhere(toy, load):
-    """With all but one of the experts, or with one in a slot of another number."""
+def test_layer_with_all_experts_in_their_own_slots_is_fully_resident(toy, load):
+    """It is not, with a slot fewer than experts or while a read is in flight."""
     for slots in (toy.num_experts - 1, toy.num_experts):
         model = load(slots)
-        switch = model._blocks[0].switch_mlp
+        switch = next(iter(model.blocks.values())).switch_mlp
         numbers = list(range(toy.num_experts))
         for expert in numbers[:-1]:
             switch(activations(1, HIDDEN), mx.array([[expert]]))
-            assert not switch.settled
+            assert not switch.fully_resident
         switch(activations(1, HIDDEN), mx.array([numbers[-1:]]))
-        assert switch.settled == (slots == toy.num_experts)
-    # A read that has not ended: its bytes may not be there.
+        assert switch.fully_resident == (slots == toy.num_experts)
+    # While a read is in flight, its bytes may not have arrived.
     model = load()
-    switch = model._blocks[0].switch_mlp
+    switch = next(iter(model.blocks.values())).switch_mlp
     for expert in numbers:
         assert switch.load(expert, set())
-        assert not switch.settled
+        assert not switch.fully_resident
     for expert in numbers:
         switch.landed(expert)
-    assert switch.settled
+    assert switch.fully_resident
     switch.resize(toy.num_experts - 1)
-    assert not switch.settled, "an expert has left"
+    assert not switch.fully_resident, "an expert has left"
 
 
 @one_toy
-def test_piece_of_another_k_is_run(toy, resident, load, monkeypatch):
-    """A piece holds the K that it was made with."""
+def test_compiled_step_of_another_top_k_is_not_reused(toy, resident, load, monkeypatch):
+    """A compiled step keeps the K with which it was compiled."""
 
     def frozen(f):
-        made, made_with = kernel.compiled(f), k_of(f)
+        step, compiled_with = kernel.compiled(f), k_of(f)
 
         def call(*args):
-            assert k_of(f) == made_with
-            return made(*args)
+            assert k_of(f) == compiled_with
+            return step(*args)
 
         return call
 
@@ -169,19 +169,19 @@ def test_piece_of_another_k_is_run(toy, resident, load, monkeypatch):
     load_all_experts(model)
     for k in (*range(1, toy.top_k + 1), *range(1, toy.top_k + 1)):
         with model.pruned_to(k), resident.pruned_to(k):
-            found = logits(model, TOKENS[:3], 1, decode=1)
-            assert same(found, logits(resident, TOKENS[:3], 1, decode=1)), k
+            pruned = logits(model, TOKENS[:3], 1, decode=1)
+            assert same(pruned, logits(resident, TOKENS[:3], 1, decode=1)), k
 
 
 @one_toy
 @pytest.mark.parametrize(
-    ("settled", "tokens", "stop"),
+    ("full", "tokens", "stop"),
     [(False, 1, 1), (False, 1, 2), (False, 16, 2), (False, 17, 3), (True, 1, 1), (True, 1, 4)],
 )
-def test_interrupted_call_leaves_a_layer_that_is_wrong(toy, expected, load, settled, tokens, stop):
-    """Interrupted at the start, between waves or in another layer."""
-    model, calls = load(None if settled else toy.top_k + 2), []
-    if settled:
+def test_calls_after_an_interrupted_one_give_the_same_bits(toy, expected, load, full, tokens, stop):
+    """The call is interrupted at its start, between waves or in another layer."""
+    model, calls = load(None if full else toy.top_k + 2), []
+    if full:
         load_all_experts(model)
 
     def check():
@@ -194,38 +194,38 @@ def test_interrupted_call_leaves_a_layer_that_is_wrong(toy, expected, load, sett
         for _ in range(3):
             mx.eval(model(mx.array([TOKENS[:tokens]]), cache=cache))
 
-    model.watch.check = check
+    model.hooks.check_cancelled = check
     with pytest.raises(TimeoutError):
         three_times()
-    model.watch.check = lambda: None
+    model.hooks.check_cancelled = lambda: None
     assert same(run(model, *CALLS[1]), expected[CALLS[1]])
 
 
 @pytest.mark.parametrize("name", ["gather", "reference"])
-def test_other_ops_differ(tmp_path, launches, monkeypatch, name):
-    # In the types of the weights, as a GPU computes, rounding may choose other experts.
+def test_other_backends_give_nearly_the_same_logits(tmp_path, launches, monkeypatch, name):
+    # In the dtype of the weights, in which a GPU computes, rounding may choose other experts.
     dtype = "float32" if ON_GPU else "bfloat16"
     toy = Checkpoint.open(write(tmp_path, "qwen3_5_moe", dtype=dtype))
     expected = run(load_resident(toy.path), *CALLS[1])
     monkeypatch.setenv(ops.ENV, name)
     model = load_streaming(toy, slots=toy.top_k + 2)
     launches.clear()
-    found = run(model, *CALLS[1])
+    outputs = run(model, *CALLS[1])
     model.close()
     assert launches == []
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=TOY_TOLERANCE, rtol=0)
 
 
-def test_cpu_ops_are_picked_beside_kernels(monkeypatch):
-    assert ops.pick().NAME == "fused"
+def test_cpu_backend_is_refused_where_kernels_run(monkeypatch):
+    assert ops.pick().name == "fused"
     monkeypatch.setenv(ops.ENV, "cpu")
     with pytest.raises(SettingError, match="FLASHMOE_OPS='cpu' does not run on MLX's gpu device"):
         ops.pick()
 
 
 @one_toy
-def test_many_tokens_reach_the_kernels(load, launches):
+def test_kernels_run_for_few_tokens_only(load, launches):
     model = load()
     for tokens, few in ((MOST_ROWS, True), (MOST_ROWS + 1, False)):
         launches.clear()
@@ -235,45 +235,45 @@ def test_many_tokens_reach_the_kernels(load, launches):
 
 
 @pytest.mark.parametrize("what", ["experts", "shared expert"])
-def test_matrices_that_the_kernels_cannot_read_are_read(tmp_path, launches, what):
-    """Rows of 48 columns."""
+def test_matrices_that_no_kernel_can_read_go_to_mlx(tmp_path, launches, what):
+    """The kernels do not support rows of 48 columns."""
     size = {"experts": "moe_intermediate_size", "shared expert": "shared_expert_intermediate_size"}
     path = write(tmp_path, "qwen3_5_moe", bits=None, **{size[what]: 48})
     resident = load_resident(path)
     model = load_streaming(Checkpoint.open(path), slots=5)
-    block = model._blocks[0]
-    assert block.switch_mlp.fused == (what != "experts")
+    block = next(iter(model.blocks.values()))
+    assert block.switch_mlp.has_kernels == (what != "experts")
     launches.clear()
-    found = logits(model, TOKENS, 5)
+    outputs = logits(model, TOKENS, 5)
     assert "router" not in launches
-    assert ("gate_up" in launches) == block.switch_mlp.fused
-    assert same(found, logits(resident, TOKENS, 5))
+    assert ("gate_up" in launches) == block.switch_mlp.has_kernels
+    assert same(outputs, logits(resident, TOKENS, 5))
     model.close()
     if not ON_GPU:
         stock, _ = load_model(path)
         stock.set_dtype(mx.float32)
-        for a, b in zip(found, logits(stock, TOKENS, 5), strict=True):
+        for a, b in zip(outputs, logits(stock, TOKENS, 5), strict=True):
             np.testing.assert_allclose(a, b, atol=TOY_TOLERANCE, rtol=0)
 
 
-def test_step_launches_more_than_it_needs(toy, load, launches):
+def test_step_launches_exactly_its_kernels(toy, load, launches):
     model = load()
     load_all_experts(model)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([TOKENS[:5]]), cache=cache), [c.state for c in cache])
     for layer, c in zip(model.layers, cache, strict=True):
         linear, routed = getattr(layer, "is_linear", False), hasattr(layer.mlp, "switch_mlp")
-        # A product before attention and one after it; the router's, or those of a dense block.
+        # A product comes before attention and one after it, then the router's or a dense block's.
         step = ["matvec", "gated_delta_step" if linear else "qk_norm_rope", "matvec", "add_norm"]
         step += ["matvec", "router", "gate_up", "down"] if routed else ["matvec"] * 3
         if "quantization" not in toy.config or mx.metal.is_available():
-            # By MLX.
+            # MLX computes the products.
             step = [name for name in step if name != "matvec"]
         launches.clear()
         x = activations(1, 1, HIDDEN).astype(layer.input_layernorm.weight.dtype)
         mx.eval(layer(x, None, c))
         assert launches == step
         if linear and routed and "matvec" in step:
-            # A change of shape costs the host much of a launch.
-            found = operations(layer, x, None, c) - operations(layer.input_layernorm, x)
-            assert found == {"Depends": len(step)}
+            # A change of shape costs the host nearly as much as a launch, so there may be none.
+            counts = operations(layer, x, None, c) - operations(layer.input_layernorm, x)
+            assert counts == {"Depends": len(step)}

@@ -1,4 +1,4 @@
-"""The layers around the experts as a GPU has them, against mlx-lm's."""
+"""Tests the GPU versions of the layers around the experts against mlx-lm's layers."""
 
 import itertools
 
@@ -14,21 +14,22 @@ from toys import FAMILIES, write_toy
 
 from flashmoe.ops.gpu import layers as gpu_layers
 from flashmoe.ops.gpu.joined import join
-from flashmoe.ops.reference import kernels as kernel_twins
+from flashmoe.ops.reference import kernels as reference_kernels
 from flashmoe_metal.add_norm import add_norm, supports
 from flashmoe_metal.qk_norm_rope import qk_norm_rope
 
-#: Of neighbouring numbers, at most.
+#: The largest relative distance between neighbouring numbers of a type.
 SPACING = {mx.float32: 1e-6, mx.bfloat16: 2**-7, mx.float16: 2**-10}
 
 
 def numpy(x: mx.array) -> np.ndarray:
+    """Return an array as NumPy float32."""
     return np.array(x.astype(mx.float32))
 
 
 @pytest.mark.parametrize("dtype", SPACING, ids=str)
 @pytest.mark.parametrize(("rows", "width"), list(itertools.product([1, 3, 16], [5, 64, 100, 4200])))
-def test_sum_and_norm_differ_from_two_launches(dtype, rows, width):
+def test_add_norm_equals_its_reference(dtype, rows, width):
     mx.random.seed(rows * width)
     x, r = (mx.random.normal((1, rows, width)).astype(dtype) for _ in range(2))
     weight = mx.random.normal((width,)).astype(dtype)
@@ -36,9 +37,9 @@ def test_sum_and_norm_differ_from_two_launches(dtype, rows, width):
     assert supports(x, r, weight)
     with launched():
         h, normed = add_norm(x, r, weight, eps)
-    expected = kernel_twins.add_norm(x, r, weight, eps)
+    expected = reference_kernels.add_norm(x, r, weight, eps)
     np.testing.assert_array_equal(numpy(h), numpy(expected[0]))
-    # It rounds twice: the last bit of either may be another.
+    # The reference rounds twice, and each time the last bit may differ.
     np.testing.assert_allclose(numpy(normed), numpy(expected[1]), rtol=2 * SPACING[dtype])
 
 
@@ -46,7 +47,7 @@ def test_sum_and_norm_differ_from_two_launches(dtype, rows, width):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("width", "rotated"), [(8, 8), (32, 8), (50, 20), (256, 64)])
 @pytest.mark.parametrize(("offset", "scale"), [(0, 1.0), (7, 0.25), (40_000, 1.0)])
-def test_queries_and_keys_differ_from_six_launches(dtype, gated, width, rotated, offset, scale):
+def test_qk_norm_rope_equals_its_reference(dtype, gated, width, rotated, offset, scale):
     heads, key_heads = 3, 2
     mx.random.seed(width + offset)
     sizes = heads * width * (2 if gated else 1), key_heads * width
@@ -56,17 +57,17 @@ def test_queries_and_keys_differ_from_six_launches(dtype, gated, width, rotated,
     arguments = both, both, *weights, eps, rope, mx.array([offset], mx.int32)
     counts = {"heads": heads, "key_heads": key_heads, "rotated": rotated, "gated": gated}
     with launched():
-        found = qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
-    expected = kernel_twins.qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
-    # An angle has as many digits as a float has for the position.
+        outputs = qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
+    expected = reference_kernels.qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
+    # The error of an angle grows with the position, of which a float has only so many digits.
     angle = 1e-7 * offset * 4
-    for x, y in list(zip(found, expected, strict=True))[: 2 + gated]:
+    for x, y in list(zip(outputs, expected, strict=True))[: 2 + gated]:
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         atol = (2 * SPACING[dtype] + angle) * np.abs(numpy(y)).max()
         np.testing.assert_allclose(numpy(x), numpy(y), rtol=0, atol=atol)
 
 
-def test_sums_that_the_kernel_does_not_take_are_launched():
+def test_add_norm_supports_few_rows_of_one_dtype():
     x, weight = mx.zeros((1, 17, 8)), mx.ones(8)
     assert not supports(x, x, weight)
     one = x[:, :1]
@@ -76,6 +77,7 @@ def test_sums_that_the_kernel_does_not_take_are_launched():
 
 
 def stock(path) -> nn.Module:
+    """Return the model of mlx-lm in float32."""
     model, _ = load_model(path)
     model.set_dtype(mx.float32)
     return model
@@ -83,8 +85,8 @@ def stock(path) -> nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [4, None])
-def test_model_differs_from_mlx_lm(tmp_path, family, bits):
-    """A prompt, steps, a longer piece and a batch."""
+def test_model_with_gpu_layers_equals_mlx_lm(tmp_path, family, bits):
+    """The calls are a prompt, steps, a longer chunk and a batch."""
     path = write_toy(tmp_path / "toy", family, bits=bits)
     tokens = np.random.default_rng(0).integers(0, 160, (1, 10))
     theirs, ours = stock(path), stock(path)
@@ -107,8 +109,8 @@ def test_model_differs_from_mlx_lm(tmp_path, family, bits):
     assert launches.count("add_norm") == 4 * len(ours.layers)
 
 
-def test_block_adds_the_residual_twice(tmp_path):
-    """One that has `with_residual` is asked for the whole sum."""
+def test_residual_is_added_once(tmp_path):
+    """A block that has `with_residual` adds the residual itself."""
     path = write_toy(tmp_path / "toy", "qwen3_next", dense_layer=True)
     theirs, ours = stock(path), stock(path)
     gpu_layers.prepare(ours)
@@ -122,24 +124,24 @@ def test_block_adds_the_residual_twice(tmp_path):
             layer.mlp.__class__ = Whole
     tokens = mx.array([[1, 2, 3]])
     with launched():
-        found = ours(tokens)
-    np.testing.assert_allclose(numpy(found), numpy(theirs(tokens)), atol=1e-4)
+        logits = ours(tokens)
+    np.testing.assert_allclose(numpy(logits), numpy(theirs(tokens)), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_joined_weights_are_held_twice(tmp_path, family):
+def test_joined_weights_replace_the_separate_ones(tmp_path, family):
     path = write_toy(tmp_path / "toy", family)
     theirs, ours = stock(path), stock(path)
     gpu_layers.prepare(ours)
     gpu_layers.prepare(ours)  # changes nothing
     before, after = (dict(tree_flatten(m.parameters())) for m in (theirs, ours))
-    gone = ("_proj_qkv", "_proj_z", "_proj_b", "_proj_a", "_proj_qkvz", "_proj_ba", "k_proj")
-    assert not [name for name in after if any(f"{g}." in name for g in gone)]
-    spare = sum(v.nbytes for v in after.values()) - sum(v.nbytes for v in before.values())
-    assert 0 <= spare < 127 * 64 * len(ours.layers)
+    replaced = ("_proj_qkv", "_proj_z", "_proj_b", "_proj_a", "_proj_qkvz", "_proj_ba", "k_proj")
+    assert not [name for name in after if any(f"{r}." in name for r in replaced)]
+    added = sum(v.nbytes for v in after.values()) - sum(v.nbytes for v in before.values())
+    assert 0 <= added < 127 * 64 * len(ours.layers)
 
 
-def test_layers_of_other_kinds_are_joined():
+def test_only_layers_of_one_kind_are_joined():
     def linear(rows, **quantised):
         layer = nn.Linear(64, rows, bias=quantised.pop("bias", False))
         return nn.QuantizedLinear.from_linear(layer, **quantised) if quantised else layer
@@ -157,13 +159,13 @@ def test_layers_of_other_kinds_are_joined():
         mx.eval(expected)
         joined, parts = join(layers)
         assert len(joined) == products
-        found = [layer(x) for layer in joined]
+        outputs = [layer(x) for layer in joined]
         for part, y in zip(parts, expected, strict=True):
-            np.testing.assert_allclose(numpy(part.of(found)), numpy(y), atol=1e-5)
+            np.testing.assert_allclose(numpy(part.of(outputs)), numpy(y), atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", ["rope", "offset", "dtype", "training"])
-def test_attention_that_the_kernel_does_not_take_is_launched(tmp_path, changed):
+def test_unsupported_attention_does_not_use_the_kernel(tmp_path, changed):
     model = stock(write_toy(tmp_path / "toy", "qwen3_moe", layers=1))
     gpu_layers.prepare(model)
     cache = make_prompt_cache(model)
@@ -180,7 +182,7 @@ def test_attention_that_the_kernel_does_not_take_is_launched(tmp_path, changed):
     x = mx.random.normal((1, 1, 64))
     with launched() as launches:
         if changed == "offset":
-            # Only a batch's cache takes such an offset further.
+            # Only the cache of a batch can advance such an offset.
             assert not attention.is_step(x, x.dtype, cache[0])
         else:
             mx.eval(attention(x, None, cache[0]))
