@@ -87,10 +87,10 @@ def child(args: argparse.Namespace, case: dict) -> dict:
         route_as_real(model, rows * each, args.seed)
     ids = np.array(runs.tokens(args.tokens, rows * each, vocab, args.seed)).reshape(rows, each)
     caches = [make_prompt_cache(model) for _ in range(rows)]
-    model.room.for_prompts(rows * args.prompt, [each] * rows, model.experts)
+    model.elastic_slots.fit_prefill(rows * args.prompt, [each] * rows, model.experts)
     for row, cache in zip(ids, caches, strict=True):
         sweep(model, [Chunk(row[: args.prompt].tolist(), cache)])
-    model.room.for_decoding([each] * rows)
+    model.elastic_slots.fit_decoding([each] * rows)
 
     def step(tokens: list[int]) -> None:
         if rows == 1:
@@ -121,7 +121,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
         "wait_ms": round(1e3 * stats.reads.wait_seconds / count, 2),
         "cpu_ms": round(1e3 * usage["cpu"] / count, 1),
         "cores_of_others": usage["others"],
-        "slots": model.room.slots,
+        "slots": model.elastic_slots.per_layer,
     }
     model.close()
     return found
@@ -149,13 +149,13 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
             for piece in split(row[: args.prompt].tolist(), [])
         ]
         tokens = len(group) * args.prompt
-        limit = model.room.for_prompts(tokens, [args.prompt] * len(group), model.experts)
+        limit = model.elastic_slots.fit_prefill(tokens, [args.prompt] * len(group), model.experts)
         while left:
             taken = fitting(left, limit)
             mx.eval([model.logits(s.hidden) for s in sweep(model, left[:taken])])
             left = left[taken:]
         reading += time.perf_counter() - began
-        model.room.for_decoding([each] * len(group))
+        model.elastic_slots.fit_decoding([each] * len(group))
         for tokens in group[:, args.prompt :].T.tolist():
             if len(group) == 1:
                 mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
@@ -170,7 +170,7 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
         "request_bytes": stats.reads.bytes // args.requests,
         "wait_seconds": round(stats.reads.wait_seconds / args.requests, 2),
         "cores_of_others": used.so_far()["others"],
-        "slots": model.room.slots,
+        "slots": model.elastic_slots.per_layer,
     }
     model.close()
     return found

@@ -55,7 +55,7 @@ def moe_blocks(model):
 
 def run_flashmoe(path: Path, ks: list[int], count: int, activations: str) -> dict:
     from flashmoe.checkpoint.checkpoint import Checkpoint
-    from flashmoe.memory.budget import peak
+    from flashmoe.memory.system import peak
     from flashmoe.models.loading import load_streaming
 
     checkpoint = Checkpoint.open(path)

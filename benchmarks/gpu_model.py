@@ -95,7 +95,7 @@ def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int)
         "busy": lambda: dict(_largest(busy(lambda: run.run(5), 5))),
         "logits": lambda: forced(found, prompt[:6]),
         "exact logits": exact,
-        "settled": lambda: sum(layer.mlp.switch_mlp.settled for layer in found.layers),
+        "settled": lambda: sum(layer.mlp.switch_mlp.fully_resident for layer in found.layers),
     }
 
 

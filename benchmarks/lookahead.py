@@ -69,7 +69,7 @@ class Ahead:
         switch = following.switch_mlp
         scores = np.array(following.gate(x * scale)).ravel()
         likely = np.argsort(-scores)[: following.top_k].tolist()
-        missing = [e for e in likely if switch._slots.lookup(e) is None][: self.guesses]
+        missing = [e for e in likely if switch._table.lookup(e) is None][: self.guesses]
         self._guessed[id(following)] = missing
         for expert in missing:
             switch.load(expert, set(likely))
@@ -88,7 +88,7 @@ def main() -> None:
     model = load_streaming(checkpoint, memory=args.memory, slots=args.slots, prompt_cache=None)
     ahead = Ahead(model)
     SharedExpertBlock.sweep = lambda block, xs: ahead.sweep(block, xs)
-    model.room.for_decoding([args.tokens * args.rounds * len(args.guesses)])
+    model.elastic_slots.fit_decoding([args.tokens * args.rounds * len(args.guesses)])
     cache = make_prompt_cache(model)
     drawn = random.Random(3)
     token, taken = 1, defaultdict(list)
@@ -120,7 +120,7 @@ def main() -> None:
             }
         )
         print(rows[-1])
-    result = {"benchmark": "lookahead", "model": args.model, "slots": model.room.slots}
+    result = {"benchmark": "lookahead", "model": args.model, "slots": model.elastic_slots.per_layer}
     print(json.dumps(result | {"experts": model.experts, "rows": rows}))
 
 

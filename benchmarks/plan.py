@@ -94,14 +94,14 @@ PUBLISHED = (
 @contextmanager
 def hollow(layers: int = 60, experts: int = 512) -> Iterator[Path]:
     """The 397B as synth.py writes it, with a hole instead of weights."""
-    from flashmoe.checkpoint.safetensors_writer import header
+    from flashmoe.checkpoint.safetensors_writer import encode_header
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         tensors = list(synth.plan(layers, experts, VOCABULARY, 4, 64))
         for name, part in synth.split(tensors).items():
             with open(path / name, "wb") as f:
-                f.write(header(part))
+                f.write(encode_header(part))
                 f.truncate(f.tell() + sum(t.nbytes for t in part))
         config = synth.config(layers, experts, VOCABULARY, 4, 64, 10)
         (path / "config.json").write_text(json.dumps(config))

@@ -21,9 +21,9 @@ class Aged:
 
     def access(self, experts: Sequence[int]) -> int:
         missing = [e for e in experts if self.slots.lookup(e) is None]
-        self.slots.touch(dict.fromkeys(experts, 1), 1)
+        self.slots.record_use(dict.fromkeys(experts, 1), 1)
         for expert in missing:
-            self.slots.take(expert, experts)
+            self.slots.allocate(expert, experts)
         return len(missing)
 
 

@@ -127,9 +127,9 @@ def warm_start(layers: Sequence[Layer], learn: int, slots: int, experts: int, fi
         for layer in layers:
             policy, seen = Aged(slots, experts), layer[:learn]
             if counts:
-                policy.slots.touch(Counter(e for step in seen for e in step), 0)
+                policy.slots.record_use(Counter(e for step in seen for e in step), 0)
             for expert in hottest(seen)[:slots] if fill else ():
-                policy.slots.take(expert, ())
+                policy.slots.allocate(expert, ())
             total += sum(policy.access(step) for step in layer[learn : learn + first])
         return total
 

@@ -99,13 +99,13 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
 
     with Routing() as routing:
         before, start = model.stats, time.perf_counter()
-        limit = model.room.for_prompts(len(prompt), [len(prompt)], model.experts)
+        limit = model.elastic_slots.fit_prefill(len(prompt), [len(prompt)], model.experts)
         for _ in prefill(model, split(prompt, []), cache, limit=limit):
             pass
         took = time.perf_counter() - start
         read, union = model.stats - before, routing.distinct() * expert_nbytes
         # As an engine does, for this answer.
-        model.room.for_decoding([len(prompt) + len(forced)])
+        model.elastic_slots.fit_decoding([len(prompt) + len(forced)])
         step(forced[0])
         first = time.perf_counter() - start
         del seconds[:], waits[:]
@@ -114,7 +114,7 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
             step(token)
         usage, stats = used.so_far(), model.stats - before
     steps = len(seconds)
-    expected = routing.expected(model.room.slots, model.checkpoint.num_experts, len(prompt) + 1)
+    expected = routing.expected(model.elastic_slots.per_layer, model.checkpoint.num_experts, len(prompt) + 1)
     return {
         "time_to_first_token": round(first, 3),
         "prefill_tokens_per_second": round(len(prompt) / took, 2),
@@ -143,7 +143,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
         return disk.bandwidth(disk.experts(args.path), case["depth"], args.raw_seconds)
 
     speeds = [raw()]
-    from flashmoe.memory.budget import peak
+    from flashmoe.memory.system import peak
 
     start = time.perf_counter()
     model = load(args.path, case)
@@ -157,7 +157,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     found |= {
         "experts": model.experts,
         "needed_bytes": model.experts * sum(layer.expert_nbytes for layer in layers),
-        "slots": model.room.slots,
+        "slots": model.elastic_slots.per_layer,
         "peak_rss": peak(),
         "swapped": runs.swapped(),
     }

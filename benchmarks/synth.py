@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe.checkpoint.safetensors_header import ITEM_BYTES
-from flashmoe.checkpoint.safetensors_writer import header
+from flashmoe.checkpoint.safetensors_writer import encode_header
 
 HIDDEN, EXPERT, HEADS, KV_HEADS, HEAD_DIM = 4096, 1024, 32, 2, 256
 KEY_HEADS, VALUE_HEADS, LINEAR_DIM, CONV, INTERVAL = 16, 64, 128, 4, 4
@@ -240,7 +240,7 @@ def write(
     source = Source(seed)
     for name, tensors in shards.items():
         with open(out / name, "wb", buffering=0) as f:
-            f.write(header(tensors))
+            f.write(encode_header(tensors))
             for tensor in tensors:
                 for piece in source.pieces(tensor):
                     if f.write(piece) != len(piece):

@@ -71,7 +71,7 @@ class Recorder:
             (switch.Call, "finish", "slots"),
             (work, run, "experts"),
             (reader.Reader, "submit", "slots"),
-            (reader.Pending, "wait", "waiting"),
+            (reader.PendingRead, "wait", "waiting"),
             (reader._Pool, "run", "read"),
         ):
             kept.append((owner, name, getattr(owner, name)))

@@ -1,9 +1,14 @@
-"""The engine: one thread that owns MLX. Requests go in, events come out.
+"""Run a model on one thread that owns MLX: requests go in, events come out.
 
 MLX arrays, streams and seeds belong to the thread that made them. So one thread loads the model,
 generates, keeps the prompt cache, and ends its own streams; callers on any thread, or in asyncio,
-only pass messages. Requests begin in the order in which they came, and run together as far as the
-memory goes: see `flashmoe.generation.batch`.
+only pass messages. Requests begin in the order in which they were made, and run together as far as
+memory allows: see `flashmoe.generation.batch`.
+
+    Engine.stream -> Job -> Batch.admit -> AnswerState (limits, grammar, events)
+                                           ActiveSequence (prompt cache, sampler)
+                     Batch.step  -> one pass of all sequences through the model
+    EventStream  <- Job.put      <- events of each answer
 """
 
 from __future__ import annotations
@@ -16,74 +21,53 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import ReadError, SettingError, TimedOut
+from .errors import ReadError, TimedOut
 from .events import End, Event
+from .generation.job import Cancellation, Job
+from .options import EngineOptions, with_settings
 from .requests import Request, check_request
 
 if TYPE_CHECKING:
     from .generation.batch import Batch
 
 
-class _Cancellation:
-    """The ways to cancel a job: its answer was closed, the caller's event is set, or the engine
-    is closing."""
-
-    def __init__(self, *events: threading.Event | None):
-        self._closed = threading.Event()
-        self._events = [self._closed, *(e for e in events if e is not None)]
-
-    @property
-    def closed(self) -> bool:
-        """Nobody reads the answer any more."""
-        return self._closed.is_set()
-
-    def set(self) -> None:
-        self._closed.set()
-
-    def is_set(self) -> bool:
-        return any(event.is_set() for event in self._events)
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A request, who takes the events of its answer or its error, and whether anybody still
-    does."""
-
-    request: Request
-    put: Callable[[Event | BaseException], None]
-    cancelled: _Cancellation
-
-
 class _Deadline:
-    """When an answer must be whole, counted from now."""
+    """The time at which an answer must be complete, counted from now.
+
+    Args:
+        timeout: seconds, None for no limit.
+    """
 
     def __init__(self, timeout: float | None):
         self._timeout = timeout
         self._end = None if timeout is None else monotonic() + timeout
 
     def left(self) -> float | None:
-        """Seconds, or None for no limit."""
+        """Return the seconds that are left, None for no limit."""
         return None if self._end is None else max(0.0, self._end - monotonic())
 
     def error(self) -> TimedOut:
+        """Return the error to raise when no time is left."""
+        assert self._timeout is not None, "there is no limit"
         return TimedOut(
-            f"the answer was not whole after timeout={self._timeout:g} seconds, in which others "
-            "may have been before it: raise timeout, or lower max_tokens"
+            f"the answer was not complete after timeout={self._timeout:g} seconds, in which other "
+            "requests may have run before it: raise timeout, or lower max_tokens"
         )
 
 
 async def _within(deadline: _Deadline, coming: Coroutine) -> Event | BaseException:
-    """What comes. Not by `asyncio.wait_for`, which before Python 3.12 forgets that it was cancelled
-    when that comes at the same moment.
+    """Return what `coming` returns.
+
+    Not by `asyncio.wait_for`, which before Python 3.12 forgets that it was cancelled when the
+    result arrives at the same moment.
 
     Raises:
-        TimedOut
+        TimedOut: it took too long.
     """
     task = asyncio.ensure_future(coming)
     try:
@@ -96,8 +80,11 @@ async def _within(deadline: _Deadline, coming: Coroutine) -> Event | BaseExcepti
 
 
 class EventStream(Iterator[Event]):
-    """The events of an answer, as they come. Closing it cancels what is still to come, as does
-    dropping it. The last event is an End, unless an error is raised."""
+    """Iterates over the events of an answer as they are generated.
+
+    The last event is an End, unless an error is raised. Closing the stream cancels the rest of the
+    answer, and so does dropping it.
+    """
 
     def __init__(self, submit: Callable[[Callable], Job], timeout: float | None = None):
         self._deadline = _Deadline(timeout)
@@ -124,7 +111,7 @@ class EventStream(Iterator[Event]):
         return event
 
     def close(self) -> None:
-        """Cancel the answer, within a token."""
+        """Cancel the answer; the engine stops within a token."""
         self._over = True
         if self._job is not None:
             self._job.cancelled.set()
@@ -140,26 +127,22 @@ class EventStream(Iterator[Event]):
 
 
 class Engine:
-    """One loaded checkpoint and its thread. Nothing is loaded before the first request.
+    """One checkpoint and the thread that runs it. Nothing is loaded before the first request.
 
     Args:
         path: the checkpoint directory.
-        batch: requests that run together at most; 1: one after the other. None:
-            `flashmoe.generation.batch.DEFAULT_ROWS`. Memory may allow fewer.
-        settings: memory, experts, slots, depth, io, activations as in `flashmoe.load`;
-            prompt_cache, prompt_store, prompt_store_path and cluster as in
-            `flashmoe.generation.loaded_model.Session`.
+        options: how to load it and how to answer.
+        settings: fields of `EngineOptions` (memory, experts, batch, prompt_cache, ...), which
+            replace those of `options`.
 
     Raises:
-        SettingError: batch is not 1 or more.
+        SettingError: an option has an impossible value.
+        TypeError: an option does not exist.
     """
 
-    def __init__(self, path: str | Path, *, batch: int | None = None, **settings):
-        if batch is not None and batch < 1:
-            raise SettingError(f"batch={batch} must be 1 or more: it is a number of requests")
+    def __init__(self, path: str | Path, options: EngineOptions | None = None, **settings: Any):
         self.path = Path(path)
-        self.settings = settings
-        self._most = batch
+        self.options = with_settings(options or EngineOptions(), settings)
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._closing = threading.Event()
@@ -172,6 +155,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self._closing.is_set()
 
     @property
@@ -180,14 +164,14 @@ class Engine:
         return self._batch is not None
 
     @property
-    def rows(self) -> int:
-        """Answers that are computed together now."""
+    def running(self) -> int:
+        """The number of answers that are computed together now."""
         batch = self._batch
-        return 0 if batch is None else len(batch.rows)
+        return 0 if batch is None else len(batch.sequences)
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """The number of requests that have not begun."""
         return self._jobs.qsize() + len(self._waiting)
 
     def stream(
@@ -196,16 +180,16 @@ class Engine:
         cancel: threading.Event | None = None,
         timeout: float | None = None,
     ) -> EventStream:
-        """Queue a request; the events of its answer.
+        """Queue a request and return the events of its answer.
 
         Args:
             cancel: when it is set, the answer ends within a token, with an End that says so.
             timeout: seconds from now, time in the queue included, after which the answer is
-                cancelled and TimedOut raised.
+                cancelled and TimedOut is raised.
 
         Raises:
-            SettingError: at once, for a value that cannot be. Other errors, a FlashMoEError whose
-                text is for the user, are raised when the events are taken.
+            SettingError: at once, for an impossible value. Other errors, each a FlashMoEError whose
+                text is for the user, are raised while the events are iterated.
         """
         check_request(request)
         return EventStream(lambda put: self._submit(request, put, cancel), timeout)
@@ -216,7 +200,10 @@ class Engine:
         cancel: threading.Event | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[Event]:
-        """`stream` for asyncio: cancelling the task or closing the iterator cancels the answer."""
+        """Do what `stream` does, for asyncio.
+
+        Cancelling the task or closing the iterator cancels the answer.
+        """
         check_request(request)
         deadline = _Deadline(timeout)
         loop = asyncio.get_running_loop()
@@ -239,7 +226,7 @@ class Engine:
             job.cancelled.set()
 
     def close(self) -> None:
-        """Cancel what is in flight, free the model, and end the thread. May be called again."""
+        """Cancel all answers, free the model, and end the thread. May be called again."""
         with self._lock:
             if not self.closed:
                 self._closing.set()
@@ -256,10 +243,10 @@ class Engine:
 
     def _submit(self, request: Request, put, cancel: threading.Event | None) -> Job:
         def emit(event: Event | BaseException) -> None:
-            # An answer that `close` cut short ends with an error instead.
+            # An answer that `close` cut short ends with an error.
             put(self._closed_error() if self.closed and isinstance(event, End) else event)
 
-        job = Job(request, emit, _Cancellation(cancel, self._closing))
+        job = Job(request, emit, Cancellation(cancel, self._closing))
         with self._lock:
             if self.closed:
                 raise self._closed_error()
@@ -284,9 +271,12 @@ class Engine:
             sys.modules["mlx.core"].clear_streams()
 
     def _arrived(self, waiting: deque[Job]) -> bool:
-        """Take the jobs that came, waiting for one where there is nothing else to do. False: the
-        engine is closed, and nothing is left to end."""
-        busy = bool(waiting) or (self._batch is not None and bool(self._batch.rows))
+        """Add new jobs to `waiting`; wait for one where there is nothing else to do.
+
+        Returns:
+            False when the engine is closed and no job is left.
+        """
+        busy = bool(waiting) or (self._batch is not None and bool(self._batch.sequences))
         while not (self.closed and self._jobs.empty()):
             try:
                 job = self._jobs.get(block=not busy)
@@ -298,20 +288,20 @@ class Engine:
         return busy
 
     def _begun(self, job: Job) -> bool:
-        """Let a job join the others; False: it has to wait."""
+        """Let a job join the batch. Returns False when it has to wait."""
         if job.cancelled.closed:
-            return True  # its answer was dropped while it waited
+            return True  # its answer was dropped while the job waited
         if self.closed:
             job.put(self._closed_error())
             return True
         try:
             if self._batch is None:
-                # Late, and here: an MLX that cannot be imported is an answer too.
-                from .generation.batch import DEFAULT_ROWS, Batch
+                # Late, and here: the error of an MLX that cannot be imported is the caller's too.
+                from .generation.batch import DEFAULT_BATCH, Batch
                 from .generation.loaded_model import LoadedModel
 
-                session = LoadedModel(self.path, **self.settings)
-                self._batch = Batch(session, self._most or DEFAULT_ROWS)
+                loaded = LoadedModel(self.path, self.options)
+                self._batch = Batch(loaded, self.options.batch or DEFAULT_BATCH)
             return self._batch.admit(job)
         except BaseException as e:  # whatever it is, it belongs to the caller
             job.put(e)
@@ -323,7 +313,7 @@ class Engine:
         except BaseException as e:
             batch.fail(e)
             if isinstance(e, ReadError):
-                # The files changed: the next request loads the model anew.
+                # The files changed: the next request loads the model again.
                 self._drop_model()
 
     def _drop_model(self) -> None:
@@ -332,24 +322,31 @@ class Engine:
             self._batch = None
 
 
-_shared: dict[tuple, Engine] = {}
+_shared: dict[tuple[Path, EngineOptions], Engine] = {}
 _shared_lock = threading.Lock()
 
 
-def shared(path: str | Path, **settings) -> Engine:
-    """The engine of this process for a checkpoint and settings; made on first use, and kept until
-    `release`. Each one that answers holds a model in memory."""
+def shared(path: str | Path, options: EngineOptions | None = None, **settings: Any) -> Engine:
+    """Return this process's engine for a checkpoint and options.
+
+    It is made on first use and kept until `release`. Each engine that has answered holds a model in
+    memory.
+
+    Args:
+        path, options, settings: as for `Engine`.
+    """
     path = Path(path).resolve()
-    key = (path, *sorted(settings.items()))
+    options = with_settings(options or EngineOptions(), settings)
+    key = (path, options)
     with _shared_lock:
         engine = _shared.get(key)
         if engine is None or engine.closed:
-            engine = _shared[key] = Engine(path, **settings)
+            engine = _shared[key] = Engine(path, options)
         return engine
 
 
 def release(path: str | Path | None = None) -> None:
-    """Close the shared engines of a checkpoint, or all, and free their memory."""
+    """Close the shared engines of a checkpoint, or all of them, and free their memory."""
     only = None if path is None else Path(path).resolve()
     with _shared_lock:
         keys = [key for key in _shared if only is None or key[0] == only]

@@ -1,20 +1,31 @@
-"""How commands print: a table on a terminal, plain text in a pipe, JSON when it is asked for; and
-how far a long prompt has been read."""
+"""Print what commands report: tables for people, tab-separated values in a pipe, JSON on request.
+
+On a terminal, tables have headings, fit the width of the window, and may have colour. In a pipe a
+table is one header line and one line per record, with tabs between columns, nothing padded or cut,
+and no colour, so that `cut`, `awk` and spreadsheets read it.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import floor, isfinite, log10
+from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .events import Progress
 
-#: Seconds of silence before the progress of a prompt is shown.
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+#: Seconds before the progress of a prompt is shown: most prompts are done by then.
 PATIENCE = 2.0
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -47,64 +58,125 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
-def table(records: list[dict], columns: list[str], *, as_json: bool, empty: str = "") -> None:
-    """Print records: as JSON all they hold, else the columns, tabs between them in a pipe.
+def format_path(path: str | Path) -> str:
+    """Write a path for people, with `~` for the home directory."""
+    try:
+        return f"~/{Path(path).relative_to(Path.home())}"
+    except (ValueError, RuntimeError):  # it is elsewhere, or there is no home
+        return str(path)
+
+
+def is_terminal() -> bool:
+    """Return whether a person looks at what is printed."""
+    return sys.stdout.isatty()
+
+
+def print_json(value: dict | list) -> None:
+    """Print indented JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    records: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    *,
+    right: Collection[str] = (),
+    style: Callable[[Mapping[str, Any]], str] | None = None,
+) -> None:
+    """Print one line per record.
 
     Args:
-        empty: what to say, on stderr, when there are none.
+        columns: the keys to print, which are also the headings. The first column is never cut.
+        right: the columns that are aligned to the right: numbers.
+        style: returns the colour of a record on a terminal, in rich's words; "" for none.
     """
-    if as_json:
-        click.echo(json.dumps(records, indent=2, ensure_ascii=False))
+    if not is_terminal():
+        click.echo("\t".join(columns))
+        for record in records:
+            click.echo(_line(record, columns))
         return
-    if not records and empty:
-        click.echo(empty, err=True)
-        return
-    rows = [[_cell(record.get(column)) for column in columns] for record in records]
-    if not sys.stdout.isatty():
-        for row in rows:
-            click.echo("\t".join(row))
-        return
-    from rich import box  # late: 50 ms
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console  # late: 50 ms
 
-    view = Table(*columns, box=box.SIMPLE, pad_edge=False)
-    for row in rows:
-        view.add_row(*row)
+    view = _view(columns, right)
+    for record in records:
+        view.add_row(*_texts(record, columns), style=style(record) if style else None)
     Console().print(view)
 
 
-def record(found: dict, *, as_json: bool) -> None:
-    """Print one record, a line for each of its fields."""
-    if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """Print one record, as a table with one line per field."""
+    records = [{"field": name, "value": value} for name, value in fields.items()]
+    print_table(records, ("field", "value"))
+
+
+@contextmanager
+def growing_table(
+    columns: Sequence[str], *, right: Collection[str] = ()
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that prints the next record of a table at once."""
+    if not is_terminal():
+        click.echo("\t".join(columns))
+        yield lambda record: click.echo(_line(record, columns))
         return
-    width = max(map(len, found))
-    for name, value in found.items():
-        click.echo(
-            f"{name:<{width}}  {_cell(value)}" if sys.stdout.isatty() else _line(name, value)
-        )
+    from rich.live import Live
+
+    view = _view(columns, right)
+    with Live(view, auto_refresh=False) as live:
+
+        def add(record: Mapping[str, Any]) -> None:
+            view.add_row(*_texts(record, columns))
+            live.refresh()
+
+        yield add
 
 
-def _line(name: str, value) -> str:
-    return f"{name}\t{_cell(value)}"
+def print_remark(text: str) -> None:
+    """Print a sentence about a table: below it, or on stderr if the table goes into a pipe."""
+    click.echo(text, err=not is_terminal())
 
 
-def _cell(value) -> str:
+def _view(columns: Sequence[str], right: Collection[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, name in enumerate(columns):
+        justify = "right" if name in right else "left"
+        # The first column names the record, so people copy it: other columns give way first.
+        view.add_column(name, justify=justify, no_wrap=not number, overflow="fold")
+    return view
+
+
+def _texts(record: Mapping[str, Any], columns: Sequence[str]) -> list[Text]:
+    from rich.text import Text
+
+    # Text and not str: rich would read "[...]" in a path as markup.
+    return [Text(_cell(record.get(column))) for column in columns]
+
+
+def _line(record: Mapping[str, Any], columns: Sequence[str]) -> str:
+    return "\t".join(_cell(record.get(column)) for column in columns)
+
+
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:g}"
+        return format_number(value, 6)
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
+        return ", ".join(map(_cell, value))
+    # Names of files may hold tabs, line ends and terminal codes.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with speed and time left, on stderr and on a terminal only."""
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a bar with speed and time left, on stderr.
+
+    The bar is shown on a terminal only, and removed at the end.
+    """
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -132,33 +204,61 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-class ProgressLine:
-    """Shows Progress events on stderr, on a terminal only, and takes itself away."""
+@contextmanager
+def waiting_line(text: str) -> Iterator[None]:
+    """Show a dim line on stderr while something takes long, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    _show_line(text)
+    try:
+        yield
+    finally:
+        _clear_line()
 
-    def __init__(self):
+
+class ProgressLine:
+    """Show the Progress events of an answer in one line on stderr, and remove the line at the end.
+
+    Nothing is shown outside a command: Python code that uses a model may own the terminal.
+    """
+
+    def __init__(self) -> None:
         self._start = monotonic()
         self._shown = False
 
     def show(self, event: Progress) -> None:
-        # Not for Python code that uses the model: only in a command.
+        """Show how much of the prompt is done."""
         if click.get_current_context(silent=True) is None or not sys.stderr.isatty():
             return
         if monotonic() - self._start < PATIENCE:
             return
         self._shown = True
         text = (
-            f"reading the prompt: {event.done} of {event.total} tokens, "
+            f"processing the prompt: {event.done} of {event.total} tokens, "
             f"layer {event.layer} of {event.layers}"
         )
-        click.echo("\r\x1b[K" + click.style(text, dim=True), nl=False, err=True)
+        _show_line(text)
 
     def close(self) -> None:
+        """Remove the line."""
         if self._shown:
             self._shown = False
-            click.echo("\r\x1b[K", nl=False, err=True)
+            _clear_line()
 
     def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _show_line(text: str) -> None:
+    _clear_line()
+    # A line that wraps could not be removed.
+    text = text[: shutil.get_terminal_size().columns - 1]
+    click.echo(click.style(text, dim=True), nl=False, err=True)
+
+
+def _clear_line() -> None:
+    click.echo("\r\x1b[K", nl=False, err=True)

@@ -1,4 +1,4 @@
-"""Where the user's settings lie, and how a file of them is changed."""
+"""Find the directories of the user's settings and downloads, and write settings files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 from . import files
 
-#: The directory of settings, when it is not the platform's.
+#: The environment variable with the directory of settings, instead of the platform's.
 ENV = "FLASHMOE_CONFIG"
 
 
-def directory() -> Path:
-    """The directory of settings; it may not exist."""
+def settings_directory() -> Path:
+    """Return the directory of settings, which may not exist yet.
+
+    Not `click.get_app_dir`: it takes an empty XDG_CONFIG_HOME for the current directory, and
+    `flashmoe.load` needs this directory without importing click.
+    """
     if ENV in os.environ:
         return Path(os.environ[ENV])
     if sys.platform == "darwin":
@@ -21,15 +25,19 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "flashmoe"
 
 
+def write_settings(file: Path, content: dict) -> None:
+    """Replace a settings file by `content` as JSON, and make its directory if needed.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(file, content, concurrent=True)
+
+
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads; without importing it."""
+    """Return the directory in which huggingface_hub keeps downloads, without importing it."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     home = os.environ.get("HF_HOME") or home
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     return Path(os.path.expandvars(cache or Path(home) / "hub")).expanduser()
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Put `content` in place of a file at once. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, content, concurrent=True)

@@ -11,7 +11,7 @@ from checkpoint_edits import SIZES, SWITCH, assert_refused, edit_json
 from mlx_lm.models import qwen3_5, qwen3_next
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.checkpoint.config import check_text_config
+from flashmoe.checkpoint.config import parse_text_config
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_missing_config_is_refused(checkpoint_dir):
 def test_config_that_is_a_pipe_is_refused_at_once(checkpoint_dir):
     (checkpoint_dir / "config.json").unlink()
     os.mkfifo(checkpoint_dir / "config.json")
-    assert_refused(checkpoint_dir, "no regular file")
+    assert_refused(checkpoint_dir, "not a regular file")
 
 
 def test_oversized_config_is_refused(checkpoint_dir):
@@ -73,7 +73,7 @@ def test_missing_size_field_gets_the_default_of_mlx_lm_or_is_refused(originals, 
         if default == 0:
             assert_refused(tmp_path, f"has {field} None", "a whole number in 1..")
         else:
-            assert check_text_config(config, tmp_path)[field] == default
+            assert parse_text_config(config, tmp_path)[field] == default
 
 
 def test_attention_interval_above_the_number_of_layers_is_refused(checkpoint_dir):

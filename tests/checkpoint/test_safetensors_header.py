@@ -40,7 +40,7 @@ def test_dangling_shard_link_is_refused(sharded_dir):
     shard = next(sharded_dir.glob("*-00002-of-*"))
     shard.unlink()
     shard.symlink_to("nowhere")
-    assert_refused(sharded_dir, shard.name, "missing or no regular file")
+    assert_refused(sharded_dir, shard.name, "missing or not a regular file")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_shares_of_several_answers_have_other_bits(tmp_path):
     """Nine rows that want few experts: each as if it were alone, whoever computes it."""
     path = write_toy(tmp_path / "toy", num_experts=8, top_k=2)
     model = load_streaming(Checkpoint.open(path), slots=8)
-    switch, hidden = model._blocks[0].switch_mlp, 64
+    switch, hidden = next(iter(model.blocks.values())).switch_mlp, 64
     x = mx.random.normal((9, 1, hidden), key=mx.random.key(0))
     indices = np.random.default_rng(0).integers(0, 4, (9, 1, 1)) + np.array([0, 4])
     alone = [switch(x[i : i + 1], mx.array(indices[i : i + 1])) for i in range(9)]

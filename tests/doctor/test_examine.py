@@ -172,7 +172,7 @@ def test_nan_passes():
 def test_ops_are_put_back():
     before = os.environ.get(ops.ENV)
     with self_test._selected("reference"):
-        assert ops.pick().NAME == "reference"
+        assert ops.pick().name == "reference"
     assert os.environ.get(ops.ENV) == before
 
 
@@ -184,7 +184,7 @@ def test_gpu_is_not_seen(no_self_test):
         found = doctor.examine().sections["ops"]
     assert found["used"] == "fused"
     assert "cpu" in found["missing"]
-    assert doctor.examine().sections["ops"]["used"] == ops.pick().NAME
+    assert doctor.examine().sections["ops"]["used"] == ops.pick().name
 
 
 def test_broken_checkpoint_is_a_traceback_or_well(tmp_path, no_self_test):

@@ -1,9 +1,8 @@
-"""Answers that go through the model together: the same as alone, each with its own state."""
+"""Test that answers of one batch are the same as alone, and end each on its own."""
 
 import asyncio
 import shutil
 import threading
-import time
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -48,7 +47,10 @@ def request(text: str, **options) -> Request:
 
 
 def mixed(count: int) -> list[Request]:
-    """Prompts and answers of all lengths; tools, schemas, seeds, stops, penalties, thoughts."""
+    """Return requests with prompts and answers of different lengths and with different options.
+
+    The options are tools, schemas, seeds, stop strings, penalties and reasoning.
+    """
     kinds = [
         request("Tell me a story about a cat.", max_tokens=25),
         request("Add 3 and 4.", tools=[ADD], tool_choice="required", max_tokens=60),
@@ -65,35 +67,36 @@ def mixed(count: int) -> list[Request]:
 
 
 def outcome(events):
-    """All of an answer but its figures."""
-    found = []
+    """Return everything that an answer consists of, except figures that depend on time."""
+    results = []
     try:
         for event in events:
             if isinstance(event, End):
                 counts = event.generated_tokens, event.forced_tokens, event.reasoning_tokens
-                found.append((event.finish_reason, event.steps, event.prompt_tokens, counts))
+                results.append((event.finish_reason, event.steps, event.prompt_tokens, counts))
             elif isinstance(event, ToolCall):
-                found.append((event.name, event.arguments))
+                results.append((event.name, event.arguments))
             elif not isinstance(event, Progress):
-                found.append(getattr(event, "text", None))
+                results.append(getattr(event, "text", None))
     except FlashMoEError as e:
-        found.append((type(e).__name__, str(e)))
-    return found
+        results.append((type(e).__name__, str(e)))
+    return results
 
 
 def gather(engine, requests):
+    """Return the events of all answers, each read by a thread of its own."""
     answers = [engine.stream(r) for r in requests]
-    found = [None] * len(answers)
+    results = [None] * len(answers)
 
     def work(i):
-        found[i] = list(answers[i])
+        results[i] = list(answers[i])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(answers))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +109,25 @@ SETTINGS = {"prompt_store": 0, "memory": "2GB"}
 
 @pytest.fixture(scope="module")
 def alone(toy):
-    """Answers one after the other."""
+    """Return the outcomes of the mixed requests, answered one after the other."""
     with Engine(toy, batch=1, **SETTINGS) as engine:
         yield [outcome(engine.stream(r)) for r in mixed(10)]
 
 
 @pytest.mark.parametrize("count", [2, 5, 16])
 @pytest.mark.parametrize("settings", [SETTINGS, {"slots": 5, "prompt_store": 0}])
-def test_answer_depends_on_what_runs_beside_it(toy, alone, count, settings):
+def test_answer_does_not_depend_on_the_rest_of_the_batch(toy, alone, count, settings):
     requests = mixed(count)
     with Engine(toy, **settings) as engine:
         answers = [engine.stream(r) for r in requests]
-        found = [outcome(a) for a in answers]
-    assert found == [alone[i % 10] for i in range(count)]
+        results = [outcome(a) for a in answers]
+    assert results == [alone[i % 10] for i in range(count)]
 
 
 @pytest.mark.parametrize("slots", [5, 26])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
-    """Prompts, answers of one token and of several, in one sweep, against each alone."""
+def test_shared_pass_gives_the_same_bits_as_single_passes(tmp_path, family, slots):
+    """Compare one pass for prompts and answers of one or several tokens with a pass for each."""
     path = write_toy(tmp_path / "toy", family, num_experts=27)
     model = load_streaming(Checkpoint.open(path), slots=slots)
     prompts = [[3], [5, 7, 9], list(range(40)), list(range(100, 160)), [1, 2]]
@@ -132,21 +135,21 @@ def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
 
     def steps(together: bool):
         caches = [make_prompt_cache(model) for _ in prompts]
-        found = []
+        results = []
         pieces = [Chunk(p, c) for p, c in zip(prompts, caches, strict=True)]
         for swept in [sweep(model, pieces)] if together else [sweep(model, [p]) for p in pieces]:
-            found += [model.logits(s.hidden) for s in swept]
+            results += [model.logits(s.hidden) for s in swept]
         for _ in range(3):
             if together:
-                # One of them reads its prompt again, beside the answers.
+                # One prompt is prefilled again beside the answers.
                 again = Chunk(prompts[2], make_prompt_cache(model))
                 more = [Chunk(n, c, step=True) for n, c in zip(nexts, caches, strict=True)]
-                found += [model.logits(s.hidden) for s in sweep(model, [again, *more])[1:]]
+                results += [model.logits(s.hidden) for s in sweep(model, [again, *more])[1:]]
             else:
                 for n, c in zip(nexts, caches, strict=True):
-                    found.append(model.next_logits(n, c))
-                    mx.eval(found[-1], [x.state for x in c])
-        return [np.array(f.astype(mx.float32)) for f in found]
+                    results.append(model.next_logits(n, c))
+                    mx.eval(results[-1], [x.state for x in c])
+        return [np.array(f.astype(mx.float32)) for f in results]
 
     assert same(steps(True), steps(False))
     model.close()
@@ -154,12 +157,12 @@ def test_sequences_in_a_sweep_change_a_bit(tmp_path, family, slots):
 
 @pytest.mark.parametrize(("bits", "activations"), [(4, "float32"), (None, "float32"), (4, "int8")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_row_of_a_stack_has_other_bits_than_the_model_gives(tmp_path, family, bits, activations):
-    """Nine answers as one array, of contexts of their own, against the model's own calls."""
+def test_stacked_sequences_have_the_same_bits_as_single_calls(tmp_path, family, bits, activations):
+    """Compare nine answers with contexts of different lengths with the model's own calls."""
     path = write_toy(tmp_path / "toy", family, num_experts=11, bits=bits)
     for slots in (11, 6) if bits and activations == "float32" else (6,):
         model = load_streaming(Checkpoint.open(path), slots=slots, activations=activations)
-        assert model.stacks == (model.ops == "cpu")
+        assert model.backend.stacks_sequences == (model.backend.name == "cpu")
         lengths = [1, 2, 30, 5, 17, 3, 260, 8, 4]
         caches = [[make_prompt_cache(model) for _ in lengths] for _ in range(2)]
         for mine in caches:
@@ -179,23 +182,23 @@ def test_row_of_a_stack_has_other_bits_than_the_model_gives(tmp_path, family, bi
         model.close()
 
 
-def test_halves_go_one_after_the_other(tmp_path):
-    """They take turns at each layer, where the slots hold the experts of both."""
+def test_halves_of_a_batch_alternate_at_each_layer_if_slots_suffice(tmp_path):
+    """The halves take turns at a layer only if the slots hold the experts of both."""
     model = load_streaming(Checkpoint.open(write_toy(tmp_path / "toy", num_experts=27)), slots=26)
     caches = [make_prompt_cache(model) for _ in range(4)]
     sweep(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
     entered = []
-    model.watch.entered = entered.append
+    model.hooks.layer_entered = entered.append
     sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     assert entered == [0, 0, 1, 1, 2, 2, 3, 3]
-    model.room._resize(5)
+    model.elastic_slots._resize(5)
     entered.clear()
     sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     assert entered == [0, 1, 2, 3]
     model.close()
 
 
-def test_batch_reads_an_expert_twice(tmp_path):
+def test_batch_reads_each_expert_once(tmp_path):
     checkpoint = Checkpoint.open(write_toy(tmp_path / "toy", num_experts=11))
     model = load_streaming(checkpoint, slots=5)
     caches = [make_prompt_cache(model) for _ in range(8)]
@@ -210,8 +213,10 @@ def test_batch_reads_an_expert_twice(tmp_path):
     model.close()
 
 
-def test_cancelled_answers_change_the_others(toy, alone):
+def test_cancelled_answers_leave_the_others_unchanged(toy, alone):
     requests = mixed(16)
+    # Too long to be over before it is cancelled, however slow this thread is.
+    requests[0] = request("Tell me a story about a cat.", max_tokens=3000)
     with Engine(toy, **SETTINGS) as engine:
         cancels = [threading.Event() for _ in requests]
         answers = [engine.stream(r, c) for r, c in zip(requests, cancels, strict=True)]
@@ -219,19 +224,18 @@ def test_cancelled_answers_change_the_others(toy, alone):
         for cancel in cancels[::5]:
             cancel.set()
         answers[7].close()
-        found = [outcome(a) for a in answers]
+        results = [outcome(a) for a in answers]
     assert first
-    for i, events in enumerate(found):
+    for i, events in enumerate(results):
         if i % 5 == 0:
-            # Some were over before they were cancelled.
-            assert events[-1][0] == "cancelled" or events[-1] == alone[i % 10][-1]
+            # The short ones may have been over before they were cancelled.
+            assert events[-1][0] == "cancelled" or (i and events[-1] == alone[i % 10][-1])
         elif i != 7:
             assert events == alone[i % 10], i
-    assert found[7] == []
-    assert any(events[-1][0] == "cancelled" for events in found[::5])
+    assert results[7] == []
 
 
-def test_figures_of_a_batch_are_not_those_of_all(toy):
+def test_bytes_read_are_divided_among_the_answers_of_a_batch(toy):
     requests = [request(f"Say {i} words.", max_tokens=12) for i in range(6)]
     with Engine(toy, slots=5, prompt_store=0) as engine:
         ends = [events[-1] for events in gather(engine, requests)]
@@ -244,30 +248,30 @@ def test_figures_of_a_batch_are_not_those_of_all(toy):
         assert max(end.bytes_read for end in ends) < alone.bytes_read
 
 
-def test_error_of_one_row_ends_the_others(toy, alone):
+def test_error_of_one_answer_leaves_the_others_unchanged(toy, alone):
     short = request("Who?", response_format={"type": "json_schema", "schema": PERSON}, max_tokens=2)
     with Engine(toy, **SETTINGS) as engine:
         answers = [engine.stream(r) for r in [*mixed(5), short, request("x", experts=99)]]
-        found = [outcome(a) for a in answers]
-    assert found[:5] == alone[:5]
-    assert found[5][-1][0] == OutputError.__name__
-    assert "cut short" in found[5][-1][1]
-    assert found[6][-1][0] == SettingError.__name__
+        results = [outcome(a) for a in answers]
+    assert results[:5] == alone[:5]
+    assert results[5][-1][0] == OutputError.__name__
+    assert "cut short" in results[5][-1][1]
+    assert results[6][-1][0] == SettingError.__name__
 
 
-def test_requests_of_another_k_run_together(toy):
-    """They wait, and give what they give alone."""
+def test_requests_with_another_k_wait_for_a_batch_of_their_own(toy):
+    """The requests wait, and their answers are the same as alone."""
     requests = [request("Tell me.", experts=k, max_tokens=6) for k in (None, 1, 1, 2, None, 2)]
     with Engine(toy, batch=1, **SETTINGS) as engine:
         expected = [outcome(engine.stream(r)) for r in requests]
     with Engine(toy, **SETTINGS) as engine:
         answers = [engine.stream(r) for r in requests]
-        found = [list(a) for a in answers]
-    assert [outcome(events) for events in found] == expected
-    assert [events[-1].experts for events in found] == [3, 1, 1, 2, 3, 2]
+        results = [list(a) for a in answers]
+    assert [outcome(events) for events in results] == expected
+    assert [events[-1].experts for events in results] == [3, 1, 1, 2, 3, 2]
 
 
-def test_more_rows_than_were_asked_for(toy):
+def test_batch_is_limited_to_its_setting(toy):
     with Engine(toy, batch=3, **SETTINGS) as engine:
         answers = [engine.stream(request(f"Say {i}.", max_tokens=20)) for i in range(9)]
         ends = [list(a)[-1] for a in answers]
@@ -275,22 +279,22 @@ def test_more_rows_than_were_asked_for(toy):
 
 
 @pytest.mark.parametrize("batch", [0, -1])
-def test_batch_without_rows_is_taken(toy, batch):
+def test_batch_below_one_is_refused(toy, batch):
     with pytest.raises(SettingError, match=f"batch={batch} must be 1 or more"):
         Engine(toy, batch=batch)
 
 
 @contextmanager
-def idle_session(path, **settings):
+def idle_model(path, **settings):
     from flashmoe.generation.loaded_model import LoadedModel
 
-    session = LoadedModel(path, prompt_store=0, **settings)
-    yield session
-    session.close()
+    loaded = LoadedModel(path, prompt_store=0, **settings)
+    yield loaded
+    loaded.close()
 
 
-class Waiting:
-    """A job whose events are kept."""
+class RecordedJob:
+    """A job that keeps its events."""
 
     def __init__(self, text: str, **options):
         self.request = request(text, **options)
@@ -299,17 +303,17 @@ class Waiting:
         self.cancelled = threading.Event()
 
 
-def test_rows_take_more_memory_than_there_is(toy):
-    with idle_session(toy, memory="2GB") as session:
-        batch = Batch(session)
-        first, second = Waiting("word " * 200), Waiting("word " * 200)
-        room = session.model.room
+def test_request_waits_until_memory_allows_it(toy):
+    with idle_model(toy, memory="2GB") as loaded:
+        batch = Batch(loaded)
+        first, second = RecordedJob("word " * 200), RecordedJob("word " * 200)
+        room = loaded.model.elastic_slots
         assert batch.admit(first)
         held = lasting_nbytes(room._plan) + room._plan.least_slots * room._plan.slot_nbytes
         one = sequences_nbytes(
-            session.checkpoint, 400, [batch.rows[0].most_context], 3, on_gpu=False
+            loaded.checkpoint, 400, [batch.rows[0].most_context], 3, on_gpu=False
         )
-        # Enough for one and a bit.
+        # Memory for one sequence and a part of another.
         room._budget = lambda: held + int(1.3 * one)
         assert not batch.admit(second)
         assert not batch.admit(second)
@@ -322,15 +326,15 @@ def test_rows_take_more_memory_than_there_is(toy):
         assert outcome(second.events) == outcome(first.events)
 
 
-def test_memory_that_becomes_short_ends_all(toy):
-    """The row that came last gives way, with the reason."""
-    with idle_session(toy, memory="2GB") as session:
-        batch = Batch(session)
-        jobs = [Waiting("One."), Waiting("word " * 900)]
+def test_memory_shortage_ends_only_the_newest_answer(toy):
+    """The newest sequence ends with an error that gives the reason."""
+    with idle_model(toy, memory="2GB") as loaded:
+        batch = Batch(loaded)
+        jobs = [RecordedJob("One."), RecordedJob("word " * 900)]
         assert all(batch.admit(job) for job in jobs)
-        room = session.model.room
+        room = loaded.model.elastic_slots
         held = lasting_nbytes(room._plan) + room._plan.least_slots * room._plan.slot_nbytes
-        one = sequences_nbytes(session.checkpoint, 600, [600], 3, on_gpu=False)
+        one = sequences_nbytes(loaded.checkpoint, 600, [600], 3, on_gpu=False)
         room._budget = lambda: held + one
         while batch.rows:
             batch.step()
@@ -338,7 +342,7 @@ def test_memory_that_becomes_short_ends_all(toy):
     assert "shorten it, or load the model with" in str(jobs[1].events[-1])
 
 
-def test_read_error_leaves_rows_behind(tmp_path):
+def test_engine_answers_again_after_a_read_error(tmp_path):
     path = write_chat_toy(tmp_path / "chat", num_experts=12)
     with Engine(path, slots=5, prompt_store=0) as engine:
         answers = [engine.stream(request("Tell me.", max_tokens=3000, seed=i)) for i in range(4)]
@@ -353,7 +357,7 @@ def test_read_error_leaves_rows_behind(tmp_path):
         assert outcome(engine.stream(request("Hello.")))[-1][0] in ("length", "stop")
 
 
-def test_engine_closed_in_a_batch_leaves_callers_waiting(toy):
+def test_closing_the_engine_ends_running_and_waiting_answers(toy):
     engine = Engine(toy, batch=2, **SETTINGS)
     answers = [engine.stream(request("Tell me.", max_tokens=3000, seed=i)) for i in range(5)]
     next(answers[0])
@@ -362,16 +366,16 @@ def test_engine_closed_in_a_batch_leaves_callers_waiting(toy):
     for answer in answers:
         with pytest.raises(RuntimeError, match="is closed"):
             list(answer)
-    closing.join(20)
+    closing.join(60)
     assert not closing.is_alive()
 
 
-def test_long_prompt_stops_the_others(toy, monkeypatch):
-    """They get a token in each of its sweeps."""
+def test_answers_go_on_during_the_prefill_of_a_long_prompt(toy, monkeypatch):
+    """Each pass of the prompt also gives a token to the other answers."""
     monkeypatch.setattr(batch_module, "fitting", lambda pieces, limit: 1)
-    with idle_session(toy, memory="2GB") as session:
-        batch = Batch(session)
-        short, long = Waiting("One.", max_tokens=9), Waiting("word " * 2500, max_tokens=2)
+    with idle_model(toy, memory="2GB") as loaded:
+        batch = Batch(loaded)
+        short, long = RecordedJob("One.", max_tokens=9), RecordedJob("word " * 2500, max_tokens=2)
         batch.admit(short)
         while batch.rows[0].reads:
             batch.step()
@@ -387,12 +391,12 @@ def test_long_prompt_stops_the_others(toy, monkeypatch):
     assert [type(j.events[-1]) for j in (short, long)] == [End, End]
 
 
-def test_one_request_is_swept(toy, monkeypatch):
-    """Alone, each step is the model's own call."""
-    with idle_session(toy, memory="2GB") as session:
-        batch, swept = Batch(session), []
+def test_single_request_decodes_without_shared_passes(toy, monkeypatch):
+    """Without others beside it, each step is a call of the model itself."""
+    with idle_model(toy, memory="2GB") as loaded:
+        batch, swept = Batch(loaded), []
         monkeypatch.setattr(batch_module, "sweep", lambda *a: swept.append(a) or sweep(*a))
-        job = Waiting("One.", max_tokens=9)
+        job = RecordedJob("One.", max_tokens=9)
         batch.admit(job)
         while batch.rows:
             batch.step()
@@ -400,24 +404,22 @@ def test_one_request_is_swept(toy, monkeypatch):
     assert len(swept) == 1
 
 
-def test_demo_answers_otherwise_in_a_batch():
-    """The real model, whose likeliest tokens are not far from the next ones."""
+def test_demo_gives_the_same_answers_in_a_batch():
+    """In a trained model the likeliest tokens are close, so a rounding error would change one."""
     animals = ("cat", "dog", "owl", "fox")
     requests = [request(f"Tell me about a {a}.", max_tokens=24) for a in animals]
     requests.append(request("What is 12 plus 30?", tools=[ADD], max_tokens=40))
     with Engine(find(DEMO), batch=1, slots=20, prompt_store=0) as engine:
         expected = [outcome(engine.stream(r)) for r in requests]
-    start = time.perf_counter()
     with Engine(find(DEMO), slots=20, prompt_store=0) as engine:
         answers = [engine.stream(r) for r in requests]
-        found = [outcome(a) for a in answers]
-    assert found == expected
-    assert time.perf_counter() - start < 60
+        results = [outcome(a) for a in answers]
+    assert results == expected
 
 
 @pytest.mark.parametrize("ticks", range(6))
-def test_cancelling_is_forgotten_when_an_event_comes(toy, ticks):
-    """A task that is cancelled as an event reaches its loop ends, with a timeout and without."""
+def test_task_cancelled_as_an_event_arrives_ends(toy, ticks):
+    """Cancelling works with and without a timeout, at any tick of the loop around the event."""
 
     async def ask(engine, timeout) -> None:
         loop, puts = asyncio.get_running_loop(), []

@@ -1,4 +1,4 @@
-"""One thread owns MLX; any thread may ask it. Nothing is lost, mixed, or left running."""
+"""Test that an engine serves any thread or task, and ends every answer properly."""
 
 import asyncio
 import json
@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine, release, shared
 from flashmoe.errors import CheckpointError, ReadError, SettingError
 from flashmoe.events import End, Progress, Reasoning, Text
-from flashmoe.memory import budget as memory
+from flashmoe.memory import system as memory
 from flashmoe.requests import Request
 
 
@@ -32,8 +31,8 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory):
-    """An engine whose texts mean nothing."""
+def toy_engine(tmp_path_factory):
+    """Load a toy model, which writes nonsense but is faster than the demo."""
     path = write_chat_toy(tmp_path_factory.mktemp("toys") / "chat")
     with Engine(path, slots=5, prompt_cache="4MB", prompt_store="4MB") as engine:
         yield engine
@@ -51,19 +50,25 @@ def first_text(events) -> Text:
     return next(e for e in events if isinstance(e, Text))
 
 
+def nothing_else_is_generated(engine) -> bool:
+    """Return whether no step of a new answer is shared with an older answer that goes on."""
+    *events, end = engine.stream(ask("Hello."))
+    return bool(text_of(events)) and end.batch == 1
+
+
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "ant"]
 
 
-def test_threads_and_tasks_mix_their_events(fast):
-    """8 threads and 50 tasks at once; each fifth task leaves in the middle of its answer."""
-    engine = fast
+def test_threads_and_tasks_get_the_events_of_their_own_answers(toy_engine):
+    """Run 8 threads and 50 tasks at once; each fifth task leaves in the middle of its answer."""
+    engine = toy_engine
     requests = [ask(f"Tell me a short story about a {a}.", max_tokens=8) for a in ANIMALS]
     expected = [answer(engine, r) for r in requests]
     assert len(set(expected)) > 4
-    found = [None] * len(requests)
+    texts_of_threads = [None] * len(requests)
 
     def work(i):
-        found[i] = answer(engine, requests[i])
+        texts_of_threads[i] = answer(engine, requests[i])
 
     async def task(i):
         if i % 5:
@@ -86,50 +91,50 @@ def test_threads_and_tasks_mix_their_events(fast):
     assert asyncio.run(tasks()) == [expected[i % 8] if i % 5 else None for i in range(50)]
     for thread in threads:
         thread.join(60)
-    assert found == expected
+    assert texts_of_threads == expected
 
 
-def test_jobs_are_answered_out_of_order(engine):
-    order = []
-    answers = [engine.stream(ask(f"Say {i}.", max_tokens=2)) for i in range(6)]
+def test_requests_are_answered_in_order(engine):
+    """The engine's thread notes the order: threads that read the answers may wake in any order."""
+    order, over = [], threading.Event()
 
-    def read(i):
-        list(answers[i])
-        order.append(i)
+    def put_of(i):
+        def put(event):
+            if isinstance(event, End | BaseException):
+                order.append(i)
+            if len(order) == 6:
+                over.set()
 
-    threads = [threading.Thread(target=read, args=(i,)) for i in (5, 3, 1, 0, 2, 4)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.01)
-    for thread in threads:
-        thread.join(60)
+        return put
+
+    for i in range(6):
+        engine._submit(ask(f"Say {i}.", max_tokens=2), put_of(i), None)
+    assert over.wait(120)
     assert order == sorted(order)
 
 
-def test_event_does_not_cancel(engine):
+def test_event_cancels_an_answer(engine):
     cancel = threading.Event()
     request = ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))
-    answer_ = engine.stream(request, cancel)
-    first_text(answer_)
+    events = engine.stream(request, cancel)
+    first_text(events)
     cancel.set()
-    end = list(answer_)[-1]
+    end = list(events)[-1]
     assert end.finish_reason == "cancelled"
-    assert 0 < end.generated_tokens < 60
-    # An event that is set already: no work at all.
+    assert 0 < end.generated_tokens < 2000
+    # An event that is set already leaves nothing to do.
     end = list(engine.stream(request, cancel))[-1]
     assert (end.finish_reason, end.generated_tokens, end.cached_tokens) == ("cancelled", 0, 0)
 
 
-def test_dropped_answer_goes_on_generating(engine):
+def test_dropped_stream_is_cancelled(engine):
     first_text(engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))))
-    start = time.perf_counter()
-    assert answer(engine, ask("Hello."))
-    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+    assert nothing_else_is_generated(engine)
 
 
-def test_interrupt_goes_on_generating_or_spoils_the_engine():
+def test_interrupt_cancels_the_answer_and_the_engine_goes_on():
     code = (
-        "import signal, time; from flashmoe.engine import Engine\n"
+        "import signal; from flashmoe.engine import Engine\n"
         "from flashmoe.requests import Request; from flashmoe.catalog import find\n"
         "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=3000,\n"
         "    stop=('\\0',), temperature=0.0)\n"
@@ -137,64 +142,63 @@ def test_interrupt_goes_on_generating_or_spoils_the_engine():
         "with Engine(find('flashmoe-demo'), slots=12) as e:\n"
         "    answer = e.stream(r)\n"
         "    [next(answer) for _ in range(5)]\n"
-        "    signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
         "    try:\n"
+        "        signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
         "        list(answer)\n"
         "    except KeyboardInterrupt:\n"
-        "        start = time.perf_counter()\n"
-        "        print(len(list(e.stream(Request(r.messages, max_tokens=3)))))\n"
-        "        assert time.perf_counter() - start < 10\n"
+        "        events = list(e.stream(Request(r.messages, max_tokens=3)))\n"
+        "        print(len(events))\n"
+        "        assert events[-1].batch == 1, 'the first answer goes on'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) >= 3
 
 
-def test_memory_grows_with_the_jobs(fast):
+def test_memory_does_not_grow_with_the_number_of_requests(toy_engine):
     sizes = []
     for i in range(500):
-        list(fast.stream(ask(f"{i} plus {i % 7}?", max_tokens=1)))
+        list(toy_engine.stream(ask(f"{i} plus {i % 7}?", max_tokens=1)))
         if i % 100 == 99:
             sizes.append(memory.resident())
-    # The first hundred fill the prompt cache.
+    # The first hundred requests fill the prompt cache.
     sizes = sizes[1:]
     assert max(sizes) - sizes[0] < 12e6, sizes
 
 
-def test_closed_iterator_goes_on_generating(engine):
+def test_closed_stream_is_cancelled(engine):
     events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
     first_text(events)
     events.close()
-    start = time.perf_counter()
-    assert answer(engine, ask("Hello."))
-    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+    assert nothing_else_is_generated(engine)
 
 
-def test_cancelled_task_goes_on_generating(engine):
+def test_cancelled_task_cancels_its_answer(engine):
     async def main():
+        generating = asyncio.Event()
+
         async def read():
-            async for _ in engine.astream(ask("Tell me a long story.", max_tokens=2000)):
-                pass
+            async for event in engine.astream(ask("Tell me a long story.", max_tokens=2000)):
+                if isinstance(event, Text):
+                    generating.set()
 
         task = asyncio.create_task(read())
-        await asyncio.sleep(0.5)
+        await asyncio.wait_for(generating.wait(), 120)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(main())
-    start = time.perf_counter()
-    assert answer(engine, ask("Hello."))
-    assert time.perf_counter() - start < 20, "2000 tokens take longer"
+    assert nothing_else_is_generated(engine)
 
 
-def test_error_of_one_request_ends_the_engine(engine):
+def test_engine_goes_on_after_a_refused_request(engine):
     with pytest.raises(SettingError, match="temperature"):
         answer(engine, ask("Hello.", temperature=-1))
     assert answer(engine, ask("Hello."))
 
 
-def test_failed_load_is_reported_once_and_for_all(tmp_path):
+def test_failed_load_is_reported_to_each_request(tmp_path):
     path = write_toy(tmp_path / "toy")
     (path / "config.json").rename(path / "away")
     with Engine(path) as engine:
@@ -203,7 +207,7 @@ def test_failed_load_is_reported_once_and_for_all(tmp_path):
                 answer(engine, ask("Hello."))
 
 
-def test_end_event_lacks_figures(engine):
+def test_end_event_has_the_figures_of_the_answer(engine):
     *_, end = engine.stream(ask("Tell me a short story."))
     assert isinstance(end, End)
     assert (end.generated_tokens, end.experts, end.trained_experts, end.bits) == (12, 10, 10, 4)
@@ -213,7 +217,7 @@ def test_end_event_lacks_figures(engine):
     assert end.peak_nbytes > 10**7
 
 
-def test_pruned_request_changes_the_next_one(engine):
+def test_pruned_request_does_not_change_the_next_one(engine):
     before = answer(engine, ask("Tell me about the sea.", max_tokens=40))
     pruned = [*engine.stream(ask("Tell me about the sea.", max_tokens=40, experts=1))]
     assert pruned[-1].experts == 1
@@ -222,19 +226,19 @@ def test_pruned_request_changes_the_next_one(engine):
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_stop_string_leaks_across_tokens(engine, length):
+def test_stop_string_across_tokens_is_cut_off(engine, length):
     whole = answer(engine, ask("Tell me about the sea.", max_tokens=40))
     stop = whole[17 : 17 + length]
     cut = answer(engine, ask("Tell me about the sea.", max_tokens=40, stop=(stop,)))
     assert cut == whole[: whole.index(stop)]
 
 
-def test_text_held_back_is_lost_at_the_end(engine):
+def test_text_held_back_for_a_stop_string_is_emitted_at_the_end(engine):
     whole = answer(engine, ask("Tell me about the sea."))
     assert answer(engine, ask("Tell me about the sea.", stop=(whole[-3:] + "zzz",))) == whole
 
 
-def test_thought_is_part_of_the_answer(engine):
+def test_reasoning_comes_before_the_answer_as_events_of_its_own(engine):
     kinds = {type(e) for e in engine.stream(ask("Say hello."))}
     assert kinds == {Progress, Text, End}
     thinking = ask("Why is the sky blue?", think=True, max_tokens=60)
@@ -246,7 +250,7 @@ def test_thought_is_part_of_the_answer(engine):
     assert not events[0].text.startswith("\n")
 
 
-def test_engines_are_shared_across_settings():
+def test_engines_are_shared_by_settings():
     a, b = shared(find(DEMO), slots=12), shared(find(DEMO), slots=12)
     c = shared(find(DEMO), slots=13)
     assert a is b
@@ -264,12 +268,12 @@ def copy_of_demo(tmp_path):
     return Path(shutil.copytree(find(DEMO), tmp_path / "demo"))
 
 
-def test_file_deleted_while_generating_spoils_the_answer_or_the_engine(tmp_path):
+def test_engine_recovers_from_a_file_deleted_while_generating(tmp_path):
     path = copy_of_demo(tmp_path)
     shard = path / "model.safetensors"
     with Engine(path, slots=12) as engine:
         expected = answer(engine, ask("Tell me a short story about a cat."))
-        events = engine.stream(ask("Tell me a long story.", max_tokens=500))
+        events = engine.stream(ask("Tell me a long story.", max_tokens=3000))
         first_text(events)
         shard.rename(path / "away")
         shutil.copy2(path / "away", path / "copy")
@@ -282,7 +286,7 @@ def test_file_deleted_while_generating_spoils_the_answer_or_the_engine(tmp_path)
         assert answer(engine, ask("Tell me a short story about a cat.")) == expected
 
 
-def test_answer_cut_by_close_looks_whole():
+def test_answer_cut_short_by_close_raises():
     engine = Engine(find(DEMO), slots=12)
     events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
     first_text(events)
@@ -294,7 +298,7 @@ def test_answer_cut_by_close_looks_whole():
         list(waiting)
 
 
-def test_mlx_that_cannot_be_imported_hangs_the_caller():
+def test_mlx_that_cannot_be_imported_is_an_error_of_the_answer():
     code = (
         "import sys; sys.modules['mlx.core'] = None\n"
         "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
@@ -302,13 +306,13 @@ def test_mlx_that_cannot_be_imported_hangs_the_caller():
         "try:\n"
         "    request = Request([{'role': 'user', 'content': 'x'}])\n"
         "    list(Engine(find('flashmoe-demo')).stream(request))\n"
-        "except ImportError as e: print('told', e)\n"
+        "except ImportError as e: print('reported', e)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.stdout.startswith("told"), done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("reported"), done.stderr
 
 
-def test_closed_event_loop_ends_the_engine(engine):
+def test_engine_goes_on_after_an_event_loop_is_closed(engine):
     async def leave():
         events = engine.astream(ask("Tell me a long story.", max_tokens=60))
         async for event in events:
@@ -321,7 +325,7 @@ def test_closed_event_loop_ends_the_engine(engine):
     assert answer(engine, ask("Hello."))
 
 
-def test_seed_gives_another_text_in_another_thread(engine):
+def test_seed_gives_the_same_text_in_any_thread(engine):
     request = ask("Tell me a story.", temperature=1.2, seed=0, max_tokens=16)
     texts = []
     thread = threading.Thread(target=lambda: texts.append(answer(engine, request)))
@@ -337,7 +341,7 @@ async def collect(engine, request) -> str:
     return "".join([e.text async for e in engine.astream(request) if isinstance(e, Text)])
 
 
-def test_no_seed_repeats_the_seeded_text(engine):
+def test_answer_without_a_seed_differs_each_time(engine):
     def text(seed):
         return answer(engine, ask("Tell me a story.", temperature=1.5, seed=seed, max_tokens=24))
 
@@ -353,16 +357,16 @@ def test_no_seed_repeats_the_seeded_text(engine):
     [("seed", -1), ("seed", 2**64), ("top_p", 1.5), ("min_p", -0.1), ("top_k", -1)]
     + [("max_tokens", 0), ("temperature", float("nan"))],
 )
-def test_value_out_of_range_is_found_after_the_load(name, value):
+def test_value_out_of_range_is_refused_before_the_load(name, value):
     with Engine(find(DEMO) / "nothing") as engine, pytest.raises(SettingError, match=f"^{name}="):
         answer(engine, ask("Hello.", **{name: value}))
 
 
-def test_top_k_of_the_whole_vocabulary_fails(engine):
+def test_top_k_may_be_the_whole_vocabulary(engine):
     assert answer(engine, ask("Tell me a story.", temperature=1.0, top_k=8192))
 
 
-def test_defaults_of_a_checkpoint_break_every_request(tmp_path):
+def test_invalid_defaults_of_a_checkpoint_are_ignored(tmp_path):
     path = copy_of_demo(tmp_path)
     config = {"temperature": -3, "top_p": "x", "top_k": 20.5, "min_p": 7, "eos_token_id": 8185}
     (path / "generation_config.json").write_text(json.dumps(config))
@@ -383,16 +387,16 @@ EXITS = {
 
 
 @pytest.mark.parametrize("when", list(EXITS))
-def test_exit_aborts_the_process(when):
+def test_process_exits_cleanly(when):
     code = (
         "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
         "from flashmoe.catalog import find\n"
         "e = Engine(find('flashmoe-demo'), slots=12)\n"
-        # All tokens are as likely, so that the answer is long.
+        # All tokens are equally likely, so that the answer is long.
         "even = {'temperature': 100, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'seed': 1}\n"
         "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300, **even)\n"
         f"{EXITS[when]}\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

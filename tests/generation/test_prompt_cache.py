@@ -1,11 +1,10 @@
-"""States of prompts: what is kept, found and restored, and that it changes no bit of an answer."""
+"""Test how prompt cache entries are kept, stored and restored without changing an answer."""
 
 import logging
 import os
 import random
 import subprocess
 import sys
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +18,7 @@ from flashmoe.chat.template import Prompt
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.generation.prompt import PromptReader, state_identity
 from flashmoe.generation.prompt_cache import PromptCache, key, nbytes
-from flashmoe.generation.prompt_store import PromptStore
+from flashmoe.generation.prompt_cache import PromptStore
 from flashmoe.memory.footprint import CHUNK_TOKENS
 from flashmoe.models.layerwise import fitting, sweep
 from flashmoe.models.loading import load_streaming
@@ -27,7 +26,7 @@ from flashmoe.models.resident import same
 
 
 def state(size: int, value: float = 1.0) -> list:
-    """A state of `size` float32 numbers and a little more."""
+    """Return the caches of a two-layer model that hold `size` float32 numbers and a few more."""
     recurrent, keys = ArraysCache(size=2), KVCache()
     recurrent[0], recurrent[1] = mx.full((1, size), value), mx.zeros((1, 3))
     keys.update_and_fetch(mx.full((1, 1, 5, 8), value), mx.zeros((1, 1, 5, 8)))
@@ -51,7 +50,7 @@ def equal(a: list, b: list) -> bool:
 # In memory
 
 
-def test_generation_changes_the_state_that_is_kept():
+def test_generation_does_not_change_a_cached_entry():
     prompts = PromptCache(10**9)
     prompts.put("a", state(100))
     first = prompts.get("a")
@@ -69,14 +68,14 @@ def test_generation_changes_the_state_that_is_kept():
     st.integers(0, 20000),
 )
 @settings(deadline=None, max_examples=60)
-def test_budget_is_exceeded_or_the_wrong_state_leaves(steps, budget):
+def test_oldest_entries_leave_when_the_budget_is_exceeded(steps, budget):
     prompts = PromptCache(budget)
     expected: dict[str, int] = {}  # oldest first
     for name, size in steps:
         if size % 3 == 0:
-            found = prompts.get(name)
-            assert (found is not None) == (name in expected)
-            if found is not None:
+            entry = prompts.get(name)
+            assert (entry is not None) == (name in expected)
+            if entry is not None:
                 expected[name] = expected.pop(name)
             continue
         cache = state(size)
@@ -90,7 +89,7 @@ def test_budget_is_exceeded_or_the_wrong_state_leaves(steps, budget):
         assert len(prompts) == len(expected)
 
 
-def test_key_confuses_models_or_tokens():
+def test_key_differs_by_model_and_tokens():
     names = {
         key(identity, tokens)
         for identity in ("a", "b")
@@ -111,7 +110,7 @@ NAME = "0123456789abcdef0123456789abcdef01234567-5"
 OTHER = NAME.replace("0", "f")
 
 
-def test_state_changes_on_disk(store):
+def test_stored_entry_is_restored_unchanged(store):
     store.put(NAME, state(100, 0.3))
     assert equal(store.get(NAME, empty()), state(100, 0.3))
     assert store.get(OTHER, empty()) is None
@@ -119,7 +118,7 @@ def test_state_changes_on_disk(store):
     assert (stored.tokens, stored.nbytes) == (5, stored.path.stat().st_size)
 
 
-def test_others_may_read_the_conversations(store):
+def test_stored_files_are_private_to_the_user(store):
     store.put(NAME, state(100))
     (stored,) = store.states()
     assert stored.path.stat().st_mode & 0o077 == 0
@@ -145,7 +144,7 @@ def damage(path, how: str) -> None:
     elif how == "foreign":
         mx.save_safetensors(str(path), {"x": mx.zeros(3)})
     elif how == "class":
-        # mlx-lm makes whatever class of its module the file names.
+        # mlx-lm creates any class of its cache module that the file names.
         path.write_bytes(raw.replace(b"ArraysCache", b"CacheList\x20\x20"))
 
 
@@ -163,7 +162,7 @@ def damage(path, how: str) -> None:
         "other model",
     ],
 )
-def test_damaged_file_is_used_or_raises(store, caplog, how):
+def test_damaged_file_is_ignored_with_a_warning(store, caplog, how):
     store.put(NAME, state(100))
     (stored,) = store.states()
     damage(stored.path, how)
@@ -173,8 +172,8 @@ def test_damaged_file_is_used_or_raises(store, caplog, how):
     assert "is ignored" in caplog.text
 
 
-def test_damage_of_any_byte_is_missed(tmp_path):
-    """Any one byte: the file is refused, or still holds the same state."""
+def test_damage_of_any_byte_changes_no_restored_entry(tmp_path):
+    """With any one byte damaged, the file is refused or still holds the same entry."""
     store = PromptStore(tmp_path)
     store.put(NAME, state(20, 0.7))
     (stored,) = store.states()
@@ -182,11 +181,11 @@ def test_damage_of_any_byte_is_missed(tmp_path):
     random.seed(0)
     for at in random.sample(range(len(raw)), 150):
         stored.path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
-        found = store.get(NAME, empty())
-        assert found is None or equal(found, state(20, 0.7)), f"byte {at} of {len(raw)}"
+        entry = store.get(NAME, empty())
+        assert entry is None or equal(entry, state(20, 0.7)), f"byte {at} of {len(raw)}"
 
 
-def test_limit_is_exceeded_or_the_newest_leaves(tmp_path):
+def test_oldest_files_are_removed_beyond_the_limit(tmp_path):
     store = PromptStore(tmp_path, 110_000)
     names = [NAME[:38] + f"{i}a-{i}" for i in range(6)]
     for i, name in enumerate(names):
@@ -199,14 +198,14 @@ def test_limit_is_exceeded_or_the_newest_leaves(tmp_path):
     assert sum(s.nbytes for s in store.states()) <= 110_000
 
 
-def test_state_beyond_the_limit_empties_the_store(tmp_path):
+def test_entry_larger_than_the_limit_is_not_stored(tmp_path):
     store = PromptStore(tmp_path, 110_000)
     store.put(NAME, state(100))
     store.put(OTHER, state(30_000))
     assert [s.path.stem for s in store.states()] == [NAME]
 
 
-def test_foreign_files_are_counted_or_removed(store):
+def test_foreign_files_are_left_alone_and_stale_ones_removed(store):
     store.put(NAME, state(100))
     foreign = store.directory / "notes.safetensors"
     foreign.write_text("mine")
@@ -220,7 +219,7 @@ def test_foreign_files_are_counted_or_removed(store):
     assert store.states() == []
 
 
-def test_directory_that_cannot_be_written_costs_the_answer(tmp_path, caplog):
+def test_unwritable_directory_is_only_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     store = PromptStore(tmp_path / "file" / "states")
     store.put(NAME, state(100))
@@ -230,7 +229,7 @@ def test_directory_that_cannot_be_written_costs_the_answer(tmp_path, caplog):
     assert store.clear() == 0
 
 
-def test_writer_that_dies_leaves_half_a_file(store):
+def test_writer_that_dies_leaves_no_entry(store):
     code = (
         "import sys, os; sys.path.insert(0, sys.argv[2])\n"
         "from test_prompt_cache import *\n"
@@ -242,7 +241,7 @@ def test_writer_that_dies_leaves_half_a_file(store):
     )
     here = os.path.dirname(__file__)
     store.directory.mkdir()
-    done = subprocess.run([sys.executable, "-c", code, str(store.directory), here], timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(store.directory), here], timeout=300)
     assert done.returncode == 9
     assert store.states() == []
     store.put(NAME, state(100))
@@ -257,30 +256,31 @@ def prompt_of(count: int, cuts: tuple[int, ...], seed: int = 0) -> Prompt:
     return Prompt(tokens, cuts, False)
 
 
-def read(reader, model, prompt, emit, *, keep):
-    """All of a prompt, sweep by sweep, as a batch of this one alone reads it."""
+def prefill(reader, model, prompt, emit, *, keep):
+    """Prefill a whole prompt pass by pass, as a batch of this prompt alone does."""
     reading = reader.begin(prompt, emit, experts=model.experts, keep=keep)
     while reading.left:
-        limit = model.room.for_prompts(reading.tokens, [reading.context], model.experts)
-        model.watch.entered = reading.reporter.entered
+        limit = model.elastic_slots.fit_prefill(reading.tokens, [reading.context], model.experts)
+        model.hooks.layer_entered = reading.reporter.entered
         reading.took(sweep(model, reading.left[: fitting(reading.left, limit)]))
     return reading
 
 
 def answer_logits(model, reading, steps: int = 5) -> list[np.ndarray]:
-    found, logits = [], reading.logits
+    """Return the logits of each step of a greedy answer."""
+    steps_logits, logits = [], reading.logits
     for _ in range(steps):
-        found.append(np.array(logits.astype(mx.float32)))
-        logits = model.next_logits([int(found[-1].argmax())], reading.cache)
-    return found
+        steps_logits.append(np.array(logits.astype(mx.float32)))
+        logits = model.next_logits([int(steps_logits[-1].argmax())], reading.cache)
+    return steps_logits
 
 
 LONG = CHUNK_TOKENS + 150
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_restored_state_changes_a_bit(tmp_path, family):
-    """From memory, from disk in another model, and from a state of a state: all as read whole."""
+def test_restored_entry_gives_the_same_bits_as_a_whole_prefill(tmp_path, family):
+    """Restore from memory, from disk in another model, and from an entry that was restored."""
     path = write_toy(tmp_path / "toy", family, num_experts=9, max_position_embeddings=4096)
     checkpoint = Checkpoint.open(path)
     cuts = (70, 75, LONG, LONG + 30)
@@ -293,13 +293,15 @@ def test_restored_state_changes_a_bit(tmp_path, family):
     reader = PromptReader(model, PromptCache(0), None)
     expected = []
     for turn in turns:
-        expected.append(answer_logits(model, read(reader, model, turn, silent.append, keep=False)))
+        expected.append(
+            answer_logits(model, prefill(reader, model, turn, silent.append, keep=False))
+        )
 
     store = PromptStore(tmp_path / "states")
     reader = PromptReader(model, PromptCache(10**9), store)
     cached = []
     for turn, logits in zip(turns, expected, strict=True):
-        reading = read(reader, model, turn, silent.append, keep=True)
+        reading = prefill(reader, model, turn, silent.append, keep=True)
         cached.append(reading.cached)
         assert same(answer_logits(model, reading), logits)
         reader.store(reading)
@@ -309,13 +311,13 @@ def test_restored_state_changes_a_bit(tmp_path, family):
     model = load_streaming(checkpoint, slots=9)
     reader = PromptReader(model, PromptCache(10**9), store)
     for turn, logits in zip(turns, expected, strict=True):
-        reading = read(reader, model, turn, silent.append, keep=True)
+        reading = prefill(reader, model, turn, silent.append, keep=True)
         assert reading.cached == turn.cuts[-1]
         assert same(answer_logits(model, reading), logits)
     model.close()
 
 
-def test_state_of_other_settings_is_found(tmp_path):
+def test_identity_differs_by_settings_and_checkpoint_files(tmp_path):
     path = write_toy(tmp_path / "toy", top_k=3)
     checkpoint = Checkpoint.open(path)
     assert state_identity(checkpoint, 3) == state_identity(Checkpoint.open(path), 3)
@@ -323,22 +325,21 @@ def test_state_of_other_settings_is_found(tmp_path):
     assert state_identity(checkpoint, 3) != state_identity(checkpoint, 3, "int8")
     other = Checkpoint.open(write_toy(tmp_path / "other", top_k=3, seed=1))
     assert state_identity(checkpoint, 3) != state_identity(other, 3)
-    time.sleep(0.01)
-    os.utime(path / "model.safetensors")
+    os.utime(path / "model.safetensors", (1, 1))
     assert state_identity(checkpoint, 3) != state_identity(Checkpoint.open(path), 3)
 
 
-def test_progress_does_not_add_up(tmp_path):
+def test_progress_adds_up_to_the_whole_prompt(tmp_path):
     path = write_toy(tmp_path / "toy", max_position_embeddings=4096)
     model = load_streaming(Checkpoint.open(path), slots=7)
-    model.room.for_prompts = lambda *args: CHUNK_TOKENS + 1
+    model.elastic_slots.fit_prefill = lambda *args: CHUNK_TOKENS + 1
     reader = PromptReader(model, PromptCache(10**9), None)
     events = []
-    read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
+    prefill(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
     whole = [e for e in events if e.layer == e.layers]
     assert [e.done for e in whole] == [CHUNK_TOKENS, LONG + 40]
     assert {(e.total, e.layers) for e in events} == {(LONG + 40, 4)}
     events.clear()
-    read(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
+    prefill(reader, model, prompt_of(LONG + 40, (LONG,)), events.append, keep=True)
     assert [e.done for e in events] == [40]
     model.close()

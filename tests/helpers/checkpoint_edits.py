@@ -6,14 +6,14 @@ import mlx.core as mx
 import pytest
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.checkpoint.config import FIELDS, LINEAR_FIELDS
+from flashmoe.checkpoint.config import LINEAR_SIZE_LIMITS, SIZE_LIMITS
 from flashmoe.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SWITCH = "language_model.model.layers.0.mlp.switch_mlp"
 
 #: The fields of config.json that are sizes of the model.
-SIZES = [*FIELDS, *LINEAR_FIELDS, "head_dim"]
+SIZES = [*SIZE_LIMITS, *LINEAR_SIZE_LIMITS, "head_dim"]
 
 
 def assert_refused(directory, *texts):

@@ -54,4 +54,4 @@ def activations(*shape: int, seed: int = 0) -> mx.array:
 def load_all_experts(model) -> None:
     """Run a prompt that needs every expert, so that all of them are in slots afterwards."""
     mx.eval(model(mx.array([random_tokens(200)])))
-    assert all(block.switch_mlp.settled for block in model._blocks)
+    assert all(block.switch_mlp.fully_resident for block in model.blocks.values())

@@ -9,7 +9,7 @@ import httpx
 from flashmoe.engine import Engine
 from flashmoe.server import run as serving
 from flashmoe.server.app import Limits, Server
-from flashmoe.server.openai_request import Served
+from flashmoe.server.served_model import ServedModel
 
 
 @contextmanager
@@ -26,14 +26,14 @@ def serve(
     Args:
         send_buffer: bytes that the operating system buffers until the client reads them.
     """
-    served = Served((name, "alias"), context=4096, thinks=True, created=7)
+    served = ServedModel((name, "alias"), context=4096, thinks=True, created=7)
     server = Server(engine, served, limits, **access)
     ready = threading.Event()
-    with serving.bind("127.0.0.1", 0) as bound:
+    with serving.bind_socket("127.0.0.1", 0) as bound:
         if send_buffer is not None:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        uvicorn = serving.prepare(server, ready.set)
-        server.url = serving.url("127.0.0.1", bound)
+        uvicorn = serving.make_uvicorn(server, ready.set)
+        server.url = serving.api_url("127.0.0.1", bound)
         thread = threading.Thread(target=uvicorn.run, args=([bound],))
         thread.start()
         try:

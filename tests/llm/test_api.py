@@ -15,7 +15,7 @@ from flashmoe.chat.messages import normalize_messages
 from flashmoe.hub import registry
 from llm_flashmoe import FlashMoE
 from llm_flashmoe.errors import UserError
-from llm_flashmoe.messages import engine_messages, failure
+from llm_flashmoe.messages import engine_messages, failure_event
 
 GREEDY = {"temperature": 0.0, "max_tokens": 60}
 ADD = "What is 17 plus 25? Use the tool."
@@ -260,7 +260,7 @@ def test_parallel_calls_or_their_results_are_mixed(model):
 
 
 def test_failed_question_stays_in_the_conversation():
-    mark = failure("too long").provider_metadata
+    mark = failure_event("too long").provider_metadata
     failed = Message(role="assistant", parts=[ReasoningPart(text="", provider_metadata=mark)])
     found = engine_messages([llm.system("Be kind."), llm.user("long"), failed, llm.user("short")])
     assert [m["content"] for m in found] == ["Be kind.", "short"]

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe.errors import BudgetError, SettingError
-from flashmoe.memory import budget as memory
-from flashmoe.memory.budget import available, format_size, parse_size, plan
+from flashmoe.memory import system as memory
+from flashmoe.memory.system import available
+from flashmoe.sizes import format_size, parse_size
+from flashmoe.memory.budget import split_budget as plan
 
 ENV = os.environ | {"PYTHONPATH": str(Path(memory.__file__).parents[2])}
 GB = 10**9
@@ -79,7 +81,7 @@ def test_available_is_not_what_the_kernel_says():
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < available() <= total
     # Free memory is a part of the available memory, unless a cgroup allows less.
-    rooms = memory._cgroup_rooms(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
+    rooms = memory._left_in_cgroups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
     assert available() == pytest.approx(min([available(), *rooms]), rel=0.05)
     assert available() >= min([0.8 * free, *(0.8 * room for room in rooms)])
 
@@ -87,7 +89,7 @@ def test_available_is_not_what_the_kernel_says():
 @linux
 def test_resident_or_peak_misses_what_the_process_holds():
     code = """
-from flashmoe.memory.budget import peak, resident
+from flashmoe.memory.system import peak, resident
 before = resident()
 held = b"x" * (100 << 20)
 during = resident()
@@ -108,7 +110,7 @@ print(before, during, resident(), peak())
 def test_a_real_cgroup_limit_is_overlooked(own_cgroup):
     limit = 300 << 20
     (own_cgroup / "memory.limit_in_bytes").write_text(str(limit))
-    code = "import sys; sys.stdin.readline(); from flashmoe.memory.budget import available as a\n"
+    code = "import sys; sys.stdin.readline(); from flashmoe.memory.system import available as a\n"
     code += "print(a()); held = b'x' * (100 << 20); print(a())"
     child = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -138,9 +140,9 @@ def test_a_v2_limit_of_an_outer_group_is_overlooked(tmp_path):
     stat = _stat(anon=1, inactive_file=300, active_file=50)
     _group(tmp_path / "a/b", max="max", high="max", current=10, stat=stat)
     _group(tmp_path / "a", max=9000, high="5000", current=1000, stat=stat)
-    assert list(memory._cgroup_rooms("0::/a/b\n", tmp_path)) == [5000 - 1000 + 300]
-    assert list(memory._cgroup_rooms("0::/a\n", tmp_path)) == [5000 - 1000 + 300]
-    assert list(memory._cgroup_rooms("0::/\n", tmp_path)) == []
+    assert list(memory._left_in_cgroups("0::/a/b\n", tmp_path)) == [5000 - 1000 + 300]
+    assert list(memory._left_in_cgroups("0::/a\n", tmp_path)) == [5000 - 1000 + 300]
+    assert list(memory._left_in_cgroups("0::/\n", tmp_path)) == []
 
 
 def test_a_v1_limit_of_a_container_is_overlooked(tmp_path):
@@ -148,7 +150,7 @@ def test_a_v1_limit_of_a_container_is_overlooked(tmp_path):
     stat = _stat(inactive_file=1, total_inactive_file=40)
     _group(tmp_path / "memory", limit_in_bytes=700, usage_in_bytes=100, stat=stat)
     text = "5:cpu,cpuacct:/x\n4:hugetlb,memory:/docker/0a:1b\n0::/\n"
-    assert list(memory._cgroup_rooms(text, tmp_path)) == [700 - 100 + 40]
+    assert list(memory._left_in_cgroups(text, tmp_path)) == [700 - 100 + 40]
 
 
 def test_vm_stat_is_misread():
@@ -166,7 +168,7 @@ File-backed pages:                       456789.
 Anonymous pages:                         678901.
 Swapouts:                                    45.
 """
-    assert memory._vm_stat_room(text) == 16384 * (123456 + 56789 + 456789)
+    assert memory._left_by_vm_stat(text) == 16384 * (123456 + 56789 + 456789)
 
 
 MODEL = {

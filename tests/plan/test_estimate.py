@@ -12,7 +12,7 @@ from toys import write_toy
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.cli import cli
 from flashmoe.errors import SettingError
-from flashmoe.memory import budget as memory
+from flashmoe.memory import system as memory
 from flashmoe.models.loading import load_streaming, plan_memory
 from flashmoe.plan import speed_probe
 from flashmoe.plan.estimate import Asked, plan_of_memory, speed
@@ -108,11 +108,11 @@ def test_memory_is_not_that_of_a_load(toy):
         assert split.plan.elastic
         assert split.plan.slots_per_layer == pytest.approx(model.plan.slots_per_layer, abs=3)
         assert (split.plan.dense, split.plan.working) == (model.plan.dense, model.plan.working)
-        sweep = model.room.for_prompts(1000, [1000], 4)
+        sweep = model.elastic_slots.fit_prefill(1000, [1000], 4)
         assert split.sweep == pytest.approx(sweep, abs=200)
-        model.room.for_decoding([4096])
-        assert 6 < model.room.slots < EXPERTS
-        assert split.slots == pytest.approx(model.room.slots, abs=3)
+        model.elastic_slots.fit_decoding([4096])
+        assert 6 < model.elastic_slots.per_layer < EXPERTS
+        assert split.slots == pytest.approx(model.elastic_slots.per_layer, abs=3)
     finally:
         model.close()
 
@@ -200,8 +200,8 @@ def test_batch_is_slower_together_or_faster_each(toy):
     ("args", "says"),
     [
         (["--machine", "pdp-11"], "machine pdp-11 is not known. These are: m1-16gb"),
-        (["--experts", "7"], "experts must be 1 to 6"),
-        (["--experts", "0"], "experts must be 1 to 6"),
+        (["--experts", "7"], "experts must be between 1 and 6"),
+        (["--experts", "0"], "experts must be between 1 and 6"),
         (["--context", "40000"], "context=40000 is out of range"),
         (["--prompt", "0"], "prompt=0 is out of range"),
         (["--batch", "0"], "batch=0 is out of range"),

@@ -239,7 +239,7 @@ import os, signal, sys
 from flashmoe import cli
 from flashmoe.checkpoint.safetensors_writer import ShardWriter
 from flashmoe.quantize import writer as quantize
-owner = {"write": ShardWriter, "finish": ShardWriter, "_finish": quantize.Run}[sys.argv[1]]
+owner = {"write": ShardWriter, "publish": ShardWriter, "_finish": quantize.Run}[sys.argv[1]]
 method, left = getattr(owner, sys.argv[1]), int(sys.argv[2])
 def killed(*args):
     global left
@@ -254,7 +254,7 @@ cli.cli(["quantize", *sys.argv[3:]])
 
 
 @pytest.mark.parametrize(
-    "where", [("write", 100), ("finish", 2), ("_finish", 1)], ids=["shard", "note", "config"]
+    "where", [("write", 100), ("publish", 2), ("_finish", 1)], ids=["shard", "note", "config"]
 )
 def test_killed_run_goes_on_to_other_files(tmp_path, where):
     path = write_toy(tmp_path / "toy", bits=None)
@@ -293,7 +293,7 @@ def test_source_is_overwritten(toy):
 
 def test_directory_with_files_is_filled(toy, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
+    (tmp_path / "out" / "mine").record_use()
     assert "is not empty" in run(toy, tmp_path / "out", code=1)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine"]
     assert "not a directory" in run(toy, tmp_path / "out" / "mine", code=1)

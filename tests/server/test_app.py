@@ -71,7 +71,7 @@ def until(condition, seconds: float = 10) -> None:
 
 
 def idle(engine) -> bool:
-    return engine.rows == 0 and engine.waiting == 0
+    return engine.running == 0 and engine.waiting == 0
 
 
 # What comes back.
@@ -251,7 +251,7 @@ def test_answer_outlives_its_client(server, toy, stream):
     if stream:
         with httpx.stream("POST", url, json=fields) as answer:
             assert next(answer.iter_lines())
-            assert toy.rows == 1
+            assert toy.running == 1
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=fields, timeout=0.3)
@@ -262,11 +262,11 @@ def test_answer_outlives_its_client(server, toy, stream):
 def test_request_that_waits_outlives_its_client(server, toy):
     """It leaves the queue while the rows are still busy."""
     busy = [toy.stream(Request(messages(f"Long {i}."), max_tokens=3000)) for i in range(4)]
-    until(lambda: toy.rows == 4)
+    until(lambda: toy.running == 4)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + "/chat/completions", json=body(), timeout=0.3)
     until(lambda: toy.waiting == 0)
-    assert toy.rows == 4
+    assert toy.running == 4
     for answer in busy:
         answer.close()
     until(lambda: idle(toy))
@@ -275,7 +275,7 @@ def test_request_that_waits_outlives_its_client(server, toy):
 def test_client_that_waits_hears_nothing(toy):
     """Comments, while others are before it and while a prompt is read."""
     busy = [toy.stream(Request(messages(f"Long {i}."), max_tokens=3000)) for i in range(4)]
-    until(lambda: toy.rows == 4)
+    until(lambda: toy.running == 4)
     fields = body("word " * 2500, max_tokens=2, stream=True)
     heard = []
     with (
@@ -334,7 +334,7 @@ def test_end_of_the_server_leaves_clients_waiting(toy, stream):
     with serve(toy, limits=Limits(pause=0.01)) as server:
         asking = threading.Thread(target=ask, args=(server.url,))
         asking.start()
-        until(lambda: toy.rows == 1)
+        until(lambda: toy.running == 1)
         time.sleep(0.1)
         begun = time.monotonic()
     asking.join(10)
@@ -444,6 +444,6 @@ def test_client_that_does_not_read_holds_a_row(toy, monkeypatch):
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(text) + text
         )
-        until(lambda: toy.rows == 1)
+        until(lambda: toy.running == 1)
         until(lambda: idle(toy) and server.metrics.in_flight == 0, 20)
         assert server.metrics.text(toy).count("flashmoe_disconnects_total 1\n") == 1

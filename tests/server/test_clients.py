@@ -14,7 +14,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 from server_in_thread import serve
 
-from flashmoe.server.openai_fields import FIELDS
+from flashmoe.server.request_fields import FIELDS
 
 ADD = {
     "type": "function",

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from flashmoe import errors
 from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 from flashmoe.server.openai_errors import ApiError
-from flashmoe.server.openai_fields import FIELDS
-from flashmoe.server.openai_request import Served, read_call
-from flashmoe.server.openai_response import Completion, failure
+from flashmoe.server.openai_request import read_call
+from flashmoe.server.openai_response import ChatCompletion, to_api_error
+from flashmoe.server.request_fields import FIELDS
+from flashmoe.server.served_model import ServedModel
 
-SERVED = Served(("toy", "t"), context=512, thinks=True, created=7)
+SERVED = ServedModel(("toy", "t"), context=512, thinks=True, created=7)
 HELLO = [{"role": "user", "content": "Hello"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -79,7 +80,7 @@ def test_field_is_lost(fields, expected):
 
 
 def test_effort_makes_a_model_without_thoughts_think():
-    served = Served(("toy",), 512, thinks=False, created=7)
+    served = ServedModel(("toy",), 512, thinks=False, created=7)
     assert call(served, reasoning_effort="high").request.think is None
     assert call(served, reasoning_effort="none").request.think is False
 
@@ -133,7 +134,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"temperature": True}, "temperature", "a number"),
         ({"temperature": -1}, "temperature", "0 or more"),
         ({"temperature": 10**400}, "temperature", "out of range"),
-        ({"top_p": 1.5}, "top_p", "0 to 1"),
+        ({"top_p": 1.5}, "top_p", "between 0 and 1"),
         ({"max_tokens": 0}, "max_tokens", "1 or more"),
         ({"max_tokens": 1.5}, "max_tokens", "an integer"),
         ({"max_completion_tokens": -3}, "max_completion_tokens", "1 or more"),
@@ -150,10 +151,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"modalities": ["text", "audio"]}, "modalities", "text only"),
         ({"audio": {"voice": "x"}}, "audio", "text only"),
         ({"functions": [{}]}, "functions", "tools"),
-        ({"tools": [{"type": "web_search"}]}, "tools", "no function"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "not a function tool"),
         ({"tools": [ADD, ADD]}, "tools", "two tools"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
-        ({"tools": [ADD], "tool_choice": "any"}, "tool_choice", "not known"),
+        ({"tools": [ADD], "tool_choice": "any"}, "tool_choice", "not supported"),
         (
             {"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}},
             "tool_choice",
@@ -164,7 +165,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
             "response_format",
-            "no valid JSON schema",
+            "not a valid JSON schema",
         ),
         ({"reasoning_effort": "much"}, "reasoning_effort", "one of none, minimal"),
         ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "enable_thinking"),
@@ -281,7 +282,7 @@ def end(reason: str) -> End:
 
 
 def complete(*events, **options):
-    completion = Completion("chatcmpl-1", 5, "toy", **options)
+    completion = ChatCompletion("chatcmpl-1", 5, "toy", **options)
     chunks = [chunk for event in events for chunk in completion.chunks(event)]
     return completion, chunks
 
@@ -320,7 +321,7 @@ CALLS = (
 
 def test_stream_and_whole_differ():
     completion, chunks = complete(*CALLS)
-    (choice,) = completion.whole()["choices"]
+    (choice,) = completion.to_dict()["choices"]
     message, found = choice["message"], joined(chunks)
     assert message["content"] == found["content"] == "Well"
     assert message["reasoning_content"] == found["reasoning_content"] == "I add."
@@ -344,8 +345,8 @@ def test_usage_is_wrong():
         "completion_tokens_details": {"reasoning_tokens": 2},
     }
     completion, chunks = complete(Text("x"), END, include_usage=True)
-    assert completion.whole()["usage"] == expected
-    assert completion.whole()["flashmoe"]["hit_rate"] == 0.5
+    assert completion.to_dict()["usage"] == expected
+    assert completion.to_dict()["flashmoe"]["hit_rate"] == 0.5
     *rest, last = chunks
     assert (last["choices"], last["usage"]) == ([], expected)
     assert all(chunk["usage"] is None for chunk in rest)
@@ -355,7 +356,7 @@ def test_usage_is_wrong():
 
 def test_empty_answer_has_no_content():
     completion, chunks = complete(END)
-    assert completion.whole()["choices"][0]["message"]["content"] == ""
+    assert completion.to_dict()["choices"][0]["message"]["content"] == ""
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
 
 
@@ -365,13 +366,13 @@ def test_bad_call_looks_good():
         ToolCallStart(0, "c0", "add"), ToolCall(0, "c0", "add", None, "<x", "no"), end("tool_calls")
     )
     assert joined(chunks)["calls"][0]["arguments"] == "<x"
-    whole = completion.whole()
+    whole = completion.to_dict()
     assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "<x"
     assert whole["flashmoe"]["invalid_tool_calls"][0]["error"] == "no"
     # Without a name it cannot be shown as a call.
     completion, chunks = complete(ToolCall(0, "c0", "", None, "<x", "no"), end("tool_calls"))
     assert joined(chunks)["reason"] == "stop"
-    assert completion.whole()["choices"][0]["finish_reason"] == "stop"
+    assert completion.to_dict()["choices"][0]["finish_reason"] == "stop"
 
 
 def output_error(reason: str) -> errors.OutputError:
@@ -382,11 +383,11 @@ def output_error(reason: str) -> errors.OutputError:
 
 def test_answer_cut_short_is_an_error():
     completion, _ = complete(Text('{"a'))
-    chunks = completion.fails(output_error("length"))
+    chunks = completion.error_chunks(output_error("length"))
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert completion.whole()["choices"][0]["finish_reason"] == "length"
+    assert completion.to_dict()["choices"][0]["finish_reason"] == "length"
     with pytest.raises(errors.OutputError):
-        completion.fails(output_error("stop"))
+        completion.error_chunks(output_error("stop"))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +402,7 @@ def test_answer_cut_short_is_an_error():
     ],
 )
 def test_error_has_another_status(error, status, code):
-    found = failure(error)
+    found = to_api_error(error)
     assert (found.status, found.code) == (status, code)
     assert "secret" not in str(found)
     if status >= 500:

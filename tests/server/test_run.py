@@ -109,13 +109,13 @@ def test_sigterm_is_an_error(toy):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--host", "0.0.0.0"), "a key is required: set FLASHMOE_API_KEY"),
-        (("--host", "::"), "a key is required"),
-        (("--host", "192.0.2.7"), "a key is required"),
-        (("--api-key", ""), "must be printable ASCII, and not empty"),
+        (("--host", "0.0.0.0"), "an API key is required: set FLASHMOE_API_KEY"),
+        (("--host", "::"), "an API key is required"),
+        (("--host", "192.0.2.7"), "an API key is required"),
+        (("--api-key", ""), "must be printable ASCII and must not be empty"),
         (("--api-key", "k\u00e4se"), "must be printable ASCII"),
-        (("--host", "192.0.2.7", "--api-key", "k"), "cannot be had"),
-        (("--host", "no.such.host.invalid", "--api-key", "k"), "is no address of this machine"),
+        (("--host", "192.0.2.7", "--api-key", "k"), "cannot listen at"),
+        (("--host", "no.such.host.invalid", "--api-key", "k"), "is not an address of this machine"),
         (("--queue", "-1"), "queue=-1 must be 0 or more"),
         (("--timeout", "0"), "timeout=0 must be above 0"),
         (("--max-body", "x"), "'x' is not a memory size"),
@@ -137,7 +137,7 @@ def test_port_of_another_is_taken(toy):
         port = str(other.getsockname()[1])
         done = CliRunner().invoke(cli, ["serve", str(toy), "--port", port])
     assert done.exit_code == 1
-    assert "give another --port" in done.output
+    assert "choose another --port" in done.output
 
 
 def test_name_prunes_nothing(tmp_path, toy, monkeypatch):

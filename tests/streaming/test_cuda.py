@@ -120,9 +120,9 @@ def test_model_differs_from_its_resident_twin(tmp_path):
     model = load_streaming(Checkpoint.open(path), slots=5)
     stacks = [
         stack
-        for block in model._blocks
+        for block in model.blocks.values()
         for projection in ("gate_proj", "up_proj", "down_proj")
-        for stack in block.switch_mlp._bank.stacks(projection)
+        for stack in block.switch_mlp._memory.stacks(projection)
     ]
     memory = CudaMemory()
     before = [memory.address(stack) for stack in stacks]

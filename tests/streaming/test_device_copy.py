@@ -138,10 +138,10 @@ def test_slot_of_a_failed_read_looks_ready(tmp_path, staged):
     path = write_toy(tmp_path / "toy", "qwen3_moe", num_experts=9, top_k=3)
     expected = logits(load_resident(path), list(range(30)), 7)
     model = load_streaming(Checkpoint.open(path), slots=5)
-    switch = model._blocks[0].switch_mlp
+    switch = next(iter(model.blocks.values())).switch_mlp
     os.rename(path / "model.safetensors", path / "away")
     with pytest.raises(ReadError):
         switch(mx.ones((1, 64)), mx.array([[0, 1, 2]]))
     os.rename(path / "away", path / "model.safetensors")
-    assert not switch._slots.residents.keys() & switch._loading.keys() - {0, 1, 2}
+    assert not switch._table.residents.keys() & switch._loading.keys() - {0, 1, 2}
     assert same(logits(model, list(range(30)), 7), expected)

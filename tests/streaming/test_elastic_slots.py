@@ -104,10 +104,10 @@ def test_prompt_that_cannot_fit_is_tried(model):
 
 def test_slots_that_were_asked_for_change(checkpoint):
     model = load_streaming(checkpoint, slots=7)
-    assert model.room.for_prompts(4000, [4000], model.experts) >= footprint.CHUNK_TOKENS
-    model.room.for_decoding([4000])
-    model.room.look()
-    assert model.room.slots == 7
+    assert model.elastic_slots.fit_prefill(4000, [4000], model.experts) >= footprint.CHUNK_TOKENS
+    model.elastic_slots.fit_decoding([4000])
+    model.elastic_slots.shrink_if_short()
+    assert model.elastic_slots.per_layer == 7
     model.close()
 
 
@@ -118,24 +118,24 @@ def test_resized_slots_change_a_bit(path, model):
 
     def between():
         sizes.append(sizes.pop(0))
-        model.room._resize(sizes[0])
+        model.elastic_slots._resize(sizes[0])
 
-    model.watch.between = between
+    model.hooks.between_layers = between
     assert same(logits(model, list(range(60)), 7, decode=20), expected)
 
 
 def resident_nbytes():
-    from flashmoe.memory.budget import resident
+    from flashmoe.memory.system import resident
 
     return resident()
 
 
 def test_memory_of_slots_that_left_is_kept(model):
     cache = make_prompt_cache(model)
-    model.room._resize(EXPERTS)
+    model.elastic_slots._resize(EXPERTS)
     mx.eval(model(mx.array([list(range(150))] * 1), cache=cache))
     full = resident_nbytes()
-    model.room._resize(model.plan.least_slots)
+    model.elastic_slots._resize(model.plan.least_slots)
     freed = (EXPERTS - model.plan.least_slots) * model.plan.slot_nbytes
     assert full - resident_nbytes() > 0.9 * freed
 
@@ -146,20 +146,20 @@ import mlx.core as mx, numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.models.loading import load_streaming
-from flashmoe.memory.budget import resident
+from flashmoe.memory.system import resident
 
 sys.stdin.readline()
 model = load_streaming(Checkpoint.open(sys.argv[1]))
 for line in sys.stdin:
     if line.strip():
-        model.room.for_decoding([1])
+        model.elastic_slots.fit_decoding([1])
     found = 0
     cache = make_prompt_cache(model)
     for token in range(70):
-        model.room._next_look = 0
+        model.elastic_slots._next_look = 0
         out = np.array(model.next_logits([token], cache).astype(mx.float32))
         found = zlib.crc32(out.tobytes(), found)
-    print(model.room.slots, resident(), found, flush=True)
+    print(model.elastic_slots.per_layer, resident(), found, flush=True)
 """
 TAKER = "import sys; sys.stdin.readline(); x = b'x' * int(sys.argv[1]); print(len(x), flush=True); "
 TAKER += "sys.stdin.readline()"

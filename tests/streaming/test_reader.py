@@ -182,7 +182,7 @@ def test_a_file_changed_in_use_passes(reader, shard, change, words):
 
 def identity(path):
     with path.open("rb") as f:
-        return FileIdentity.of(f.fileno())
+        return FileIdentity.from_fd(f.fileno())
 
 
 @CHANGES

@@ -47,8 +47,8 @@ class Model:
 def test_resize_takes_the_wrong_expert_or_slot():
     slots = SlotTable(4, 9, half_life=1.0)
     for expert, uses in [(5, 3), (6, 1), (7, 2)]:
-        slots.touch({expert: uses}, 0)
-        slots.take(expert, ())
+        slots.record_use({expert: uses}, 0)
+        slots.allocate(expert, ())
     where = slots.residents
     assert slots.resize(3, ()) == [3], "the free slot first"
     assert slots.residents == where
@@ -57,10 +57,10 @@ def test_resize_takes_the_wrong_expert_or_slot():
     assert slots.resize(1, {5, 6}) == []
     assert slots.num_slots == 2, "nobody could leave"
     assert slots.resize(1, ()) == [where[6]]
-    assert slots.take(8, {5}) is None
+    assert slots.allocate(8, {5}) is None
     assert slots.resize(4, ()) == []
-    assert {slots.take(e, {5}) for e in (6, 7, 8)} == {0, 1, 2, 3} - {where[5]}
-    assert slots.take(4, ()) == where[6], "6 and 8 have the lowest score, 6 for longer"
+    assert {slots.allocate(e, {5}) for e in (6, 7, 8)} == {0, 1, 2, 3} - {where[5]}
+    assert slots.allocate(4, ()) == where[6], "6 and 8 have the lowest score, 6 for longer"
     for wrong in (0, 5):
         with pytest.raises(ValueError, match=f"num_slots is {wrong}, must be 1..4"):
             slots.resize(wrong, ())
@@ -73,10 +73,10 @@ def test_expert_sits_elsewhere_where_there_is_a_slot_for_each(steps):
     slots = SlotTable(NUM_EXPERTS, NUM_EXPERTS)
     for drop, expert in [*steps, *((False, e) for e in range(NUM_EXPERTS))]:
         if (slots.lookup(expert) is not None) == drop:
-            slots.drop(expert) if drop else slots.take(expert, ())
+            slots.drop(expert) if drop else slots.allocate(expert, ())
         assert all(e == slot for e, slot in slots.residents.items())
-        assert slots.settled == (len(slots) == NUM_EXPERTS)
-    assert slots.settled
+        assert slots.fully_resident == (len(slots) == NUM_EXPERTS)
+    assert slots.fully_resident
 
 
 def test_table_with_an_expert_elsewhere_is_settled():
@@ -84,12 +84,12 @@ def test_table_with_an_expert_elsewhere_is_settled():
     slots = SlotTable(4, 4)
     slots.resize(3, ())
     for expert in (3, 1, 0):
-        slots.take(expert, ())
+        slots.allocate(expert, ())
     slots.resize(4, ())
-    slots.take(2, ())
+    slots.allocate(2, ())
     assert len(slots) == 4
     assert slots.residents != {e: e for e in range(4)}
-    assert not slots.settled
+    assert not slots.fully_resident
 
 
 experts = st.integers(0, NUM_EXPERTS - 1)
@@ -107,19 +107,19 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @rule(counts=counts, tokens=st.sampled_from([0, 1, 1, 2, 18]))
     def touch(self, counts, tokens):
-        self.slots.touch(counts, tokens)
-        self.model.touch(counts, tokens)
+        self.slots.record_use(counts, tokens)
+        self.model.record_use(counts, tokens)
 
     @rule(expert=experts, pinned=st.sets(experts))
     def take(self, expert, pinned):
         held = self.model.slot_of
         if expert in held:
             with pytest.raises(ValueError, match=f"expert {expert} is already in slot"):
-                self.slots.take(expert, pinned)
+                self.slots.allocate(expert, pinned)
             return
         full = len(held) == NUM_SLOTS
         victim = self.model.victim(pinned) if full else None
-        slot = self.slots.take(expert, pinned)
+        slot = self.slots.allocate(expert, pinned)
         if full and victim is None:
             assert slot is None
             return
@@ -166,8 +166,8 @@ TestSlotsMachine.settings = settings(max_examples=150, stateful_step_count=50, d
 def test_scores_drift_from_the_naive_sum(half_life, touches):
     slots, model = SlotTable(1, NUM_EXPERTS, half_life), Model(half_life)
     for call in touches:
-        slots.touch(*call)
-        model.touch(*call)
+        slots.record_use(*call)
+        model.record_use(*call)
     for expert in range(NUM_EXPERTS):
         # Below 1e-100 an expert is long forgotten; its count may have underflowed.
         assert slots.score(expert) == pytest.approx(model.score(expert), rel=1e-9, abs=1e-100)
@@ -180,65 +180,65 @@ def test_renormalising_changes_a_victim():
     for _ in range(900):
         call = {rng.randrange(40): rng.randint(1, 3) for _ in range(3)}
         before = slots._exponent
-        slots.touch(call, 1)
+        slots.record_use(call, 1)
         renormalised += slots._exponent < before
-        model.touch(call, 1)
+        model.record_use(call, 1)
         for expert in call:
             if expert not in model.slot_of:
                 if len(model.slot_of) == 16:
                     del model.slot_of[model.victim(set(call))]
-                model.slot_of[expert] = slots.take(expert, set(call))
+                model.slot_of[expert] = slots.allocate(expert, set(call))
         assert slots.residents == model.slot_of
     assert renormalised == 1
 
 
 def test_overflow_after_a_very_long_pause():
     slots = SlotTable(2, 5, half_life=0.5)
-    slots.touch({0: 10**6, 1: 1}, 1)
-    slots.take(0, ())
-    slots.touch({1: 1}, 10**12)
-    slots.take(1, ())
+    slots.record_use({0: 10**6, 1: 1}, 1)
+    slots.allocate(0, ())
+    slots.record_use({1: 1}, 10**12)
+    slots.allocate(1, ())
     assert slots.score(0) == 0.0
     assert slots.score(1) == 1.0
-    assert slots.take(2, ()) == 0
+    assert slots.allocate(2, ()) == 0
 
 
 def test_equal_scores_break_by_another_rule_than_recency_then_id():
     slots = SlotTable(3, 6, half_life=1.0)
-    slots.touch({5: 2}, 1)  # counts 1 one token later, as the others do then
-    slots.touch({4: 1, 3: 1}, 1)
+    slots.record_use({5: 2}, 1)  # counts 1 one token later, as the others do then
+    slots.record_use({4: 1, 3: 1}, 1)
     for expert in (4, 5, 3):
-        slots.take(expert, ())
+        slots.allocate(expert, ())
     left = []
     for expert in (0, 1, 2):
         before = slots.residents
-        slots.take(expert, {0, 1, 2})
+        slots.allocate(expert, {0, 1, 2})
         left += before.keys() - slots.residents
     assert left == [5, 3, 4]
 
 
 def test_renormalising_loses_a_fraction_of_a_half_life():
     slots = SlotTable(1, 2, half_life=0.7)
-    slots.touch({0: 1}, 358)  # the weight of a use is now 2**511.4
-    slots.touch({1: 1}, 1)
+    slots.record_use({0: 1}, 358)  # the weight of a use is now 2**511.4
+    slots.record_use({1: 1}, 1)
     assert slots.score(0) == pytest.approx(0.5 ** (1 / 0.7))
     assert slots.score(1) == pytest.approx(1.0)
 
 
 def test_an_evicted_expert_loses_its_history():
     slots = SlotTable(1, 3, half_life=100.0)
-    slots.touch({0: 5}, 1)
-    slots.take(0, ())
-    slots.take(1, ())
+    slots.record_use({0: 5}, 1)
+    slots.allocate(0, ())
+    slots.allocate(1, ())
     assert slots.score(0) == pytest.approx(5.0)
 
 
 def test_pinned_experts_that_are_not_resident_block_a_slot():
     slots = SlotTable(2, 6)
-    slots.take(0, ())
-    slots.take(1, ())
-    assert slots.take(2, {3, 4, 5, 1}) == 0
-    assert slots.take(3, {1, 2}) is None
+    slots.allocate(0, ())
+    slots.allocate(1, ())
+    assert slots.allocate(2, {3, 4, 5, 1}) == 0
+    assert slots.allocate(3, {1, 2}) is None
     assert slots.residents == {1: 1, 2: 0}
 
 
@@ -248,9 +248,9 @@ def test_pinned_experts_that_are_not_resident_block_a_slot():
     [
         lambda slots, e: slots.lookup(e),
         lambda slots, e: slots.score(e),
-        lambda slots, e: slots.take(e, ()),
+        lambda slots, e: slots.allocate(e, ()),
         lambda slots, e: slots.drop(e),
-        lambda slots, e: slots.touch({0: 1, e: 1}, 1),
+        lambda slots, e: slots.record_use({0: 1, e: 1}, 1),
     ],
     ids=["lookup", "score", "take", "drop", "touch"],
 )
@@ -264,7 +264,7 @@ def test_an_expert_out_of_range_is_taken(call, expert):
 
 def test_drop_of_a_stranger_frees_a_slot():
     slots = SlotTable(2, 7)
-    slots.take(5, ())
+    slots.allocate(5, ())
     with pytest.raises(ValueError, match="expert 4 is not resident"):
         slots.drop(4)
     assert slots.free == 1
@@ -277,7 +277,7 @@ def test_drop_of_a_stranger_frees_a_slot():
 def test_negative_use_is_counted(counts, tokens, text):
     slots = SlotTable(2, 3)
     with pytest.raises(ValueError, match=text):
-        slots.touch(counts, tokens)
+        slots.record_use(counts, tokens)
     assert slots.score(0) == 0.0
 
 

@@ -21,7 +21,7 @@ def path(tmp_path):
 
 
 def first_switch(model):
-    return model._blocks[0].switch_mlp
+    return next(iter(model.blocks.values())).switch_mlp
 
 
 def run(model, tokens):
@@ -55,7 +55,7 @@ def test_failed_read_leaves_an_expert_that_looks_resident(path):
     assert switch.load(4, set())
     with pytest.raises(ReadError, match="expert 4 of layer 0"):
         switch.landed(4)
-    assert switch._slots.lookup(4) is None
+    assert switch._table.lookup(4) is None
     assert not switch._loading
     assert saved.exists()
 
@@ -68,7 +68,7 @@ def test_interrupted_call_leaves_half_read_slots(path):
     expected = logits(resident, tokens, 7)
     model = load_streaming(checkpoint, slots=5)
     x = mx.random.normal((4, 64))
-    for layer in model._blocks:
+    for layer in model.blocks.values():
         layer.switch_mlp.start([(x, mx.array([[0, 1, 2]] * 4))])
     assert same(logits(model, tokens, 7), expected)
 
@@ -90,8 +90,8 @@ def test_interrupt_between_two_lines_leaves_a_slot_that_looks_ready(path, moment
     expected = logits(load_resident(path), list(range(30)), 7)
     model = load_streaming(Checkpoint.open(path), slots=5)
     switch = first_switch(model)
-    owners = {"take": switch._slots, "requests": switch._bank, "submit": switch._reader}
-    owner = owners.get(moment, switch._slots)
+    owners = {"take": switch._table, "requests": switch._memory, "submit": switch._reader}
+    owner = owners.get(moment, switch._table)
     original = getattr(owner, moment)
 
     def interrupted(*args):
@@ -118,10 +118,10 @@ def test_watch_cannot_end_a_long_prefill(path):
         if len(calls) == 3:
             raise TimeoutError
 
-    model.watch.check = check
+    model.hooks.check_cancelled = check
     with pytest.raises(TimeoutError):
         run(model, list(range(100)))
-    model.watch.check = lambda: None
+    model.hooks.check_cancelled = lambda: None
     tokens = list(range(30))
     assert same(logits(model, tokens, 7), logits(load_resident(path), tokens, 7))
 

@@ -169,8 +169,8 @@ def test_bytes_of_a_token_are_others(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--experts", "4"), "experts must be 1 to 3"),
-        (("--experts", "0"), "experts must be 1 to 3"),
+        (("--experts", "4"), "experts must be between 1 and 3"),
+        (("--experts", "0"), "experts must be between 1 and 3"),
         (("--experts", "two"), "write it as 10,6,4"),
         (("--bits", "8"), "no matrix of an expert with fewer bits"),
         (("--bits", "7"), "2, 3, 4, 5, 6, 8"),

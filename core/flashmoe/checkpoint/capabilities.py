@@ -1,4 +1,4 @@
-"""What a checkpoint can do, read from its small files alone. Imports nothing heavy."""
+"""Read what a checkpoint can do from its small files alone. MLX is not imported."""
 
 from __future__ import annotations
 
@@ -7,53 +7,66 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import check_text_config
+from .config import parse_text_config
 from .safetensors_header import read_object
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """context: tokens of prompt and answer together. tools, thoughts: its chat template has them,
-    marked as Qwen marks them."""
+    """What a checkpoint can do.
+
+    Attributes:
+        context: the limit for tokens of prompt and answer together.
+        tools: the chat template has tool calls, marked as Qwen marks them.
+        reasoning: the chat template has reasoning, marked as Qwen marks it.
+    """
 
     context: int
     tools: bool
-    thoughts: bool
+    reasoning: bool
 
 
 def capabilities(path: Path) -> Capabilities:
-    """Of the checkpoint in a directory.
+    """Return what the checkpoint in a directory can do.
 
     Raises:
-        CheckpointError: config.json is missing, or not one that flashmoe runs.
+        CheckpointError: config.json is missing, or describes a model that flashmoe does not run.
     """
-    config = check_text_config(read_object(path / "config.json"), path)
+    config = parse_text_config(read_object(path / "config.json"), path)
     template = chat_template(path) or ""
     return Capabilities(
         context=config["max_position_embeddings"],
         tools="<tool_call>" in template,
-        thoughts="<think>" in template,
+        reasoning="<think>" in template,
     )
 
 
 def chat_template(path: Path) -> str | None:
-    """The chat template among the files of a checkpoint."""
+    """Return the chat template of the checkpoint in a directory, or None when it has none."""
     try:
         return (path / "chat_template.jinja").read_text()
     except (OSError, ValueError):
         pass
     for name in ("chat_template.json", "tokenizer_config.json"):
         try:
-            found = json.loads((path / name).read_text())["chat_template"]
+            template = json.loads((path / name).read_text())["chat_template"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if isinstance(found, str):
-            return found
+        if isinstance(template, str):
+            return template
     return None
 
 
-def fingerprint(path: Path) -> str:
-    """Changes when a file of the checkpoint does: a hash of their names, sizes and times."""
+def directory_fingerprint(path: Path) -> str:
+    """Return a short hash that changes when any file of a checkpoint directory does.
+
+    It covers names, sizes and times of all files. `Checkpoint.files_identity` covers shards alone,
+    and opens the checkpoint; here a changed tokenizer or chat template counts too, because it
+    changes answers.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
     files = sorted(path.iterdir(), key=lambda file: file.name)
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -1,27 +1,37 @@
-"""An MLX checkpoint directory: what it holds, and at which bytes each expert lies.
+"""Open an MLX checkpoint directory: which tensors it holds, and at which bytes each expert is.
 
 Only config.json, the index and the safetensors headers are read, all as hostile input. Nothing that
 a checkpoint contains is executed. MLX is not imported.
 """
+
+from __future__ import annotations
 
 import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, SettingError
 from .config import (
-    FAMILIES,
     FLOATS,
+    TENSOR_PREFIXES,
     Quantization,
-    check_packed,
-    check_quantization,
-    check_text_config,
-    inferred_quantization,
+    check_affine,
+    infer_quantization,
+    parse_quantization,
+    parse_text_config,
 )
 from .file_identity import FileIdentity
-from .safetensors_header import AGAIN, EXPERT_TENSOR, Tensor, read_object, read_tensors, show
+from .safetensors_header import (
+    DOWNLOAD_AGAIN,
+    EXPERT_TENSOR,
+    Tensor,
+    read_object,
+    read_tensors,
+    show,
+)
 
 PARTS = ("weight", "scales", "biases")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -32,8 +42,16 @@ RAW_EXPERT = re.compile(
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """One tensor of the stacked experts. shape (no expert axis) and nbytes are of ONE expert; start
-    is the absolute byte in `file` of expert 0; dtype is the safetensors word."""
+    """One tensor of the stacked experts.
+
+    Attributes:
+        projection: one of PROJECTIONS.
+        part: one of PARTS.
+        dtype: the name that safetensors has for it, such as "BF16".
+        shape: the shape for ONE expert, without the expert axis.
+        start: the absolute byte in `file` of expert 0.
+        nbytes: the size for ONE expert.
+    """
 
     projection: str
     part: str
@@ -44,7 +62,7 @@ class ExpertPart:
     nbytes: int
 
     def range(self, expert: int) -> tuple[int, int]:
-        """Absolute (start, stop) bytes of one expert in `file`."""
+        """Return the absolute (start, stop) bytes of one expert in `file`."""
         start = self.start + expert * self.nbytes
         return start, start + self.nbytes
 
@@ -53,8 +71,11 @@ class ExpertPart:
 class ExpertLayer:
     """The routed experts of one layer.
 
-    parts are ordered gate, up, down x weight, scales, biases (weight alone where a projection is
-    not quantised). prefix is the path of the SwitchGLU in mlx-lm's module tree.
+    Attributes:
+        prefix: the path of the SwitchGLU in mlx-lm's module tree.
+        parts: the tensors in the order gate, up, down x weight, scales, biases (weight alone where
+            a projection is not quantised).
+        quantization: by projection; None: not quantised.
     """
 
     layer: int
@@ -65,30 +86,41 @@ class ExpertLayer:
 
     @property
     def expert_nbytes(self) -> int:
-        """Bytes of one expert, all parts."""
+        """Return the bytes of one expert, all parts."""
         return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint. text_config is the part of config that describes the language model,
-    with mlx-lm's defaults; expert_layers maps the index of each MoE layer to its experts;
-    identities are what the shards were when their headers were read."""
+    """A checked checkpoint.
+
+    Attributes:
+        path: its directory.
+        config: the content of config.json.
+        text_config: the part of `config` that describes the language model, with mlx-lm's defaults.
+        tensors: all tensors by name.
+        expert_layers: the experts of each MoE layer, by the index of the layer.
+        identities: what the shards were when their headers were read.
+    """
 
     path: Path
-    config: dict
-    text_config: dict
+    config: dict[str, Any]
+    text_config: dict[str, Any]
     tensors: dict[str, Tensor]
     expert_layers: dict[int, ExpertLayer]
     identities: dict[Path, FileIdentity]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """Opens a local directory. Raises CheckpointError with the values and the way out."""
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open and check a local directory.
+
+        Raises:
+            CheckpointError: says which values are wrong, and the way out.
+        """
         path = _directory(path)
         config = read_object(path / "config.json")
-        text_config = check_text_config(config, path)
-        quantization = check_quantization(config, text_config, path)
+        text_config = parse_text_config(config, path)
+        quantization = parse_quantization(config, text_config, path)
         tensors, identities = read_tensors(path)
         layers = _expert_layers(config["model_type"], text_config, quantization, tensors, path)
         checkpoint = cls(path, config, text_config, tensors, layers, identities)
@@ -97,35 +129,37 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
+        """Return mlx-lm's name for the kind of model, such as "qwen3_next"."""
         return self.config["model_type"]
 
     @property
     def num_layers(self) -> int:
+        """Return the number of layers, with and without experts."""
         return self.text_config["num_hidden_layers"]
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of each MoE layer."""
+        """Return the number of routed experts of each MoE layer."""
         return self.text_config["num_experts"]
 
     @property
     def top_k(self) -> int:
-        """Experts that a token uses, as trained."""
+        """Return K, the number of experts per token that the model was trained with."""
         return self.text_config["num_experts_per_tok"]
 
     @property
     def max_context(self) -> int:
-        """Tokens."""
+        """Return the longest context that the model supports, in tokens."""
         return self.text_config["max_position_embeddings"]
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files, sorted."""
+        """Return the safetensors files, sorted."""
         return tuple(sorted({t.file for t in self.tensors.values()}))
 
     @cached_property
     def files_identity(self) -> str:
-        """A hash that differs once a shard was replaced, resized or written to.
+        """Return a hash that changes when a shard is replaced, resized or written to.
 
         It covers the names, sizes and modification times of the shards, not their bytes, so copies
         of a checkpoint on two machines differ. config.json is not covered.
@@ -135,36 +169,42 @@ class Checkpoint:
 
     @property
     def expert_nbytes(self) -> int:
-        """Bytes of all experts of all layers."""
+        """Return the bytes of all experts of all layers."""
         return sum(x.num_experts * x.expert_nbytes for x in self.expert_layers.values())
 
     @cached_property
     def dense(self) -> tuple[Tensor, ...]:
-        """The tensors to keep in memory: no experts, no vision tower, no multi-token prediction."""
+        """Return the tensors to keep in memory.
+
+        These are all but experts, the vision tower and multi-token prediction.
+        """
         return tuple(
             t for n, t in self.tensors.items() if _is_loaded(n) and not EXPERT_TENSOR.fullmatch(n)
         )
 
     @property
     def expert_bits(self) -> float:
-        """Bits of an expert weight, 16 or 32 when unquantised; a mean where projections differ."""
-        bits = [
-            (32 if part.dtype == "F32" else 16)
-            if layer.quantization[part.projection] is None
-            else layer.quantization[part.projection].bits
-            for layer in self.expert_layers.values()
-            for part in layer.parts
-            if part.part == "weight"
-        ]
+        """Return the bits of an expert weight, 16 or 32 when unquantised.
+
+        Where projections differ, it is their mean.
+        """
+        bits = []
+        for layer in self.expert_layers.values():
+            for part in layer.parts:
+                if part.part == "weight":
+                    quantization = layer.quantization[part.projection]
+                    unquantised = 32 if part.dtype == "F32" else 16
+                    bits.append(unquantised if quantization is None else quantization.bits)
         return sum(bits) / len(bits)
 
     @property
     def dense_nbytes(self) -> int:
+        """Return the bytes of `dense` on disk."""
         return sum(t.nbytes for t in self.dense)
 
 
 def check_experts(k: int | None, checkpoint: Checkpoint) -> int:
-    """K as given, or the trained one.
+    """Return K, the number of experts per token, as given or else as trained.
 
     Raises:
         SettingError: K is not in 1..trained K.
@@ -174,7 +214,7 @@ def check_experts(k: int | None, checkpoint: Checkpoint) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= checkpoint.top_k:
         raise SettingError(
             f"experts={k!r} is out of range: this model was trained with {checkpoint.top_k} "
-            f"experts a token, so experts must be 1 to {checkpoint.top_k}"
+            f"experts per token, so experts must be between 1 and {checkpoint.top_k}"
         )
     return k
 
@@ -184,6 +224,7 @@ def _is_loaded(name: str) -> bool:
 
 
 def _directory(path: str | Path) -> Path:
+    """Return the path of a directory that exists."""
     text, path = str(path), Path(path)
     try:
         if path.is_dir():
@@ -197,7 +238,7 @@ def _directory(path: str | Path) -> Path:
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         raise CheckpointError(
-            f"there is no directory {show(text)}. If it is a name on the Hugging Face hub, "
+            f"there is no directory {show(text)}. If it is a repository of the Hugging Face hub, "
             f"download it first (flashmoe download hub:{text}) and give hub:{text}"
         )
     raise CheckpointError(f"there is no directory {show(text)}: give the path of a checkpoint")
@@ -205,33 +246,34 @@ def _directory(path: str | Path) -> Path:
 
 def _expert_layers(
     model_type: str,
-    text_config: dict,
-    quantization: dict | None,
+    text_config: dict[str, Any],
+    quantization: dict[str, Any] | None,
     tensors: dict[str, Tensor],
     path: Path,
 ) -> dict[int, ExpertLayer]:
     raw = next((n for n in tensors if _is_loaded(n) and RAW_EXPERT.fullmatch(n)), None)
     if raw:
         raise CheckpointError(
-            f"{path} holds {show(raw)}: it is a Hugging Face checkpoint, not in MLX format. "
+            f"{path} holds {show(raw)}: it is a Hugging Face checkpoint, not one in MLX format. "
             f"Convert it: mlx_lm.convert --hf-path {path} --mlx-path NEW_DIR -q"
         )
-    expert_layers = {}
+    expert_layers: dict[int, ExpertLayer] = {}
     for layer in range(text_config["num_hidden_layers"]):
         if model_type != "qwen3_5_moe" and (
             layer in text_config["mlp_only_layers"]
             or (layer + 1) % text_config["decoder_sparse_step"]
         ):
             continue
-        prefix = f"{FAMILIES[model_type]}layers.{layer}.mlp.switch_mlp"
-        parts, settings = [], {}
+        prefix = f"{TENSOR_PREFIXES[model_type]}layers.{layer}.mlp.switch_mlp"
+        parts: list[ExpertPart] = []
+        by_projection: dict[str, Quantization | None] = {}
         for projection in PROJECTIONS:
-            settings[projection], of_projection = _projection(
+            by_projection[projection], new = _projection(
                 prefix, projection, text_config, quantization, tensors
             )
-            parts += of_projection
+            parts += new
         expert_layers[layer] = ExpertLayer(
-            layer, prefix, text_config["num_experts"], tuple(parts), settings
+            layer, prefix, text_config["num_experts"], tuple(parts), by_projection
         )
     if not expert_layers:
         raise CheckpointError(
@@ -254,15 +296,19 @@ def _expert_layers(
 def _projection(
     prefix: str,
     projection: str,
-    text_config: dict,
-    config: dict | None,
+    text_config: dict[str, Any],
+    config: dict[str, Any] | None,
     tensors: dict[str, Tensor],
 ) -> tuple[Quantization | None, list[ExpertPart]]:
-    """Finds the tensors of one projection and holds them against config.json."""
+    """Check the tensors of one projection against config.json.
+
+    Args:
+        config: from `parse_quantization`.
+    """
     path = f"{prefix}.{projection}"
-    found = {part: tensors.get(f"{path}.{part}") for part in PARTS}
-    weight = found["weight"]
-    packed = bool(found["scales"] or found["biases"] or (weight and weight.dtype == "U32"))
+    present = {part: t for part in PARTS if (t := tensors.get(f"{path}.{part}"))}
+    weight = present.get("weight")
+    packed = "scales" in present or "biases" in present or (weight and weight.dtype == "U32")
     named = None if config is None else config.get(path)
     inner, outer = text_config["hidden_size"], text_config["moe_intermediate_size"]
     if projection == "down_proj":
@@ -270,9 +316,9 @@ def _projection(
     quantization = None
     sizes = {"weight": inner}
     if packed or named:
-        check_packed(path, found, config)
+        check_affine(path, {part: present.get(part) for part in PARTS}, config)
         if named is None:
-            quantization = inferred_quantization(path, found, inner)
+            quantization = infer_quantization(path, present, inner)
         else:
             settings = config if named is True else named
             quantization = Quantization(settings["bits"], settings["group_size"])
@@ -284,26 +330,25 @@ def _projection(
         groups = inner // quantization.group_size
         sizes = {"weight": inner * quantization.bits // 32, "scales": groups, "biases": groups}
     elif weight is None:
-        raise CheckpointError(f"tensor {show(f'{path}.weight')} is missing: {AGAIN}")
+        raise CheckpointError(f"tensor {show(f'{path}.weight')} is missing: {DOWNLOAD_AGAIN}")
     elif weight.dtype not in FLOATS:
         raise CheckpointError(
             f"{path}.weight has dtype {weight.dtype}, needed is one of {', '.join(FLOATS)}: "
             "convert the original weights again"
         )
     for part, size in sizes.items():
-        _check_shape(found[part], (text_config["num_experts"], outer, size), quantization)
-    return quantization, [_part(projection, part, found[part]) for part in sizes]
+        _check_shape(present[part], (text_config["num_experts"], outer, size), quantization)
+    return quantization, [_part(projection, part, present[part]) for part in sizes]
 
 
-def _check_dense(dense: tuple[Tensor, ...], config: dict | None) -> None:
-    """Holds what is quantised of the dense tensors against what mlx-lm takes it for: affine."""
+def _check_dense(dense: tuple[Tensor, ...], config: dict[str, Any] | None) -> None:
+    """Check that the quantised modules among the dense tensors are affine, as mlx-lm assumes."""
     tensors = {t.name: t for t in dense}
     for name in tensors:
         if name.endswith(".scales"):
             path = name.removesuffix(".scales")
-            found = {part: tensors.get(f"{path}.{part}") for part in PARTS}
-            check_packed(path, found, config)
-            scales, biases = found["scales"], found["biases"]
+            module = check_affine(path, {p: tensors.get(f"{path}.{p}") for p in PARTS}, config)
+            scales, biases = module["scales"], module["biases"]
             if scales.shape != biases.shape:
                 raise CheckpointError(
                     f"{show(path)} has scales of shape {scales.shape} and biases of shape "
@@ -311,7 +356,9 @@ def _check_dense(dense: tuple[Tensor, ...], config: dict | None) -> None:
                 )
 
 
-def _check_shape(tensor: Tensor, needed: tuple, quantization: Quantization | None) -> None:
+def _check_shape(
+    tensor: Tensor, needed: tuple[int, ...], quantization: Quantization | None
+) -> None:
     if tensor.shape == needed:
         return
     how = f"{quantization.bits}-bit, group {quantization.group_size}" if quantization else "plain"
@@ -320,7 +367,7 @@ def _check_shape(tensor: Tensor, needed: tuple, quantization: Quantization | Non
         field = f"num_experts {needed[0]}"
     raise CheckpointError(
         f"{show(tensor.name)} has shape {tensor.shape}, but config.json needs {needed} ({how}): it "
-        f"disagrees with {field}; config.json and the weights are of two checkpoints"
+        f"disagrees with {field}; config.json and the weights are from two checkpoints"
     )
 
 

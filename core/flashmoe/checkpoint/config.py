@@ -1,14 +1,21 @@
-"""Checks config.json, as hostile input: the sizes of the model, and its quantisation, which the
-tensors must agree with."""
+"""Check config.json, as hostile input: the sizes of the model, and its quantisation.
 
+The tensors must agree with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
-from .safetensors_header import AGAIN, Tensor, is_file, is_int, show
+from .safetensors_header import DOWNLOAD_AGAIN, Tensor, is_file, is_int, show
 
-# What comes before "layers.N" in the tensor names of each family, as mlx-lm writes them.
-FAMILIES = {
+#: The supported model types, and what comes before "layers.N" in the names of their tensors, as
+#: mlx-lm writes them.
+TENSOR_PREFIXES = {
     "qwen3_5_moe": "language_model.model.",
     "qwen3_next": "model.",
     "qwen3_moe": "model.",
@@ -16,8 +23,8 @@ FAMILIES = {
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FLOATS = ("BF16", "F16", "F32")
-# Sizes that each supported model has, with a bound that no real model comes near.
-FIELDS = {
+#: Sizes that each supported model has, with a bound that no real model comes near.
+SIZE_LIMITS = {
     "num_hidden_layers": 2**12,
     "hidden_size": 2**18,
     "moe_intermediate_size": 2**18,
@@ -28,8 +35,8 @@ FIELDS = {
     "num_key_value_heads": 2**14,
     "max_position_embeddings": 2**31,
 }
-# Those of the families with linear attention and a shared expert.
-LINEAR_FIELDS = {
+#: Sizes that the models with linear attention and a shared expert have as well.
+LINEAR_SIZE_LIMITS = {
     "full_attention_interval": 2**12,
     "linear_num_key_heads": 2**14,
     "linear_num_value_heads": 2**14,
@@ -38,8 +45,8 @@ LINEAR_FIELDS = {
     "linear_conv_kernel_dim": 2**10,
     "shared_expert_intermediate_size": 2**18,
 }
-# What mlx-lm takes for an absent field, but for those where it takes 0, which no model has.
-DEFAULTS = {
+#: The values that mlx-lm uses for absent fields, without those that are 0, which no model has.
+DEFAULTS: dict[str, dict[str, int]] = {
     "qwen3_5_moe": {
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -61,17 +68,25 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """Affine quantisation: each run of `group_size` weights of a row has one scale and bias."""
+    """Affine quantisation: every `group_size` weights of a row share one scale and one bias."""
 
     bits: int
     group_size: int
 
 
-def check_text_config(config: dict, path: Path) -> dict:
-    """The part of config.json that describes the language model, with its sizes checked, and with
-    mlx-lm's defaults for the absent ones. `path` is the checkpoint directory.
+def parse_text_config(config: dict, path: Path) -> dict[str, Any]:
+    """Return the part of config.json that describes the language model, checked.
 
-    Raises CheckpointError."""
+    Absent sizes get mlx-lm's defaults.
+
+    Args:
+        config: the content of config.json.
+        path: the checkpoint directory, for errors.
+
+    Raises:
+        CheckpointError: the model type is not supported, a size is out of range, or the
+            checkpoint wants its own code to be run.
+    """
     where = path / "config.json"
     if config.get("model_file") is not None:
         raise CheckpointError(
@@ -79,30 +94,30 @@ def check_text_config(config: dict, path: Path) -> dict:
             "never done: use a checkpoint that mlx-lm supports by itself"
         )
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in TENSOR_PREFIXES:
         raise CheckpointError(
-            f"{where} has model_type {show(model_type)}; supported are {', '.join(FAMILIES)}"
+            f"{where} has model_type {show(model_type)}; supported are {', '.join(TENSOR_PREFIXES)}"
         )
     text_config = config.get("text_config", config) if model_type == "qwen3_5_moe" else config
     if not isinstance(text_config, dict):
         raise CheckpointError(f"{where} has text_config {show(text_config)}: it must be an object")
     text_config = {**DEFAULTS[model_type], **text_config}
-    fields = FIELDS if model_type == "qwen3_moe" else FIELDS | LINEAR_FIELDS
+    limits = SIZE_LIMITS if model_type == "qwen3_moe" else SIZE_LIMITS | LINEAR_SIZE_LIMITS
     if model_type != "qwen3_5_moe":
-        fields = fields | {"decoder_sparse_step": 2**12}
+        limits = limits | {"decoder_sparse_step": 2**12}
         dense = text_config.get("mlp_only_layers")
         if not isinstance(dense, list) or not all(is_int(n, 0, 2**12) for n in dense):
             raise CheckpointError(
                 f"{where} has mlp_only_layers {show(dense)}: it must be a list of layer numbers"
             )
-    _check_sizes(text_config, fields, where)
+    _check_sizes(text_config, limits, where)
     if model_type == "qwen3_5_moe" and text_config.get("head_dim") is None:
         heads = text_config["num_attention_heads"]
         text_config["head_dim"] = text_config["hidden_size"] // heads
     _check_sizes(text_config, {"head_dim": 2**14}, where)
     pairs = [("num_experts_per_tok", "num_experts")]
     if model_type != "qwen3_moe":
-        # mlx-lm takes the mask from the first layer of full attention: there must be one.
+        # mlx-lm uses the mask of the first layer of full attention: there must be one.
         pairs.append(("full_attention_interval", "num_hidden_layers"))
     for part, whole in pairs:
         if text_config[part] > text_config[whole]:
@@ -113,7 +128,7 @@ def check_text_config(config: dict, path: Path) -> dict:
     return text_config
 
 
-def _check_sizes(text_config: dict, limits: dict[str, int], where: Path) -> None:
+def _check_sizes(text_config: dict[str, Any], limits: dict[str, int], where: Path) -> None:
     for name, limit in limits.items():
         if not is_int(text_config.get(name), 1, limit):
             raise CheckpointError(
@@ -122,10 +137,15 @@ def _check_sizes(text_config: dict, limits: dict[str, int], where: Path) -> None
             )
 
 
-def check_quantization(config: dict, text_config: dict, path: Path) -> dict | None:
-    """config["quantization"], checked: defaults bits and group_size, and overrides by path.
+def parse_quantization(config: dict, text_config: dict, path: Path) -> dict[str, Any] | None:
+    """Return config["quantization"], checked, or None if the model is not quantised.
 
-    None if the model is not quantised. Raises CheckpointError."""
+    It holds the default bits and group_size, and overrides by the path of a module: an object with
+    bits and group_size, False for a module that is not quantised, True for the defaults.
+
+    Raises:
+        CheckpointError: the model is quantised in a way that is not supported.
+    """
     where = path / "config.json"
     quantization = config.get("quantization")
     if quantization is None:
@@ -140,7 +160,9 @@ def check_quantization(config: dict, text_config: dict, path: Path) -> dict | No
             )
         return None
     if not isinstance(quantization, dict):
-        raise CheckpointError(f"{where} has quantization {show(quantization)}: no object")
+        raise CheckpointError(
+            f"{where} has quantization {show(quantization)}: it must be an object"
+        )
     entries = [("quantization", quantization)]
     for name, value in quantization.items():
         if name not in ("bits", "group_size", "mode") and not isinstance(value, bool):
@@ -162,37 +184,60 @@ def check_quantization(config: dict, text_config: dict, path: Path) -> dict | No
     return quantization
 
 
-def check_packed(path: str, found: dict[str, Tensor | None], config: dict | None) -> None:
-    """Refuses what is no affine quantisation that `config`, from check_quantization, allows.
+def check_affine(
+    path: str, tensors: Mapping[str, Tensor | None], quantization: dict[str, Any] | None
+) -> dict[str, Tensor]:
+    """Check that a quantised module has the three tensors of affine quantisation.
 
-    found: the "weight", "scales" and "biases" of the module at `path`; one of them shows that it is
-    quantised. Raises CheckpointError if one is absent, or not of its dtype."""
-    if found["scales"] and found["scales"].dtype == "U8":
+    Args:
+        path: the module.
+        tensors: its "weight", "scales" and "biases", None for an absent one.
+        quantization: from `parse_quantization`; it must allow that the module is quantised.
+
+    Returns:
+        `tensors`, of which none is absent.
+
+    Raises:
+        CheckpointError: a tensor is absent or has a wrong dtype, the mode is not affine, or
+            config.json says that the module is not quantised.
+    """
+    scales = tensors["scales"]
+    if scales and scales.dtype == "U8":
         raise CheckpointError(
             f"{show(path)} has U8 scales, so its mode is mxfp4, mxfp8 or nvfp4, and only affine is "
             "supported: convert the original weights with mlx_lm.convert -q --q-mode affine"
         )
-    if config is None or config.get(path) is False:
+    if quantization is None or quantization.get(path) is False:
         raise CheckpointError(
             f"{show(path)} is quantised, but config.json says that it is not: "
             "download config.json again, or convert the original weights again"
         )
-    for part, tensor in found.items():
+    present: dict[str, Tensor] = {}
+    for part, tensor in tensors.items():
         if tensor is None:
-            raise CheckpointError(f"tensor {show(f'{path}.{part}')} is missing: {AGAIN}")
-    dtypes = {part: tensor.dtype for part, tensor in found.items()}
+            raise CheckpointError(f"tensor {show(f'{path}.{part}')} is missing: {DOWNLOAD_AGAIN}")
+        present[part] = tensor
+    dtypes = {part: tensor.dtype for part, tensor in present.items()}
     if dtypes["weight"] != "U32" or not dtypes["scales"] == dtypes["biases"] in FLOATS:
         raise CheckpointError(
             f"{show(path)} has dtypes {dtypes}, needed is a U32 weight, and scales and biases of "
             f"one dtype of {', '.join(FLOATS)}: convert the original weights again"
         )
+    return present
 
 
-def inferred_quantization(path: str, found: dict[str, Tensor], inner: int) -> Quantization:
-    """The quantisation of a path that config.json does not name: from the shapes, as in mlx-lm.
+def infer_quantization(path: str, tensors: Mapping[str, Tensor], inner: int) -> Quantization:
+    """Return the quantisation of a module that config.json does not name, as mlx-lm infers it.
 
-    found: "weight" and "scales" of rows of `inner` weights. Raises CheckpointError."""
-    weight, scales = (found[part].shape for part in ("weight", "scales"))
+    Args:
+        path: the module.
+        tensors: its "weight" and "scales".
+        inner: the number of weights in a row.
+
+    Raises:
+        CheckpointError: no supported quantisation has tensors of these shapes.
+    """
+    weight, scales = (tensors[part].shape for part in ("weight", "scales"))
     words, groups = ((shape or (0,))[-1] for shape in (weight, scales))
     for bits in BITS:
         for group_size in GROUP_SIZES:
@@ -201,5 +246,5 @@ def inferred_quantization(path: str, found: dict[str, Tensor], inner: int) -> Qu
     raise CheckpointError(
         f"{path} has a weight of shape {weight} and scales of shape {scales}: for the rows of "
         f"{inner} weights that config.json gives, that is no quantisation to {BITS} bits in groups "
-        f"of {GROUP_SIZES}; config.json and the weights are of two checkpoints"
+        f"of {GROUP_SIZES}; config.json and the weights are from two checkpoints"
     )

@@ -1,8 +1,10 @@
-"""Reads the headers of safetensors files, and nothing else of them.
+"""Read the headers of safetensors files, and nothing else of them.
 
-The files are hostile input: each header is held against the rules of the format before a byte range
-leaves this module. No tensor data is read, so a 200 GB checkpoint costs a few small reads.
+The files are hostile input: each header is checked against the rules of the format before a byte
+range leaves this module. No tensor data is read, so a 200 GB checkpoint costs a few small reads.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -16,8 +18,10 @@ from ..errors import CheckpointError
 from .file_identity import FileIdentity
 
 INDEX_NAME = "model.safetensors.index.json"
-MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors format for a header
-AGAIN = "the download is incomplete; download it again"
+#: The limit of the safetensors format for a header.
+MAX_JSON_BYTES = 100_000_000
+#: The way out in the errors for files that end too early.
+DOWNLOAD_AGAIN = "the download is incomplete; download it again"
 EXPERT_TENSOR = re.compile(r".*\.layers\.(?P<layer>\d{1,9})\.mlp\.switch_mlp\..+")
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -29,13 +33,24 @@ ITEM_BYTES = {
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 _repr.maxlevel = 2
-show = _repr.repr  # escapes control characters and cuts hostile lengths and depths
+
+
+def show(value: object) -> str:
+    """Return the repr of a value from a file for an error text.
+
+    Control characters are escaped, and hostile lengths and depths are cut.
+    """
+    return _repr.repr(value)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor in a file. dtype is the safetensors word ("BF16"); start and stop are absolute
-    byte offsets in `file`."""
+    """One tensor in a file.
+
+    Attributes:
+        dtype: the name that safetensors has for it, such as "BF16".
+        start, stop: absolute byte offsets in `file`.
+    """
 
     name: str
     dtype: str
@@ -46,16 +61,20 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor's data."""
         return self.stop - self.start
 
 
 def is_int(value: object, low: int, high: int) -> bool:
-    """True for an int in low..high; JSON's true and false are not ints."""
+    """Return whether a value is an int in low..high; JSON's true and false are not ints."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_file(path: Path) -> bool:
-    """True for a regular file or a link to one: opening a FIFO would hang. No exceptions."""
+    """Return whether a path is a regular file or a link to one: opening a FIFO would hang.
+
+    It never raises: what cannot be examined is not a file.
+    """
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -63,32 +82,46 @@ def is_file(path: Path) -> bool:
 
 
 def parse_object(text: bytes, what: str) -> dict:
-    """Parses one JSON object that is bad if it repeats a key. `what` names it in errors."""
+    """Parse one JSON object, which must not repeat a key.
 
-    def unique(pairs: list) -> dict:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set = set()
-            key = next(k for k, _ in pairs if k in seen or seen.add(k))
-            raise CheckpointError(f"{what} holds the key {show(key)} twice: it is corrupt")
-        return found
+    Args:
+        what: names the text in errors.
+
+    Raises:
+        CheckpointError: the text is no such object.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        entries: dict[str, object] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise CheckpointError(f"{what} holds the key {show(name)} twice: it is corrupt")
+            entries[name] = value
+        return entries
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as e:
-        raise CheckpointError(f"{what} is not UTF-8 ({e.reason} at byte {e.start}); {AGAIN}") from e
+        raise CheckpointError(
+            f"{what} is not UTF-8 ({e.reason} at byte {e.start}); {DOWNLOAD_AGAIN}"
+        ) from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{what} is not valid JSON ({e}); {AGAIN}") from e
+        raise CheckpointError(f"{what} is not valid JSON ({e}); {DOWNLOAD_AGAIN}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must hold a JSON object, it holds {show(value)}")
     return value
 
 
 def read_object(path: Path) -> dict:
-    """Reads a JSON file that must hold one object."""
+    """Read a JSON file that must hold one object.
+
+    Raises:
+        CheckpointError: the file is missing, too long, or holds something else.
+    """
     if not is_file(path):
         raise CheckpointError(
-            f"{path} is missing or no regular file: give the directory of a whole MLX checkpoint"
+            f"{path} is missing or not a regular file: give the directory of a complete MLX "
+            "checkpoint"
         )
     try:
         with open(path, "rb") as f:
@@ -101,51 +134,57 @@ def read_object(path: Path) -> dict:
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIdentity]]:
-    """Indexes all shards of a checkpoint directory: tensors by name, and the identity of each shard
-    at the time its header was read.
+    """Read the headers of all shards of a checkpoint directory.
 
-    They are model*.safetensors, as in mlx-lm, which loads the dense weights from all of them. An
-    index file, if there is one, must agree with their headers. Raises CheckpointError.
+    The shards are model*.safetensors, as in mlx-lm, which loads the dense weights from all of
+    them. If there is an index file, it must agree with their headers.
+
+    Returns:
+        The tensors by name, and the identity of each shard at the time its header was read.
+
+    Raises:
+        CheckpointError: there are no shards, or they are corrupt or disagree.
     """
     index = directory / INDEX_NAME
-    listed = _weight_map(index) if os.path.lexists(index) else None
-    shards = {directory / shard for shard in (listed or {}).values()}
+    weight_map = _weight_map(index) if os.path.lexists(index) else None
+    shards = {directory / shard for shard in (weight_map or {}).values()}
     files = sorted(shards.union(directory.glob("model*.safetensors")))
     if not files:
         raise CheckpointError(
             f"{directory} holds no model*.safetensors: give the directory of an MLX checkpoint"
         )
     tensors: dict[str, Tensor] = {}
-    identities = {}
+    identities: dict[Path, FileIdentity] = {}
     for file in files:
-        identities[file], found = read_header(file)
-        for tensor in found:
+        identities[file], in_shard = read_header(file)
+        for tensor in in_shard:
             name = tensor.name
             if name in tensors:
                 raise CheckpointError(
                     f"tensor {show(name)} is in both {tensors[name].file.name} and {file.name}: "
                     "remove the files that are not part of this checkpoint"
                 )
-            if listed is not None and listed.get(name) != file.name:
+            if weight_map is not None and weight_map.get(name) != file.name:
                 raise CheckpointError(
                     f"tensor {show(name)} is in {file.name}, but {INDEX_NAME} places it in "
-                    f"{show(listed.get(name))}: the files are of two checkpoints; download again"
+                    f"{show(weight_map.get(name))}: the files are from two checkpoints; download "
+                    "the checkpoint again"
                 )
             tensors[name] = tensor
-    for name in listed or ():
+    for name, shard in (weight_map or {}).items():
         if name not in tensors:
             raise CheckpointError(
-                f"{INDEX_NAME} places tensor {show(name)} in {listed[name]}, which does not hold "
-                "it: the files are of two checkpoints; download again"
+                f"{INDEX_NAME} places tensor {show(name)} in {shard}, which does not hold "
+                "it: the files are from two checkpoints; download the checkpoint again"
             )
     return tensors, identities
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    listed = read_object(index).get("weight_map")
-    if not isinstance(listed, dict):
-        raise CheckpointError(f"{index} must have an object weight_map, it has {show(listed)}")
-    for name, shard in listed.items():
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} must have an object weight_map, it has {show(weight_map)}")
+    for name, shard in weight_map.items():
         # One plain name: a path from a stranger's file must not lead out of the directory.
         if not isinstance(shard, str) or not re.fullmatch(
             r"model[A-Za-z0-9_.+-]*\.safetensors", shard
@@ -154,23 +193,32 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index} places tensor {show(name)} in {show(shard)}: a shard must be a "
                 "model*.safetensors file in the same directory"
             )
-    return listed
+    return weight_map
 
 
 def read_header(file: Path) -> tuple[FileIdentity, list[Tensor]]:
-    """The tensors of one safetensors file in file order, each range checked: inside the file, as
-    long as its shape says, no byte shared, no byte unowned. Raises CheckpointError."""
+    """Read the header of one safetensors file.
+
+    Each range is checked: it is inside the file and as long as its shape says, no two tensors
+    share a byte, and each byte belongs to one.
+
+    Returns:
+        The identity of the file, and its tensors in the order of their data.
+
+    Raises:
+        CheckpointError: the file cannot be read, or breaks a rule of the format.
+    """
     if not is_file(file):
-        raise CheckpointError(f"{file} is missing or no regular file: {AGAIN}")
+        raise CheckpointError(f"{file} is missing or not a regular file: {DOWNLOAD_AGAIN}")
     try:
         with open(file, "rb") as f:
-            identity = FileIdentity.of(f.fileno())
+            identity = FileIdentity.from_fd(f.fileno())
             size = identity.nbytes
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
                 raise CheckpointError(
                     f"{file} gives its header {length} bytes; the file has {size} and the limit is "
-                    f"{MAX_JSON_BYTES}: it is corrupt or {AGAIN}"
+                    f"{MAX_JSON_BYTES}: it is corrupt or {DOWNLOAD_AGAIN}"
                 )
             text = f.read(length)
     except OSError as e:
@@ -200,6 +248,7 @@ def read_header(file: Path) -> tuple[FileIdentity, list[Tensor]]:
 
 
 def _tensor(name: str, entry: object, file: Path, base: int) -> Tensor:
+    """Check one entry of a header. base: the offset of the data in the file."""
     where = f"{file.name}: tensor {show(name)}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} must be described by an object, not {show(entry)}")
@@ -226,6 +275,7 @@ def _tensor(name: str, entry: object, file: Path, base: int) -> Tensor:
 
 
 def _truncated(t: Tensor, size: int) -> str:
+    """Return the error text for a file that ends inside a tensor; an expert is named."""
     owner, start, stop = f"tensor {show(t.name)}", t.start, t.stop
     if (match := EXPERT_TENSOR.fullmatch(t.name)) and t.shape:
         each = t.nbytes // t.shape[0]
@@ -233,4 +283,6 @@ def _truncated(t: Tensor, size: int) -> str:
         owner = f"expert {expert} of layer {int(match['layer'])}"
         start = t.start + expert * each
         stop = start + each
-    return f"{owner} needs bytes {start}..{stop} of {t.file.name}, which has {size}: {AGAIN}"
+    return (
+        f"{owner} needs bytes {start}..{stop} of {t.file.name}, which has {size}: {DOWNLOAD_AGAIN}"
+    )

@@ -1,7 +1,8 @@
-"""Writes a safetensors file whose tensors come in any order and in parts, as bytes.
+"""Write a safetensors file whose tensors arrive in any order and in parts, as bytes.
 
-The header is settled before the first byte of data, so a part is written to its place at once and
-memory does not grow with the file. A file gets its name when it is whole and on the disk.
+The header is complete before the first byte of data, so each part is written to its place at once
+and memory does not grow with the file. The safetensors package writes whole tensors from memory
+instead. A file gets its name when it is complete and on the disk.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from .safetensors_header import ITEM_BYTES
 
 
 @dataclass(frozen=True)
-class Target:
-    """A tensor to write. dtype is the safetensors word."""
+class TensorSpec:
+    """A tensor to write. dtype is the name that safetensors has for it, such as "BF16"."""
 
     name: str
     dtype: str
@@ -27,14 +28,15 @@ class Target:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor's data."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def header(targets: Sequence[Target]) -> bytes:
-    """The header of a file of these tensors in this order, its length in front of it."""
-    entries: dict = {"__metadata__": {"format": "mlx"}}
+def encode_header(tensors: Sequence[TensorSpec]) -> bytes:
+    """Return the header of a file of these tensors in this order, its length in front of it."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "mlx"}}
     end = 0
-    for t in targets:
+    for t in tensors:
         entries[t.name] = {
             "dtype": t.dtype,
             "shape": t.shape,
@@ -47,36 +49,45 @@ def header(targets: Sequence[Target]) -> bytes:
 
 
 class ShardWriter:
-    """One file under way, under its name with PARTIAL behind it. A context manager.
+    """Write one file, a context manager. Until `publish` its name ends with PARTIAL.
 
     All methods raise OSError.
+
+    Args:
+        path: the final name.
+        tensors: the tensors of the file, in the order of their data.
+
+    Attributes:
+        partial: where the file is until `publish`.
+        nbytes: the size of the complete file.
     """
 
-    def __init__(self, path: Path, targets: Sequence[Target]):
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
         self.path = path
         self.partial = path.with_name(path.name + PARTIAL)
-        head = header(targets)
+        head = encode_header(tensors)
         self.nbytes = len(head)
         self._starts = {}
-        for t in targets:
+        for t in tensors:
             self._starts[t.name] = self.nbytes
             self.nbytes += t.nbytes
         self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._write(0, head)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
-        """Put bytes at `offset` of a tensor."""
+        """Write bytes at `offset` of a tensor."""
         self._write(self._starts[name] + offset, data)
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
-        """Read back what was written."""
+        """Read bytes at `offset` of a tensor, which were written before."""
         return os.pread(self._fd, nbytes, self._starts[name] + offset)
 
     def sync(self) -> None:
+        """Return when all bytes that were written are on the disk."""
         os.fsync(self._fd)
 
-    def finish(self) -> None:
-        """Give the whole file its name."""
+    def publish(self) -> None:
+        """Give the complete file its final name."""
         publish(self.partial, self.path)
 
     def _write(self, at: int, data: bytes | memoryview) -> None:
@@ -88,5 +99,5 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         os.close(self._fd)

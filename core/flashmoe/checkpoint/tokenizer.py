@@ -1,21 +1,26 @@
-"""Reads the tokenizer of a checkpoint. mlx-lm is imported on first use, not with the module."""
+"""Read the tokenizer of a checkpoint. mlx-lm is imported on first use, not with this module."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-def read_tokenizer(checkpoint: Checkpoint):
-    """The checkpoint's tokenizer, as mlx-lm wraps it. None of its code is ever run.
+
+def read_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
+    """Return the tokenizer of a checkpoint, as mlx-lm wraps it. No code of the checkpoint is run.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: the checkpoint has no tokenizer, or it cannot be read.
     """
     from mlx_lm.utils import load_config, load_tokenizer
 
     try:
-        # transformers makes one of a single token where there is none.
+        # Without this file transformers would make up a tokenizer with a single token.
         (checkpoint.path / "tokenizer.json").stat()
         return load_tokenizer(
             checkpoint.path,

@@ -1,20 +1,30 @@
-"""Commands that measure."""
+"""`flashmoe bench`: measurements of this machine."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..catalog import find
+from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
-from ..memory.budget import format_size
+from ..sizes import format_size
 from ..streaming import drives
-from ..terminal import json_option, record
+from ..terminal import (
+    format_number,
+    format_path,
+    growing_table,
+    json_option,
+    print_json,
+    print_remark,
+)
 
-#: Bytes of experts from which on a drive is measured, and not its caches.
+if TYPE_CHECKING:
+    from ..streaming.disk_bench import Measured
+
+#: Bytes of experts from which on the drive itself is measured, and not its caches.
 ENOUGH = 10**9
 
 
@@ -24,59 +34,79 @@ def bench() -> None:
 
 
 @bench.command()
-@click.argument("name", metavar="MODEL")
-@click.option("--seconds", default=0.6, show_default=True, help="Seconds of each measurement.")
-@click.option("--keep/--no-keep", default=True, help="Remember the winner for the next load.")
+@click.argument("model")
+@click.option(
+    "--seconds",
+    metavar="S",
+    default=0.6,
+    show_default=True,
+    help="Take this long for each of some twenty measurements.",
+)
+@click.option(
+    "--keep/--no-keep",
+    default=True,
+    show_default=True,
+    help="Use the fastest way from now on for all models on this drive.",
+)
 @json_option
-def disk(name: str, seconds: float, keep: bool, as_json: bool) -> None:
-    """Find how the experts of MODEL are read fastest from its drive, and remember it."""
-    from ..streaming.disk_bench import Measured, probe  # late: MLX
+def disk(model: str, seconds: float, keep: bool, as_json: bool) -> None:
+    """Find the fastest way to read experts from a drive.
 
-    checkpoint = Checkpoint.open(find(name))
-    experts = checkpoint.num_experts * sum(
-        layer.expert_nbytes for layer in checkpoint.expert_layers.values()
-    )
-    if keep and experts < ENOUGH:
+    The experts of MODEL are read at random, with several read modes (--io), numbers of reads in
+    flight (--depth) and sizes of a read. The result is remembered for the drive of the model. MODEL
+    should have 1 GB of experts or more.
+    """
+    from ..streaming.disk_bench import probe  # late: MLX
+
+    if not seconds > 0:
+        raise SettingError(f"seconds={seconds} must be above 0: it is the time of a measurement")
+    checkpoint = Checkpoint.open(catalog.find(model))
+    if keep and checkpoint.expert_nbytes < ENOUGH:
         raise SettingError(
-            f"{name} has {format_size(experts)} of experts, too little to tell what its drive does "
-            f"with a model larger than memory: give one of {format_size(ENOUGH)} or more, or pass "
-            "--no-keep"
+            f"{model} has {format_size(checkpoint.expert_nbytes)} of experts, too little to tell "
+            "how its drive reads a model that is larger than memory: give a model with "
+            f"{format_size(ENOUGH)} or more, or pass --no-keep"
         )
-    rows = []
-
-    def report(found: Measured) -> None:
-        rows.append(found)
-        if not as_json:
-            click.echo(
-                f"{found.drive.io:9} depth {found.drive.depth:2}  {_split(found.drive):16} "
-                f"{found.gb_per_s:6.2f} GB/s  {found.cpu_ms_per_gb:6.0f} ms of CPU a GB"
-            )
-
-    best = probe(checkpoint, seconds=seconds, report=report)
+    measurements: list[Measured] = []
+    if as_json:
+        best = probe(checkpoint, seconds=seconds, report=measurements.append)
+    else:
+        columns = ("io", "depth", "reads", "GB/s", "CPU ms per GB")
+        with growing_table(columns, right=("depth", "GB/s", "CPU ms per GB")) as add:
+            best = probe(checkpoint, seconds=seconds, report=lambda m: add(_row(m)))
     if keep:
         try:
             drives.remember(checkpoint.path, best)
         except OSError as e:
             raise SettingError(f"{drives.file()} cannot be written: {e}") from e
     if as_json:
-        measured = [
-            asdict(r.drive) | {"gb_per_s": r.gb_per_s, "cpu_ms_per_gb": r.cpu_ms_per_gb}
-            for r in rows
-        ]
-        kept = str(drives.file()) if keep else None
-        record({"best": asdict(best), "kept_in": kept, "measured": measured}, as_json=True)
+        _print_json(best, measurements, keep)
         return
-    click.echo(f"best: io={best.io} depth={best.depth} {_split(best)}")
+    print_remark(f"best: io={best.io} depth={best.depth}, {_reads(best)}")
     if keep:
-        click.echo(f"models on this drive are read so from now on ({_short(drives.file())})")
+        file = format_path(drives.file())
+        print_remark(f"models on this drive are read like this from now on ({file})")
 
 
-def _split(drive: drives.Drive) -> str:
+def _row(measured: Measured) -> dict[str, Any]:
+    drive = measured.drive
+    return {
+        "io": drive.io,
+        "depth": drive.depth,
+        "reads": _reads(drive),
+        "GB/s": f"{measured.gb_per_s:.2f}",
+        "CPU ms per GB": format_number(measured.cpu_ms_per_gb),
+    }
+
+
+def _reads(drive: drives.Drive) -> str:
     return f"pieces of {format_size(drive.split)}" if drive.split else "whole ranges"
 
 
-def _short(path: Path) -> str:
-    try:
-        return f"~/{path.relative_to(Path.home())}"
-    except ValueError:
-        return str(path)
+def _print_json(best: drives.Drive, measurements: list[Measured], keep: bool) -> None:
+    measured = [
+        asdict(m.drive) | {"gb_per_s": m.gb_per_s, "cpu_ms_per_gb": m.cpu_ms_per_gb}
+        for m in measurements
+    ]
+    kept = str(drives.file()) if keep else None
+    print_json({"best": asdict(best), "kept_in": kept, "measured": measured})

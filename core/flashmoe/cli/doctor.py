@@ -10,7 +10,7 @@ import click
 
 from ..doctor import machine
 from ..doctor.examine import Report, examine
-from ..memory.budget import format_size
+from ..sizes import format_size
 from ..terminal import json_option, record
 
 _WIDTH, _HEIGHT = 100, 45

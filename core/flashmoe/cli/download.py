@@ -15,7 +15,7 @@ import click
 from .. import catalog
 from ..errors import DownloadError
 from ..hub import registry
-from ..memory.budget import format_size
+from ..sizes import format_size
 from ..terminal import json_option, record
 
 #: Seconds between lines of progress where there is no terminal.

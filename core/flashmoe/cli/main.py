@@ -1,53 +1,30 @@
-"""The commands, as `flashmoe ...` and as `llm flashmoe ...`."""
+"""The group of all commands."""
 
 from __future__ import annotations
 
-import logging
-import sys
+from typing import Any
 
 import click
 
-from ..catalog import find, model
 from ..errors import FlashMoEError
-from ..events import End, Progress, Reasoning, Text
-from ..memory.budget import format_size
-from ..ops.activations import ACTIVATIONS
-from ..requests import Request
-from ..streaming.io_modes import IO_MODES
-from ..terminal import ProgressLine
-from . import (
-    bench as cli_bench,
-)
-from . import (
-    doctor as cli_doctor,
-)
-from . import (
-    download as cli_download,
-)
-from . import (
-    models as cli_models,
-)
-from . import (
-    plan as cli_plan,
-)
-from . import (
-    quantize as cli_quantize,
-)
-from . import (
-    serve as cli_serve,
-)
-from . import (
-    sweep as cli_sweep,
-)
-from .options import cluster_option, leads
+from . import models
+from .bench import bench
+from .doctor import doctor
+from .download import download
+from .plan import plan
+from .quantize import quantize
+from .run import run
+from .serve import serve
+from .sweep import sweep
 
 
 class Commands(click.Group):
-    """A group whose user errors are one line."""
+    """A group that shows what a user can fix as one line, without a traceback."""
 
-    def invoke(self, context: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a FlashMoEError ends it with status 1."""
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
         except FlashMoEError as e:
             raise click.ClickException(str(e)) from e
 
@@ -58,78 +35,5 @@ def cli() -> None:
     """Run Mixture-of-Experts models that are larger than memory."""
 
 
-for command in (
-    *cli_models.COMMANDS,
-    cli_download.download,
-    cli_plan.plan,
-    cli_quantize.quantize,
-    cli_sweep.sweep,
-    cli_bench.bench,
-    cli_doctor.doctor,
-    cli_serve.serve,
-):
+for command in (*models.COMMANDS, download, plan, quantize, sweep, bench, doctor, serve, run):
     cli.add_command(command)
-
-
-@cli.command()
-@click.argument("name", metavar="MODEL")
-@click.argument("prompt", required=False)
-@click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
-@click.option("--slots", type=int, help="Experts kept in each layer, instead of --memory.")
-@click.option("--experts", type=int, help="Prune the router to its top K experts.")
-@click.option("--depth", type=int, help="Reads in flight. Default: as `bench disk` found, or 8.")
-@click.option("--io", type=click.Choice(IO_MODES), help="How experts are read. Default: the same.")
-@click.option(
-    "--activations",
-    type=click.Choice(ACTIVATIONS),
-    default="float32",
-    help="int8: faster on a CPU, not exact.",
-)
-@cluster_option
-@click.option("--think/--no-think", default=None, help="Think before the answer.")
-@click.option("--max-tokens", type=int, help="End the answer after so many tokens.")
-@click.option("--temperature", type=float, help="0 picks the likeliest token each time.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and the figures.")
-def run(name, prompt, memory, slots, experts, depth, io, activations, cluster, verbose, **options):
-    """Answer PROMPT with MODEL: a name, or the directory of an MLX checkpoint.
-
-    Without PROMPT, the prompt is read from standard input.
-    """
-    from ..engine import Engine
-
-    if not leads(find(name), cluster, memory, slots, depth, io):
-        return
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    content = sys.stdin.read() if prompt is None else prompt
-    request = Request(messages=[{"role": "user", "content": content}], **options)
-    experts = model(name).experts if experts is None else experts
-    settings = {"memory": memory, "slots": slots, "experts": experts, "depth": depth, "io": io}
-    settings |= {"activations": activations, "cluster": cluster}
-    with Engine(find(name), **settings) as engine, ProgressLine() as line:
-        for event in engine.stream(request):
-            if isinstance(event, Progress):
-                line.show(event)
-                continue
-            line.close()
-            if isinstance(event, Text):
-                click.echo(event.text, nl=False)
-            elif isinstance(event, Reasoning):
-                click.echo(click.style(event.text, dim=True), nl=False, err=True)
-            elif verbose and isinstance(event, End):
-                click.echo("\n" + figures(event), err=True, nl=False)
-        click.echo()
-
-
-def figures(end) -> str:
-    """What the last event says, in one line."""
-    return (
-        f"{end.prompt_tokens} tokens of prompt ({end.cached_tokens} cached) in "
-        f"{end.prompt_seconds:.2f} s; "
-        f"{end.generated_tokens} generated at {end.tokens_per_second:.1f} tokens/s; "
-        f"K={end.experts} of {end.trained_experts}, {end.bits:g} bits, "
-        f"{end.activations} activations, {end.ops} ops; "
-        f"hit rate {end.hit_rate:.1%}, {format_size(end.bytes_read)} read, "
-        f"{end.wait_seconds:.2f} s waited for the disk; peak {format_size(end.peak_nbytes)}"
-    )

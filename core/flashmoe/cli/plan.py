@@ -1,10 +1,10 @@
-"""`flashmoe plan`: will a model run here, or on a known Mac, and how fast; before a download."""
+"""`flashmoe plan`: whether a model will run here or on a known Mac, and how fast."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -12,85 +12,146 @@ from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DownloadError
 from ..files import nearest_existing_parent
-from ..ops.activations import ACTIVATIONS
+from ..options import EngineOptions
 from ..plan.report import Planned, Source
 from ..plan.routing import REAL
-from ..terminal import json_option, record
-
-_WIDTH, _LABEL = 100, 11
+from ..terminal import format_number, json_option, print_json, print_table
+from .options import engine_options, with_preset
 
 
 @click.command()
-@click.argument("name", metavar="NAME|PATH", required=False)
-@click.option("--context", type=int, help="Tokens that memory is kept for. Default: 8192.")
-@click.option("--prompt", type=int, help="Tokens to read before the answer. Default: 1000.")
-@click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
-@click.option("--experts", type=int, help="Prune the router to its top K experts.")
-@click.option("--batch", default=1, show_default=True, help="Requests that run together.")
-@click.option("--hosts", default=1, show_default=True, help="Machines like it, see --cluster.")
+@click.argument("model", required=False)
 @click.option(
-    "--network", default=1.0, show_default=True, metavar="GB/S", help="Between the hosts."
+    "--context",
+    metavar="TOKENS",
+    type=int,
+    show_default="8192",
+    help="Keep memory for a conversation of this length.",
+)
+@click.option(
+    "--prompt",
+    metavar="TOKENS",
+    type=int,
+    show_default="1000",
+    help="Predict the time to the first token for a prompt of this length.",
+)
+@engine_options("memory", "experts", "activations")
+@click.option(
+    "--batch",
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Predict the speed of N requests that are answered together.",
+)
+@click.option(
+    "--hosts",
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Share the experts between N machines like this one; see `flashmoe run --cluster`.",
+)
+@click.option(
+    "--network",
+    metavar="GB/S",
+    default=1.0,
+    show_default=True,
+    help="Assume this speed between them.",
 )
 @click.option(
     "--machine",
     metavar="MAC",
-    help="Predict for a Mac such as m3-max-48gb instead of measuring here; `list` shows them.",
-)
-@click.option(
-    "--activations",
-    type=click.Choice(ACTIVATIONS),
-    default="float32",
-    help="int8: faster on a CPU, not exact.",
+    help="Predict for a Mac such as m3-max-48gb, instead of measuring this machine. 'list' lists "
+    "the Macs.",
 )
 @click.option(
     "--routing",
     type=click.Choice([REAL, "uniform"]),
     default=REAL,
-    help="Where hit rates are from: real models, or all experts alike.",
+    show_default=True,
+    help="Take hit rates from the routing of real models, or assume that all experts are equally "
+    "likely.",
 )
 @json_option
-def plan(name, machine, activations, as_json, **asked) -> None:
-    """Say whether the model NAME will run here, and how fast, before it is downloaded.
+def plan(
+    model: str | None, options: EngineOptions, machine: str | None, as_json: bool, **asked: Any
+) -> None:
+    """Predict whether and how fast a model will run.
 
-    NAME is a name (flashmoe list), hub:OWNER/NAME or a directory. Of a model that is not here only
-    headers are fetched, less than 1 MB. It says memory, hit rate, tokens per second and the time to
-    the first token, from five seconds of measuring this machine, with the formula; or for a known
-    Mac. The exit code is 1 when it will not run.
+    MODEL is a name (see `flashmoe list`), hub:OWNER/NAME, or the directory of an MLX checkpoint. If
+    it is not on this disk, only its headers are fetched, less than 1 MB. This machine is measured
+    for some five seconds. The exit code is 1 if the model will not run.
     """
     from ..plan.machines import machine as known_machine
-    from ..plan.machines import machines
 
     if machine == "list":
-        for found in machines().values():
-            click.echo(found.describe())
+        _print_machines(as_json=as_json)
         return
-    if name is None:
-        raise click.UsageError("Missing argument 'NAME|PATH'.")
-    mac = machine and known_machine(machine)
-    with opened(name) as (checkpoint, source):
-        if asked["experts"] is None:
-            asked["experts"] = catalog.model(name).experts
-        found = Planned(name, checkpoint, source, mac, activations, asked)
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    mac = known_machine(machine) if machine else None
+    with _opened(model) as (checkpoint, source):
+        options = with_preset(options, catalog.model(model))
+        asked |= {"memory": options.memory, "experts": options.experts}
+        planned = Planned(model, checkpoint, source, mac, options.activations, asked)
         if as_json:
-            record(found.as_json(), as_json=True)
+            print_json(planned.as_json())
         else:
-            for label, text in found.lines():
-                _show(label, text)
-    click.get_current_context().exit(0 if found.runs else 1)
+            rows = [{"field": label, "value": text} for label, text in planned.lines()]
+            print_table(rows, ("field", "value"), style=_style)
+    click.get_current_context().exit(0 if planned.runs else 1)
+
+
+def _style(row: Mapping[str, Any]) -> str:
+    if row["field"] != "runs":
+        return ""
+    return "green" if row["value"] == "yes" else "red"
+
+
+def _print_machines(*, as_json: bool) -> None:
+    from ..plan.machines import machines
+
+    known = machines().values()
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": mac.name,
+                    "memory": mac.memory,
+                    "memory_gb_per_s": mac.memory_gb_s,
+                    "ssd_gb_per_s": mac.costs.disk_gb_s,
+                    "ssd_source": mac.source,
+                }
+                for mac in known
+            ]
+        )
+        return
+    rows = [
+        {
+            "machine": mac.name,
+            "memory": f"{mac.memory >> 30} GB",
+            "memory GB/s": format_number(mac.memory_gb_s),
+            "SSD GB/s": format_number(mac.costs.disk_gb_s),
+            "source of the SSD's speed": mac.source,
+        }
+        for mac in known
+    ]
+    print_table(rows, list(rows[0]), right=("memory", "memory GB/s", "SSD GB/s"))
 
 
 @contextmanager
-def opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
-    """The checkpoint of a name, with headers from the hub where it is not on this disk.
+def _opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
+    """Yield the checkpoint of a name, with headers from the hub if it is not on this disk.
 
     Raises:
-        CheckpointError, DownloadError
+        CheckpointError: it cannot be used.
+        DownloadError: its headers cannot be fetched.
     """
     model = catalog.model(name)
     if model.path is not None:
         path = catalog.find(name)
         yield Checkpoint.open(path), Source(path)
         return
+    assert model.published is not None  # or the name would stand for nothing
     from ..hub import api as hub  # late: huggingface_hub
     from ..hub import headers as hub_headers
     from ..hub.download import Download
@@ -109,14 +170,3 @@ def opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
             checkpoint,
             Source(directory, listing.repo, listing.commit, planned.missing, planned.free),
         )
-
-
-def _show(label: str, text: str) -> None:
-    indent = " " * _LABEL
-    if len(label) >= _LABEL:
-        click.echo(click.style(label, bold=True))
-        label = ""
-    wrapped = textwrap.wrap(text, _WIDTH - _LABEL, break_on_hyphens=False)
-    for number, line in enumerate(wrapped):
-        head = click.style(f"{label:<{_LABEL}}", bold=True) if not number else indent
-        click.echo(head + line)

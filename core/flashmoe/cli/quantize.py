@@ -2,139 +2,205 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ..catalog import find
+from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
-from ..memory.budget import format_size, parse_size
+from ..options import EngineOptions
 from ..quantize.recipe import SHARD_NBYTES, Plan, Recipe, make_plan
-from ..terminal import json_option, progress, record
+from ..sizes import format_size, parse_size
+from ..terminal import json_option, print_json, print_remark, print_table, progress_bar
+from .options import engine_options
+
+#: The names of roles in what is printed.
+_NAMES = {"gate_up": "gate and up"}
 
 
-def _dense(context, option, value: str) -> int | None:
+def _dense_bits(context: click.Context, option: click.Parameter, value: str) -> int | None:
     if value == "keep":
         return None
     if value.isdecimal():
         return int(value)
-    raise click.BadParameter(f"{value!r} is neither a number of bits nor keep")
+    raise click.BadParameter(f"{value!r} is neither a number of bits nor 'keep'")
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("directory", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--bits", type=int, help="Bits of all three matrices of an expert.")
-@click.option("--gate-up", type=int, help="Bits of gate and up.  [default: 2]")
-@click.option("--down", type=int, help="Bits of down.  [default: 4]")
+@click.argument("source")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--bits", metavar="N", type=int, help="Round all three matrices of an expert to N bits."
+)
+@click.option(
+    "--gate-up", metavar="N", type=int, show_default="2", help="Round gate and up to N bits."
+)
+@click.option("--down", metavar="N", type=int, show_default="4", help="Round down to N bits.")
 @click.option(
     "--dense",
+    metavar="N|keep",
     default="keep",
     show_default=True,
-    callback=_dense,
-    help="Bits of dense weights. Routers and norms stay as they are.",
+    callback=_dense_bits,
+    help="Round dense weights to N bits. Routers and norms are always kept.",
 )
-@click.option("--group-size", type=int, help="32, 64 or 128.  [default: 64 where rows allow]")
+@click.option(
+    "--group-size",
+    metavar="N",
+    type=int,
+    show_default="64 where the rows allow it",
+    help="Share a scale between 32, 64 or 128 weights.",
+)
 @click.option(
     "--calibrate",
     "text",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Weigh errors by what SRC computes on this text.",
+    help="Weight errors by the activations of SOURCE on this text. Choose a text like those that "
+    "the model is for.",
 )
-@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of FILE.")
-@click.option("--memory", metavar="SIZE", help="For --calibrate: peak memory, such as 8GB.")
-@click.option("--shard-size", metavar="SIZE", help="Of a file of DST.  [default: 5GB]")
-@click.option("--dry-run", is_flag=True, help="Show the sizes, and write nothing.")
+@click.option(
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Use the first N tokens of the text.",
+)
+@engine_options("memory", memory="With --calibrate: limit the peak memory of the process.")
+@click.option(
+    "--shard-size", metavar="SIZE", show_default="5GB", help="Split the weights at this size."
+)
+@click.option("--dry-run", is_flag=True, help="Show the sizes, but write nothing.")
 @json_option
-def quantize(source, directory, text, tokens, memory, shard_size, dry_run, as_json, **bits):
-    """Write SRC (a name or an MLX checkpoint) to the directory DST with fewer bits.
+def quantize(
+    source: str,
+    directory: Path,
+    text: Path | None,
+    tokens: int,
+    options: EngineOptions,
+    shard_size: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **bits: int | None,
+) -> None:
+    """Write a copy of a checkpoint with fewer bits.
 
-    The same command again goes on where an interrupted one ended.
+    SOURCE is a name (see `flashmoe list`) or the directory of an MLX checkpoint; a bf16 one is best.
+    The copy is written to DIRECTORY. Run the same command again to resume an interrupted one.
     """
-    shard = SHARD_NBYTES if shard_size is None else parse_size(shard_size)
-    plan = make_plan(Checkpoint.open(find(source)), _recipe(**bits), shard)
-    from ..quantize import writer as driver  # late: numba and MLX
+    shard_nbytes = SHARD_NBYTES if shard_size is None else parse_size(shard_size)
+    plan = make_plan(Checkpoint.open(catalog.find(source)), _recipe(**bits), shard_nbytes)
+    from ..quantize import writer  # late: numba and MLX
 
-    found = _sizes(plan)
+    sizes = _sizes(plan)
     if dry_run:
-        driver.check_room(plan, directory)
-    if dry_run or not as_json:
-        _show(found, as_json=as_json)
-    if not dry_run:
-        note = _write(driver, plan, directory, text, tokens, memory, shard)
-        _done(found, note, directory, as_json=as_json)
+        writer.check_room(plan, directory)
+    if dry_run and as_json:
+        print_json(sizes)
+    if not as_json:
+        _print_sizes(sizes)
+    if dry_run:
+        return
+    calibration = None if text is None else (text, tokens, options.memory)
+    note = _write(plan, directory, calibration, shard_nbytes)
+    if as_json:
+        print_json({"path": str(directory), "sizes": sizes, **note})
+    else:
+        _print_errors(note["errors"])
+        print_remark(f"\n{directory} is ready: flashmoe run {directory} PROMPT")
 
 
-def _recipe(bits: int | None, gate_up: int | None, down: int | None, **others) -> Recipe:
+def _recipe(bits: int | None, gate_up: int | None, down: int | None, **others: Any) -> Recipe:
     if bits is not None and (gate_up is not None or down is not None):
         raise SettingError("give --bits, or --gate-up and --down, not both")
-    both = Recipe() if bits is None else Recipe(bits, bits)
-    gate_up = both.gate_up if gate_up is None else gate_up
-    return Recipe(gate_up, both.down if down is None else down, **others)
+    default = Recipe() if bits is None else Recipe(bits, bits)
+    return Recipe(
+        default.gate_up if gate_up is None else gate_up,
+        default.down if down is None else down,
+        **others,
+    )
 
 
-def _sizes(plan: Plan) -> dict:
-    found = {}
-    for name, roles in (
-        ("gate and up", ("gate_up",)),
-        ("down", ("down",)),
-        ("dense", ("dense", "other")),
-        ("all", ()),
-    ):
-        before, after = plan.nbytes(*roles)
-        found[name] = {"before": before, "after": after}
-    return found
+def _sizes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Return bytes before and after, by kind of weights."""
+    roles: dict[str, tuple[str, ...]] = {
+        "gate and up": ("gate_up",),
+        "down": ("down",),
+        "dense": ("dense", "other"),
+        "all": (),
+    }
+    sizes = {name: plan.nbytes(*names) for name, names in roles.items()}
+    return {name: {"before": before, "after": after} for name, (before, after) in sizes.items()}
 
 
-def _show(found: dict, *, as_json: bool) -> None:
-    if not as_json:
-        found = {
-            name: f"{format_size(sizes['before'])} -> {format_size(sizes['after'])}"
-            for name, sizes in found.items()
+def _print_sizes(sizes: dict[str, dict[str, int]]) -> None:
+    rows = [
+        {
+            "weights": name,
+            "before": format_size(size["before"]),
+            "after": format_size(size["after"]),
         }
-    record(found, as_json=as_json)
+        for name, size in sizes.items()
+    ]
+    print_table(rows, ("weights", "before", "after"), right=("before", "after"))
 
 
-def _write(driver, plan: Plan, directory: Path, text, tokens, memory, shard: int) -> dict:
-    from dataclasses import asdict
+def _print_errors(errors: dict[str, dict[str, float]]) -> None:
+    rows = [
+        {
+            "weights": _NAMES.get(role, role),
+            "relative error": f"{error['error']:.4f}",
+            "plain rounding": f"{error['plain']:.4f}",
+        }
+        for role, error in errors.items()
+    ]
+    columns = ("weights", "relative error", "plain rounding")
+    if rows:
+        click.echo()
+        print_table(rows, columns, right=columns[1:])
 
+
+def _write(
+    plan: Plan,
+    directory: Path,
+    text: tuple[Path, int, str | int | None] | None,
+    shard_nbytes: int,
+) -> dict[str, Any]:
+    """Write the checkpoint and return what is noted about it.
+
+    Args:
+        text: the calibration text, how many of its tokens to use, and the memory limit meanwhile.
+    """
+    from ..quantize import writer
     from ..quantize.calibration import describe
 
-    calibration = None if text is None else describe(text, tokens)
-    driver.begin(plan, directory, driver.fingerprint(plan, shard, calibration))
+    calibration = None if text is None else describe(text[0], text[1])
+    writer.begin(plan, directory, writer.fingerprint(plan, shard_nbytes, calibration))
     note = {
         "source": plan.checkpoint.path.absolute().name,
         "recipe": asdict(plan.recipe),
         "calibration": calibration,
     }
-    run = driver.Run(plan, directory, note)
+    run = writer.Run(plan, directory, note)
     if text is not None:
-        run.importance = _importance(driver, plan, directory, text, tokens, memory)
-    with progress("rounding", sum(part.work for part in plan.parts)) as run.advance:
+        run.importance = _importance(plan, directory / writer.WORK / "importance.npz", *text)
+    with progress_bar("rounding", sum(part.work for part in plan.parts)) as run.advance:
         return run.run()
 
 
-def _importance(driver, plan: Plan, directory: Path, text: Path, tokens: int, memory):
+def _importance(plan: Plan, file: Path, text: Path, tokens: int, memory: str | int | None) -> Any:
+    """Return the importance of weights, from the file if an interrupted run has written it."""
     from ..quantize.calibration import Importance, calibrate
 
-    kept = directory / driver.WORK / "importance.npz"
-    if not kept.is_file():
+    if not file.is_file():
         layers = len(plan.checkpoint.expert_layers)
-        with progress("calibrating", layers) as advance:
-            found = calibrate(plan.checkpoint, text, tokens=tokens, memory=memory, advance=advance)
-        found.save(kept)
-    return Importance.load(kept)
-
-
-def _done(sizes: dict, note: dict, directory: Path, *, as_json: bool) -> None:
-    if as_json:
-        record({"path": str(directory), "sizes": sizes, **note}, as_json=True)
-        return
-    for role, found in note["errors"].items():
-        name = {"gate_up": "gate and up"}.get(role, role)
-        click.echo(
-            f"{name}: relative error {found['error']:.4f}, plain rounding {found['plain']:.4f}"
-        )
-    click.echo(f"{directory} is ready: flashmoe run {directory} PROMPT")
+        with progress_bar("calibrating", layers) as advance:
+            importance = calibrate(
+                plan.checkpoint, text, tokens=tokens, memory=memory, advance=advance
+            )
+        importance.save(file)
+    return Importance.load(file)

@@ -11,66 +11,82 @@ import click
 from .. import catalog
 from ..checkpoint.capabilities import capabilities
 from ..errors import SettingError
-from ..memory.budget import parse_size
-from ..ops.activations import ACTIVATIONS
+from ..options import EngineOptions
 from ..requests import Request
-from ..streaming.io_modes import IO_MODES
-from .options import cluster_option, leads
+from ..sizes import parse_size
+from .cluster import leads
+from .options import engine_options, with_preset
 
 
 @click.command()
-@click.argument("name", metavar="MODEL")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen at this address.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Listen at this port; 0 takes a free one.",
+)
 @click.option(
     "--api-key",
     metavar="KEY",
     envvar="FLASHMOE_API_KEY",
-    help="What clients must show. Required when --host lets other machines in. Better set as "
-    "FLASHMOE_API_KEY: others on this machine see command lines.",
+    help="Let only clients with this key in. Required when --host lets other machines in. Better "
+    "set the variable FLASHMOE_API_KEY: other users of this machine see command lines.",
 )
-@click.option("--allow-origin", "origins", multiple=True, help="Let this web page in; repeatable.")
-@click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
-@click.option("--slots", type=int, help="Experts kept in each layer, instead of --memory.")
-@click.option("--experts", type=int, help="Prune the router to its top K experts.")
-@click.option("--batch", type=int, help="Answers computed together at most. Default: 16.")
-@click.option("--queue", default=64, show_default=True, help="Requests that may wait beside them.")
-@click.option("--timeout", type=float, help="Seconds for an answer. Default: no limit.")
-@click.option("--max-body", default="8MB", show_default=True, help="Bytes of a request at most.")
-@click.option("--depth", type=int, help="Reads in flight. Default: as `bench disk` found, or 8.")
-@click.option("--io", type=click.Choice(IO_MODES), help="How experts are read. Default: the same.")
 @click.option(
-    "--activations",
-    type=click.Choice(ACTIVATIONS),
-    default="float32",
-    help="int8: faster on a CPU, not exact.",
+    "--allow-origin",
+    "origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Let scripts of this web page in; may be repeated.",
 )
-@cluster_option
+@engine_options("memory", "slots", "experts", "batch", "depth", "io", "activations", "cluster")
+@click.option(
+    "--queue",
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Let this many requests wait, and refuse more.",
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=float,
+    show_default="no limit",
+    help="End an answer that takes longer, time in the queue included.",
+)
+@click.option(
+    "--max-body",
+    metavar="SIZE",
+    default="8MB",
+    show_default=True,
+    help="Refuse larger requests.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and each request.")
 def serve(
-    name,
-    host,
-    port,
-    api_key,
-    origins,
-    experts,
-    batch,
-    queue,
-    timeout,
-    max_body,
-    cluster,
-    verbose,
-    **settings,
-):
-    """Serve MODEL to clients of OpenAI's API, on this machine unless told otherwise.
+    model: str,
+    options: EngineOptions,
+    host: str,
+    port: int,
+    api_key: str | None,
+    origins: tuple[str, ...],
+    queue: int,
+    timeout: float | None,
+    max_body: str,
+    verbose: bool,
+) -> None:
+    """Serve a model over an OpenAI-compatible API.
 
-    MODEL is a name, or the directory of an MLX checkpoint.
+    MODEL is a name (see `flashmoe list`) or the directory of an MLX checkpoint. Only programs on
+    this machine can connect, unless --host says otherwise.
     """
     from ..engine import Engine
     from ..server import run as serving  # late: starlette and uvicorn
     from ..server.access import check_key
     from ..server.app import Limits, Server
-    from ..server.openai_request import Served
+    from ..server.served_model import ServedModel
 
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
@@ -79,36 +95,27 @@ def serve(
     if queue < 0:
         raise SettingError(f"queue={queue} must be 0 or more: it is a number of requests")
     if timeout is not None and not timeout > 0:
-        raise SettingError(f"timeout={timeout:g} must be above 0: it is a number of seconds")
-    nbytes = parse_size(max_body)
-    model, path = catalog.model(name), catalog.find(name)
-    here = [settings[option] for option in ("memory", "slots", "depth", "io")]
-    if not leads(path, cluster, *here):
+        raise SettingError(f"timeout={timeout} must be above 0: it is a number of seconds")
+    body_nbytes = parse_size(max_body)
+    named, path = catalog.model(model), catalog.find(model)
+    options = with_preset(options, named)
+    if not leads(path, options):
         return
     can = capabilities(path)
-    with (
-        serving.bind(host, port) as bound,
-        Engine(
-            path,
-            batch=batch,
-            experts=model.experts if experts is None else experts,
-            cluster=cluster,
-            **settings,
-        ) as engine,
-    ):
-        # The first client waits for nothing: the model is loaded, its kernels are compiled.
+    with serving.bind_socket(host, port) as bound, Engine(path, options) as engine:
+        # Load the model and compile its kernels now, so that the first client does not wait.
         hello = [{"role": "user", "content": "Hello"}]
         for _ in engine.stream(Request(hello, max_tokens=3, cache=False)):
             pass
-        from ..generation.batch import DEFAULT_ROWS  # late: MLX, which is loaded now
+        from ..generation.batch import DEFAULT_BATCH  # late: MLX, which is loaded now
 
-        names = tuple(dict.fromkeys((model.name, *model.aliases, name)))
-        served = Served(names, can.context, can.thoughts, int(time.time()))
-        limits = Limits(nbytes, (batch or DEFAULT_ROWS) + queue, timeout)
+        names = tuple(dict.fromkeys((named.name, *named.aliases, model)))
+        served = ServedModel(names, can.context, can.reasoning, int(time.time()))
+        limits = Limits(body_nbytes, (options.batch or DEFAULT_BATCH) + queue, timeout)
         server = Server(engine, served, limits, key=api_key, origins=origins)
-        url = serving.url(host, bound)
+        url = serving.api_url(host, bound)
 
         def ready() -> None:
-            click.echo(f"{model.name} is served at {url}")
+            click.echo(f"{named.name} is served at {url}")
 
-        serving.prepare(server, ready).run([bound])
+        serving.make_uvicorn(server, ready).run([bound])

@@ -12,7 +12,7 @@ import click
 from ..catalog import find
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
-from ..memory.budget import format_size
+from ..sizes import format_size
 from ..terminal import json_option, progress, record, table
 
 #: Values of K by default: the trained one, and these.

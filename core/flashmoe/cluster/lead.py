@@ -26,9 +26,11 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import ClusterError, ReadError, SettingError
 from ..memory.footprint import CHUNK_TOKENS
-from ..ops import backend as ops
-from ..ops.arrays import host
-from ..streaming.switch_glu import StreamingSwitchGLU, SwitchStats, are_separate_sequences
+from ..ops import backend as backends
+from ..ops.arrays import to_numpy
+from ..streaming.block import ExpertSwitch, SwitchStats
+from ..streaming.compute import Backend
+from ..streaming.switch_glu import StreamingSwitchGLU, are_separate_sequences
 from . import connections as hosts
 from .collectives import Exchange, Request, inputs, mine
 from .placement import owners, parse_shares
@@ -56,10 +58,17 @@ def group() -> mx.distributed.Group:
         raise ClusterError(f"a cluster is started by mlx.launch on all of its hosts: {e}") from e
     if found.size() < 2:
         raise ClusterError("a cluster needs two hosts or more: start it by mlx.launch")
-    if ops.on_gpu():
-        # Our kernels sum a token's experts in the launch that computes them.
-        os.environ.setdefault(ops.ENV, "gather")
     return found
+
+
+def cluster_backend() -> Backend:
+    """Return the backend that all machines of a cluster compute with.
+
+    flashmoe's own GPU kernels sum a token's experts in the launch that computes them, and a cluster
+    needs the results one by one.
+    """
+    backend = backends.pick()
+    return backends.pick("gather") if backend.name == "fused" else backend
 
 
 def exchange_for(checkpoint: Checkpoint, group: mx.distributed.Group) -> Exchange:
@@ -87,6 +96,7 @@ class Cluster:
 
     Attributes:
         held: how many experts of a layer are the lead's own.
+        backend: computes the experts of all machines.
         nbytes: what it takes of the lead's memory.
         elsewhere: bytes that the other hosts have read.
 
@@ -104,6 +114,7 @@ class Cluster:
             raise SettingError(f"shares {shares!r} leave the lead no expert: give it one or more")
         config = checkpoint.text_config
         self.nbytes = 8 * CHUNK_TOKENS * checkpoint.top_k * config["hidden_size"]
+        self.backend = cluster_backend()
         self.elsewhere = 0
         self.exchange = exchange_for(checkpoint, self._group)
         self._lines: dict[int, hosts.Line] = {}
@@ -124,9 +135,8 @@ class Cluster:
 
     def join(self, model: StreamingMoE) -> None:
         """Let a loaded model ask all hosts for its experts."""
-        model.cluster = self
-        for index in model.checkpoint.expert_layers:
-            block = model.layers[index].mlp
+        model.remote_bytes = lambda: self.elsewhere
+        for index, block in model.blocks.items():
             block.switch_mlp = ClusterSwitch(block.switch_mlp, self, index)
 
     @property
@@ -226,15 +236,12 @@ class Cluster:
         return "a host could not read an expert: see what it says"
 
 
-class ClusterSwitch:
+class ClusterSwitch(ExpertSwitch):
     """Takes the place of a `StreamingSwitchGLU` on the lead.
 
     Args:
         switch: the lead's own experts of that layer.
     """
-
-    settled = False
-    fused = False
 
     def __init__(self, switch: StreamingSwitchGLU, cluster: Cluster, layer: int):
         self.own = switch
@@ -247,9 +254,6 @@ class ClusterSwitch:
         """Of all hosts."""
         own = self.own.stats
         return SwitchStats(own.needed + self.needed, own.loaded + self.loaded)
-
-    def mailbox(self, words: int) -> None:
-        """The router's choice is looked at."""
 
     def start(self, inputs: Sequence[tuple[mx.array, mx.array]], look=np.array) -> ClusterCall:
         """As `StreamingSwitchGLU.start`, on all hosts."""
@@ -264,7 +268,7 @@ class ClusterCall:
         self._switch = switch
         self._dtype = inputs_[0][0].dtype
         width = inputs_[0][0].shape[-1]
-        xs = [host(x)[0].reshape(-1, width) for x, _ in inputs_]
+        xs = [to_numpy(x)[0].reshape(-1, width) for x, _ in inputs_]
         chosen = [look(i).astype(np.int64).reshape(-1, i.shape[-1]) for _, i in inputs_]
         alone = [are_separate_sequences(i) for _, i in inputs_]
         self._request = Request(switch.layer, xs, chosen, self._dtype, alone)
@@ -283,7 +287,7 @@ class ClusterCall:
         for x, indices, pairs in zip(request.xs, request.indices, self._pairs, strict=True):
             y = np.zeros((indices.size, x.shape[1]), np.float32)
             if pairs.size:
-                y[pairs] = host(next(own))[0].reshape(pairs.size, -1)
+                y[pairs] = to_numpy(next(own))[0].reshape(pairs.size, -1)
             y, (needed, loaded, _) = switch.cluster.results(y)
             switch.needed += needed
             switch.loaded += loaded

@@ -6,26 +6,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import ClusterError, FlashMoEError, ReadError
-from ..memory import budget as memory_module
+from ..memory.budget import split_budget
 from ..memory.footprint import CHUNK_TOKENS, RUNTIME_NBYTES
-from ..models.loading import PREFILL_SLOTS
-from ..ops import backend as ops
+from ..memory.system import resident
+from ..models.loading import PREFILL_SLOTS, reader_for
+from ..models.qwen_moe import streaming_layers
 from ..ops.activations import check_activations
-from ..ops.arrays import host
-from ..streaming.cuda import device_memory
+from ..ops.arrays import to_numpy
+from ..options import LoadOptions, with_settings
 from ..streaming.drives import drive_of
-from ..streaming.reader import Reader
-from ..streaming.slot_memory import SlotMemory
-from ..streaming.switch_glu import LayerHooks, StreamingSwitchGLU
+from ..streaming.switch_glu import LayerHooks
 from . import connections as hosts
 from .collectives import Exchange, Request, inputs, mine
-from .lead import ADDRESS, exchange_for, fingerprint, group
+from .lead import ADDRESS, cluster_backend, exchange_for, fingerprint, group
 from .placement import owners
 
 log = logging.getLogger("flashmoe")
@@ -33,18 +33,23 @@ log = logging.getLogger("flashmoe")
 
 def serve(
     path: str | Path,
+    options: LoadOptions | None = None,
     *,
-    memory: str | int | None = None,
-    slots: int | None = None,
-    depth: int | None = None,
-    io: str | None = None,
     say: Callable[[str], None] = log.info,
+    **settings: Any,
 ) -> None:
-    """Compute experts until the lead ends. Settings as of `flashmoe.load`, of this host.
+    """Compute experts until the lead ends.
+
+    Args:
+        options: how this machine reads the experts and how much memory it takes. The lead decides
+            about activations.
+        settings: fields of `LoadOptions`, which replace those of `options`.
+        say: takes a line of text when the worker is ready.
 
     Raises:
         ClusterError: the lead is gone, or has another checkpoint.
     """
+    options = with_settings(options or LoadOptions(), settings)
     of_all = group()
     rank, lost = of_all.rank(), []
 
@@ -66,7 +71,7 @@ def serve(
                     "same one"
                 )
             owned = owners(checkpoint.num_experts, tuple(plan["shares"])) == rank
-            experts = _Experts(checkpoint, owned, plan["activations"], memory, slots, depth, io)
+            experts = _Experts(checkpoint, owned, plan["activations"], options)
         except FlashMoEError as e:
             line.send("error", text=str(e))
             raise
@@ -103,38 +108,38 @@ def _work(line: hosts.Line, exchange: Exchange, experts: _Experts) -> None:
 class _Experts:
     """Those of this host, in their slots. owned: (experts,) bool."""
 
-    def __init__(self, checkpoint, owned, activations, memory, slots, depth, io):
-        module = ops.pick()
-        check_activations(activations, module)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        owned: np.ndarray,
+        activations: str,
+        options: LoadOptions,
+    ):
+        backend = cluster_backend()
+        check_activations(activations, backend)
         count, config = int(owned.sum()), checkpoint.text_config
         scratch = 8 * CHUNK_TOKENS * checkpoint.top_k * config["hidden_size"]
         layers = checkpoint.expert_layers
-        self.plan = memory_module.plan(
-            budget=None if memory is None else memory_module.parse_size(memory),
-            slots=slots,
-            base=memory_module.resident(),
+        self.plan = split_budget(
+            budget=options.memory_nbytes,
+            slots=options.slots,
+            base=resident(),
             dense=0,
             working=RUNTIME_NBYTES + scratch,
             layer_slot_nbytes=[layer.expert_nbytes for layer in layers.values()],
             num_experts=count,
             minimum=min(checkpoint.top_k + PREFILL_SLOTS, count),
         )
-        drive = drive_of(checkpoint.path)
-        self._reader = Reader(
-            depth or drive.depth, checkpoint.identities, io or drive.io, drive.split
-        )
         self._owned = owned
-        device, watch = device_memory(), LayerHooks()
-        self._switches = {}
-        for index, layer in layers.items():
-            bank = SlotMemory(
-                layer,
-                self.plan.slots_per_layer,
-                on_gpu=ops.on_gpu(),
-                device=device,
-                activations=activations,
-            )
-            self._switches[index] = StreamingSwitchGLU(bank, self._reader, module, watch)
+        self._reader = reader_for(checkpoint, options, drive_of(checkpoint.path))
+        self._switches = streaming_layers(
+            checkpoint,
+            self.plan.slots_per_layer,
+            self._reader,
+            backend,
+            LayerHooks(),
+            activations,
+        )
 
     def answer(self, request: Request, exchange: Exchange, line: hosts.Line) -> None:
         """Compute this host's part of a request and send it, piece by piece."""
@@ -143,7 +148,7 @@ class _Experts:
         failed, results = 0, iter(())
         try:
             if own := inputs(request, pairs):
-                results = iter([host(y)[0] for y in switch.start(own).finish()])
+                results = iter([to_numpy(y)[0] for y in switch.start(own).finish()])
         except ReadError as e:
             failed = 1
             line.send("error", text=str(e))

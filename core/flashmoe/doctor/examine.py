@@ -18,7 +18,7 @@ from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FlashMoEError
 from ..files import nearest_existing_parent
-from ..generation.prompt_store import PromptStore
+from ..generation.prompt_cache import PromptStore
 from ..streaming import drives
 from . import machine
 
@@ -152,7 +152,7 @@ def _ops(report: Report) -> dict:
     why = f"{ops.ENV} asks for them" if asked else "the fastest for this device"
     found = {"asked": asked, "missing": ops.missing()}
     try:
-        used = ops.pick().NAME
+        used = ops.pick().name
     except FlashMoEError as e:
         report.wrong("ops", str(e), f"unset {ops.ENV}")
         return {"used": None, "why": why, **found}
@@ -183,7 +183,7 @@ def _open_files(report: Report) -> dict:
 
 def _cache(report: Report) -> dict:
     store = PromptStore()
-    states = store.states()
+    states = store.entries()
     there = nearest_existing_parent(store.directory)
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = f"{store.directory} cannot be written: conversations are read again in each process"

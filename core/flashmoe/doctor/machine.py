@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from ..memory import budget as memory
+from ..memory import system as memory
 
 DISTRIBUTION = "llm-flashmoe"
 
@@ -87,14 +87,14 @@ def memory_facts() -> dict:
     nothing is asked for. limit: what binds, "machine" or "cgroup"."""
     limit = "machine"
     if sys.platform == "linux":
-        rooms = memory.rooms()
+        rooms = memory.available_by_limit()
         limit = min(rooms, key=rooms.get)
     free = memory.available()
     return {
         "total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "available": free,
         "limit": limit,
-        "default": memory.resident() + memory.spare(free),
+        "default": memory.resident() + memory.default_budget(free),
     }
 
 

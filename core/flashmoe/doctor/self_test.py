@@ -4,9 +4,6 @@ against all of its experts in memory, and against another implementation."""
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +14,8 @@ from mlx_lm.utils import load_model
 from ..checkpoint.checkpoint import Checkpoint
 from ..models.loading import PREFILL_SLOTS, load_streaming
 from ..models.resident import load_resident, logits
-from ..ops import backend as ops
+from ..ops import backend as backends
+from ..streaming.compute import Backend
 
 #: The weights of the demo model as they are shipped.
 SHA256 = "c92e82e6960ac1bed678d00c506f6d961aef11508073bd9faad078a50bfa5e90"
@@ -61,8 +59,8 @@ def run(path: Path) -> list[Check]:
         checks.append(_same_bits(streamed, _logits(resident)))
     finally:
         resident.close()
-    used = ops.pick().NAME
-    if not ops.on_gpu():
+    used = backends.pick().name
+    if not backends.on_gpu():
         return [*checks, _near_stock(streamed, path, used)]
     if used != "reference":
         checks.append(_near_reference(streamed, checkpoint, used))
@@ -96,15 +94,15 @@ def _near_stock(streamed: np.ndarray, path: Path, used: str) -> Check:
 
 
 def _near_reference(streamed: np.ndarray, checkpoint: Checkpoint, used: str) -> Check:
-    with _selected("reference"):
-        expected = _streamed(checkpoint)
+    expected = _streamed(checkpoint, backends.pick("reference"))
     found = float(np.linalg.norm(streamed - expected) / np.linalg.norm(expected))
     result = f"{used}: logits within {found:.1%} of reference (limit {GPU_TOLERANCE:.0%})"
     return Check("kernels", found <= GPU_TOLERANCE, result, found, GPU_TOLERANCE)
 
 
-def _streamed(checkpoint: Checkpoint) -> np.ndarray:
-    model = load_streaming(checkpoint, slots=checkpoint.top_k + PREFILL_SLOTS)
+def _streamed(checkpoint: Checkpoint, backend: Backend | None = None) -> np.ndarray:
+    slots = checkpoint.top_k + PREFILL_SLOTS
+    model = load_streaming(checkpoint, slots=slots, backend=backend)
     try:
         return _logits(model)
     finally:
@@ -115,15 +113,3 @@ def _logits(model) -> np.ndarray:
     # The same tokens for each model, whatever it finds likely.
     found = logits(model, PROMPT + PROMPT[:DECODED], len(PROMPT), decode=0)
     return np.concatenate(found)
-
-
-@contextmanager
-def _selected(name: str) -> Iterator[None]:
-    before = os.environ.get(ops.ENV)
-    os.environ[ops.ENV] = name
-    try:
-        yield
-    finally:
-        del os.environ[ops.ENV]
-        if before is not None:
-            os.environ[ops.ENV] = before

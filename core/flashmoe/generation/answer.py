@@ -1,65 +1,82 @@
-"""One answer under way: what it was prepared from, what has come of it, whether it is good."""
+"""Track one answer: what it was prepared from, its tokens and limits, and whether it is valid."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..chat import json_schema as schemas
-from ..chat.output_parser import Reply
+from ..chat import json_schema
+from ..chat.output_parser import OutputParser
 from ..chat.template import Prompt
 from ..errors import OutputError
 from ..events import Event
 from ..grammar.constraint import Constraint
-from ..grammar.response import Document
+from ..grammar.response import ResponseFormat
 from ..requests import Request
+from .job import Cancellation
 
 
 @dataclass
 class AnswerState:
-    """started: when the work on it began, by perf_counter. The counts are of generated tokens: all,
-    those of the thought, those that were forced. cut: max_tokens kept some of the forced ones out,
-    so that the answer is not whole."""
+    """One answer under way.
+
+    Attributes:
+        request: what the caller asked.
+        prompt: its tokens.
+        response_format: the format that the answer must have, None for text.
+        max_tokens: the most tokens that may be generated.
+        constraint: which tokens the grammar allows next.
+        parser: turns tokens into events.
+        emit: takes the events.
+        cancelled: tells whether anybody still waits for the answer.
+        started: when the work on it began, by perf_counter.
+        generated: tokens generated so far.
+        reasoning: the generated tokens that are reasoning.
+        forced: the generated tokens that a grammar forced.
+        cut: max_tokens kept some forced tokens out, so that the answer is not complete.
+    """
 
     request: Request
     prompt: Prompt
-    document: Document | None
+    response_format: ResponseFormat | None
     max_tokens: int
     constraint: Constraint
-    reply: Reply
+    parser: OutputParser
     emit: Callable[[Event], None]
-    cancelled: threading.Event
+    cancelled: Cancellation
     started: float
     generated: int = 0
-    thought: int = 0
+    reasoning: int = 0
     forced: int = 0
     cut: bool = False
 
-    def over(self) -> str | None:
-        """Why no more tokens are needed: "stop" or "length"; None: they are."""
+    def finish_reason(self) -> str | None:
+        """Return "stop" or "length" when no more tokens are needed, None when they are."""
         if self.cut:
             return "length"
-        if self.reply.stopped or self.constraint.finished:
+        if self.parser.stopped or self.constraint.finished:
             return "stop"
         return "length" if self.generated >= self.max_tokens else None
 
     def within_limit(self, tokens: list[int]) -> list[int]:
-        """The tokens that max_tokens still lets through. What a grammar forced may be more."""
-        room = self.max_tokens - self.generated
-        self.cut = len(tokens) > room
-        return tokens[:room]
+        """Return the tokens that max_tokens still allows. A grammar may force more."""
+        left = self.max_tokens - self.generated
+        self.cut = len(tokens) > left
+        return tokens[:left]
 
-    def take(self, tokens: list[int], *, forced: int) -> None:
-        """Emit the events of generated tokens, of which so many were forced."""
+    def emit_tokens(self, tokens: list[int], *, forced: int) -> None:
+        """Count generated tokens, of which `forced` were forced, and emit their events."""
         self.forced += forced
         for token in tokens:
-            self.thought += self.reply.kind == "thought"
+            self.reasoning += self.parser.kind == "reasoning"
             self.generated += 1
-            self._give(self.reply.feed(token))
+            self._emit(self.parser.feed(token))
 
     def finish(self, reason: str) -> str:
-        """Emit what was held back; the reason that callers see.
+        """Emit what the parser held back; return the finish reason that callers see.
+
+        Args:
+            reason: "stop", "length" or "cancelled".
 
         Raises:
             OutputError: the answer is not what its format or tool_choice asks for.
@@ -69,41 +86,41 @@ class AnswerState:
             "stop": "the model ended it",
             "cancelled": "it was cancelled",
         }[reason]
-        in_thought = self.reply.kind == "thought"
-        self._give(self.reply.finish(why))
+        in_reasoning = self.parser.kind == "reasoning"
+        self._emit(self.parser.finish(why))
         if reason == "cancelled":
             return reason
-        if self.reply.calls:
+        if self.parser.calls:
             return "tool_calls" if reason == "stop" else reason
-        if self.constraint.demands:
-            self._check_whole(reason, why, in_thought)
+        if self.constraint.covers_answer:
+            self._check_complete(reason, why, in_reasoning)
         return reason
 
-    def _check_whole(self, reason: str, why: str, in_thought: bool) -> None:
-        if in_thought:
+    def _check_complete(self, reason: str, why: str, in_reasoning: bool) -> None:
+        if in_reasoning:
             raise OutputError(
-                f"there is no answer: {why} inside the thought. Raise max_tokens, set "
+                f"there is no answer: {why} inside the reasoning. Raise max_tokens, set "
                 "thinking_budget, or turn thinking off"
             )
-        if self.reply.stopped:
+        if self.parser.stopped:
             raise OutputError("a stop string ended the answer before it was complete: drop it")
         if reason == "length":
             raise OutputError(
                 f"the answer is cut short: {why} before it was complete. Raise max_tokens, or "
                 "limit the length of strings and arrays in the schema"
             )
-        if self.document is not None and self.document.schema is not None:
+        if self.response_format is not None and self.response_format.schema is not None:
             try:
-                value = schemas.loads(self.reply.answer)
-                wrong = schemas.fault(value, self.document.schema)
+                value = json_schema.loads(self.parser.answer)
+                error = json_schema.validation_error(value, self.response_format.schema)
             except (ValueError, RecursionError) as e:
-                wrong = str(e)
-            if wrong is not None:
+                error = str(e)
+            if error is not None:
                 raise OutputError(
                     f"the answer does not satisfy the schema, which the grammar could not enforce "
-                    f"whole: {wrong}"
+                    f"completely: {error}"
                 )
 
-    def _give(self, events: Iterable[Event]) -> None:
+    def _emit(self, events: Iterable[Event]) -> None:
         for event in events:
             self.emit(event)

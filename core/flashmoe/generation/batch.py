@@ -1,203 +1,216 @@
-"""The answers under way. Each step takes all of them through the model once: they share the reads
-of experts, and nothing else. Lives on the engine's thread.
+"""Run the answers under way together: each step takes all of them through the model once.
 
-A row is computed as if it were alone, from its own prompt cache, so its text does not depend on
-what runs beside it. mlx-lm's `BatchGenerator` pads rows to one length and multiplies them as one
-matrix, which rounds by the size of the batch. Rows are read from one disk here, whose bytes are
-what a step costs.
+Sequences share the reads of experts, and nothing else. A sequence is computed as if it were alone,
+from its own prompt cache, so its text does not depend on what runs beside it. mlx-lm's
+`BatchGenerator` pads sequences to one length and multiplies them as one matrix, which rounds by the
+size of the batch; here all sequences read from one disk, whose bytes are what a step costs.
+
+Lives on the engine's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
 
 from mlx_lm.generate import wired_limit
 
 from ..errors import Cancelled, ClusterError, ContextError
-from ..models.layerwise import fitting, sweep
+from ..models.layerwise import chunks_within, run_pass
+from ..models.qwen_moe import StreamingStats
 from .answer import AnswerState
+from .job import Job
 from .loaded_model import LoadedModel
 from .sequence import CONTEXT_AHEAD, ActiveSequence
 
-if TYPE_CHECKING:
-    from ..engine import Job
-
-#: Rows at most, when nothing is asked for.
-DEFAULT_ROWS = 16
+#: The largest number of sequences, unless another is given.
+DEFAULT_BATCH = 16
 
 
 class Batch:
-    """
+    """The sequences under way.
+
     Args:
-        most: rows at most.
+        limit: the largest number of sequences.
 
     Attributes:
-        rows: in the order in which they came.
+        sequences: in the order in which they came.
     """
 
-    def __init__(self, session: LoadedModel, most: int = DEFAULT_ROWS):
-        self.rows: list[ActiveSequence] = []
-        self._session = session
-        self._model = session.model
-        self._most = most
+    def __init__(self, loaded: LoadedModel, limit: int = DEFAULT_BATCH):
+        self.sequences: list[ActiveSequence] = []
+        self._loaded = loaded
+        self._model = loaded.model
+        self._limit = limit
         self._jobs: dict[ActiveSequence, Job] = {}
         self._next: tuple[Job, AnswerState] | None = None
-        self._shape: list[tuple[ActiveSequence, int, bool]] = []
-        self._limit = 0
+        self._memory_shape: list[tuple[ActiveSequence, int, bool]] = []
+        self._pass_tokens = 0
         self._wired = ExitStack()
 
     def admit(self, job: Job) -> bool:
-        """Let a job join; False: it has to wait until others are done. To be asked in their order.
+        """Let a job join the batch. To be called in the order of the jobs.
 
         An error of the job is put to it.
+
+        Returns:
+            False when the job has to wait until others are done.
         """
         try:
             if self._next is None or self._next[0] is not job:
-                self._next = job, self._session.prepare(job.request, job.put, job.cancelled)
-            turn = self._next[1]
-            if self.rows and not self._has_room(turn):
+                answer = self._loaded.prepare_answer(job.request, job.put, job.cancelled)
+                self._next = job, answer
+            answer = self._next[1]
+            if self.sequences and not self._can_hold(answer):
                 return False
             self._next = None
-            row = self._session.begin(turn)
+            sequence = self._loaded.start_sequence(answer)
         except Exception as e:
             self._next = None
             job.put(e)
             return True
-        if not self.rows:
+        if not self.sequences:
             self._wired.enter_context(wired_limit(self._model))
-        self.rows.append(row)
-        self._jobs[row] = job
+        self.sequences.append(sequence)
+        self._jobs[sequence] = job
         return True
 
     def step(self) -> None:
-        """Take every row a token further, or some of a prompt.
+        """Take every answer one token further, or prefill some of a prompt.
 
-        Errors of one row are put to its job.
+        Errors of one sequence are put to its job.
 
         Raises:
-            ReadError: an expert could not be read. No row can go on: see `fail`.
+            ReadError: an expert could not be read. No sequence can continue: see `fail`.
         """
-        for row in [row for row in self.rows if row.turn.cancelled.is_set()]:
-            self._end(row, "cancelled")
-        if not self.rows:
+        for sequence in [s for s in self.sequences if s.answer.cancelled.is_set()]:
+            self._end(sequence, "cancelled")
+        if not self.sequences:
             return
         try:
-            with self._model.pruned_to(self.rows[0].experts):
-                self._make_room()
+            with self._model.pruned_to(self.sequences[0].experts):
+                self._divide_memory()
                 self._advance()
         except Cancelled:
             pass  # all of them: the next step ends them
         except ContextError as e:
             # Memory has become short since it was admitted.
-            self._leave(self.rows[-1], e)
+            self._remove(self.sequences[-1], e)
 
     def fail(self, error: BaseException) -> None:
-        """End all rows with an error."""
-        for row in list(self.rows):
-            self._leave(row, error)
+        """End all sequences with an error."""
+        for sequence in list(self.sequences):
+            self._remove(sequence, error)
 
     def close(self) -> None:
         """Free the model. The batch cannot be used after that."""
-        self._session.close()
+        self._loaded.close()
 
-    def _has_room(self, turn: AnswerState) -> bool:
-        if len(self.rows) >= self._most or self._session.k(turn.request) != self.rows[0].experts:
+    def _can_hold(self, answer: AnswerState) -> bool:
+        experts = self.sequences[0].experts
+        if len(self.sequences) >= self._limit:
             return False
-        tokens = len(turn.prompt.tokens)
-        unread = sum(row.reading.tokens for row in self.rows) + tokens
-        contexts = [row.most_context for row in self.rows]
-        contexts.append(tokens + min(turn.max_tokens, CONTEXT_AHEAD))
-        return self._model.room.holds(unread, contexts, self.rows[0].experts)
+        if self._loaded.experts_per_token(answer.request) != experts:
+            return False
+        tokens = len(answer.prompt.tokens)
+        unread = sum(s.prefill.tokens for s in self.sequences) + tokens
+        contexts = [s.planned_context for s in self.sequences]
+        contexts.append(tokens + min(answer.max_tokens, CONTEXT_AHEAD))
+        return self._model.elastic_slots.can_hold(unread, contexts, experts)
 
-    def _make_room(self) -> None:
-        """Settle who has the memory, when that has changed."""
-        for row in self.rows:
-            if row.context > row.reserved:
-                row.reserved = row.context + (0 if row.reads else CONTEXT_AHEAD)
-        shape = [(row, row.reserved, row.reads) for row in self.rows]
-        if shape == self._shape:
+    def _divide_memory(self) -> None:
+        """Divide memory anew between prompts and expert slots, if the batch has changed."""
+        for s in self.sequences:
+            if s.context > s.reserved:
+                s.reserved = s.context + (0 if s.in_prefill else CONTEXT_AHEAD)
+        shape = [(s, s.reserved, s.in_prefill) for s in self.sequences]
+        if shape == self._memory_shape:
             return
-        contexts = [row.reserved for row in self.rows]
-        room, unread = self._model.room, sum(row.reading.tokens for row in self.rows)
+        contexts = [s.reserved for s in self.sequences]
+        slots, unread = self._model.elastic_slots, sum(s.prefill.tokens for s in self.sequences)
         if unread:
-            self._limit = room.for_prompts(unread, contexts, self.rows[0].experts)
+            self._pass_tokens = slots.fit_prefill(unread, contexts, self.sequences[0].experts)
         else:
-            room.for_decoding(contexts)
-        self._shape = shape
+            slots.fit_decoding(contexts)
+        self._memory_shape = shape
 
     def _advance(self) -> None:
         model, before = self._model, self._model.stats
-        reading = [row for row in self.rows if row.reads]
-        answering = [row for row in self.rows if not row.reads]
-        model.watch.check = self._check
-        if not reading and len(answering) == 1:
-            logits = answering[0].logits()
-            self._count(answering, before)
-            self._go_on(answering[0], lambda row: row.take(logits))
+        prefilling = [s for s in self.sequences if s.in_prefill]
+        decoding = [s for s in self.sequences if not s.in_prefill]
+        model.hooks.check_cancelled = self._check_cancelled
+        if not prefilling and len(decoding) == 1:
+            logits = decoding[0].next_logits()
+            self._add_stats(decoding, before)
+            self._continue(decoding[0], lambda s: s.sample_next(logits))
             return
-        prompts = [piece for row in reading for piece in row.reading.left]
-        prompts = prompts[: fitting(prompts, self._limit)] if prompts else []
-        taking = [row for row in reading if row.reading.left[0] in prompts]
+        prompts = [chunk for s in prefilling for chunk in s.prefill.left]
+        prompts = prompts[: chunks_within(prompts, self._pass_tokens)] if prompts else []
+        taking = [s for s in prefilling if s.prefill.left[0] in prompts]
 
         def entered(layer: int) -> None:
-            for row in taking:
-                row.reading.reporter.entered(layer)
+            for s in taking:
+                s.prefill.reporter.layer_entered(layer)
 
-        model.watch.entered = entered
+        model.hooks.layer_entered = entered
         try:
-            swept = sweep(model, [*prompts, *(row.piece() for row in answering)])
+            results = run_pass(model, [*prompts, *(s.next_chunk() for s in decoding)])
         finally:
-            model.watch.entered = lambda layer: None
-        self._count([*taking, *answering], before)
-        for row in taking:
-            mine = [s for s in swept if s.piece in row.reading.left]
-            self._go_on(row, lambda row, mine=mine: row.was_read(mine))
-        logits = model.logits_of([s.hidden for s in swept[len(prompts) :]])
-        for row, mine in zip(answering, logits, strict=True):
-            self._go_on(row, lambda row, mine=mine: row.take(mine))
+            model.hooks.layer_entered = lambda layer: None
+        self._add_stats([*taking, *decoding], before)
+        for sequence in taking:
+            mine = [r for r in results if r.chunk in sequence.prefill.left]
+            self._continue(sequence, lambda s, mine=mine: s.record_prefill(mine))
+        logits_of = model.logits_of([r.hidden for r in results[len(prompts) :]])
+        for sequence, logits in zip(decoding, logits_of, strict=True):
+            self._continue(sequence, lambda s, logits=logits: s.sample_next(logits))
 
     def _rest(self) -> None:
         with suppress(ClusterError):  # the next request says so
-            self._session.rest()
+            self._loaded.rest()
 
-    def _go_on(self, row: ActiveSequence, take) -> None:
-        """Let a row go on with what the model says; an error is its own."""
+    def _continue(
+        self, sequence: ActiveSequence, advance: Callable[[ActiveSequence], str | None]
+    ) -> None:
+        """Let a sequence continue with what the model returned; an error is its own.
+
+        Args:
+            advance: returns the finish reason, or None.
+        """
         try:
-            reason = take(row)
+            reason = advance(sequence)
         except Exception as e:
-            self._leave(row, e)
+            self._remove(sequence, e)
         else:
             if reason is not None:
-                self._end(row, reason)
+                self._end(sequence, reason)
 
-    def _count(self, rows: Sequence[ActiveSequence], before) -> None:
+    def _add_stats(self, sequences: Sequence[ActiveSequence], before: StreamingStats) -> None:
         stats = self._model.stats - before
-        for row in rows:
-            row.shared(stats, len(rows))
+        for sequence in sequences:
+            sequence.add_stats(stats, len(sequences))
 
-    def _check(self) -> None:
+    def _check_cancelled(self) -> None:
         """Leave the model when nobody waits for any of the answers any more."""
-        if all(row.turn.cancelled.is_set() for row in self.rows):
+        if all(s.answer.cancelled.is_set() for s in self.sequences):
             raise Cancelled
 
-    def _end(self, row: ActiveSequence, reason: str) -> None:
+    def _end(self, sequence: ActiveSequence, reason: str) -> None:
         error = None
         try:
-            row.end(reason, self._session.checkpoint)
+            sequence.finish(reason, self._loaded.checkpoint)
         except Exception as e:
             error = e
-        self._leave(row, error)
+        self._remove(sequence, error)
         # After the last event, so that nobody waits for the disk. Also when the answer failed.
-        if not row.reads:
-            self._session.keep(row.reading)
+        if not sequence.in_prefill:
+            self._loaded.store_prompt(sequence.prefill)
 
-    def _leave(self, row: ActiveSequence, error: BaseException | None) -> None:
-        self.rows.remove(row)
-        job = self._jobs.pop(row)
-        self._shape = []
-        if not self.rows:
+    def _remove(self, sequence: ActiveSequence, error: BaseException | None) -> None:
+        self.sequences.remove(sequence)
+        job = self._jobs.pop(sequence)
+        self._memory_shape = []
+        if not self.sequences:
             self._wired.close()
             self._rest()
         if error is not None:

@@ -1,13 +1,13 @@
-"""A loaded model and what it takes to answer requests with it. Lives on the engine's thread."""
+"""Hold a loaded model and what it takes to answer requests with it, on the engine's thread."""
 
 from __future__ import annotations
 
 import json
 import secrets
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from ..chat.output_parser import OutputParser
 from ..chat.special_tokens import SpecialTokens
@@ -17,108 +17,91 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import ContextError
 from ..events import Event
-from ..grammar import response as grammars
 from ..grammar.constraint import Constraint, MatcherFactory
-from ..memory import budget as memory
-from ..memory import footprint
+from ..grammar.response import read_response_format
+from ..memory.footprint import prompt_cache_nbytes
 from ..models.loading import load_streaming
+from ..options import EngineOptions
 from ..requests import Request, in_range
 from .answer import AnswerState
+from .job import Cancellation
 from .prompt import PromptPrefill, PromptReader
-from .prompt_cache import PromptCache
-from .prompt_store import DEFAULT_LIMIT, PromptStore
+from .prompt_cache import PromptCache, PromptStore
 from .sampling import Sampler
 from .sequence import ActiveSequence
+
+if TYPE_CHECKING:
+    from ..cluster.lead import Cluster
+    from ..models.qwen_moe import StreamingMoE
 
 DEFAULT_MAX_TOKENS = 4096
 
 
 class LoadedModel:
-    """One model.
+    """A model with its tokenizer, chat template and prompt cache.
 
     Args:
-        path, memory, slots, experts, depth, io, activations: as `flashmoe.load`.
-        prompt_cache: bytes of prompt states in memory, or a size such as "1GB"; 0: none. None: as
-            many as one conversation of the planned length takes.
-        prompt_store: the same on disk.
-        prompt_store_path: the directory of these. None: the platform's place for caches.
-        cluster: the shares of the hosts, when there are several: see `flashmoe.cluster.placement`.
+        path: the checkpoint directory.
+        options: how to load it, and where prompt cache entries go.
+
+    Raises:
+        CheckpointError, BudgetError, SettingError, ClusterError: with the values and the way out.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        prompt_cache: int | str | None = None,
-        prompt_store: int | str = DEFAULT_LIMIT,
-        prompt_store_path: str | Path | None = None,
-        cluster: str | None = None,
-        **settings,
-    ):
-        limits = [memory.parse_size(x) if x else x for x in (prompt_cache, prompt_store)]
+    def __init__(self, path: Path, options: EngineOptions | None = None):
+        options = options or EngineOptions()
         self.checkpoint = Checkpoint.open(path)
         self.tokenizer = read_tokenizer(self.checkpoint)
-        self._cluster = None
-        if cluster is not None:
-            from ..cluster.lead import Cluster
-
-            activations = settings.get("activations") or "float32"
-            self._cluster = Cluster(self.checkpoint, cluster, activations)
-        try:
-            self.model = load_streaming(
-                self.checkpoint, prompt_cache=limits[0], cluster=self._cluster, **settings
-            )
-        except BaseException:
-            if self._cluster is not None:
-                self._cluster.close()
-            raise
+        self._cluster, self.model = _load(self.checkpoint, options)
         self.special_tokens = SpecialTokens.from_tokenizer(self.tokenizer)
         self.template = ChatTemplate(self.tokenizer, self.special_tokens)
         self._defaults = sampling_defaults(self.checkpoint.path)
         width = self.checkpoint.text_config["vocab_size"]
         self._matchers = MatcherFactory(self.tokenizer, self.special_tokens, width)
-        held = limits[0]
-        self.prompts = PromptCache(
-            footprint.prompt_cache_nbytes(self.checkpoint) if held is None else held
+        cached = options.prompt_cache_nbytes
+        self.prompt_cache = PromptCache(
+            prompt_cache_nbytes(self.checkpoint) if cached is None else cached
         )
-        directory = None if prompt_store_path is None else Path(prompt_store_path)
-        self.store = PromptStore(directory, limits[1]) if limits[1] else None
-        self._reader = PromptReader(self.model, self.prompts, self.store)
+        stored, directory = options.prompt_store_nbytes, options.prompt_store_path
+        self.prompt_store = (
+            PromptStore(None if directory is None else Path(directory), stored) if stored else None
+        )
+        self._reader = PromptReader(self.model, self.prompt_cache, self.prompt_store)
 
     def close(self) -> None:
-        """Free the prompt states and end the reader's threads, and the other hosts."""
-        self.prompts.clear()
+        """Free the prompt cache, end the reader's threads, and end the workers of a cluster."""
+        self.prompt_cache.clear()
         self.model.close()
         if self._cluster is not None:
             self._cluster.close()
 
     def rest(self) -> None:
-        """There is nothing to do for a while."""
+        """Let the workers of a cluster sleep: there is nothing to do for a while."""
         if self._cluster is not None:
             self._cluster.rest()
 
-    def prepare(
+    def prepare_answer(
         self,
         request: Request,
         emit: Callable[[Event], None],
-        cancelled: threading.Event,
+        cancelled: Cancellation,
     ) -> AnswerState:
-        """All that can be refused is refused here, before any work of the model.
+        """Check a request and build its prompt, before the model does any work.
 
         Args:
             emit: takes the events of the answer.
-            cancelled: set when nobody waits for it any more.
+            cancelled: tells whether anybody still waits for the answer.
 
         Raises:
-            SettingError: the request has a value that cannot be.
+            SettingError: the request has an impossible value.
             ContextError: the prompt is longer than the context.
         """
         start = perf_counter()
-        self.k(request)
+        self.experts_per_token(request)
         tools = read_tools(request.tools)
         check_tool_choice(request.tool_choice, tools)
         wanted = request.response_format
-        response_format = grammars.read_response_format(wanted) if wanted else None
+        response_format = read_response_format(wanted) if wanted else None
         must_call = request.tool_choice not in ("auto", "none")
         prompt = self.template.build_prompt(
             request.messages,
@@ -133,31 +116,40 @@ class LoadedModel:
             response_format=response_format,
             max_tokens=self._max_tokens(request, prompt.tokens),
             constraint=Constraint(
-                self._matchers, self.special_tokens, newlines, request, tools, response_format, prompt.in_reasoning
+                self._matchers,
+                self.special_tokens,
+                newlines,
+                request,
+                tools,
+                response_format,
+                prompt.in_reasoning,
             ),
-            parser=OutputParser(self.tokenizer, self.special_tokens, tools, request.stop, prompt.in_reasoning),
+            parser=OutputParser(
+                self.tokenizer, self.special_tokens, tools, request.stop, prompt.in_reasoning
+            ),
             emit=emit,
             cancelled=cancelled,
             started=start,
         )
 
-    def begin(self, turn: AnswerState) -> ActiveSequence:
-        """Find what of the prompt has to be read. Nothing is read yet."""
-        k, request = self.k(turn.request), turn.request
-        forced = turn.within_limit(turn.constraint.begin_answer())
-        reading = self._reader.begin(
-            turn.prompt, turn.emit, experts=k, keep=request.cache, forced=forced
+    def start_sequence(self, answer: AnswerState) -> ActiveSequence:
+        """Make the sequence of an answer. No token goes through the model yet."""
+        request = answer.request
+        k = self.experts_per_token(request)
+        forced = answer.within_limit(answer.constraint.begin_answer())
+        prefill = self._reader.start(
+            answer.prompt, answer.emit, experts=k, keep=request.cache, forced=forced
         )
-        sampling = Sampler(
-            self._sampling(request),
+        sampler = Sampler(
+            self._sampler_settings(request),
             request.repetition_penalty,
             secrets.randbits(64) if request.seed is None else request.seed,
-            [*turn.prompt.tokens, *forced],
+            [*answer.prompt.tokens, *forced],
         )
-        return ActiveSequence(self.model, turn, reading, sampling, k, forced)
+        return ActiveSequence(self.model, answer, prefill, sampler, k, forced)
 
-    def k(self, request: Request) -> int:
-        """K of a request.
+    def experts_per_token(self, request: Request) -> int:
+        """Return K of a request.
 
         Raises:
             SettingError: the model cannot run with it.
@@ -165,24 +157,24 @@ class LoadedModel:
         wanted = request.experts
         return self.model.experts if wanted is None else self.model.check_experts(wanted)
 
-    def keep(self, reading: PromptPrefill) -> None:
-        """Keep the states of a prompt that was read for the next process."""
-        self._reader.store(reading)
+    def store_prompt(self, prefill: PromptPrefill) -> None:
+        """Write the prompt cache entries of a prompt to disk, for the next process."""
+        self._reader.store(prefill)
 
     def _max_tokens(self, request: Request, prompt: list[int]) -> int:
-        room = self.checkpoint.max_context - len(prompt)
-        if room < 1:
+        left = self.checkpoint.max_context - len(prompt)
+        if left < 1:
             raise ContextError(
                 f"the prompt has {len(prompt)} tokens, and the context of this model is "
                 f"{self.checkpoint.max_context}: shorten the prompt or start a new conversation"
             )
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        return min(room, wanted)
+        return min(left, wanted)
 
-    def _sampling(self, request: Request) -> dict[str, float]:
-        """Arguments of mlx-lm's make_sampler."""
+    def _sampler_settings(self, request: Request) -> dict[str, Any]:
+        """Return arguments of mlx-lm's make_sampler."""
 
-        def value(name, off):
+        def value(name: str, off: float) -> Any:
             own = getattr(request, name)
             return self._defaults.get(name, off) if own is None else own
 
@@ -190,16 +182,38 @@ class LoadedModel:
         return {
             "temp": value("temperature", 0.0),
             "top_p": value("top_p", 0.0),
-            # mlx-lm wants fewer than there are; that many is no limit.
+            # mlx-lm wants fewer than the vocabulary has; that many is no limit.
             "top_k": 0 if top_k >= self.checkpoint.text_config["vocab_size"] else top_k,
             "min_p": value("min_p", 0.0),
         }
 
 
-def sampling_defaults(path: Path) -> dict[str, float]:
-    """temperature, top_p, top_k and min_p as generation_config.json has them.
+def _load(checkpoint: Checkpoint, options: EngineOptions) -> tuple[Cluster | None, StreamingMoE]:
+    """Load the model, on the lead of a cluster if the options name one."""
+    if options.cluster is None:
+        return None, load_streaming(checkpoint, options)
+    from ..cluster.lead import Cluster  # late: it is rarely needed
 
-    mlx-lm reads only the end tokens of that file. Values that cannot be are left out.
+    cluster = Cluster(checkpoint, options.cluster, options.activations)
+    try:
+        model = load_streaming(
+            checkpoint,
+            options,
+            backend=cluster.backend,
+            held=cluster.held,
+            reserved=cluster.nbytes,
+        )
+        cluster.join(model)
+    except BaseException:
+        cluster.close()
+        raise
+    return cluster, model
+
+
+def sampling_defaults(path: Path) -> dict[str, float]:
+    """Return temperature, top_p, top_k and min_p as generation_config.json has them.
+
+    mlx-lm reads only the end tokens of that file. Impossible values are left out.
     """
     try:
         config = json.loads((path / "generation_config.json").read_text())
@@ -207,10 +221,10 @@ def sampling_defaults(path: Path) -> dict[str, float]:
         return {}
     if not isinstance(config, dict) or config.get("do_sample") is False:
         return {}
-    kinds = {
+    kinds: dict[str, tuple[type, ...]] = {
         "temperature": (int, float),
         "top_p": (int, float),
-        "top_k": int,
+        "top_k": (int,),
         "min_p": (int, float),
     }
     return {

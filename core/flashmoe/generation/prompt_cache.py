@@ -1,30 +1,57 @@
-"""States of prompts that were read, held in memory: a longer prompt goes on from one.
+"""Keep the states of prompts that were prefilled, in memory and on disk: a longer prompt continues.
 
-A state is mlx-lm's prompt cache (keys and values, recurrent states) at one place of a token
-sequence. Recurrent states cannot be cut back, so a state serves prompts that begin with exactly
-its tokens, and is known by their hash. Many conversations may lie side by side.
+An entry is mlx-lm's prompt cache (keys and values, recurrent states) at one position of a token
+sequence. Recurrent states cannot be trimmed, so an entry serves prompts that begin with exactly its
+tokens and is found by their hash; mlx-lm's LRUPromptCache, which looks for the longest common
+prefix and trims, does not apply. Entries of many conversations may be kept side by side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import logging
+import os
+import re
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..checkpoint.safetensors_header import read_header
+from ..errors import CheckpointError
+from ..files import replacing
+from ..options import PROMPT_STORE_NBYTES
 
-def key(identity: str, tokens: list[int]) -> str:
-    """The name of a state: of the model and settings that made it, and of its tokens."""
+log = logging.getLogger("flashmoe")
+
+#: The environment variable that names the directory of the files.
+ENV = "FLASHMOE_CACHE"
+
+_NAME = re.compile(r"(?P<digest>[0-9a-f]{40})-(?P<tokens>\d{1,9})\.safetensors")
+_SUFFIX = ".safetensors"
+_DIGEST = "flashmoe_sha256"
+# The age of files that were left by a process that died while writing.
+_STALE_SECONDS = 3600
+
+
+def entry_name(identity: str, tokens: list[int]) -> str:
+    """Return the name of an entry, from what made it and from its tokens.
+
+    Args:
+        identity: of the model and settings; see `prompt.state_identity`.
+    """
     digest = hashlib.sha256(identity.encode())
     digest.update(np.array(tokens, np.int64).tobytes())
     return f"{digest.hexdigest()[:40]}-{len(tokens)}"
 
 
-def nbytes(cache: list[Any]) -> int:
-    """Bytes of a state's arrays."""
+def entry_nbytes(cache: list[Any]) -> int:
+    """Return the bytes of an entry's arrays."""
     return sum(c.nbytes for c in cache)
 
 
@@ -35,10 +62,10 @@ class _Entry:
 
 
 class PromptCache:
-    """The states in memory, the least recently used leaving first.
+    """The entries in memory; the least recently used leaves first.
 
     Args:
-        budget: bytes of all states together.
+        budget: bytes of all entries together.
     """
 
     def __init__(self, budget: int):
@@ -50,10 +77,11 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all entries."""
         return sum(e.nbytes for e in self._entries.values())
 
     def get(self, name: str) -> list[Any] | None:
-        """A state to go on from. It is a copy: generation changes what it is given."""
+        """Return a copy of an entry, or None. Generation changes the cache that it is given."""
         entry = self._entries.get(name)
         if entry is None:
             return None
@@ -62,10 +90,12 @@ class PromptCache:
         return copy.deepcopy(entry.cache)
 
     def put(self, name: str, cache: list[Any]) -> None:
-        """Keep an evaluated state, of which nobody else writes to this copy. One that is larger
-        than the budget is not kept."""
+        """Keep an evaluated cache, to which nobody else writes.
+
+        One that is larger than the budget is not kept.
+        """
         self._entries.pop(name, None)
-        entry = _Entry(cache, nbytes(cache))
+        entry = _Entry(cache, entry_nbytes(cache))
         if entry.nbytes > self.budget:
             return
         self._entries[name] = entry
@@ -73,4 +103,154 @@ class PromptCache:
             self._entries.popitem(last=False)
 
     def clear(self) -> None:
+        """Drop all entries."""
         self._entries.clear()
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """A file of the store.
+
+    Attributes:
+        tokens: the number of its tokens.
+        nbytes: its size.
+        used: when it was last used, in seconds of Unix time.
+    """
+
+    path: Path
+    tokens: int
+    nbytes: int
+    used: float
+
+
+def default_directory() -> Path:
+    """Return $FLASHMOE_CACHE, or the platform's directory for caches."""
+    if ENV in os.environ:
+        return Path(os.environ[ENV])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "flashmoe" / "prompts"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "flashmoe" / "prompts"
+
+
+class PromptStore:
+    """The entries on disk, so that another process continues a conversation.
+
+    Each is one safetensors file, written by mlx-lm and named by `entry_name`. A file is written
+    under another name and renamed, the least recently used leaves first, and a file that is not
+    complete, or not flashmoe's, is left alone with a warning. Files hold conversations, so only
+    their owner may read them. No method raises for what the disk does: a cache that does not work
+    costs time, not answers.
+
+    Args:
+        directory: made when the first entry is written. None: `default_directory`.
+        limit: bytes of all files together.
+    """
+
+    def __init__(self, directory: Path | None = None, limit: int = PROMPT_STORE_NBYTES):
+        self.directory = directory or default_directory()
+        self.limit = limit
+
+    def entries(self) -> list[StoredEntry]:
+        """Return the files, the least recently used first."""
+        entries = []
+        with contextlib.suppress(OSError):
+            for file in os.scandir(self.directory):
+                match = _NAME.fullmatch(file.name)
+                if match:
+                    with contextlib.suppress(OSError):  # another process removed it
+                        stat = file.stat()
+                        path, tokens = Path(file.path), int(match["tokens"])
+                        entries.append(StoredEntry(path, tokens, stat.st_size, stat.st_mtime))
+        return sorted(entries, key=lambda e: e.used)
+
+    def get(self, name: str, like: list[Any]) -> list[Any] | None:
+        """Return the entry of that name, or None.
+
+        Args:
+            like: the model's own empty cache: an entry of other classes or another length does not
+                belong to this model.
+        """
+        path = self.directory / f"{name}{_SUFFIX}"
+        if not path.exists():
+            return None
+        try:
+            cache = _read(path, like)
+        except Exception as e:  # whatever a file holds, it must not cost the answer
+            log.warning("%s is not a usable prompt cache (%s): it is ignored", path, e)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return cache
+
+    def put(self, name: str, cache: list[Any]) -> None:
+        """Write an entry, unless there is a file of that name, and keep to the limit."""
+        path = self.directory / f"{name}{_SUFFIX}"
+        if entry_nbytes(cache) > self.limit:
+            return
+        try:
+            if path.exists():
+                os.utime(path)
+                return
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._write(path, cache)
+            self.trim()
+        except (OSError, RuntimeError) as e:
+            log.warning("the prompt cache could not be written to %s: %s", path, e)
+
+    def trim(self) -> None:
+        """Remove the least recently used files until all fit, and what killed writers left."""
+        entries = self.entries()
+        total = sum(e.nbytes for e in entries)
+        for entry in entries:
+            if total <= self.limit:
+                break
+            entry.path.unlink(missing_ok=True)
+            total -= entry.nbytes
+        newest = max((e.used for e in entries), default=0)
+        for path in self.directory.glob(f".*{_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < newest - _STALE_SECONDS:
+                    path.unlink()
+
+    def clear(self) -> int:
+        """Remove all files; return the bytes that were freed."""
+        entries = self.entries()
+        for entry in entries:
+            entry.path.unlink(missing_ok=True)
+        return sum(e.nbytes for e in entries)
+
+    def _write(self, path: Path, cache: list[Any]) -> None:
+        from mlx_lm.models.cache import save_prompt_cache
+
+        # Not durable: a file that a crash left incomplete fails its digest and is ignored.
+        with replacing(path, concurrent=True, durable=False) as partial:
+            save_prompt_cache(str(partial), cache, {_DIGEST: _digest(cache)})
+            os.chmod(partial, 0o600)
+
+
+def _read(path: Path, like: list[Any]) -> list[Any]:
+    from mlx_lm.models.cache import load_prompt_cache
+
+    read_header(path)  # complete, and its ranges inside the file, before anything trusts it
+    cache, metadata = load_prompt_cache(str(path), return_metadata=True)
+    if [type(c) for c in cache] != [type(c) for c in like]:
+        raise CheckpointError("it belongs to another model")
+    if metadata.get(_DIGEST) != _digest(cache):
+        raise CheckpointError("its bytes are not those that were written")
+    return cache
+
+
+def _digest(cache: list[Any]) -> str:
+    """Return a hash of the arrays of an entry, with their shapes and dtypes."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    digest = hashlib.sha256()
+    for name, value in tree_flatten([c.state for c in cache]):
+        if isinstance(value, mx.array):
+            digest.update(f"{name} {value.dtype} {value.shape};".encode())
+            digest.update(memoryview(mx.contiguous(value).view(mx.uint8)))
+        else:
+            digest.update(f"{name} {value!r};".encode())
+    return digest.hexdigest()

@@ -1,14 +1,15 @@
-"""From logits to the next token. Knows no text.
+"""Sample the next token from logits. Knows no text.
 
 mlx-lm's `generate_step` computes one token more than it is asked for, in the background. With
 experts on a disk that token costs what every other one costs, and the router is waited for in each
-layer anyway. So the loop is ours; samplers and penalties are mlx-lm's.
+layer anyway. So the generation loop is flashmoe's; samplers and penalties are mlx-lm's.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -18,18 +19,18 @@ PENALTY_TOKENS = 20
 
 
 class Sampler:
-    """How one answer's tokens are picked.
+    """Samples the tokens of one answer.
 
     Args:
         settings: arguments of mlx-lm's make_sampler.
         repetition_penalty: None is off.
-        seed: of its draws, which no other answer changes.
-        history: tokens so far.
+        seed: of the answer's draws, which no other answer changes.
+        history: tokens of the prompt and of the answer so far.
     """
 
     def __init__(
         self,
-        settings: dict[str, float],
+        settings: dict[str, Any],
         repetition_penalty: float | None,
         seed: int,
         history: Sequence[int],
@@ -41,12 +42,12 @@ class Sampler:
         self._seeds = random.Random(seed)
         self._history = list(history[-PENALTY_TOKENS:])
 
-    def took(self, tokens: list[int]) -> None:
-        """Tokens that the answer goes on with."""
+    def record(self, tokens: list[int]) -> None:
+        """Add tokens that the answer goes on with to the history."""
         self._history = [*self._history, *tokens][-PENALTY_TOKENS:]
 
-    def pick(self, logits: mx.array, mask: Callable[[mx.array], mx.array]) -> int:
-        """Sample a token that `mask` lets through. logits: (1, vocabulary)."""
+    def sample(self, logits: mx.array, mask: Callable[[mx.array], mx.array]) -> int:
+        """Return a token that `mask` allows. logits: (1, vocabulary)."""
         for processor in self._processors:
             logits = processor(mx.array(self._history), logits)
         logits = mask(logits)

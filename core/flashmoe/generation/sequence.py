@@ -1,4 +1,4 @@
-"""One answer of those that go through the model together: a row of the batch."""
+"""Advance one sequence of the batch: first its prompt is prefilled, then its answer grows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import OutputError
 from ..events import End
-from ..memory.budget import peak
+from ..memory.system import peak
 from ..models.layerwise import Chunk, ChunkResult
 from ..models.qwen_moe import StreamingMoE, StreamingStats
 from .answer import AnswerState
@@ -23,125 +23,145 @@ CONTEXT_AHEAD = 1024
 
 
 class ActiveSequence:
-    """An answer under way. First its prompt is read, then it grows by a token a step, or by several
-    when a grammar leaves no choice.
+    """A prompt and its answer, with their own prompt cache and sampler.
+
+    The answer grows by a token a step, or by several when a grammar leaves no choice.
 
     Args:
+        answer: limits, constraint and events of the answer.
+        prefill: the prompt on its way into the model.
         experts: K.
-        forced: tokens that the answer begins with, whatever the model says; `reading` has them.
+        forced: tokens that the answer begins with, whatever the model says; `prefill` has them.
+
+    Attributes:
+        reserved: tokens of context for which memory is set aside.
     """
 
     def __init__(
         self,
         model: StreamingMoE,
-        turn: AnswerState,
-        reading: PromptPrefill,
-        sampling: Sampler,
+        answer: AnswerState,
+        prefill: PromptPrefill,
+        sampler: Sampler,
         experts: int,
         forced: list[int],
     ):
-        self.turn = turn
-        self.reading = reading
+        self.answer = answer
+        self.prefill = prefill
         self.experts = experts
         self.reserved = 0
         self._model = model
-        self._sampling = sampling
+        self._sampler = sampler
         self._forced = forced
         self._next: list[int] = []
-        self._grown = reading.context
-        self._first: float | None = None
+        self._context = prefill.context
+        self._first_token: float | None = None
         self._steps = 0
-        self._beside = 1
+        self._batch = 1
         self._needed = self._loaded = self._bytes = self._waited = 0.0
 
     @property
-    def reads(self) -> bool:
-        """Whether its prompt is still being read."""
-        return bool(self.reading.left)
+    def in_prefill(self) -> bool:
+        """Whether its prompt is still being prefilled."""
+        return bool(self.prefill.left)
 
     @property
     def context(self) -> int:
         """Tokens in its cache when the step under way is done."""
-        return self._grown
+        return self._context
 
     @property
-    def most_context(self) -> int:
-        """Tokens that memory has to be there for before it begins. An answer that grows longer
-        takes more from the slots."""
-        return self.reading.context + min(self.turn.max_tokens, CONTEXT_AHEAD)
+    def planned_context(self) -> int:
+        """Tokens that memory must be available for before it begins.
 
-    def piece(self) -> Chunk:
-        """The tokens of the answer that go through the model next."""
-        return Chunk(self._next, self.reading.cache, step=True)
+        An answer that grows longer takes more memory from the slots.
+        """
+        return self.prefill.context + min(self.answer.max_tokens, CONTEXT_AHEAD)
 
-    def logits(self) -> mx.array:
-        """A step that no other row shares: (1, vocabulary). It is the model's own call."""
-        logits = self._model.next_logits(self._next, self.reading.cache)
-        mx.eval(logits, [c.state for c in self.reading.cache])
+    def next_chunk(self) -> Chunk:
+        """Return the tokens of the answer that go through the model next."""
+        return Chunk(self._next, self.prefill.cache, step=True)
+
+    def next_logits(self) -> mx.array:
+        """Do a step that no other sequence shares, by the model's own call: (1, vocabulary)."""
+        logits = self._model.next_logits(self._next, self.prefill.cache)
+        mx.eval(logits, [c.state for c in self.prefill.cache])
         return logits
 
-    def shared(self, stats: StreamingStats, rows: int) -> None:
-        """Count its part of what a step of so many rows took."""
-        self._beside = max(self._beside, rows)
-        self._needed += stats.needed / rows
-        self._loaded += stats.loaded / rows
-        self._bytes += stats.reads.bytes / rows
-        self._waited += stats.reads.wait_seconds / rows
+    def add_stats(self, stats: StreamingStats, sequences: int) -> None:
+        """Add this sequence's share of what a step of `sequences` sequences read."""
+        self._batch = max(self._batch, sequences)
+        self._needed += stats.needed / sequences
+        self._loaded += stats.loaded / sequences
+        self._bytes += stats.reads.bytes / sequences
+        self._waited += stats.reads.wait_seconds / sequences
 
-    def was_read(self, swept: Sequence[ChunkResult]) -> str | None:
-        """Pieces of its prompt were. Why the answer is over, if it is."""
-        self.reading.took(swept)
-        if self.reads:
+    def record_prefill(self, results: Sequence[ChunkResult]) -> str | None:
+        """Record prompt chunks that were just processed; sample when they were the last ones.
+
+        Returns:
+            The finish reason, or None when the answer goes on.
+        """
+        self.prefill.record(results)
+        if self.in_prefill:
             return None
         self._steps = 1
-        self._first = perf_counter()
-        self.turn.take(self._forced, forced=len(self._forced))
-        return self.turn.over() or self.take(self.reading.logits, step=False)
+        self._first_token = perf_counter()
+        self.answer.emit_tokens(self._forced, forced=len(self._forced))
+        assert self.prefill.logits is not None, "the whole prompt is prefilled"
+        return self.answer.finish_reason() or self._sample(self.prefill.logits)
 
-    def take(self, logits: mx.array, *, step: bool = True) -> str | None:
-        """Pick the next token. Why the answer is over, if it is: "stop" or "length"."""
-        self._steps += step
-        turn = self.turn
-        token = self._sampling.pick(logits, turn.constraint.mask)
-        if turn.constraint.ends(token):
+    def sample_next(self, logits: mx.array) -> str | None:
+        """Sample the next token from the logits (1, vocabulary) of a step.
+
+        Returns:
+            The finish reason, "stop" or "length", or None when the answer goes on.
+        """
+        self._steps += 1
+        return self._sample(logits)
+
+    def _sample(self, logits: mx.array) -> str | None:
+        answer = self.answer
+        token = self._sampler.sample(logits, answer.constraint.mask)
+        if answer.constraint.is_end(token):
             return "stop"
-        self._next = turn.within_limit([token, *turn.constraint.accept(token)])
-        self._sampling.took(self._next)
-        turn.take(self._next, forced=len(self._next) - 1)
-        self._grown += len(self._next)
-        return turn.over()
+        self._next = answer.within_limit([token, *answer.constraint.accept(token)])
+        self._sampler.record(self._next)
+        answer.emit_tokens(self._next, forced=len(self._next) - 1)
+        self._context += len(self._next)
+        return answer.finish_reason()
 
-    def end(self, reason: str, checkpoint: Checkpoint) -> None:
+    def finish(self, reason: str, checkpoint: Checkpoint) -> None:
         """Emit what was held back and the End.
 
         Raises:
             OutputError: the answer is not what its format or tool_choice asks for.
         """
-        now, turn = perf_counter(), self.turn
-        first = self._first or now
+        now, answer = perf_counter(), self.answer
+        first = self._first_token or now
         end = End(
             finish_reason=reason,
-            prompt_tokens=len(turn.prompt.tokens),
-            cached_tokens=0 if self.reads else self.reading.cached,
-            generated_tokens=turn.generated,
-            reasoning_tokens=turn.thought,
-            forced_tokens=turn.forced,
+            prompt_tokens=len(answer.prompt.tokens),
+            cached_tokens=0 if self.in_prefill else self.prefill.cached,
+            generated_tokens=answer.generated,
+            reasoning_tokens=answer.reasoning,
+            forced_tokens=answer.forced,
             steps=self._steps,
-            prompt_seconds=first - turn.started,
+            prompt_seconds=first - answer.started,
             seconds=now - first,
-            batch=self._beside,
+            batch=self._batch,
             experts=self.experts,
             trained_experts=checkpoint.top_k,
             bits=checkpoint.expert_bits,
             activations=self._model.activations,
-            ops=self._model.ops,
+            ops=self._model.backend.name,
             hit_rate=1 - self._loaded / self._needed if self._needed else 0.0,
             bytes_read=round(self._bytes),
             wait_seconds=self._waited,
             peak_nbytes=peak(),
         )
         try:
-            turn.emit(replace(end, finish_reason=turn.finish(reason)))
+            answer.emit(replace(end, finish_reason=answer.finish(reason)))
         except OutputError as e:
             e.end = end
             raise

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import user_dirs as user_files
+from .. import user_dirs
 from ..errors import RegistryError
 
 log = logging.getLogger("flashmoe")
@@ -36,7 +36,7 @@ class Registered:
 
 def file() -> Path:
     """The registry's file."""
-    return user_files.directory() / "models.json"
+    return user_dirs.settings_directory() / "models.json"
 
 
 def models() -> list[Registered]:
@@ -131,6 +131,6 @@ def _read() -> dict:
 
 def _write(models: dict) -> None:
     try:
-        user_files.write_json(file(), {"version": 1, "models": models})
+        user_dirs.write_settings(file(), {"version": 1, "models": models})
     except OSError as e:
         raise RegistryError(f"{file()} cannot be written: {e}") from e

@@ -1,7 +1,7 @@
-"""MoE blocks for few tokens on a GPU: router, experts, shared expert and residual in four launches.
+"""Compute MoE blocks for few tokens on a GPU in four launches, with the residual sum.
 
-A block of mlx-lm's becomes one of these in place. Many tokens are computed as in the blocks of
-`flashmoe.models.qwen_moe`, also beside pieces of few.
+The blocks of `flashmoe.models.qwen_moe` are replaced by these subclasses of theirs. Many tokens are
+computed as in those blocks, also beside inputs of few tokens.
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ import numpy as np
 from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.router import router
 
+from ..ops.gpu.block import KernelBlock
 from ..ops.gpu.fused import MOST_ROWS, SharedExpert
 from ..ops.gpu.joined import Joined, matrix_of
+from ..ops.recast import recast
+from ..streaming.block import StartedCall
 from ..streaming.device_copy import Mailbox
 from .qwen_moe import RoutedBlock, SharedExpertBlock, route
 
 
-class _FusedBlock(Joined):
-    """Its parts are the router's logits, and those of the shared expert's gate."""
+class _FusedBlock(Joined, KernelBlock):
+    """A block whose parts are the router's logits and those of the shared expert's gate."""
 
-    def prepare(self) -> None:
+    num_experts: int
+    norm_topk_prob: bool
+
+    def join_projections(self) -> None:
         self.join(("gate",))
 
     def gate(self, x: mx.array) -> mx.array:
+        """Return the router's logits, as mlx-lm's forward asks for them."""
         return self._parts[0].of(self.products(x))
 
-    def sweep(
-        self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None] | None = None
+    def apply(
+        self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
-        """The block applied to pieces, whose experts are read once for all of them, each with its
-        residual added if it has one."""
-        return self._sweep(xs, residuals or [None] * len(xs))
-
-    def with_residual(self, x: mx.array, residual: mx.array) -> mx.array:
-        """residual + block(x)."""
-        return next(self._sweep([x], [residual]))
-
-    def _sweep(self, xs, residuals) -> Iterator[mx.array]:
         few = [self._is_few(x) for x in xs]
         return self._few(xs, residuals) if all(few) else self._mixed(xs, residuals, few)
 
@@ -52,14 +50,16 @@ class _FusedBlock(Joined):
 
     def _few(self, xs, residuals) -> Iterator[mx.array]:
         rows = [_rows(x) for x in xs]
-        routed = [self.route(x) for x in rows]
+        routed = [self.choose_experts(x) for x in rows]
         results = self.routed_sums(rows, routed, residuals)
         return (y.reshape(x.shape) for x, y in zip(xs, results, strict=True))
 
     def _mixed(self, xs, residuals, few: Sequence[bool]) -> Iterator[mx.array]:
-        """Each piece goes the way that it goes alone: the two round differently."""
+        """Compute each input in the way that it has alone: the two ways round differently."""
         rows = [_rows(x) if f else x for x, f in zip(xs, few, strict=True)]
-        routed = [self.route(x) if f else route(self, x) for x, f in zip(rows, few, strict=True)]
+        routed = [
+            self.choose_experts(x) if f else route(self, x) for x, f in zip(rows, few, strict=True)
+        ]
         call = self.switch_mlp.start([(x, r[0]) for x, r in zip(rows, routed, strict=True)])
         extras, shared = [], []
         for x, r, residual, f in zip(xs, routed, residuals, few, strict=True):
@@ -69,7 +69,9 @@ class _FusedBlock(Joined):
         mx.async_eval([s for s in shared if s is not None])
         return self._mixed_sums(call, xs, routed, extras, shared, residuals, few)
 
-    def _mixed_sums(self, call, xs, routed, extras, shared, residuals, few) -> Iterator[mx.array]:
+    def _mixed_sums(
+        self, call: StartedCall, xs, routed, extras, shared, residuals, few
+    ) -> Iterator[mx.array]:
         results = call.finish([r[1] for r in routed], extras)
         for x, y, s, residual, f in zip(xs, results, shared, residuals, few, strict=True):
             if not f:
@@ -77,22 +79,27 @@ class _FusedBlock(Joined):
                 y = y if residual is None else residual + y
             yield y.reshape(x.shape)
 
+    def shared(self, x: mx.array) -> mx.array | None:
+        """Return what the shared expert adds to many tokens, None without a shared expert."""
+        raise NotImplementedError
+
+    @property
+    def _matrices(self) -> Sequence[Matrix] | None:
+        """The shared expert's gate, up and down; None when the kernels cannot read one of them."""
+        raise NotImplementedError
+
     @property
     def fits_kernels(self) -> bool:
-        """Whether one token can go through `route` and one of the two sums."""
         return self._matrices is not None
 
-    def route(self, x: mx.array) -> list[mx.array]:
-        """The router's choice for rows x (..., hidden), and the products that it comes from:
-        indices and scores (..., top_k), products."""
+    def choose_experts(self, x: mx.array) -> list[mx.array]:
         products = self.products(x)
         logits = products[0]
-        normalise = bool(self.norm_topk_prob)
         choice = router(
             logits,
             self.top_k,
             experts=self.num_experts,
-            normalise=normalise,
+            normalise=bool(self.norm_topk_prob),
             mailbox=self._mailbox and self._mailbox.address,
         )
         return [*choice, *products]
@@ -102,41 +109,58 @@ class _FusedBlock(Joined):
         return self.switch_mlp.mailbox(MOST_ROWS * self.num_experts)
 
     def _look(self, indices: mx.array) -> np.ndarray:
+        """Copy the router's choice from the mailbox."""
+        assert self._mailbox is not None, "this GPU shares its memory with the host"
         return self._mailbox.words[: indices.size].copy()
 
-    def settled_sum(self, x: mx.array, routed: list[mx.array], residual) -> mx.array:
-        """The block applied to rows x (..., hidden), when every expert is in the slot of its
-        number; lazy."""
+    def resident_sum(
+        self, x: mx.array, routed: list[mx.array], residual: mx.array | None
+    ) -> mx.array:
         indices, scores, *products = routed
-        work = self.switch_mlp.work(x, indices)
-        return work.combined(scores, **self._extra(products, residual))
+        work = self.switch_mlp.start_resident(x, indices)
+        return work.combined_with(scores, **self._extra(products, residual))
 
-    def routed_sums(self, xs, routed, residuals) -> Iterator[mx.array]:
-        """The block applied to each of several inputs of rows, whatever is resident."""
+    def routed_sums(
+        self,
+        xs: Sequence[mx.array],
+        routed: Sequence[list[mx.array]],
+        residuals: Sequence[mx.array | None],
+    ) -> Iterator[mx.array]:
         switch = self.switch_mlp
-        if len(xs) == len(xs[0]) == 1 and switch.settled:
-            switch.enter(self.top_k)
-            return iter([self.settled_sum(xs[0], routed[0], residuals[0])])
-        # Of several inputs, the last one's choice would be all that is left there.
-        look = {"look": self._look} if self._mailbox and len(xs) == 1 else {}
-        call = switch.start([(x, r[0]) for x, r in zip(xs, routed, strict=True)], **look)
+        if len(xs) == len(xs[0]) == 1 and switch.fully_resident:
+            switch.enter_resident(self.top_k)
+            return iter([self.resident_sum(xs[0], routed[0], residuals[0])])
+        # The mailbox holds one routing result, that of the last router: so it cannot serve
+        # several inputs.
+        by_mailbox = self._mailbox is not None and len(xs) == 1
+        call = switch.start(
+            [(x, r[0]) for x, r in zip(xs, routed, strict=True)],
+            look=self._look if by_mailbox else np.array,
+        )
         extras = [self._extra(r[2:], s) for r, s in zip(routed, residuals, strict=True)]
-        return _when_asked(call, [r[1] for r in routed], extras)
+        return _finish_late(call, [r[1] for r in routed], extras)
 
     def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
-        """What the sum takes besides the routed experts."""
+        """Return what the sum takes besides the routed experts."""
         return {} if residual is None else {"residual": residual}
 
 
 class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
-    def prepare(self) -> None:
+    """The block of qwen3_next and qwen3_5_moe."""
+
+    def join_projections(self) -> None:
         self.join(("gate", "shared_expert_gate"))
 
     def shared_expert_gate(self, x: mx.array) -> mx.array:
+        """Return the logit of the shared expert's gate, as mlx-lm's forward asks for it."""
         return self._parts[1].of(self.products(x))
+
+    def shared(self, x: mx.array) -> mx.array:
+        return SharedExpertBlock.shared(self, x)
 
     def _extra(self, products, residual) -> dict[str, Any]:
         part = self._parts[1]
+        assert self._matrices is not None, "the kernels cannot read the shared expert"
         shared = SharedExpert(*self._matrices, products[part.product], part.start)
         return {"shared": shared} | super()._extra(products, residual)
 
@@ -147,13 +171,16 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
 
 
 class FusedRoutedBlock(_FusedBlock, RoutedBlock):
+    """The block of qwen3_moe."""
+
     _matrices = ()
 
     def shared(self, x: mx.array) -> None:
-        """There is no shared expert."""
+        """Return None: there is no shared expert."""
 
 
-def _when_asked(call, scores, extras) -> Iterator[mx.array]:
+def _finish_late(call: StartedCall, scores, extras) -> Iterator[mx.array]:
+    """Finish a call when its first result is asked for."""
     yield from call.finish(scores, extras)
 
 
@@ -162,18 +189,27 @@ def _rows(x: mx.array) -> mx.array:
 
 
 def _matrices(layers: Sequence[nn.Module]) -> list[Matrix] | None:
-    """The weights of layers, None when our kernels cannot read one."""
-    found = [matrix_of(layer) for layer in layers]
-    return None if None in found else found
+    """Return the weights of layers, None when the kernels cannot read one of them."""
+    matrices = [matrix_of(layer) for layer in layers]
+    readable = [matrix for matrix in matrices if matrix is not None]
+    return readable if len(readable) == len(matrices) else None
 
 
-_CLASSES = {SharedExpertBlock: FusedSharedBlock, RoutedBlock: FusedRoutedBlock}
+_CLASSES: dict[type[nn.Module], type[_FusedBlock]] = {
+    SharedExpertBlock: FusedSharedBlock,
+    RoutedBlock: FusedRoutedBlock,
+}
 
 
-def prepare(model: nn.Module) -> None:
-    """Let the blocks of a loaded model compute in this way, evaluated or not."""
-    for module in model.modules():
+def recast_blocks(model: nn.Module) -> None:
+    """Replace the MoE blocks of a loaded model, evaluated or not, where the kernels can read them.
+
+    To be called before the dense layers are replaced, because only plain layers are joined.
+    """
+
+    def choose(path: str, module: nn.Module) -> type[nn.Module] | None:
         ours = _CLASSES.get(type(module))
-        if ours is not None and module.switch_mlp.fused:
-            module.__class__ = ours
-            module.prepare()
+        return ours if ours is not None and module.switch_mlp.has_kernels else None
+
+    for block in recast(model, choose):
+        block.join_projections()

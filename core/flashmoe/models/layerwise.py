@@ -1,47 +1,45 @@
-"""Takes pieces of token sequences through the model, layer by layer. Knows no text.
+"""Take chunks of token sequences through a model layer by layer. Knows no text.
 
-A sweep takes several pieces through one layer before the next layer begins, so each expert is read
+A pass takes several chunks through one layer before the next layer begins, so each expert is read
 once for all of them: a prompt of 4,096 tokens needs most experts of every layer, and would read
-them all eight times if each piece of 512 tokens went through the whole model alone. The pieces may
-be of one sequence or of several. A piece goes through attention and through its experts as if it
-were alone: attention rounds by the size of a piece, and experts by how many of its tokens they
-have. So the split of a sequence into pieces settles every bit of what comes out, and the split of
-pieces into sweeps, or what else is in one, none. Where the ops can, pieces of one token are one
-array, which costs less and gives the same bits.
+them all eight times if each chunk of 512 tokens went through the whole model alone. The chunks may
+belong to one sequence or to several. A chunk goes through attention and through its experts as if
+it were alone: attention rounds by the size of a chunk, and experts by how many of its tokens they
+have. So the split of a sequence into chunks determines every bit of what comes out; the split of
+chunks into passes, and what else is in a pass, changes none. Where the backend can, chunks of one
+token are one array, which costs less and gives the same bits.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
-from ..events import Progress
 from ..memory.footprint import CHUNK_TOKENS
+from ..streaming.block import ExpertBlock
+from ..streaming.compute import Backend
 from .qwen_moe import StreamingMoE
 
-#: Pieces of prompts in a sweep.
+#: The most chunks of prompts in a pass.
 MAX_CHUNKS = 64
-
-#: Seconds between two reports from inside a sweep.
-REPORT_SECONDS = 0.25
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tokens that go through the model at one time.
+    """Tokens of one sequence that go through the model at one time.
 
     Attributes:
-        cache: mlx-lm's prompt cache of their sequence, which takes them.
-        step: they are of an answer, and are computed as a call of the model computes them, which
+        tokens: their ids.
+        cache: mlx-lm's prompt cache of the sequence, which takes them.
+        step: they belong to an answer, and are computed as a call of the model computes them, which
             on a GPU is not as those of a prompt are.
-        keep: copy the state after them.
+        keep: copy the prompt cache after them.
     """
 
     tokens: Sequence[int]
@@ -52,84 +50,89 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class ChunkResult:
-    """What a sweep left of a piece.
+    """What a pass left of a chunk.
 
     Attributes:
         hidden: (1, 1, hidden), normed, of its last token.
         state: a copy of the prompt cache after it, if it was asked for.
     """
 
-    piece: Chunk
+    chunk: Chunk
     hidden: mx.array
     state: list[Any] | None
 
 
 def split(tokens: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
-    """Pieces of at most PIECE_TOKENS tokens, none across one of the cuts, which ascend."""
-    pieces = []
+    """Split tokens into chunks of at most CHUNK_TOKENS, none across one of the ascending cuts."""
+    chunks = []
     for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
         for first in range(start, stop, CHUNK_TOKENS):
-            pieces.append(list(tokens[first : min(stop, first + CHUNK_TOKENS)]))
-    return pieces
+            chunks.append(list(tokens[first : min(stop, first + CHUNK_TOKENS)]))
+    return chunks
 
 
 def prefill(
     model: StreamingMoE,
-    pieces: Sequence[list[int]],
+    chunks: Sequence[list[int]],
     cache: list[Any],
     *,
     limit: int = CHUNK_TOKENS,
     keep: Collection[int] = (),
 ) -> Iterator[list[ChunkResult]]:
-    """Take the pieces of a prompt into its cache, sweep by sweep.
+    """Take the chunks of a prompt into its cache, pass by pass; yield what each pass left.
 
     Args:
-        limit: tokens of a sweep; a piece alone may have more.
-        keep: numbers of the pieces after which the state is copied.
+        limit: tokens of a pass; a single chunk may have more.
+        keep: numbers of the chunks after which the prompt cache is copied.
     """
-    left = [Chunk(tokens, cache, keep=i in keep) for i, tokens in enumerate(pieces)]
+    left = [Chunk(tokens, cache, keep=i in keep) for i, tokens in enumerate(chunks)]
     while left:
-        count = fitting(left, limit)
-        yield sweep(model, left[:count])
+        count = chunks_within(left, limit)
+        yield run_pass(model, left[:count])
         left = left[count:]
 
 
-def fitting(pieces: Sequence[Chunk], limit: int) -> int:
-    """How many of the pieces have at most `limit` tokens together; one at least."""
+def chunks_within(chunks: Sequence[Chunk], limit: int) -> int:
+    """Return how many of the first chunks have at most `limit` tokens together; at least one."""
     count = 1
     while (
-        count < min(len(pieces), MAX_CHUNKS)
-        and sum(len(p.tokens) for p in pieces[: count + 1]) <= limit
+        count < min(len(chunks), MAX_CHUNKS)
+        and sum(len(c.tokens) for c in chunks[: count + 1]) <= limit
     ):
         count += 1
     return count
 
 
-def sweep(model: StreamingMoE, pieces: Sequence[Chunk]) -> list[ChunkResult]:
-    """Take pieces into their caches. Those of one sequence are in its order."""
-    if not _in_halves(model, pieces):
-        (run,) = runs = [_Run(model, pieces)]
+def run_pass(model: StreamingMoE, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    """Take chunks into their caches; those of one sequence are given in its order."""
+    if not _in_halves(model, chunks):
+        (run,) = runs = [_Pass(model, chunks)]
         for _ in run.phases():
             pass
     else:
-        middle = len(pieces) // 2
-        runs = [_Run(model, part) for part in (pieces[:middle], pieces[middle:])]
+        middle = len(chunks) // 2
+        runs = [_Pass(model, part) for part in (chunks[:middle], chunks[middle:])]
         first, second = (run.phases() for run in runs)
-        # One half looks at its attention while the other one's experts are read.
+        # One half computes its attention while the other one's experts are read.
         next(first)
         while next(first, _OVER) is not _OVER:
             next(second)
         for _ in second:
             pass
-    return [swept for run in runs for swept in run.end()]
+    return [result for run in runs for result in run.results()]
 
 
-def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
-    """The hidden states (1, tokens, hidden), normed, of texts that know nothing of each other: one
-    sweep, so that each expert is read once for all of them. Each has at most PIECE_TOKENS tokens,
-    and the same bits as if it were alone."""
+def hidden_states(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
+    """Return the hidden states of unrelated texts, computed in one pass.
+
+    Each expert is read once for all of the texts. A text has at most CHUNK_TOKENS tokens, and the
+    bits that it has alone.
+
+    Returns:
+        (1, tokens, hidden) of each text, normed.
+    """
     no_cache = [None] * len(model.layers)  # nothing comes after these texts
-    run = _Run(model, [Chunk(text, no_cache) for text in texts])
+    run = _Pass(model, [Chunk(text, no_cache) for text in texts])
     for _ in run.phases():
         pass
     return run.all_hidden()
@@ -138,31 +141,32 @@ def together(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.array]:
 _OVER = object()
 
 
-def _in_halves(model: StreamingMoE, pieces: Sequence[Chunk]) -> bool:
-    """Answers of several sequences, whose experts need not leave for each other's."""
+def _in_halves(model: StreamingMoE, chunks: Sequence[Chunk]) -> bool:
+    """Whether all are of answers, whose experts need not leave for each other's."""
     return (
-        len(pieces) > 1
-        and all(piece.step for piece in pieces)
-        and sum(len(piece.tokens) for piece in pieces) * model.experts <= model.room.slots
+        len(chunks) > 1
+        and all(chunk.step for chunk in chunks)
+        and sum(len(chunk.tokens) for chunk in chunks) * model.experts
+        <= model.elastic_slots.per_layer
     )
 
 
-class _Run:
-    """Pieces on their way through the layers, in groups that are one array each."""
+class _Pass:
+    """Chunks on their way through the layers, in groups that are one array each."""
 
-    def __init__(self, model: StreamingMoE, pieces: Sequence[Chunk]):
+    def __init__(self, model: StreamingMoE, chunks: Sequence[Chunk]):
+        self._backend = model.backend
         self._inner = model.text.model
-        self._pieces = pieces
-        self._groups = _groups(pieces, model.stacks)
+        self._chunks = chunks
+        self._groups = _groups(chunks, model.backend.stacks_sequences)
         self._hidden = [
-            self._inner.embed_tokens(mx.array([piece.tokens for piece in group]))
+            self._inner.embed_tokens(mx.array([chunk.tokens for chunk in group]))
             for group in self._groups
         ]
-        self._states: dict[Chunk, list[Any]] = {piece: [] for piece in pieces}
+        self._states: dict[Chunk, list[Any]] = {chunk: [] for chunk in chunks}
 
     def phases(self) -> Iterator[None]:
-        """Three for each layer: attention was computed; the reads have been started; its experts
-        were computed."""
+        """Yield thrice a layer: when attention is computed, reads are started, experts are done."""
         hidden, steps = self._hidden, [group[0].step for group in self._groups]
         for index, layer in enumerate(self._inner.layers):
             normed = [self._attend(i, index, layer) for i in range(len(hidden))]
@@ -178,112 +182,90 @@ class _Run:
             yield
 
     def _attend(self, i: int, index: int, layer: nn.Module) -> mx.array:
-        """Add what attention does to a group; its norm."""
-        piece, *others = self._groups[i]
-        c = piece.cache[index]
+        """Run the attention of layer `index` for group `i`; return the normed hidden state."""
+        chunk, *others = self._groups[i]
+        c = chunk.cache[index]
         if others:
-            caches = [piece.cache[index] for piece in self._groups[i]]
-            self._hidden[i], normed = _attended_rows(layer, self._hidden[i], caches)
+            caches = [chunk.cache[index] for chunk in self._groups[i]]
+            self._hidden[i], normed = _attend_sequences(layer, self._hidden[i], caches)
             return normed
-        self._hidden[i], normed = _attended(layer, self._hidden[i], c, piece.step)
-        if not piece.step:
-            # One piece at a time: its scores are what takes the memory.
+        self._hidden[i], normed = _attend_chunk(
+            self._backend, layer, self._hidden[i], c, chunk.step
+        )
+        if not chunk.step:
+            # One chunk at a time: its scores are what takes the memory.
             mx.eval(self._hidden[i], normed, [] if c is None else c.state)
-        if piece.keep:
-            self._states[piece].append(copy.deepcopy(c))
+        if chunk.keep:
+            self._states[chunk].append(copy.deepcopy(c))
         return normed
 
     def all_hidden(self) -> list[mx.array]:
-        """(1, tokens, hidden) of each piece, normed. None is in a group with others."""
-        found = [self._inner.norm(h) for h in self._hidden]
-        mx.eval(found)
-        return found
+        """Return the hidden states of each chunk, (1, tokens, hidden), normed.
 
-    def end(self) -> list[ChunkResult]:
+        Only for chunks that are groups of their own.
+        """
+        hidden = [self._inner.norm(h) for h in self._hidden]
+        mx.eval(hidden)
+        return hidden
+
+    def results(self) -> list[ChunkResult]:
+        """Return what the pass left of each chunk, in the order in which they were given."""
         ends: dict[Chunk, mx.array] = {}
         for group, h in zip(self._groups, self._hidden, strict=True):
             normed = self._inner.norm(h[:, -1:])
-            ends |= {piece: normed[i : i + 1] for i, piece in enumerate(group)}
+            ends |= {chunk: normed[i : i + 1] for i, chunk in enumerate(group)}
         mx.eval(
             list(ends.values()),
-            [[c.state for c in piece.cache] for piece in self._pieces if piece.step],
+            [[c.state for c in chunk.cache] for chunk in self._chunks if chunk.step],
         )
         return [
-            ChunkResult(piece, ends[piece], self._states[piece] if piece.keep else None)
-            for piece in self._pieces
+            ChunkResult(chunk, ends[chunk], self._states[chunk] if chunk.keep else None)
+            for chunk in self._chunks
         ]
 
 
-def _groups(pieces: Sequence[Chunk], stacks: bool) -> list[list[Chunk]]:
-    """Those of answers and of one token in one group, at the end, where they can be one array."""
-    ones = [p for p in pieces if stacks and p.step and len(p.tokens) == 1 and not p.keep]
-    groups = [[p] for p in pieces if p not in ones]
+def _groups(chunks: Sequence[Chunk], stacks: bool) -> list[list[Chunk]]:
+    """Put answer chunks of one token into one group, the last, where they can be one array."""
+    ones = [c for c in chunks if stacks and c.step and len(c.tokens) == 1 and not c.keep]
+    groups = [[c] for c in chunks if c not in ones]
     return [*groups, ones] if ones else groups
 
 
-def _attended(layer: nn.Module, x: mx.array, cache: Any, step: bool) -> tuple[mx.array, mx.array]:
-    """x with what attention adds to it, and its norm."""
-    r = _attention(layer, x, cache)
-    if step and hasattr(type(layer), "sum_and_norm"):
-        return layer.sum_and_norm(x, r)
-    h = x + r
+def _attend_chunk(
+    backend: Backend, layer: nn.Module, x: mx.array, cache: Any, step: bool
+) -> tuple[mx.array, mx.array]:
+    """Return x with what attention adds to it, and its norm."""
+    attended = _attention(layer, x, cache)
+    if step:
+        return backend.add_and_norm(layer, x, attended)
+    h = x + attended
     return h, layer.post_attention_layernorm(h)
 
 
-def _attended_rows(layer: nn.Module, x: mx.array, caches) -> tuple[mx.array, mx.array]:
-    """The same for one token of each of several sequences, x (R, 1, hidden)."""
+def _attend_sequences(layer: nn.Module, x: mx.array, caches) -> tuple[mx.array, mx.array]:
+    """Do the same for one token of each of several sequences, x (sequences, 1, hidden)."""
     attention = layer.linear_attn if getattr(layer, "is_linear", False) else layer.self_attn
-    h = x + attention.rows(layer.input_layernorm(x), caches)
+    h = x + attention.attend_sequences(layer.input_layernorm(x), caches)
     return h, layer.post_attention_layernorm(h)
 
 
 def _through_block(block: nn.Module, normed, hidden, steps: Sequence[bool]) -> Iterator[mx.array]:
-    """What a layer gives for each group: hidden + block(normed). Starts the reads at once.
+    """Return hidden + block(normed) of each group, in turn. Starts the reads at once.
 
-    steps: whether they are of answers.
+    steps: whether the groups are of answers. Those leave the last sum to a block that can do it in
+    one launch.
     """
-    if not hasattr(type(block), "with_residual"):
-        outputs = block.sweep(normed) if hasattr(block, "sweep") else map(block, normed)
-        return (h + y for h, y in zip(hidden, outputs, strict=True))
-    # Answers leave the last sum to the block.
-    left = [h if step else None for h, step in zip(hidden, steps, strict=True)]
-    outputs = block.sweep(normed, left)
-    return (y if r is not None else h + y for h, r, y in zip(hidden, left, outputs, strict=True))
+    if not isinstance(block, ExpertBlock):
+        return (h + block(x) for h, x in zip(hidden, normed, strict=True))
+    given = [
+        h if step and block.fuses_residual else None for h, step in zip(hidden, steps, strict=True)
+    ]
+    outputs = block.apply(normed, given)
+    return (y if r is not None else h + y for h, r, y in zip(hidden, given, outputs, strict=True))
 
 
 def _attention(layer: nn.Module, x: mx.array, cache: Any) -> mx.array:
-    """What attention adds to x. The masks are those that mlx-lm's models make."""
+    """Return what attention adds to x. The masks are those that mlx-lm's models make."""
     if getattr(layer, "is_linear", False):
         return layer.linear_attn(layer.input_layernorm(x), create_ssm_mask(x, cache), cache)
     return layer.self_attn(layer.input_layernorm(x), create_attention_mask(x, cache), cache)
-
-
-class Reporter:
-    """Tells how far a prompt has been read, after each sweep and a few times a second inside one.
-
-    Args:
-        emit: takes the events.
-        total: tokens to read. layers: of the model.
-    """
-
-    def __init__(self, emit: Callable[[Progress], None], total: int, layers: int):
-        self._emit = emit
-        self._total = total
-        self._layers = layers
-        self._done = 0
-        self._last = perf_counter()
-
-    def entered(self, layer: int) -> None:
-        """The sweep under way has reached a layer."""
-        if perf_counter() - self._last >= REPORT_SECONDS:
-            self._report(layer)
-
-    def took(self, tokens: int) -> None:
-        """A sweep is done."""
-        # Tokens that a grammar forced are read with the prompt, and are not of it.
-        self._done = min(self._total, self._done + tokens)
-        self._report(self._layers)
-
-    def _report(self, layer: int) -> None:
-        self._last = perf_counter()
-        self._emit(Progress(self._done, self._total, layer, self._layers))

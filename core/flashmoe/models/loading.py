@@ -1,11 +1,11 @@
-"""From a checkpoint directory to a model that is ready: plan the memory, load the dense weights."""
+"""Load a checkpoint directory into a model that streams its experts."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,19 +13,18 @@ from mlx_lm.utils import load_model
 
 from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..checkpoint.tokenizer import read_tokenizer
-from ..errors import BudgetError, CheckpointError, FlashMoEError, SettingError
-from ..memory import budget as memory_module
+from ..errors import BudgetError, CheckpointError, FlashMoEError
+from ..memory import system
+from ..memory.budget import MemoryPlan, split_budget
 from ..memory.footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
-from ..ops import backend as ops
+from ..ops import backend as backends
 from ..ops.activations import check_activations
+from ..options import LoadOptions, with_settings
+from ..streaming.compute import Backend
 from ..streaming.cuda import device_memory
 from ..streaming.drives import Drive, drive_of
-from ..streaming.io_modes import IO_MODES
 from ..streaming.reader import Reader
 from .qwen_moe import FAMILIES, StreamingMoE
-
-if TYPE_CHECKING:
-    from ..cluster.lead import Cluster
 
 log = logging.getLogger("flashmoe")
 
@@ -35,57 +34,49 @@ PREFILL_SLOTS = 2
 
 def plan_memory(
     checkpoint: Checkpoint,
+    options: LoadOptions | None = None,
     *,
-    memory: str | int | None = None,
-    slots: int | None = None,
-    experts: int | None = None,
-    prompt_cache: int | None = None,
     held: int | None = None,
-    beside: int = 0,
+    reserved: int = 0,
     context: int = PLANNED_CONTEXT,
     mac: int | None = None,
-) -> memory_module.Plan:
-    """How the memory of this process would be split for the checkpoint.
+) -> MemoryPlan:
+    """Split the memory of this process as a load of the checkpoint would.
 
     Args:
-        memory: budget for the peak of the whole process, such as "8GB" or a number of bytes; of
-            the memory of the GPU, when it has its own. None: what can be spared.
-        slots: experts resident in each layer, instead of what the budget gives.
-        experts: K, or None for the trained one.
-        prompt_cache: bytes kept free for states of prompts, as an engine keeps them. None: those
-            of one conversation of the planned length.
-        held: how many experts of each layer are read here. None: all.
-        beside: bytes kept free for something else.
+        options: None: the defaults of an engine, with a prompt cache of one conversation.
+        held: how many experts of each layer are read on this machine. None: all.
+        reserved: bytes kept free for something else.
         context: tokens that memory is kept for; a load keeps it for the planned length.
-        mac: as on a Mac that can spare so many bytes, instead of here.
+        mac: plan for a Mac that can spare this many bytes, instead of for this machine.
 
     Raises:
         BudgetError: it does not fit; the text says what would.
     """
-    if memory is not None and slots is not None:
-        raise SettingError(f"give memory={memory!r} or slots={slots!r}, not both")
-    k = check_experts(experts, checkpoint)
+    options = LoadOptions(prompt_cache=None) if options is None else options
+    k = check_experts(options.experts, checkpoint)
     held = checkpoint.num_experts if held is None else held
-    gpu = mac is not None or ops.on_gpu()
+    gpu = mac is not None or backends.on_gpu()
     passing = prompt_nbytes(checkpoint, k, on_gpu=gpu, context=context)
-    kept = prompt_cache_nbytes(checkpoint) if prompt_cache is None else prompt_cache
-    budget = None if memory is None else memory_module.parse_size(memory)
-    base = memory_module.resident()
+    cached = options.prompt_cache_nbytes
+    kept = prompt_cache_nbytes(checkpoint) if cached is None else cached
+    budget, slots = options.memory_nbytes, options.slots
+    base = system.resident()
     if mac is not None:
         base = 0
         if budget is None and slots is None:
             budget = mac
     elif device_memory() is not None:
-        # What lies on the card is planned for; the process itself holds little beside it.
+        # What is on the card is planned for; the process itself holds little beside it.
         base = 0
         if budget is None and slots is None:
-            budget = memory_module.spare(mx.device_info()["free_memory"])
-    return memory_module.plan(
+            budget = system.default_budget(mx.device_info()["free_memory"])
+    return split_budget(
         budget=budget,
         slots=slots,
         base=base,
         dense=checkpoint.dense_nbytes,
-        working=lasting_nbytes(checkpoint, on_gpu=gpu) + kept + passing + beside,
+        working=lasting_nbytes(checkpoint, on_gpu=gpu) + kept + passing + reserved,
         layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
         num_experts=held,
         minimum=min(k + PREFILL_SLOTS, held),
@@ -95,29 +86,14 @@ def plan_memory(
     )
 
 
-def load(
-    path: str | Path,
-    *,
-    memory: str | int | None = None,
-    slots: int | None = None,
-    experts: int | None = None,
-    depth: int | None = None,
-    io: str | None = None,
-    activations: str = "float32",
-    prompt_cache: int | None = 0,
-):
+def load(path: str | Path, options: LoadOptions | None = None, **settings: Any):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
 
     Args:
         path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
-        memory, slots, experts, prompt_cache: see `plan_memory`.
-        depth: how many reads may be in flight at the drive. None: what `flashmoe bench disk` found,
-            or 8.
-        io: how experts are read, one of `flashmoe.streaming.io_modes.IO_MODES`. None: what
-            `flashmoe bench disk` found, or the default of `flashmoe.streaming.drives`; "buffered"
-            where all experts fit into slots, so that the next process finds them in the page cache.
-        activations: "float32", or "int8" on a CPU: faster, not exact. See
-            `flashmoe.ops.activations`.
+        options: how to load it.
+        settings: fields of `LoadOptions` (memory, slots, experts, depth, io, activations,
+            prompt_cache), which replace those of `options`.
 
     Returns:
         (model, tokenizer) as from `mlx_lm.load`: mlx-lm's generate, samplers, caches and tools
@@ -126,83 +102,43 @@ def load(
     Raises:
         CheckpointError, BudgetError, SettingError: with the values and the way out.
     """
+    options = with_settings(options or LoadOptions(), settings)
     checkpoint = Checkpoint.open(path)
     tokenizer = read_tokenizer(checkpoint)
-    model = load_streaming(
-        checkpoint,
-        memory=memory,
-        slots=slots,
-        experts=experts,
-        depth=depth,
-        io=io,
-        activations=activations,
-        prompt_cache=prompt_cache,
-    )
-    return model, tokenizer
+    return load_streaming(checkpoint, options), tokenizer
 
 
 def load_streaming(
     checkpoint: Checkpoint,
+    options: LoadOptions | None = None,
     *,
-    memory: str | int | None = None,
-    slots: int | None = None,
-    experts: int | None = None,
-    depth: int | None = None,
-    io: str | None = None,
-    activations: str = "float32",
-    prompt_cache: int | None = 0,
-    cluster: Cluster | None = None,
+    backend: Backend | None = None,
+    held: int | None = None,
+    reserved: int = 0,
+    **settings: Any,
 ) -> StreamingMoE:
-    """`load` without the tokenizer, from an open checkpoint.
+    """Load the model of an open checkpoint, as `load` does, without the tokenizer.
 
     Args:
-        cluster: the hosts that have the other experts.
+        backend: computes the layers. None: the fastest for this device.
+        held: how many experts of a layer may be in slots on this machine. None: all.
+        reserved: bytes of memory kept free for something else.
     """
-    if depth is not None and depth < 1:
-        raise SettingError(f"depth={depth} must be 1 or more: it is a number of reads in flight")
-    if io is not None and io not in IO_MODES:
-        raise SettingError(f"io={io!r} must be one of {', '.join(IO_MODES)}")
-    check_activations(activations, ops.pick())
-    held = checkpoint.num_experts if cluster is None else cluster.held
-    plan = plan_memory(
-        checkpoint,
-        memory=memory,
-        slots=slots,
-        experts=experts,
-        prompt_cache=prompt_cache,
-        held=held,
-        beside=0 if cluster is None else cluster.nbytes,
-    )
+    options = with_settings(options or LoadOptions(), settings)
+    backend = backends.pick() if backend is None else backend
+    check_activations(options.activations, backend)
+    held = checkpoint.num_experts if held is None else held
+    plan = plan_memory(checkpoint, options, held=held, reserved=reserved)
     log.info("%s: %s", checkpoint.path.name, plan.describe())
-    model_class, args_class = FAMILIES[checkpoint.model_type]
-    drive = drive_for(checkpoint, plan)
-    io = drive.io if io is None else io
-    depth = drive.depth if depth is None else depth
-    log.info("io=%s, depth=%d, split=%d", io, depth, drive.split)
-    reader = Reader(depth, checkpoint.identities, io, drive.split)
-
-    def build(args):
-        model = model_class(args)
-        model.stream_from(checkpoint, plan, reader, activations, held)
-        return model
-
+    reader = reader_for(checkpoint, options, drive_for(checkpoint, plan))
     try:
-        model, _ = load_model(
-            checkpoint.path, lazy=True, get_model_classes=lambda config: (build, args_class)
-        )
-        ops.pick().prepare(model, head(model))
-        # Layer by layer, so that what a cast reads and what it makes do not both grow.
-        for layer in model.layers:
-            mx.eval(layer.parameters())
-        mx.eval(model.parameters())
-        model.experts = check_experts(experts, checkpoint)
-        if cluster is not None:
-            cluster.join(model)
+        model = _build(checkpoint, plan, reader, backend, options.activations, held)
+        model.experts = check_experts(options.experts, checkpoint)
     except BaseException as e:
         reader.close()
         if isinstance(e, MemoryError) or "allocate" in str(e):
             raise BudgetError(
-                f"the system did not give the memory ({e}); planned was {plan.describe()}: "
+                f"the system did not provide the memory ({e}); planned was {plan.describe()}: "
                 "pass less memory"
             ) from e
         if isinstance(e, FlashMoEError):
@@ -216,14 +152,55 @@ def load_streaming(
     return model
 
 
-def drive_for(checkpoint: Checkpoint, plan: memory_module.Plan) -> Drive:
-    """How a load with this plan reads experts, when nothing else is asked for."""
+def _build(
+    checkpoint: Checkpoint,
+    plan: MemoryPlan,
+    reader: Reader,
+    backend: Backend,
+    activations: str,
+    held: int,
+) -> StreamingMoE:
+    """Make the model, and load its dense weights."""
+    model_class, args_class = FAMILIES[checkpoint.model_type]
+
+    def make(args):
+        model = model_class(args)
+        model.stream_from(checkpoint, plan, reader, backend, activations, held)
+        return model
+
+    model, _ = load_model(
+        checkpoint.path, lazy=True, get_model_classes=lambda config: (make, args_class)
+    )
+    backend.set_dtypes(model)
+    if backend.name == "fused":
+        # Late: it needs the kernels. Before the dense layers, because only plain ones are joined.
+        from .fused_blocks import recast_blocks
+
+        recast_blocks(model)
+    backend.prepare_layers(model, head(model))
+    # Layer by layer, so that what a cast reads and what it makes do not both grow.
+    for layer in model.layers:
+        mx.eval(layer.parameters())
+    mx.eval(model.parameters())
+    return model
+
+
+def reader_for(checkpoint: Checkpoint, options: LoadOptions, drive: Drive) -> Reader:
+    """Return a reader of the checkpoint's files, by the options or else by the drive."""
+    io = options.io or drive.io
+    depth = options.depth or drive.depth
+    log.info("io=%s, depth=%d, split=%d", io, depth, drive.split)
+    return Reader(depth, checkpoint.identities, io, drive.split)
+
+
+def drive_for(checkpoint: Checkpoint, plan: MemoryPlan) -> Drive:
+    """Return how a load with this plan reads experts, unless the options say otherwise."""
     drive = drive_of(checkpoint.path)
     all_fit = max(plan.slots_per_layer, plan.most_slots) == checkpoint.num_experts
     return replace(drive, io="buffered") if all_fit else drive
 
 
 def head(model: nn.Module) -> nn.Module | None:
-    """The output projection, or None when the embedding is used for it."""
+    """Return the output projection, or None when the embedding is used for it."""
     # qwen3_5_moe nests its text model.
     return getattr(getattr(model, "language_model", model), "lm_head", None)

@@ -1,16 +1,16 @@
-"""mlx-lm's Qwen MoE models with experts that stay on disk.
+"""Subclass mlx-lm's Qwen MoE models so that their experts stay on disk.
 
-Each family is a subclass of mlx-lm's model. What changes: expert weights are not loaded, the MoE
-blocks start the reads before they compute the shared expert, and the router may be pruned to its
-top K. Embedding, attention, caches, masks and the head are mlx-lm's.
+What changes: expert weights are not loaded, the MoE blocks start the reads before they compute the
+shared expert, and the router may be pruned to its top K. Embedding, attention, caches, masks and
+the head are mlx-lm's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,20 +18,28 @@ from mlx_lm.models import qwen3_5_moe, qwen3_moe, qwen3_next
 
 from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..errors import SettingError
-from ..memory import budget as memory_module
-from ..ops import backend as ops
+from ..memory.budget import MemoryPlan
+from ..ops.backend import on_gpu
+from ..ops.recast import recast
+from ..streaming.block import ExpertBlock, StartedCall
+from ..streaming.compute import Backend
 from ..streaming.cuda import device_memory
 from ..streaming.elastic_slots import ElasticSlots
 from ..streaming.reader import Reader, ReadStats
 from ..streaming.slot_memory import SlotMemory
 from ..streaming.switch_glu import LayerHooks, StreamingSwitchGLU
 
-if TYPE_CHECKING:
-    from ..cluster.lead import Cluster
 
+def route(block: Any, x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return mlx-lm's choice of experts, in the dtypes and order that it gives.
 
-def route(block: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
-    """mlx-lm's router: (indices, scores), each (..., top_k), in the dtypes and order it gives."""
+    Args:
+        block: a MoE block of mlx-lm.
+        x: (..., hidden).
+
+    Returns:
+        Indices and scores, (..., top_k) each.
+    """
     gates = mx.softmax(block.gate(x), axis=-1, precise=True)
     k = block.top_k
     indices = mx.argpartition(gates, kth=-k, axis=-1)[..., -k:]
@@ -41,54 +49,58 @@ def route(block: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
     return indices, scores
 
 
-class SharedExpertBlock(qwen3_next.Qwen3NextSparseMoeBlock):
-    """The MoE block of qwen3_next and qwen3_5_moe."""
+class SharedExpertBlock(ExpertBlock, qwen3_next.Qwen3NextSparseMoeBlock):
+    """The MoE block of qwen3_next and qwen3_5_moe, which has a shared expert."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return next(self.sweep([x]))
-
-    def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
-        """The block applied to pieces, whose experts are read once for all of them. The reads
-        start at once; the experts are computed when results are asked for."""
+    def apply(
+        self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
+    ) -> Iterator[mx.array]:
         routed = [route(self, x) for x in xs]
         call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
         shared = [self.shared(x) for x in xs]
         # Let it run while the reads are in flight.
         mx.async_eval(shared)
-        return self._sums(call, [scores for _, scores in routed], shared)
-
-    def _sums(self, call, scores, shared) -> Iterator[mx.array]:
-        for y, s in zip(call.finish(scores), shared, strict=True):
-            yield y + s
+        return _sums(call, [scores for _, scores in routed], shared, residuals)
 
     def shared(self, x: mx.array) -> mx.array:
-        """What the shared expert adds."""
+        """Return what the shared expert adds, (..., hidden)."""
         return mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
-class RoutedBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
+class RoutedBlock(ExpertBlock, qwen3_moe.Qwen3MoeSparseMoeBlock):
     """The MoE block of qwen3_moe, which has no shared expert."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return next(self.sweep([x]))
-
-    def sweep(self, xs: Sequence[mx.array]) -> Iterator[mx.array]:
-        """As in `SharedExpertBlock`."""
+    def apply(
+        self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
+    ) -> Iterator[mx.array]:
         routed = [route(self, x) for x in xs]
         call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
-        return self._sums(call, [scores for _, scores in routed], [x.dtype for x in xs])
+        return _cast_sums(call, [scores for _, scores in routed], xs, residuals)
 
-    def _sums(self, call, scores, dtypes) -> Iterator[mx.array]:
-        for y, dtype in zip(call.finish(scores), dtypes, strict=True):
-            yield y.astype(dtype)
+
+def _sums(call: StartedCall, scores, shared, residuals) -> Iterator[mx.array]:
+    for y, s, residual in zip(call.finish(scores), shared, residuals, strict=True):
+        yield y + s if residual is None else residual + (y + s)
+
+
+def _cast_sums(call: StartedCall, scores, xs, residuals) -> Iterator[mx.array]:
+    for y, x, residual in zip(call.finish(scores), xs, residuals, strict=True):
+        y = y.astype(x.dtype)
+        yield y if residual is None else residual + y
 
 
 @dataclass(frozen=True)
 class StreamingStats:
-    """What streaming did since the model was loaded; subtract two for what lies between."""
+    """What streaming did since the model was loaded; subtract two for what lies between.
 
-    needed: int  # experts that calls needed, each once per layer and call
-    loaded: int  # of these, the ones read from disk
+    Attributes:
+        needed: experts that calls needed, each counted once per layer and call.
+        loaded: the needed experts that were read from disk.
+        reads: what the reader did.
+    """
+
+    needed: int
+    loaded: int
     reads: ReadStats
 
     @property
@@ -102,79 +114,96 @@ class StreamingStats:
         )
 
 
+def streaming_layers(
+    checkpoint: Checkpoint,
+    slots: int,
+    reader: Reader,
+    backend: Backend,
+    hooks: LayerHooks,
+    activations: str,
+) -> dict[int, StreamingSwitchGLU]:
+    """Return a switch with `slots` slots for each MoE layer of a checkpoint, by its index."""
+    gpu, device = on_gpu(), device_memory()
+    switches = {}
+    for index, layer in checkpoint.expert_layers.items():
+        memory = SlotMemory(layer, slots, on_gpu=gpu, device=device, activations=activations)
+        switches[index] = StreamingSwitchGLU(memory, reader, backend, hooks)
+    return switches
+
+
 class StreamingMoE:
-    """What the streaming models have beyond mlx-lm's. A mixin in front of its model class.
+    """What the streaming models have beyond mlx-lm's models: a mixin in front of the model class.
 
     Attributes:
         checkpoint: the checkpoint that the experts are read from.
         plan: how the memory was split.
         reader: the reader that all layers share.
-        watch: its check is called between experts.
-        room: how many slots there are now.
+        backend: computes the layers.
+        hooks: called while the layers run.
+        elastic_slots: changes the number of slots.
         activations: see `flashmoe.ops.activations`.
-        ops: the name of the module of `flashmoe.ops` that computes the experts.
-        held: how many experts of a layer may be in slots here: all, or those of this host.
-        cluster: the other hosts, None without any.
+        held: how many experts of a layer may be in slots here: all, or those of this machine.
+        remote_bytes: returns the bytes that the other machines of a cluster have read.
     """
 
     checkpoint: Checkpoint
-    plan: memory_module.Plan
+    plan: MemoryPlan
     reader: Reader
-    watch: LayerHooks
-    room: ElasticSlots
+    backend: Backend
+    hooks: LayerHooks
+    elastic_slots: ElasticSlots
     activations: str
-    ops: str
     held: int
-    cluster: Cluster | None
-    block: type[nn.Module]
+    remote_bytes: Callable[[], int]
+    block: type[ExpertBlock]
 
     def sanitize(self, weights: dict) -> dict:
-        # mx.load is lazy: an expert tensor that is dropped here is never read.
+        """Drop the expert weights, then do what mlx-lm does.
+
+        mx.load is lazy: an expert tensor that is dropped here is never read.
+        """
         dense = {t.name for t in self.checkpoint.dense}
         return super().sanitize({k: v for k, v in weights.items() if k in dense})
 
     def stream_from(
         self,
         checkpoint: Checkpoint,
-        plan: memory_module.Plan,
+        plan: MemoryPlan,
         reader: Reader,
+        backend: Backend,
         activations: str,
         held: int,
     ) -> None:
         """Replace the expert blocks, before the weights are loaded."""
-        self.held, self.cluster = held, None
         self.checkpoint, self.plan, self.reader = checkpoint, plan, reader
-        self.activations = activations
-        self.watch = LayerHooks()
-        module = ops.pick()
-        self.ops = module.NAME
+        self.backend, self.activations, self.held = backend, activations, held
+        self.remote_bytes = lambda: 0
+        self.hooks = LayerHooks()
         slots = max(plan.slots_per_layer, plan.most_slots)
-        device = device_memory()
-        for index, layer in checkpoint.expert_layers.items():
-            block = self.layers[index].mlp
-            bank = SlotMemory(
-                layer, slots, on_gpu=ops.on_gpu(), device=device, activations=activations
-            )
-            block.switch_mlp = StreamingSwitchGLU(bank, reader, module, self.watch)
-            # In place: the block keeps its router and its shared expert under mlx-lm's names.
-            block.__class__ = self.block
-        switches = [block.switch_mlp for block in self._blocks]
-        self.room = ElasticSlots(checkpoint, plan, switches)
-        self.watch.between = self.room.look
+        switches = streaming_layers(checkpoint, slots, reader, backend, self.hooks, activations)
+        # The block keeps its router and its shared expert under mlx-lm's names.
+        blocks = {id(self.layers[index].mlp) for index in switches}
+        recast(self, lambda path, module: self.block if id(module) in blocks else None)
+        for index, switch in switches.items():
+            self.layers[index].mlp.switch_mlp = switch
+        self.elastic_slots = ElasticSlots(
+            checkpoint, plan, list(switches.values()), on_gpu=on_gpu()
+        )
+        self.hooks.between_layers = self.elastic_slots.shrink_if_short
 
     @property
     def experts(self) -> int:
         """K in use: the experts that the router picks for a token."""
-        return self._blocks[0].top_k
+        return next(iter(self.blocks.values())).top_k
 
     @experts.setter
     def experts(self, k: int | None) -> None:
         k = self.check_experts(k)
-        for block in self._blocks:
+        for block in self.blocks.values():
             block.top_k = k
 
     def check_experts(self, k: int | None) -> int:
-        """K as given, or the trained one.
+        """Return K as given, or the trained one.
 
         Raises:
             SettingError: the model cannot run with it.
@@ -188,51 +217,52 @@ class StreamingMoE:
         return k
 
     @contextmanager
-    def pruned_to(self, k: int | None):
+    def pruned_to(self, k: int | None) -> Iterator[None]:
         """Run with the router pruned to its top K (None: leave K as it is)."""
         before = self.experts
         self.experts = before if k is None else k
         try:
-            yield self
+            yield
         finally:
             self.experts = before
 
     @property
     def stats(self) -> StreamingStats:
+        """What streaming did since the model was loaded."""
         reads = self.reader.stats
-        if self.cluster is not None:
-            reads = replace(reads, bytes=reads.bytes + self.cluster.elsewhere)
+        stats = [block.switch_mlp.stats for block in self.blocks.values()]
         return StreamingStats(
-            needed=sum(b.switch_mlp.stats.needed for b in self._blocks),
-            loaded=sum(b.switch_mlp.stats.loaded for b in self._blocks),
-            reads=reads,
+            needed=sum(s.needed for s in stats),
+            loaded=sum(s.loaded for s in stats),
+            reads=replace(reads, bytes=reads.bytes + self.remote_bytes()),
         )
 
     def next_logits(self, tokens: list[int], cache: list) -> mx.array:
-        """Take tokens into the prompt cache: the logits (1, vocabulary) after the last one.
+        """Take tokens into the prompt cache; return the logits (1, vocabulary) after the last one.
 
-        mlx-lm's own call computes those of all the tokens; here the head sees one row.
+        mlx-lm's own call computes the logits of all the tokens; here the head sees one row.
         """
         return self.logits(self.text.model(mx.array([tokens]), cache))
 
-    @property
-    def stacks(self) -> bool:
-        """Whether a token of each of several sequences can go through it as one array."""
-        return ops.pick(self.ops).stacks_sequences
-
     def logits(self, hidden: mx.array) -> mx.array:
-        """hidden: (1, tokens, hidden), normed -> the logits (1, vocabulary) after the last one."""
+        """Return the logits (1, vocabulary) after the last token.
+
+        hidden: (1, tokens, hidden), normed.
+        """
         return self.head(hidden[:, -1:])[:, 0]
 
     def logits_of(self, hidden: Sequence[mx.array]) -> list[mx.array]:
-        """The same of several sequences, (1, 1, hidden) each: the weights are read once."""
-        if not self.stacks or len(hidden) < 2:
+        """Return the logits of several sequences; the weights of the head are read once.
+
+        hidden: (1, 1, hidden) each -> (1, vocabulary) each.
+        """
+        if not self.backend.stacks_sequences or len(hidden) < 2:
             return [self.logits(h) for h in hidden]
-        found = self.logits(mx.concatenate(list(hidden)))
-        return [found[i : i + 1] for i in range(len(hidden))]
+        logits = self.logits(mx.concatenate(list(hidden)))
+        return [logits[i : i + 1] for i in range(len(hidden))]
 
     def head(self, hidden: mx.array) -> mx.array:
-        """hidden: (1, tokens, hidden), normed -> the logits (1, tokens, vocabulary)."""
+        """Return the logits (1, tokens, vocabulary) of hidden (1, tokens, hidden), normed."""
         if self.text.args.tie_word_embeddings:
             return self.text.model.embed_tokens.as_linear(hidden)
         return self.text.lm_head(hidden)
@@ -247,22 +277,30 @@ class StreamingMoE:
         return getattr(self, "language_model", self)
 
     @property
-    def _blocks(self) -> list[nn.Module]:
-        return [self.layers[i].mlp for i in self.checkpoint.expert_layers]
+    def blocks(self) -> dict[int, ExpertBlock]:
+        """The MoE blocks by the index of their layer."""
+        return {index: self.layers[index].mlp for index in self.checkpoint.expert_layers}
 
 
 class Qwen3_5Moe(StreamingMoE, qwen3_5_moe.Model):
+    """Qwen3.5-MoE: gated attention and GatedDeltaNet layers, a shared expert."""
+
     block = SharedExpertBlock
 
 
 class Qwen3Next(StreamingMoE, qwen3_next.Model):
+    """Qwen3-Next: as Qwen3.5-MoE, with other projections."""
+
     block = SharedExpertBlock
 
 
 class Qwen3Moe(StreamingMoE, qwen3_moe.Model):
+    """Qwen3-MoE: attention layers, no shared expert."""
+
     block = RoutedBlock
 
 
+#: model_type of config.json -> the model's class and the class of its arguments.
 FAMILIES = {
     "qwen3_5_moe": (Qwen3_5Moe, qwen3_5_moe.ModelArgs),
     "qwen3_next": (Qwen3Next, qwen3_next.ModelArgs),

@@ -1,12 +1,15 @@
-"""The resident twin of a streaming model: all experts in memory, loaded by MLX, the same ops.
+"""Load a model with all of its experts in memory, to compare a streaming model with it.
 
-It uses no reader, no slots and no waves: what those could get wrong shows as a difference. Tests
-and `flashmoe doctor` hold streaming models against it.
+MLX reads the experts, and the same backend computes them. No reader, no eviction and no waves of
+reads take part: what those could get wrong shows as a difference. Tests and `flashmoe doctor`
+compare streaming models with this one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,96 +17,112 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..ops import backend as ops
+from ..ops.backend import on_gpu
+from ..streaming.block import ExpertSwitch, SwitchStats
+from ..streaming.compute import Backend, ExpertWork
 from ..streaming.cuda import device_memory
 from ..streaming.slot_memory import SlotMemory
 from .loading import load_streaming
 from .qwen_moe import StreamingMoE
 
 
-class ResidentSwitch(nn.Module):
-    """Stands where StreamingSwitchGLU stands, with every expert at the slot of its own number."""
+class ResidentSwitch(ExpertSwitch, nn.Module):
+    """Takes the place of a StreamingSwitchGLU, with each expert in the slot of its own number."""
 
-    settled = False
-
-    def mailbox(self, words):
-        return None
-
-    def __init__(self, bank: SlotMemory):
+    def __init__(self, memory: SlotMemory, backend: Backend):
         super().__init__()
-        self.bank = bank
+        self.memory = memory
+        self.backend = backend
+        self.stats = SwitchStats()
 
-    def _work(self, x: mx.array, indices: mx.array):
-        top_k = indices.shape[-1]
+    def start(
+        self,
+        inputs: Sequence[tuple[mx.array, mx.array]],
+        look: Callable[[mx.array], np.ndarray] = np.array,
+    ) -> ResidentCall:
+        return ResidentCall([self._work(x, indices) for x, indices in inputs])
+
+    def _work(self, x: mx.array, indices: mx.array) -> ExpertWork:
         flat = x.reshape(-1, x.shape[-1])
         mx.eval(flat, indices)
         chosen = np.array(indices).reshape(-1)
-        work = ops.pick().Work(self.bank, flat, top_k)
+        work = self.backend.start(self.memory, flat, indices.shape[-1])
         work.run({int(e): np.flatnonzero(chosen == e) for e in np.unique(chosen)})
         return work
 
-    def start(self, inputs):
-        works = [self._work(x, indices) for x, indices in inputs]
 
-        class Done:
-            @staticmethod
-            def finish(scores, extras=None):
-                for work, s, extra in zip(works, scores, extras or [{}] * len(works), strict=True):
-                    flat = s.reshape(-1, s.shape[-1])
-                    yield work.combined(flat, **extra).reshape(*s.shape[:-1], -1)
+class ResidentCall:
+    """One call of a ResidentSwitch."""
 
-        return Done
+    def __init__(self, works: Sequence[ExpertWork]):
+        self._works = works
+
+    def finish(
+        self,
+        scores: Sequence[mx.array] | None = None,
+        extras: Sequence[dict[str, Any]] | None = None,
+    ) -> Iterator[mx.array]:
+        """Yield each input's sum weighted by its scores (..., top_k)."""
+        assert scores is not None, "a ResidentSwitch gives weighted sums only"
+        extras = extras or [{}] * len(scores)
+        for work, s, extra in zip(self._works, scores, extras, strict=True):
+            flat = s.reshape(-1, s.shape[-1])
+            y = work.combined_with(flat, **extra) if extra else work.combined(flat)
+            yield y.reshape(*s.shape[:-1], -1)
 
 
 def load_resident(path: str | Path, activations: str = "float32") -> StreamingMoE:
-    """A checkpoint with all of its experts in memory, which MLX read.
+    """Load a checkpoint with all of its experts in memory, read by MLX.
 
     Raises:
         CheckpointError, BudgetError, SettingError: as `flashmoe.load`.
     """
     checkpoint = Checkpoint.open(path)
-    weights = {}
+    weights: dict[str, mx.array] = {}
     for file in checkpoint.files:
         weights |= mx.load(str(file))
     model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     device = device_memory()
     for index, layer in checkpoint.expert_layers.items():
-        bank = SlotMemory(
+        memory = SlotMemory(
             layer,
             layer.num_experts,
-            on_gpu=ops.on_gpu(),
+            on_gpu=on_gpu(),
             device=device,
             activations=activations,
         )
         for expert in range(layer.num_experts):
-            for part, request in zip(layer.parts, bank.requests(expert, expert), strict=True):
+            for part, request in zip(layer.parts, memory.requests(expert, expert), strict=True):
                 stack = weights[f"{layer.prefix}.{part.projection}.{part.part}"]
                 request.buffer[:] = np.array(mx.contiguous(stack[expert]).view(mx.uint8)).ravel()
-        model.layers[index].mlp.switch_mlp = ResidentSwitch(bank)
+        model.blocks[index].switch_mlp = ResidentSwitch(memory, model.backend)
     return model
 
 
 def logits(model, tokens: list[int], chunk: int, decode: int = 4) -> list[np.ndarray]:
-    """Logits of a prompt in chunks, then of `decode` greedy tokens: (tokens of a chunk, vocabulary)
-    float32 each."""
-    cache = make_prompt_cache(model)
-    found = []
+    """Return the logits of a prompt in chunks, then of `decode` greedy tokens.
 
-    def step(piece):
-        out = model(mx.array([piece]), cache=cache).astype(mx.float32)
+    Returns:
+        (tokens of a chunk, vocabulary) float32 each.
+    """
+    cache = make_prompt_cache(model)
+    steps: list[np.ndarray] = []
+
+    def step(chunk_tokens: list[int]) -> None:
+        out = model(mx.array([chunk_tokens]), cache=cache).astype(mx.float32)
         mx.eval(out, [c.state for c in cache])
-        found.append(np.array(out[0]))
+        steps.append(np.array(out[0]))
 
     for start in range(0, len(tokens), chunk):
         step(tokens[start : start + chunk])
     for _ in range(decode):
-        step([int(found[-1][-1].argmax())])
-    return found
+        step([int(steps[-1][-1].argmax())])
+    return steps
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    """Equal bit for bit."""
+    """Return whether two lists of float32 arrays are equal bit for bit."""
     return len(a) == len(b) and all(
-        x.shape == y.shape and (x.view(np.uint32) == y.view(np.uint32)).all()
+        x.shape == y.shape and bool((x.view(np.uint32) == y.view(np.uint32)).all())
         for x, y in zip(a, b, strict=True)
     )

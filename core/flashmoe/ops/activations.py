@@ -1,30 +1,27 @@
-"""How activations meet packed weights in the products of decode; the values of a setting.
+"""Check how activations meet packed weights in the products of decode.
 
-    float32   as they are: the exact default
-    int8      each group of a row rounded to 8 bits, so that the CPU's integer instructions apply:
-              faster, not exact. CPU only. The router stays in float32, and so do products of
+    float32   exact, the default
+    int8      each group of a row is rounded to 8 bits, so that the CPU's integer instructions
+              apply: faster, not exact. CPU only. The router stays in float32, and so do products of
               many rows (prefill), weights of 3, 5 and 6 bits, and weights that are not quantised
 
-The setting of an answer is in its `End`.
+The `End` of an answer says which one was used.
 """
 
-from types import ModuleType
+from __future__ import annotations
 
 from ..errors import SettingError
+from ..streaming.compute import Backend
 
-ACTIVATIONS = ("float32", "int8")
 
+def check_activations(activations: str, backend: Backend) -> None:
+    """Check that a backend computes with these activations, one of `flashmoe.options.ACTIVATIONS`.
 
-def check_activations(activations: str, ops: ModuleType) -> None:
-    """
     Raises:
-        SettingError: a value that is not known, or that this module of `flashmoe.ops` lacks.
+        SettingError: it does not; the text says what to do.
     """
-    if activations not in ACTIVATIONS:
-        raise SettingError(f"activations={activations!r} must be one of {', '.join(ACTIVATIONS)}")
-    if activations not in ops.ACTIVATIONS:
-        name = ops.NAME
+    if activations not in backend.activations:
         raise SettingError(
             f"activations={activations!r} is for the CPU, and this model would be computed by the "
-            f"ops {name!r}: leave activations at {ops.ACTIVATIONS[0]!r}"
+            f"{backend.name!r} backend: leave activations at {backend.activations[0]!r}"
         )

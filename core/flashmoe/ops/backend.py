@@ -1,56 +1,39 @@
-"""The maths of the expert block. One definition (`reference`), several speeds; `pick` chooses.
+"""Choose the backend that computes a model: numba, GPU kernels, or MLX."""
 
-An ops module has `ACTIVATIONS`, the values of that setting which it computes with; `STACKS`,
-whether a `Work` can be told that its tokens are of sequences of their own (alone=True);
-`run_all(works, experts)`, if it is faster than `run` of each work of a call with its experts;
-`prepare(model, head)`, which readies the dense layers of a loaded model; and one class, `Work`:
-the expert block of one layer for one call of the model. And `weigh(y, scores)`, which makes
-`work.combined(scores)` of `work.result()`.
-
-    work = ops.Work(bank, x, top_k)   # x: (tokens, hidden), evaluated
-    work.run({slot: pairs, ...})      # experts that are resident now; any split into calls
-    work.settle()                     # before a slot of those that were run is overwritten
-    y = work.result()                 # (tokens, top_k, hidden)
-    y = work.combined(scores)         # or: (tokens, hidden), weighted by scores (tokens, top_k)
-
-Where `work.lazy`, what it gives reads slots when it is evaluated.
-
-A pair is one (token, choice) of the router, numbered token * top_k + choice. The bits of a pair's
-result depend on its expert and on the pairs of that expert in this call (of the numba kernels: on
-whether they are few). They do not depend on slots or on how the experts are split into `run`
-calls: that is what makes streaming exact.
-"""
+from __future__ import annotations
 
 import os
 from importlib import import_module
-from types import ModuleType
 
 import mlx.core as mx
 
 from flashmoe_metal import kernel
 
 from ..errors import SettingError
+from ..streaming.compute import Backend
 
+#: The environment variable that selects a backend by its name, to find faults.
 ENV = "FLASHMOE_OPS"
-MODULES = {
+
+_MODULES = {
     "cpu": ".cpu.experts",
     "fused": ".gpu.fused",
     "gather": ".gpu.gather",
     "reference": ".reference.experts",
 }
-NAMES = tuple(MODULES)
+NAMES = tuple(_MODULES)
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU here (Metal or CUDA), or something stands in for one."""
+    """Return whether MLX computes on a GPU (Metal or CUDA), or something stands in for one."""
     return mx.default_device() == mx.gpu or kernel.available()
 
 
-def pick(name: str | None = None) -> ModuleType:
-    """The ops module `name`; by default $FLASHMOE_OPS, or the fastest for this device.
+def pick(name: str | None = None) -> Backend:
+    """Return the backend `name`; by default $FLASHMOE_OPS, or the fastest for this device.
 
     Raises:
-        SettingError: there is none of that name, or it does not run here.
+        SettingError: no backend has that name, or it does not run on this device.
     """
     name = name or os.environ.get(ENV) or _fastest()
     if name not in NAMES:
@@ -58,17 +41,17 @@ def pick(name: str | None = None) -> ModuleType:
     if not _runs(name):
         device = "gpu" if on_gpu() else "cpu"
         raise SettingError(f"{ENV}={name!r} does not run on MLX's {device} device; unset it")
-    return import_module(MODULES[name], __package__)
+    return import_module(_MODULES[name], __package__).BACKEND
 
 
 def missing() -> dict[str, str]:
-    """The ops modules that do not run here, and why."""
-    why = {
+    """Return the backends that do not run on this device, each with the reason."""
+    reasons = {
         "fused": "needs a GPU and MLX's Metal or CUDA back end",
         "gather": "needs a GPU",
         "cpu": "is for MLX's cpu device",
     }
-    return {name: why[name] for name in NAMES if not _runs(name)}
+    return {name: reasons[name] for name in NAMES if not _runs(name)}
 
 
 def _fastest() -> str:

@@ -14,11 +14,13 @@ from math import inf
 
 from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..errors import SettingError
-from ..memory import budget as memory
+from ..memory.budget import MemoryPlan
 from ..memory.footprint import PLANNED_CONTEXT, cache_nbytes
+from ..memory.prefill import split_for_prefill
 from ..models.loading import plan_memory
 from ..ops import backend as ops
-from ..streaming import elastic_slots as room
+from ..options import LoadOptions
+from ..sizes import parse_size
 from .machines import Machine
 from .routing import REAL, Routing, routing
 from .speed_model import Costs, Geometry, Prompt, Step, decode, prompt
@@ -54,7 +56,7 @@ class Memory:
     generated after the prompt. keys: keys, values and recurrent states of the context. sweep:
     tokens of the prompt that share the reads of experts; prompt_slots: of a layer meanwhile."""
 
-    plan: memory.Plan
+    plan: MemoryPlan
     slots: int
     keys: int
     sweep: int
@@ -111,11 +113,10 @@ def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None
     gpu = machine is not None or ops.on_gpu()
     usable = machine and machine.usable
     if machine and asked.memory is not None:
-        usable = min(usable, memory.parse_size(asked.memory))
+        usable = min(usable, parse_size(asked.memory))
     plan = plan_memory(
         checkpoint,
-        memory=None if machine else asked.memory,
-        experts=k,
+        LoadOptions(memory=None if machine else asked.memory, experts=k, prompt_cache=None),
         context=max(asked.context, min(PLANNED_CONTEXT, checkpoint.max_context)),
         mac=usable,
     )
@@ -123,10 +124,10 @@ def plan_of_memory(checkpoint: Checkpoint, asked: Asked, machine: Machine | None
     # The other requests of a batch have a context each.
     slots = plan.slots_per_layer - -(-rows * keys // plan.slot_nbytes)
     if plan.elastic:
-        slots = room.fitting(plan, plan.budget, (1 + rows) * keys)
+        slots = plan.slots_beside((1 + rows) * keys, plan.budget)
     # Each host has as many for its share; those without dense weights have more in truth.
     slots = min(max(slots, k) * asked.hosts, checkpoint.num_experts)
-    prompt_slots, sweep, _ = room.split_for_prompts(
+    prompt_slots, sweep, _ = split_for_prefill(
         checkpoint,
         plan,
         tokens=asked.prompt,

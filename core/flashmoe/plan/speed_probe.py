@@ -37,12 +37,12 @@ from time import perf_counter
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.file_identity import FileIdentity
 from ..checkpoint.safetensors_header import EXPERT_TENSOR
-from ..checkpoint.safetensors_writer import Target, header
+from ..checkpoint.safetensors_writer import TensorSpec
 from ..errors import SettingError
 from ..memory import system as memory
-from ..memory.sizes import format_size
 from ..models.loading import load_streaming
 from ..ops import backend as ops
+from ..sizes import format_size
 from ..streaming import drives
 from ..streaming.disk_bench import forget, paced
 from ..streaming.io_modes import BLOCK, F_NOCACHE
@@ -146,7 +146,7 @@ def disk(
     with _scratch_file(scratch) as file:
         drive = drive or drives.drive_of(file)
         with open(file, "rb") as f:
-            identities = {file: FileIdentity.of(f.fileno())}
+            identities = {file: FileIdentity.from_fd(f.fileno())}
         batches = _scratch_ranges(checkpoint, misses, file)
         found = paced(batches, identities, drive, **lengths)
     what = f"a scratch file of {format_size(SCRATCH_NBYTES)} in {scratch}"
@@ -223,7 +223,7 @@ def _cut(checkpoint: Checkpoint, k: int) -> Iterator[tuple[Checkpoint, int]]:
         path = Path(directory)
         (path / "config.json").write_text(json.dumps(config))
         with open(path / "model.safetensors", "wb") as f:
-            f.write(header(targets))
+            f.write(encode_header(targets))
             f.truncate(f.tell() + sum(t.nbytes for t in targets))
         yield Checkpoint.open(path), k
 
@@ -239,13 +239,13 @@ def _layer(name: str) -> int | None:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
 
 
-def _cut_shape(tensor, experts: int, vocabulary: int) -> Target:
+def _cut_shape(tensor, experts: int, vocabulary: int) -> TensorSpec:
     rows, *rest = tensor.shape or (1,)
     if ".mlp.gate." in tensor.name or EXPERT_TENSOR.fullmatch(tensor.name):
         rows = experts
     elif ".embed_tokens." in f".{tensor.name}" or ".lm_head." in f".{tensor.name}":
         rows = vocabulary
-    return Target(tensor.name, tensor.dtype, (rows, *rest) if tensor.shape else ())
+    return TensorSpec(tensor.name, tensor.dtype, (rows, *rest) if tensor.shape else ())
 
 
 def _experts(checkpoint: Checkpoint, count: int) -> Iterator[list[tuple[Path, int, int]]]:

@@ -9,16 +9,20 @@ when its weights are rounded; `rounding` weighs errors by these means.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
 from ..files import replacing
+
+if TYPE_CHECKING:
+    from ..models.qwen_moe import StreamingMoE
+    from ..streaming.compute import Backend
 
 #: Tokens that are read of a text, unless more are asked for.
 TOKENS = 4096
@@ -119,7 +123,6 @@ def calibrate(
     from ..checkpoint.tokenizer import read_tokenizer
     from ..models.layerwise import prefill, split
     from ..models.loading import load_streaming
-    from ..ops import backend as ops
 
     tokenizer = read_tokenizer(checkpoint)
     limit = min(tokens, checkpoint.max_context)
@@ -128,118 +131,54 @@ def calibrate(
         raise SettingError(f"{text} holds no text: give one for --calibrate")
     if (highest := max(ids)) >= checkpoint.text_config["vocab_size"]:
         raise SettingError(f"the tokenizer of {checkpoint.path} gives {highest}: it is another's")
-    with _plain_ops(on_gpu=ops.on_gpu()):
-        model = load_streaming(checkpoint, memory=memory)
+    observer = _SumObserver(checkpoint)
+    model = load_streaming(checkpoint, memory=memory, backend=_observed_backend(observer))
+    observer.model = model
     try:
-        layers = {i: _watch(model, i) for i in checkpoint.expert_layers}
-        model.watch.entered = lambda layer: advance(1)
-        # One sweep: each expert is read once for all of the text.
+        model.hooks.layer_entered = lambda layer: advance(1)
+        # One pass: each expert is read once for all of the text.
         with mx.stream(mx.default_device()):
             for _ in prefill(model, split(ids, []), make_prompt_cache(model), limit=len(ids)):
                 pass
     finally:
         model.close()
-    for layer in layers.values():
+    for layer in observer.layers.values():
         if not (np.isfinite(layer.hidden).all() and np.isfinite(layer.down).all()):
             raise SettingError(f"{checkpoint.path} gives no finite numbers for {text}")
-    return Importance(layers)
+    return Importance(observer.layers)
 
 
-class _plain_ops:
-    """On a GPU experts are computed by plain MLX while it lasts: what enters `down` is seen."""
+class _SumObserver:
+    """Adds what enters the experts of a model to sums, one for each MoE layer."""
 
-    def __init__(self, *, on_gpu: bool):
-        self.on_gpu = on_gpu
+    def __init__(self, checkpoint: Checkpoint):
+        config = checkpoint.text_config
+        sizes = (config["num_experts"], config["hidden_size"], config["moe_intermediate_size"])
+        self.layers = {index: LayerSums.zeros(*sizes) for index in checkpoint.expert_layers}
+        self.model: StreamingMoE | None = None
 
-    def __enter__(self):
-        from ..ops import backend as ops
-
-        self.before = os.environ.get(ops.ENV)
-        if self.on_gpu:
-            os.environ[ops.ENV] = "reference"
-
-    def __exit__(self, *exc):
-        from ..ops import backend as ops
-
-        os.environ.pop(ops.ENV, None)
-        if self.before is not None:
-            os.environ[ops.ENV] = self.before
-
-
-class _WatchedOps:
-    """Stands where a switch has its ops module."""
-
-    def __init__(self, work: type, as_they_land: bool):
-        self.Work = work
-        self.computes_as_loaded = as_they_land
-
-
-def _watch(model, index: int) -> LayerSums:
-    """Let the expert block of a layer add to sums."""
-    switch, config = model.layers[index].mlp.switch_mlp, model.checkpoint.text_config
-    sizes = (config["num_experts"], config["hidden_size"], config["moe_intermediate_size"])
-    sums = LayerSums.zeros(*sizes)
-
-    def entering(x: np.ndarray) -> None:
+    def hidden(self, layer: int, x: np.ndarray) -> None:
+        sums = self.layers[layer]
         sums.hidden += np.square(x).sum(axis=0)
         sums.tokens += len(x)
 
-    def down(slot: int, h: np.ndarray) -> None:
-        expert = next(e for e, s in switch._slots.residents.items() if s == slot)
+    def intermediate(self, layer: int, slot: int, h: np.ndarray) -> None:
+        assert self.model is not None, "set when the model is loaded"
+        switch = self.model.blocks[layer].switch_mlp
+        expert = switch.expert_in(slot)
+        sums = self.layers[layer]
         sums.down[expert] += np.square(h).sum(axis=0)
         sums.counts[expert] += len(h)
 
-    ops = switch._ops
-    make = _cpu_work if ops.NAME == "cpu" else _mlx_work
-    switch._ops = _WatchedOps(make(entering, down), ops.computes_as_loaded)
-    return sums
 
+def _observed_backend(observer: _SumObserver) -> Backend:
+    """Return a backend that computes experts one by one, so that the observer sees `down`."""
+    from ..ops.backend import pick
 
-def _cpu_work(entering: Callable, down: Callable) -> type:
-    from ..ops.cpu import experts as cpu
-    from ..ops.cpu import gemm
+    if pick().name == "cpu":
+        from ..ops.cpu.experts import CpuBackend
 
-    class Work(cpu.Work):
-        def __init__(self, *args):
-            super().__init__(*args)
-            entering(self.x)
+        return CpuBackend(observer)
+    from ..ops.reference.experts import ReferenceBackend
 
-        def run(self, experts):
-            gate, up, last = self.matrices
-            for slot, pairs in experts.items():
-                x = self.x[pairs // self.top_k]
-                h = np.empty((len(x), gate.shape[1]), np.float32)
-                y = np.empty_like(x)
-                gemm.product(gate, slot, x, h, up)
-                gemm.product(last, slot, h, y)
-                down(slot, h)
-                self.y[pairs] = y
-
-    return Work
-
-
-def _mlx_work(entering: Callable, down: Callable) -> type:
-    import mlx.core as mx
-    from mlx_lm.models.activations import swiglu
-
-    from ..ops.reference import experts as reference
-
-    def host(x) -> np.ndarray:
-        return np.array(x.astype(mx.float32))
-
-    class Work(reference.Work):
-        def __init__(self, *args):
-            super().__init__(*args)
-            entering(host(self.x))
-
-        def _expert(self, slot, x):
-            quantization = self.bank.layer.quantization
-
-            def linear(name, x):
-                return reference.project(x, *self.bank.matrix(name, slot), quantization[name])
-
-            h = swiglu(linear("gate_proj", x), linear("up_proj", x))
-            down(slot, host(h))
-            return linear("down_proj", h)
-
-    return Work
+    return ReferenceBackend(observer)

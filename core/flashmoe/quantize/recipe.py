@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import EXPERT_TENSOR, PARTS, Checkpoint
-from ..checkpoint.config import BITS, FLOATS, GROUP_SIZES, Quantization, check_quantization
+from ..checkpoint.config import BITS, FLOATS, GROUP_SIZES, Quantization, parse_quantization
 from ..checkpoint.safetensors_header import Tensor
-from ..checkpoint.safetensors_writer import Target
+from ..checkpoint.safetensors_writer import TensorSpec
 from ..errors import SettingError
 
 #: Bytes of a shard, as mlx-lm writes them.
@@ -71,16 +71,16 @@ class Part:
         return (*rows, width * 32 // self.old.bits if self.old else width)
 
     @property
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[TensorSpec]:
         if self.new is None:
-            return [Target(t.name, t.dtype, t.shape) for t in self.sources.values()]
+            return [TensorSpec(t.name, t.dtype, t.shape) for t in self.sources.values()]
         *rows, width = self.shape
         groups = (*rows, width // self.new.group_size)
         dtype = self.sources["scales" if self.old else "weight"].dtype
         return [
-            Target(f"{self.path}.weight", "U32", (*rows, width * self.new.bits // 32)),
-            Target(f"{self.path}.scales", dtype, groups),
-            Target(f"{self.path}.biases", dtype, groups),
+            TensorSpec(f"{self.path}.weight", "U32", (*rows, width * self.new.bits // 32)),
+            TensorSpec(f"{self.path}.scales", dtype, groups),
+            TensorSpec(f"{self.path}.biases", dtype, groups),
         ]
 
     @property
@@ -139,7 +139,7 @@ def _parts(checkpoint: Checkpoint) -> Iterator[Part]:
         for name, old in x.quantization.items()
     }
     tensors, dense = checkpoint.tensors, {t.name for t in checkpoint.dense}
-    quantization = check_quantization(checkpoint.config, checkpoint.text_config, checkpoint.path)
+    quantization = parse_quantization(checkpoint.config, checkpoint.text_config, checkpoint.path)
     for name in sorted(tensors, key=lambda n: (tensors[n].file, tensors[n].start)):
         path, _, part = name.rpartition(".")
         layer, role, old = experts.get(path, (None, "dense", None))

@@ -111,7 +111,7 @@ class Run:
             found = {"nbytes": out.nbytes, "sha256": _digest(out.partial)}
             _check_header(out.partial, parts)
             found["errors"] = {role: asdict(sums) for role, sums in errors.items()}
-            out.finish()
+            out.publish()
         write_json(self.directory / WORK / f"{name}.json", found)
         return found
 

@@ -1,9 +1,13 @@
-"""Who may use the server. Pure ASGI: what is refused does not reach the application.
+"""Access control of the server, as ASGI middleware in front of the application.
 
-Without a key, everything on this machine may: programs, and so the browser, in which any web page
-runs code. A page's requests carry its Origin, and are refused unless that is allowed. One whose own
-name leads to this machine (DNS rebinding) carries that name as Host: without a key, Host must be a
-name of the loopback. With a key the page would have to know it.
+Without an API key, every program on this machine may use the server. That includes the browser, in
+which any web page runs code. Two checks keep web pages out:
+
+- A page's requests carry an Origin header. They are refused unless that origin is allowed.
+- A page may point a host name of its own at this machine (DNS rebinding). Its requests then carry
+  that name in the Host header, so without a key the Host must be a loopback name.
+
+With a key, the page would have to know the key, so the Host header is not checked.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import SettingError
 from .openai_errors import ApiError
 
-#: Needs no key: it says that the server is there, and no more.
-OPEN = ("/health",)
+#: Paths that need no key. They tell nothing but that the server runs.
+PUBLIC_PATHS = ("/health",)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is of this machine alone."""
+    """Return whether an address or host name belongs to the loopback interface."""
     host = host.strip("[]").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -37,36 +41,39 @@ def is_loopback(host: str) -> bool:
 
 
 def check_key(host: str, key: str | None) -> None:
-    """
+    """Refuse to open the server to other machines without a key, and keys that cannot be sent.
+
     Raises:
-        SettingError: the server would be open to other machines, or the key cannot be one.
+        SettingError: the key is missing, empty or not printable ASCII.
     """
     if key is None and not is_loopback(host):
         raise SettingError(
-            f"host={host!r} lets other machines in, so a key is required: set FLASHMOE_API_KEY, or "
-            "give --api-key; or leave --host out, for this machine alone"
+            f"host={host!r} lets other machines connect, so an API key is required: set "
+            "FLASHMOE_API_KEY or pass --api-key, or leave out --host to serve this machine only"
         )
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-        raise SettingError("the API key must be printable ASCII, and not empty")
+        raise SettingError("the API key must be printable ASCII and must not be empty")
 
 
-class Access:
-    """Lets requests through to an application, or answers them with what is missing.
+class AccessMiddleware:
+    """Passes allowed requests on to an application and answers all others with an error.
 
     Args:
-        key: the API key; None: none is asked for.
-        origins: web pages that may use the server, such as "https://chat.example"; "*": all.
+        app: the ASGI application to protect.
+        key: the API key that clients must send; None: no key is needed.
+        origins: origins of web pages that may use the server, such as "https://chat.example".
+            "*" allows all.
     """
 
     def __init__(self, app: ASGIApp, key: str | None = None, origins: Sequence[str] = ()):
         self._app = app
         self._key = None if key is None else key.encode()
         self._origins = frozenset(origins)
-        self._keyed = self._checked
+        self._with_key_check: ASGIApp = self._check_key
         if origins:
-            # It answers preflights, which have no key.
-            self._keyed = CORSMiddleware(
-                self._checked,
+            # CORS goes first: it answers preflight requests, which carry no key.
+            self._with_key_check = CORSMiddleware(
+                self._check_key,
                 allow_origins=list(origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
@@ -82,23 +89,23 @@ class Access:
             error = ApiError(
                 403,
                 f"web pages of {origin[:200]!r} may not use this server: start it with "
-                "--allow-origin to let them",
+                "--allow-origin to allow them",
                 code="origin_not_allowed",
             )
-            await respond(error, scope, receive, send)
-        elif self._key is None and not is_loopback(_name(host)):
+            await send_error(error, scope, receive, send)
+        elif self._key is None and not is_loopback(_hostname(host)):
             error = ApiError(
                 403,
-                f"Host {host[:200]!r} is no name of this machine: use localhost, or start the "
-                "server with a key",
+                f"Host {host[:200]!r} is not a name of this machine: connect to localhost, or "
+                "start the server with an API key",
                 code="host_not_allowed",
             )
-            await respond(error, scope, receive, send)
+            await send_error(error, scope, receive, send)
         else:
-            await self._keyed(scope, receive, send)
+            await self._with_key_check(scope, receive, send)
 
-    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._key is None or scope["path"] in OPEN or self._has_key(scope):
+    async def _check_key(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._key is None or scope["path"] in PUBLIC_PATHS or _carries_key(scope, self._key):
             await self._app(scope, receive, send)
             return
         error = ApiError(
@@ -107,23 +114,25 @@ class Access:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await respond(error, scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
-        return scheme.lower() == "bearer" and same
+        await send_error(error, scope, receive, send)
 
 
-def _name(host: str) -> str:
-    """The name in a Host header, without the port; "" for what is none."""
+def _carries_key(scope: Scope, key: bytes) -> bool:
+    scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+    # compare_digest takes the same time wherever the first difference is.
+    same = hmac.compare_digest(given.strip().encode("latin-1"), key)
+    return scheme.lower() == "bearer" and same
+
+
+def _hostname(host: str) -> str:
+    """Return the name in a Host header without the port; "" if the header is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 
 
-async def respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an error."""
+async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send an error as the whole response."""
     response = JSONResponse(error.body(), error.status, error.headers)
     await response(scope, receive, send)

@@ -1,11 +1,11 @@
-"""The HTTP server of one engine: OpenAI's chat completions, models, health, metrics.
+"""The ASGI application of the server: chat completions, models, health and metrics of one engine.
 
-mlx-lm's own server generates in its request handler, from a model that it loads itself, and so
-cannot answer from our engine; starlette is used instead. Nothing here touches MLX: the event loop
-hands requests to the engine's thread and waits for events.
+mlx-lm's server cannot be used: it generates inside its request handler, from a model that it loads
+itself, so it cannot answer from our engine. This one is built on starlette. Nothing here touches
+MLX: the event loop hands requests to the engine's thread and waits for events.
 
-A client that goes away cancels its answer, streamed or not. While nothing else is to be said, a
-stream has comments, so that neither client nor proxy gives up on a long prompt.
+A client that disconnects cancels its answer, streamed or not. While there is nothing else to send,
+a stream carries comments, so that neither client nor proxy gives up during a long prefill.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
@@ -24,17 +24,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Engine
 from ..errors import OutputError
 from ..events import End, Event, Progress
-from .access import Access, respond
+from .access import AccessMiddleware, send_error
 from .metrics import Metrics
 from .openai_errors import ApiError
-from .openai_request import Call, Served, read_call
-from .openai_response import Completion, busy, failure, stopping
-from .sse import Stream, disconnected, read_body, sent, with_pauses
+from .openai_request import ChatCompletionCall, read_call
+from .openai_response import ChatCompletion, queue_full, shutting_down, to_api_error
+from .served_model import ServedModel
+from .sse import SseStream, read_body, send_in_time, wait_for_disconnect, with_pauses
 
 log = logging.getLogger("flashmoe")
 
@@ -43,12 +44,14 @@ _CHAT, _MODELS, _HEALTH, _METRICS = "/v1/chat/completions", "/v1/models", "/heal
 
 @dataclass(frozen=True)
 class Limits:
-    """
+    """What a server accepts from its clients.
+
     Attributes:
-        body: bytes of a request.
-        requests: that are answered or wait; one more is told to come back.
-        seconds: of an answer, its time in the queue included; None: no limit.
-        pause: seconds of silence in a stream before a comment.
+        body: maximum size of a request in bytes.
+        requests: maximum number of requests that are answered or wait. Another one gets the status
+            429 and is told when to try again.
+        seconds: maximum time of an answer, including its time in the queue; None: no limit.
+        pause: seconds of silence in a stream before a comment is sent.
     """
 
     body: int = 8 * 10**6
@@ -58,16 +61,19 @@ class Limits:
 
 
 class Server:
-    """The ASGI application.
+    """The ASGI application that serves one engine.
 
     Args:
-        key, origins: see `flashmoe.server.access.Access`.
+        engine: the engine that answers.
+        model: the model as clients see it.
+        limits: None: the defaults.
+        key, origins: see `flashmoe.server.access.AccessMiddleware`.
     """
 
     def __init__(
         self,
         engine: Engine,
-        served: Served,
+        model: ServedModel,
         limits: Limits | None = None,
         *,
         key: str | None = None,
@@ -75,109 +81,113 @@ class Server:
     ):
         self.metrics = Metrics()
         self._engine = engine
-        self._served = served
+        self._model = model
         self._limits = limits or Limits()
         self._stopping = asyncio.Event()
         routes = [
             Route(_CHAT, _Endpoint(self._chat), methods=["POST"]),
-            Route(_MODELS, self._models),
-            Route(_MODELS + "/{name:path}", self._model),
+            Route(_MODELS, self._list_models),
+            Route(_MODELS + "/{name:path}", self._get_model),
             Route(_HEALTH, self._health),
             Route(_METRICS, self._metrics_text),
         ]
-        handlers = {HTTPException: _http_error, ApiError: _api_error}
-        self._app = Access(Starlette(routes=routes, exception_handlers=handlers), key, origins)
+        # starlette's types of handlers know no subclasses of Exception, hence the plain dict type.
+        handlers: dict = {HTTPException: _http_error, ApiError: _api_error}
+        starlette = Starlette(routes=routes, exception_handlers=handlers)
+        self._app = AccessMiddleware(starlette, key, origins)
 
     def stop(self) -> None:
-        """Cut the answers in flight short. On the event loop."""
+        """End the answers in flight with an error. Must be called on the event loop."""
         self._stopping.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return  # there is nothing to start or to end, and no web socket
-        begun, status = time.monotonic(), "disconnected"
+            return  # no lifespan events are needed, and there are no web sockets
+        start = time.monotonic()
+        status: int | str = "disconnected"
 
-        async def counted(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, counted)
+            await self._app(scope, receive, send_and_note_status)
         finally:
             known = (_CHAT, _MODELS, _HEALTH, _METRICS)
             path = scope["path"] if scope["path"] in known else "other"
-            self.metrics.answered(path, status)
-            seconds = time.monotonic() - begun
+            self.metrics.count_request(path, status)
+            seconds = time.monotonic() - start
             log.info("%s %s %s %.2f s", scope["method"], path, status, seconds)
 
-    # What is asked for.
+    # Endpoints.
 
-    async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._served.card()]})
+    async def _list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model.model_object()]})
 
-    async def _model(self, request: Request) -> Response:
-        self._served.check(request.path_params["name"])
-        return JSONResponse(self._served.card())
+    async def _get_model(self, request: Request) -> Response:
+        self._model.check_name(request.path_params["name"])
+        return JSONResponse(self._model.model_object())
 
     async def _health(self, request: Request) -> Response:
         if self._stopping.is_set() or self._engine.closed:
-            raise stopping()
+            raise shutting_down()
         # An expert that could not be read drops the model; the next request loads it again.
         state = "ready" if self._engine.loaded else "not loaded"
         return JSONResponse({"status": "ok", "model": state})
 
     async def _metrics_text(self, request: Request) -> Response:
-        text = self.metrics.text(self._engine)
+        text = self.metrics.prometheus_text(self._engine)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream = Stream(send)
+        stream = SseStream(send)
         try:
-            with self._counted():
+            with self._in_flight():
                 body = await read_body(Request(scope, receive), self._limits.body)
-                call = await asyncio.to_thread(read_call, body, self._served)
+                call = await asyncio.to_thread(read_call, body, self._model)
                 del body
-                answer = self._streamed(call, stream) if call.stream else self._whole(call)
-                response = await self._unless_over(receive, answer)
+                answer = self._stream(call, stream) if call.stream else self._complete(call)
+                response = await self._run_while_connected(receive, answer)
                 if response is not None:
-                    await sent(response(scope, receive, send))
+                    await send_in_time(response(scope, receive, send))
         except ClientDisconnect:
-            self.metrics.add("disconnects")
+            self.metrics.count("disconnects")
         except Exception as e:
-            error = failure(e)
-            if stream.begun:
-                self.metrics.add("stream_errors")
+            error = to_api_error(e)
+            if stream.started:
+                self.metrics.count("stream_errors")
                 await stream.fail(error)
             else:
-                await respond(error, scope, receive, send)
+                await send_error(error, scope, receive, send)
 
-    async def _whole(self, call: Call) -> Response:
-        completion = self._completion(call)
+    async def _complete(self, call: ChatCompletionCall) -> Response:
+        completion = self._new_completion(call)
         async with aclosing(self._events(call)) as events:
             async for event in events:
-                _say(completion, event)
-        return Response(json.dumps(completion.whole()), media_type="application/json")
+                _chunks(completion, event)
+        return Response(json.dumps(completion.to_dict()), media_type="application/json")
 
-    async def _streamed(self, call: Call, stream: Stream) -> None:
-        completion, words = self._completion(call), "waiting"
-        events = with_pauses(self._events(call), lambda: stream.silence(self._limits.pause))
+    async def _stream(self, call: ChatCompletionCall, stream: SseStream) -> None:
+        completion, comment = self._new_completion(call), "waiting"
+        events = with_pauses(self._events(call), lambda: stream.time_to_comment(self._limits.pause))
         async with aclosing(events):
             async for event in events:
                 if event is None:
-                    await stream.comment(words)
+                    await stream.comment(comment)
                 elif isinstance(event, Progress):
-                    words = f"reading {event.done} of {event.total}"
-                    words += f", layer {event.layer} of {event.layers}"
+                    comment = f"reading {event.done} of {event.total}"
+                    comment += f", layer {event.layer} of {event.layers}"
                 else:
-                    for chunk in _say(completion, event):
+                    for chunk in _chunks(completion, event):
                         await stream.data(chunk)
         await stream.end()
 
-    async def _events(self, call: Call) -> AsyncIterator[Event | OutputError]:
-        """Those of the engine; an answer that is not what was asked for ends with its error."""
-        begun, end = time.monotonic(), None
+    async def _events(self, call: ChatCompletionCall) -> AsyncGenerator[Event | OutputError, None]:
+        """Yield the engine's events. An OutputError is yielded as the last one, not raised."""
+        start = time.monotonic()
+        end: End | None = None
         answer = self._engine.astream(call.request, timeout=self._limits.seconds)
         async with aclosing(answer) as events:
             try:
@@ -188,82 +198,88 @@ class Server:
                 end = e.end
                 yield e
         if end is not None:
-            self.metrics.ended(end, time.monotonic() - begun)
+            self.metrics.count_answer(end, time.monotonic() - start)
 
-    def _completion(self, call: Call) -> Completion:
-        return Completion(
+    def _new_completion(self, call: ChatCompletionCall) -> ChatCompletion:
+        return ChatCompletion(
             f"chatcmpl-{secrets.token_hex(12)}",
             int(time.time()),
-            self._served.names[0],
+            self._model.names[0],
             include_usage=call.include_usage,
         )
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """In here a request is in flight.
+    def _in_flight(self) -> Iterator[None]:
+        """Count a request as in flight while the context lasts.
 
         Raises:
-            ApiError: there are too many, or the server ends.
+            ApiError: too many requests are in flight, or the server is shutting down.
         """
         metrics = self.metrics
         if self._stopping.is_set():
-            raise stopping()
+            raise shutting_down()
         if metrics.in_flight >= self._limits.requests:
-            raise busy(metrics.in_flight, metrics.answer_seconds())
+            raise queue_full(metrics.in_flight, metrics.mean_answer_seconds())
         metrics.in_flight += 1
         try:
             yield
         finally:
             metrics.in_flight -= 1
 
-    async def _unless_over(self, receive: Receive, work: Coroutine) -> Response | None:
-        """What the work gives.
+    async def _run_while_connected(
+        self, receive: Receive, work: Coroutine[None, None, Response | None]
+    ) -> Response | None:
+        """Return the result of `work`.
 
         Raises:
-            ClientDisconnect: the client went away, and the work was cancelled.
-            ApiError: the same for the server.
+            ClientDisconnect: the client disconnected, and the work was cancelled.
+            ApiError: the server is shutting down, and the work was cancelled.
         """
-        doing, gone, over = tasks = [
-            asyncio.ensure_future(c) for c in (work, disconnected(receive), self._stopping.wait())
-        ]
+        working = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        tasks = [working, gone, asyncio.ensure_future(self._stopping.wait())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if doing.done():
-                return doing.result()
-            raise ClientDisconnect if gone.done() else stopping()
+            if working.done():
+                return working.result()
+            raise ClientDisconnect if gone.done() else shutting_down()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            for task in (doing, gone):
+            for task in tasks[:2]:
                 if not task.cancelled():
-                    task.exception()  # it was raised, or came too late to matter
+                    # Marks the exception as seen: it was raised above, or came too late to matter.
+                    task.exception()
 
 
 class _Endpoint:
-    """An ASGI application in a route: starlette takes functions for its own kind of endpoint."""
+    """An ASGI application as the endpoint of a route.
 
-    def __init__(self, app):
+    starlette would take a plain function for an endpoint of its own kind, request to response.
+    """
+
+    def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
 
 
-def _say(completion: Completion, event: Event | OutputError) -> list[dict]:
+def _chunks(completion: ChatCompletion, event: Event | OutputError) -> list[dict]:
     if isinstance(event, OutputError):
-        return completion.fails(event)
+        return completion.error_chunks(event)
     return completion.chunks(event)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path[:200]
-    words = {
-        404: f"there is no {path!r} here: there are POST {_CHAT}, GET {_MODELS}, {_HEALTH} and "
-        f"{_METRICS}",
-        405: f"{request.method} is not for {path!r}",
+    texts = {
+        404: f"there is no {path!r} here: use POST {_CHAT}, GET {_MODELS}, {_HEALTH} or {_METRICS}",
+        405: f"{path!r} does not accept {request.method}: use POST for {_CHAT} and GET for the "
+        "others",
     }
-    text = words.get(error.status_code, error.detail)
+    text = texts.get(error.status_code, error.detail)
     return await _api_error(request, ApiError(error.status_code, text, headers=error.headers))
 
 

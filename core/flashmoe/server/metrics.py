@@ -1,21 +1,22 @@
-"""What the server counts, as text for Prometheus. Knows no server; lives on its event loop."""
+"""Counters of the server in Prometheus' text format.
+
+They are plain numbers without locks: only the server's event loop may change them.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
+from ..engine import Engine
 from ..events import End
-from ..memory import budget as memory
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from ..memory import system as memory
 
 
 class Metrics:
-    """
+    """Counts requests, tokens and times of one server.
+
     Attributes:
-        in_flight: chat completions that are not over, those that wait included.
+        in_flight: chat completions that are not finished, those in the queue included.
     """
 
     def __init__(self) -> None:
@@ -24,78 +25,78 @@ class Metrics:
         self._totals: Counter[str] = Counter()
         self._summaries: dict[str, tuple[float, int]] = {}
 
-    def answered(self, path: str, status: int | str) -> None:
-        """A request is over. status: of HTTP, or "disconnected"."""
+    def count_request(self, path: str, status: int | str) -> None:
+        """Count a finished request. `status` is the HTTP status, or "disconnected"."""
         self._requests[path, status] += 1
 
-    def add(self, name: str) -> None:
-        """One more of what is counted: "disconnects", "stream_errors"."""
+    def count(self, name: str) -> None:
+        """Add 1 to the counter "disconnects" or "stream_errors"."""
         self._totals[name] += 1
 
-    def ended(self, end: End, seconds: float) -> None:
-        """An answer was generated. seconds: since it was asked for."""
+    def count_answer(self, end: End, seconds: float) -> None:
+        """Count a generated answer. `seconds` is the time since it was requested."""
         self._totals["prompt_tokens"] += end.prompt_tokens
         self._totals["cached_tokens"] += end.cached_tokens
         self._totals["completion_tokens"] += end.generated_tokens
         self._totals["expert_bytes_read"] += end.bytes_read
-        self._add("answer_seconds", seconds)
-        self._add("time_to_first_token_seconds", end.prompt_seconds)
-        self._add("tokens_per_second", end.tokens_per_second)
-        self._add("hit_rate", end.hit_rate)
+        self._observe("answer_seconds", seconds)
+        self._observe("time_to_first_token_seconds", end.prompt_seconds)
+        self._observe("tokens_per_second", end.tokens_per_second)
+        self._observe("hit_rate", end.hit_rate)
 
-    def answer_seconds(self) -> float:
-        """Of an answer, on average; 1 before there was any."""
+    def mean_answer_seconds(self) -> float:
+        """Return the mean time of an answer; 1.0 before the first one."""
         total, count = self._summaries.get("answer_seconds", (1.0, 1))
         return total / count
 
-    def text(self, engine: Engine) -> str:
-        """In Prometheus' format, version 0.0.4."""
-        lines = _header("requests_total", "counter", "HTTP requests that are over.")
+    def prometheus_text(self, engine: Engine) -> str:
+        """Return all metrics in Prometheus' text format, version 0.0.4."""
+        lines = _header("requests_total", "counter", "HTTP requests that are finished.")
         for (path, status), count in sorted(self._requests.items(), key=str):
             lines.append(f'flashmoe_requests_total{{path="{path}",status="{status}"}} {count}')
-        for name, words in _TOTALS.items():
-            lines += _header(f"{name}_total", "counter", words)
+        for name, description in _TOTALS.items():
+            lines += _header(f"{name}_total", "counter", description)
             lines.append(f"flashmoe_{name}_total {self._totals[name]}")
-        for name, words in _SUMMARIES.items():
+        for name, description in _SUMMARIES.items():
             total, count = self._summaries.get(name, (0.0, 0))
-            lines += _header(name, "summary", words)
+            lines += _header(name, "summary", description)
             lines.append(f"flashmoe_{name}_sum {total:.6g}")
             lines.append(f"flashmoe_{name}_count {count}")
-        for name, (value, words) in self._gauges(engine).items():
-            lines += _header(name, "gauge", words)
+        for name, (value, description) in self._gauges(engine).items():
+            lines += _header(name, "gauge", description)
             lines.append(f"flashmoe_{name} {value}")
         return "\n".join(lines) + "\n"
 
     def _gauges(self, engine: Engine) -> dict[str, tuple[int, str]]:
         return {
-            "requests_in_flight": (self.in_flight, "Chat completions that are not over."),
-            "rows": (engine.rows, "Answers that are computed together now."),
-            "waiting": (engine.waiting, "Requests whose prompt has not been begun."),
+            "requests_in_flight": (self.in_flight, "Chat completions that are not finished."),
+            "rows": (engine.running, "Answers that are generated together now."),
+            "waiting": (engine.waiting, "Requests whose prefill has not started."),
             "model_loaded": (int(engine.loaded), "Whether the model is in memory."),
             "resident_memory_bytes": (memory.resident(), "Memory of the process."),
-            "peak_memory_bytes": (memory.peak(), "The most it was so far."),
+            "peak_memory_bytes": (memory.peak(), "Peak memory of the process so far."),
         }
 
-    def _add(self, name: str, value: float) -> None:
+    def _observe(self, name: str, value: float) -> None:
         total, count = self._summaries.get(name, (0.0, 0))
         self._summaries[name] = total + value, count + 1
 
 
 _TOTALS = {
-    "prompt_tokens": "Tokens of prompts, cached ones included.",
-    "cached_tokens": "Tokens of prompts that the prompt cache held.",
-    "completion_tokens": "Tokens that were generated.",
-    "expert_bytes_read": "Expert bytes that were read from the drive.",
-    "disconnects": "Chat completions whose client went away.",
+    "prompt_tokens": "Prompt tokens, including those from the prompt cache.",
+    "cached_tokens": "Prompt tokens that came from the prompt cache.",
+    "completion_tokens": "Generated tokens.",
+    "expert_bytes_read": "Expert bytes read from the drive.",
+    "disconnects": "Chat completions whose client disconnected.",
     "stream_errors": "Streams that ended with an error.",
 }
 _SUMMARIES = {
-    "answer_seconds": "From a request to the end of its answer.",
-    "time_to_first_token_seconds": "From the start of an answer to its first token.",
-    "tokens_per_second": "Of each answer, from its first token on.",
-    "hit_rate": "Share of the needed experts that were resident, of each answer.",
+    "answer_seconds": "Time from a request to the end of its answer.",
+    "time_to_first_token_seconds": "Time from the start of an answer to its first token.",
+    "tokens_per_second": "Decode speed of each answer, from its first token on.",
+    "hit_rate": "Share of the needed experts that were in slots, for each answer.",
 }
 
 
-def _header(name: str, kind: str, words: str) -> list[str]:
-    return [f"# HELP flashmoe_{name} {words}", f"# TYPE flashmoe_{name} {kind}"]
+def _header(name: str, kind: str, description: str) -> list[str]:
+    return [f"# HELP flashmoe_{name} {description}", f"# TYPE flashmoe_{name} {kind}"]

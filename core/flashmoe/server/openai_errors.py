@@ -1,17 +1,20 @@
-"""What a client of the server is told when something is wrong."""
+"""Errors of the server in the form of OpenAI's API."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
 class ApiError(Exception):
-    """What a client is told, as OpenAI's API tells it.
+    """An error response: the HTTP status, and the JSON that OpenAI's API has for errors.
 
-    Attributes:
-        status: of HTTP.
-        param: the field that is wrong. code: for programs, one of OpenAI's where it has one.
-        headers: more of the answer's.
+    Args:
+        status: HTTP status code.
+        message: text for the user, with the values that are wrong and the way out.
+        param: name of the request field that is wrong; None if no single field is.
+        code: error code for programs; one of OpenAI's where OpenAI has one.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -21,28 +24,28 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
-        self.headers = headers or {}
+        self.headers = dict(headers or {})
 
     def body(self) -> dict:
-        """The JSON of the answer, and of the last event of a stream."""
+        """Return the JSON of the response, which is also the last event of a failed stream."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {"message": str(self), "type": kind.get(self.status, default)}
         return {"error": error | {"param": self.param, "code": self.code}}
 
 
-def bad(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """The error of a field that is wrong."""
+def invalid_field(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """Return the error (status 400) for a request field whose value cannot be used."""
     return ApiError(400, message, param=param, code=code)
 
 
-def shown(value: Any) -> str:
-    """A value of a client's in a message: at most 120 characters."""
+def short_repr(value: Any) -> str:
+    """Return the repr of a client's value for an error message, cut to 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

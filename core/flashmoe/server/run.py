@@ -1,4 +1,4 @@
-"""Runs the server: its socket, its signals, its end."""
+"""Runs the server with uvicorn: its socket, its signals, its shutdown."""
 
 from __future__ import annotations
 
@@ -13,47 +13,56 @@ import uvicorn
 from ..errors import SettingError
 from .app import Server
 
-#: Seconds for answers in flight to end with an error, after Ctrl-C.
+#: Seconds after Ctrl-C in which answers in flight may end with an error.
 _GRACE = 5
-#: Connections at most: some wait for an answer, some are idle.
+#: Maximum number of connections: some wait for an answer, others are idle.
 _CONNECTIONS = 1000
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that has its address, and takes no connections yet. port 0: any free one.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address and does not accept connections yet.
+
+    Args:
+        port: 0 takes any free port.
 
     Raises:
-        SettingError: the address cannot be had.
+        SettingError: the address is not one of this machine, or is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
+        bound = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as e:
-        raise SettingError(f"host={host!r} is no address of this machine: {e}") from e
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as e:
-        found.close()
         raise SettingError(
-            f"host={host!r} port={port} cannot be had ({e.strerror or e}): give another --port, or "
-            "end what uses it"
+            f"host={host!r} is not an address of this machine ({e}): leave out --host to serve "
+            "this machine only, or give one of its addresses"
         ) from e
-    return found
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as e:
+        bound.close()
+        raise SettingError(
+            f"the server cannot listen at host={host!r} port={port} ({e.strerror or e}): choose "
+            "another --port, or stop the program that uses this one"
+        ) from e
+    return bound
 
 
-def url(host: str, bound: socket.socket) -> str:
-    """Where clients find the API."""
+def api_url(host: str, bound: socket.socket) -> str:
+    """Return the base URL of the API, which clients are configured with."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{bound.getsockname()[1]}/v1"
 
 
-def prepare(server: Server, ready: Callable[[], None]) -> uvicorn.Server:
-    """What serves, by its `run([socket])`, until SIGINT or SIGTERM, or its `should_exit`.
+def make_uvicorn(server: Server, ready: Callable[[], None]) -> uvicorn.Server:
+    """Return the uvicorn server for an application.
 
-    ready: called when connections are taken.
+    Its `run([socket])` serves until SIGINT or SIGTERM, or until its `should_exit` is set.
+
+    Args:
+        ready: called once connections are accepted.
     """
     config = uvicorn.Config(
         server,
@@ -67,7 +76,8 @@ def prepare(server: Server, ready: Callable[[], None]) -> uvicorn.Server:
         server_header=False,
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE,
-        timeout_keep_alive=75,  # longer than clients keep one, so that none is used as it closes
+        # Longer than clients keep an idle connection, so that none sends on one being closed.
+        timeout_keep_alive=75,
         backlog=512,
     )
     return _Uvicorn(config, server, ready)
@@ -89,7 +99,8 @@ class _Uvicorn(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own raises them again at the end. Here they are how the server is ended.
+        # uvicorn's own version raises the signals again at the end. Here they are the normal way
+        # to stop the server.
         if threading.current_thread() is not threading.main_thread():
             yield
             return

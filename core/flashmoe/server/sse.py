@@ -1,47 +1,59 @@
-"""What goes over a connection of the server: bodies in, events out, and clients that are slow or
-gone."""
+"""Reading request bodies and sending server-sent events, with time limits for slow clients."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
+from ..terminal import format_number
 from .openai_errors import ApiError
 
-#: Seconds that a client may take to send its request, and to take what is sent to it.
+#: Seconds that a client may take to send its request, and to accept each piece of the response.
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
 
+_T = TypeVar("_T")
 
-class Stream:
-    """Server-sent events. Nothing is sent before there is something to say, so that an error until
-    then has its own status."""
+
+class SseStream:
+    """A response of server-sent events.
+
+    The response starts with the first event or comment, not before, so that an error that occurs
+    earlier can still be sent with an HTTP status of its own.
+
+    Attributes:
+        started: whether the response has started.
+    """
 
     def __init__(self, send: Send):
-        self.begun = False
+        self.started = False
         self._send = send
         self._last = time.monotonic()
 
-    def silence(self, pause: float) -> float:
-        """Seconds until nothing has been said for so long."""
+    def time_to_comment(self, pause: float) -> float:
+        """Return the seconds until the stream has been silent for `pause` seconds; at least 0."""
         return max(0.0, self._last + pause - time.monotonic())
 
     async def data(self, content: dict) -> None:
-        # In ASCII: some clients split lines at characters that are none to JSON.
+        """Send an event that holds JSON."""
+        # In ASCII: some clients split lines at characters that do not end a line in JSON.
         await self._write(f"data: {json.dumps(content, separators=(',', ':'))}\n\n")
 
-    async def comment(self, words: str) -> None:
-        await self._write(f": {words}\n\n")
+    async def comment(self, text: str) -> None:
+        """Send a comment, which clients ignore: it keeps the connection alive."""
+        await self._write(f": {text}\n\n")
 
     async def end(self) -> None:
+        """Send the last event and end the response."""
         await self._write("data: [DONE]\n\n", more=False)
 
     async def fail(self, error: ApiError) -> None:
-        """End with an error. A client that does not take it is gone."""
+        """Send an error as the last event. A client that does not accept it has disconnected."""
         try:
             await self.data(error.body())
             await self._write("", more=False)
@@ -50,58 +62,66 @@ class Stream:
 
     async def _write(self, text: str, more: bool = True) -> None:
         self._last = time.monotonic()
-        if not self.begun:
-            self.begun = True
+        if not self.started:
+            self.started = True
             headers = [
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
             ]
             start = {"type": "http.response.start", "status": 200, "headers": headers}
-            await sent(self._send(start))
+            await send_in_time(self._send(start))
         body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-        await sent(self._send(body))
+        await send_in_time(self._send(body))
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The JSON text of a request.
+async def read_body(request: Request, limit: int) -> bytes:
+    """Read the JSON text of a request, at most `limit` bytes.
 
     Raises:
-        ApiError: 408, 413 or 415.
-        ClientDisconnect
+        ApiError: 415 if the body is not plain JSON, 413 if it is too large, 408 if it does not
+            arrive in time.
+        ClientDisconnect: the client disconnected.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" or request.headers.get("content-encoding", "identity") != (
-        "identity"
-    ):
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    encoding = request.headers.get("content-encoding", "identity")
+    if content_type != "application/json" or encoding != "identity":
         raise ApiError(
-            415, "send the body as it is, with Content-Type: application/json", code="not_json"
+            415,
+            "send the body uncompressed, with Content-Type: application/json",
+            code="not_json",
         )
-    found = bytearray()
+    body = bytearray()
 
     async def read() -> None:
         async for piece in request.stream():
-            # The rest of what is too large is taken and dropped: a client that is still sending
-            # would not see the answer.
-            if len(found) <= most:
-                found.extend(piece)
+            # The rest of a body that is too large is read and dropped: a client that is still
+            # sending would not see the response.
+            if len(body) <= limit:
+                body.extend(piece)
 
-    in_time = await _within(BODY_SECONDS, read())
-    if len(found) > most:
+    in_time = await _finishes_within(BODY_SECONDS, read())
+    if len(body) > limit:
         raise ApiError(
             413,
-            f"the body is larger than {most} bytes: shorten it, or start the server with a larger "
+            f"the body is larger than {limit} bytes: shorten it, or start the server with a larger "
             "--max-body",
             code="body_too_large",
         )
     if not in_time:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s", code="timeout")
-    return bytes(found)
+        raise ApiError(
+            408,
+            f"the body did not arrive within {format_number(BODY_SECONDS)} s: send it again",
+            code="timeout",
+        )
+    return bytes(body)
 
 
-async def with_pauses(events: AsyncIterator, seconds) -> AsyncIterator:
-    """The events, and None whenever the next one takes longer than `seconds()`."""
-    coming = None
+async def with_pauses(
+    events: AsyncGenerator[_T, None], seconds: Callable[[], float]
+) -> AsyncGenerator[_T | None, None]:
+    """Yield the events, and None whenever the next event takes longer than `seconds()`."""
+    coming: asyncio.Future[_T] | None = None
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(events))
@@ -122,25 +142,28 @@ async def with_pauses(events: AsyncIterator, seconds) -> AsyncIterator:
         await events.aclose()
 
 
-async def disconnected(receive: Receive) -> None:
-    """Returns when the client is gone."""
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def sent(sending: Coroutine) -> None:
-    """Waits until the client has taken it.
+async def send_in_time(sending: Awaitable[Any]) -> None:
+    """Wait until the client has accepted what is being sent.
 
     Raises:
-        ClientDisconnect: it was not taken in time.
+        ClientDisconnect: the client did not accept it within SEND_SECONDS.
     """
-    if not await _within(SEND_SECONDS, sending):
+    if not await _finishes_within(SEND_SECONDS, sending):
         raise ClientDisconnect
 
 
-async def _within(seconds: float, work: Coroutine) -> bool:
-    """Whether it was done in time. Not `asyncio.wait_for`, which before Python 3.12 forgets that it
-    was cancelled when the work is done at that moment."""
+async def _finishes_within(seconds: float, work: Awaitable[Any]) -> bool:
+    """Return whether the work was done in time; if not, it is cancelled.
+
+    `asyncio.wait_for` is not used: before Python 3.12 it loses its own cancellation if the work
+    finishes at the same moment.
+    """
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait([task], timeout=seconds)

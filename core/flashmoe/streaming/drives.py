@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import user_dirs as user_files
+from .. import user_dirs
 from .io_modes import BLOCK, IO_MODES
 
 log = logging.getLogger("flashmoe")
@@ -44,7 +44,7 @@ DEFAULT = Drive("uncached" if sys.platform == "darwin" else "direct")
 
 def file() -> Path:
     """The file of what was measured."""
-    return user_files.directory() / "drives.json"
+    return user_dirs.settings_directory() / "drives.json"
 
 
 def drive_of(path: Path) -> Drive:
@@ -67,7 +67,7 @@ def measured(path: Path) -> Drive | None:
 def remember(path: Path, drive: Drive) -> None:
     """Keep how the drive that holds `path` is read. Raises OSError."""
     drives = _read() | {_key(path): asdict(drive)}
-    user_files.write_json(file(), {"version": 1, "drives": drives})
+    user_dirs.write_settings(file(), {"version": 1, "drives": drives})
 
 
 def _key(path: Path) -> str:

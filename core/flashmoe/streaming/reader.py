@@ -276,7 +276,10 @@ class _Pool:
             file = self._files.get(path)
             if file is None:
                 fd = self.io.open(path)
-                file = self._files[path] = fd, self._identities.get(path) or FileIdentity.of(fd)
+                file = self._files[path] = (
+                    fd,
+                    self._identities.get(path) or FileIdentity.from_fd(fd),
+                )
             return file
 
 

@@ -1,31 +1,25 @@
-"""The memory of one layer's slots: for each part of an expert, one stacked array `(slots, ...)`.
+"""Hold the experts of one layer that are resident: for each part one stacked array, `(slots, ...)`.
 
-The reader writes an expert's bytes into its slot; ops index experts by slot. The stacks are
-allocated once and never move; `release` gives the memory of a slot back to the system until it is
-written again. On the CPU they are numpy arrays, because the CPU ops are numba
-loops. On a GPU they are MLX arrays: written through a host view of the same memory, or, where the
-GPU has memory of its own, by copies (see `flashmoe.streaming.device_copy`).
+The reader writes an expert's bytes into its slot; compute backends index experts by slot. The
+stacks are allocated once and never move; `release` gives the memory of a slot back to the system
+until the slot is written again. On the CPU the stacks are plain memory, because the CPU kernels are
+numba loops. On a GPU they are MLX arrays: written through a host view of the same memory, or, where
+the GPU has memory of its own, by copies (see `flashmoe.streaming.device_copy`).
 """
 
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-
-from flashmoe_metal.matrix import Matrix
 
 from ..checkpoint.checkpoint import ExpertLayer, ExpertPart
 from .device_copy import DeviceBytes, DeviceMemory
 from .io_modes import BLOCK
 from .reader import ReadRequest
 
-if TYPE_CHECKING:
-    from ..ops.cpu.matvec import Packed
-
-NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MLX_DTYPES = {
     "U32": mx.uint32,
     "BF16": mx.bfloat16,
@@ -35,15 +29,19 @@ MLX_DTYPES = {
 
 
 class SlotMemory:
-    """Slots of one layer.
+    """The memory of the slots of one layer.
 
     Args:
         layer: shapes, dtypes and file ranges of the layer's experts.
         num_slots: how many experts fit at one time.
-        on_gpu: hold the stacks as MLX arrays for GPU ops, not as numpy arrays.
+        on_gpu: hold the stacks as MLX arrays for a GPU, not as host memory.
         device: the GPU's own memory, where the stacks then stay: the host must not look at them,
             nor at slices of them (see `DeviceMemory.address`). None: memory that both share.
-        activations: what `packed` gives: see `flashmoe.ops.activations`.
+        activations: how activations meet the packed weights; see `flashmoe.ops.activations`.
+
+    Attributes:
+        views: what a compute backend has made of the stacks, kept here by the backend so that it
+            makes it once.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class SlotMemory:
         self.on_gpu = on_gpu
         self.device = device
         self.activations = activations
+        self.views: dict[str, Any] = {}
         self._arrays: dict[tuple[str, str], mx.array] = {}
         # (slots, bytes), or all bytes of the stack.
         self._bytes: dict[tuple[str, str], np.ndarray | DeviceBytes] = {}
@@ -82,15 +81,13 @@ class SlotMemory:
                 # Where experts are whole blocks, every slot lies in blocks as its bytes do in the
                 # file, so that a drive can write into it.
                 phase = part.start % BLOCK
-                pages = pages_of(phase + num_slots * part.nbytes)
+                pages = allocate_pages(phase + num_slots * part.nbytes)
                 self._pages.append((pages, phase, part.nbytes))
                 stack = np.frombuffer(pages, np.uint8)[phase:]
                 self._bytes[key] = stack.reshape(num_slots, part.nbytes)
-        self._packed: dict[str, Packed] = {}
-        self._matrices: list[Matrix] | None = None
 
     def requests(self, expert: int, slot: int) -> list[ReadRequest]:
-        """The reads that bring `expert` into `slot`: one for each part."""
+        """Return the reads that bring `expert` into `slot`: one for each part."""
         return [
             ReadRequest(
                 path=part.file,
@@ -103,43 +100,43 @@ class SlotMemory:
         ]
 
     def release(self, slot: int) -> None:
-        """Give the pages of a slot to the system; what it held is lost. CPU only."""
+        """Give the pages of a slot back to the system; its contents are lost. CPU only."""
         for pages, phase, nbytes in self._pages:
-            # Those that it shares with its neighbours stay.
+            # Pages that the slot shares with its neighbours stay.
             start = -(-(phase + slot * nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
             stop = (phase + (slot + 1) * nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if start < stop:
                 pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def packed(self, projection: str) -> Packed:
-        """The stack of one projection for the numba ops. CPU only."""
-        if projection not in self._packed:
-            self._packed[projection] = self._pack(projection)
-        return self._packed[projection]
+    def host_bytes(self, projection: str, part: str) -> np.ndarray:
+        """Return the stack of one part as bytes, (slots, bytes of a slot) uint8. CPU only."""
+        stack = self._bytes[projection, part]
+        assert isinstance(stack, np.ndarray), "the stacks are in the memory of a GPU"
+        return stack
 
     def stacks(self, projection: str) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
-        """(weight, scales, biases) of one projection, each `(slots, ...)`. GPU only."""
-        return tuple(self._arrays.get((projection, p)) for p in ("weight", "scales", "biases"))
+        """Return (weight, scales, biases) of one projection, each `(slots, ...)`. GPU only.
 
-    def matrices(self) -> list[Matrix] | None:
-        """The stacks of gate, up and down for our GPU kernels; None when they cannot read one."""
-        if self._matrices is None:
-            self._matrices = [self._matrix(p) for p in ("gate_proj", "up_proj", "down_proj")]
-        return None if any(m.reason() for m in self._matrices) else self._matrices
+        Scales and biases are None when the projection is not quantised.
+        """
+        weight, scales, biases = (
+            self._arrays.get((projection, part)) for part in ("weight", "scales", "biases")
+        )
+        return weight, scales, biases
 
-    def matrix(self, projection: str, slot: int) -> list[mx.array | None]:
-        """(weight, scales, biases) of the expert in `slot`, as MLX arrays without the slot axis.
+    def expert_arrays(self, projection: str, slot: int) -> list[mx.array | None]:
+        """Return (weight, scales, biases) of the expert in `slot`, without the slot axis.
 
-        On the CPU this copies: it serves the reference ops only.
+        On the CPU this copies: it is for the reference backend only.
         """
         if self.on_gpu:
             return [None if a is None else a[slot] for a in self.stacks(projection)]
-        found = {}
+        arrays: dict[str, mx.array] = {}
         for part in self.layer.parts:
             if part.projection == projection:
-                raw = mx.array(self._bytes[projection, part.part][slot])
-                found[part.part] = raw.view(MLX_DTYPES[part.dtype]).reshape(part.shape)
-        return [found.get(p) for p in ("weight", "scales", "biases")]
+                raw = mx.array(self.host_bytes(projection, part.part)[slot])
+                arrays[part.part] = raw.view(MLX_DTYPES[part.dtype]).reshape(part.shape)
+        return [arrays.get(part) for part in ("weight", "scales", "biases")]
 
     def _buffer(self, part: ExpertPart, slot: int) -> np.ndarray | DeviceBytes:
         stack = self._bytes[part.projection, part.part]
@@ -147,40 +144,9 @@ class SlotMemory:
             return stack[slot * part.nbytes : (slot + 1) * part.nbytes]
         return stack[slot]
 
-    def _matrix(self, projection: str) -> Matrix:
-        quantization = self.layer.quantization[projection]
-        bits = quantization and (quantization.bits, quantization.group_size)
-        return Matrix(*self.stacks(projection), *(bits or ()))
 
-    def _pack(self, projection: str) -> Packed:
-        from ..ops.cpu.matvec import Packed
-
-        quantization = self.layer.quantization[projection]
-        parts = {p.part: p for p in self.layer.parts if p.projection == projection}
-        rows = parts["weight"].shape[0]
-
-        def stack(name: str, dtype: type) -> np.ndarray:
-            return self._bytes[projection, name].view(dtype).reshape(self.num_slots, rows, -1)
-
-        if quantization is None:
-            dtype = parts["weight"].dtype
-            bits = 32 if dtype == "F32" else 16
-            return Packed(stack("weight", np.uint8), None, None, bits, 0, NAMES[dtype])
-        dtype = parts["scales"].dtype
-        scale_type = np.float32 if dtype == "F32" else np.uint16
-        return Packed(
-            stack("weight", np.uint8),
-            stack("scales", scale_type),
-            stack("biases", scale_type),
-            quantization.bits,
-            quantization.group_size,
-            NAMES[dtype],
-            self.activations,
-        )
-
-
-def pages_of(nbytes: int) -> mmap.mmap:
-    """Memory whose pages the system gives when they are first written."""
+def allocate_pages(nbytes: int) -> mmap.mmap:
+    """Return memory whose pages the system provides when they are first written."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)  # fewer faults, and fewer pieces for the drive

@@ -1,8 +1,8 @@
-"""Which expert sits in which slot of one MoE layer, and which one leaves when a slot is needed.
+"""Track which expert is in which slot of one MoE layer, and choose which one leaves.
 
-Frequency with ageing: each use of an expert counts 1 and halves every `half_life` tokens. Counts
-of experts that left are kept, so that one that comes back does not start from nothing. This module
-moves no bytes: whoever takes a slot fills it.
+The policy is frequency with ageing: each use of an expert counts 1, and the count halves every
+`half_life` tokens. Counts of experts that left are kept, so that an expert that comes back does not
+start from zero. This module moves no bytes: the caller that allocates a slot fills it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _MAX_EXPONENT = 512
 
 
 class SlotTable:
-    """The table of one layer: at most `num_slots` of its `num_experts` experts are resident.
+    """The slots of one layer: at most `num_slots` of its `num_experts` experts are resident.
 
     Attributes:
-        num_slots: slots in use; `resize` changes it. capacity: slots there are.
+        num_slots: slots in use; `resize` changes it.
+        capacity: slots that exist.
         evictions: experts that had to leave for another one since the start.
     """
 
@@ -38,7 +39,7 @@ class SlotTable:
         self._closed: list[int] = []
         # A use weighs 2**_exponent instead of all older ones being halved at each step; _exponent
         # grows by tokens / half_life. _key holds the count of the expert in each slot once more:
-        # min() of a flat list of floats is what makes take() cheap.
+        # min() of a flat list of floats is what makes allocate() cheap.
         self._exponent = 0.0
         self._count = [0.0] * num_experts
         self._key = [0.0] * num_slots
@@ -59,25 +60,29 @@ class SlotTable:
         return len(self._free)
 
     @property
-    def settled(self) -> bool:
-        """Whether every expert is in the slot of its own number: then none ever leaves."""
+    def is_identity(self) -> bool:
+        """Whether every expert is in the slot of its own number; then no expert ever leaves."""
         return len(self._slot_of) == self.num_experts and all(
             e == s for e, s in self._slot_of.items()
         )
 
     def lookup(self, expert: int) -> int | None:
-        """The slot of `expert`, or None when it is not resident."""
+        """Return the slot of `expert`, or None when it is not resident."""
         slot = self._slot_of.get(expert)
         if slot is None:
             self._check(expert)
         return slot
 
+    def expert_in(self, slot: int) -> int | None:
+        """Return the expert in `slot`, or None when it is free."""
+        return self._expert_in[slot]
+
     def score(self, expert: int) -> float:
-        """The aged frequency: the sum over its uses of 0.5 ** (tokens since / half_life)."""
+        """Return the aged frequency: the sum over its uses of 0.5 ** (tokens since / half_life)."""
         self._check(expert)
         return self._count[expert] * 2.0**-self._exponent
 
-    def touch(self, counts: Mapping[int, int], tokens: int) -> None:
+    def record_use(self, counts: Mapping[int, int], tokens: int) -> None:
         """Age all counts by `tokens`, then add `counts`: expert -> tokens of this call it got."""
         if tokens < 0:
             raise ValueError(f"tokens is {tokens}, must not be negative")
@@ -97,12 +102,14 @@ class SlotTable:
             if slot is not None:
                 self._key[slot] = self._count[expert]
 
-    def take(self, expert: int, pinned: Collection[int]) -> int | None:
-        """Give `expert`, which must not be resident, a slot; None when all residents are `pinned`.
+    def allocate(self, expert: int, pinned: Collection[int]) -> int | None:
+        """Allocate a slot for `expert`, which must not be resident, and return it.
 
-        A free slot goes first, the one of the expert's own number where there is one for each. Else
-        the resident expert with the lowest score leaves: of equal ones the least recently touched,
-        then the lowest id. Experts in `pinned` stay.
+        None when all residents are `pinned`.
+
+        A free slot is used first, the one of the expert's own number where each expert has one.
+        Otherwise the resident expert with the lowest score leaves: of equal scores the least
+        recently used, then the lowest id. Experts in `pinned` stay.
         """
         self._check(expert)
         if expert in self._slot_of:
@@ -130,10 +137,10 @@ class SlotTable:
         self._free.append(slot)
 
     def resize(self, num_slots: int, pinned: Collection[int]) -> list[int]:
-        """Use another number of slots; the slots that are in use no more.
+        """Use another number of slots; return the slots that are not in use any more.
 
-        When there are fewer, the resident experts with the lowest scores leave, as in `take`; as
-        long as that would take one in `pinned`, more slots than wanted stay in use.
+        When there are fewer, the resident experts with the lowest scores leave, as in `allocate`.
+        Experts in `pinned` stay, and keep more slots in use than wanted if need be.
         """
         if not 1 <= num_slots <= self.capacity:
             raise ValueError(f"num_slots is {num_slots}, must be 1..{self.capacity} (capacity)")

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import replacing
-from ..models.layerwise import together
+from ..models.layerwise import hidden_states
 from ..models.qwen_moe import StreamingMoE
 from .documents import Document
 
@@ -138,7 +138,8 @@ def _logits(
     most = max(1, BLOCK_NBYTES // (8 * model.checkpoint.text_config["vocab_size"]))
     done = 0
     for group in _groups(model, documents):
-        for document, hidden in zip(group, together(model, [d.tokens for d in group]), strict=True):
+        states = hidden_states(model, [d.tokens for d in group])
+        for document, hidden in zip(group, states, strict=True):
             for start in range(document.first - 1, len(document.tokens) - 1, most):
                 stop = min(start + most, len(document.tokens) - 1)
                 logits = model.head(hidden[:, start:stop])[0].astype(mx.float32)
@@ -156,7 +157,7 @@ def _logits(
 def _groups(model: StreamingMoE, documents: list[Document]) -> Iterator[list[Document]]:
     """The documents of each sweep: as many as memory has room for."""
     total, longest = sum(len(d.tokens) for d in documents), max(len(d.tokens) for d in documents)
-    limit = model.room.for_prompts(total, [longest], model.experts)
+    limit = model.elastic_slots.fit_prefill(total, [longest], model.experts)
     group: list[Document] = []
     size = 0
     for document in documents:

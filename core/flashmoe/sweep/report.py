@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..memory.budget import format_size
+from ..sizes import format_size
 
 COLUMNS = ("version", "K", "a token", "of experts", "KL", "perplexity", "same top")
 _RATES = (("calls", "calls"), ("schemas", "JSON"))

@@ -152,10 +152,10 @@ def test_answer_cut_short_is_an_answer():
     error = OutputError("it is cut short")
     error.end = END
     with pytest.raises(IncompleteOutput, match="it is cut short") as raised:
-        translate.ending(error, keep=False)
+        translate.finish_failed(error, keep=False)
     assert raised.value.llm_output == '{"a": '
     assert raised.value.raw_message.usage_metadata["output_tokens"] == 9
-    last = translate.ending(error, keep=True).message
+    last = translate.finish_failed(error, keep=True).message
     assert isinstance(last, AIMessageChunk)
     assert last.chunk_position == "last"
 
@@ -165,7 +165,7 @@ def test_answer_cut_short_is_an_answer():
 )
 def test_error_is_kept_as_an_answer(error, expected):
     with pytest.raises(expected, match="x"):
-        Translator("m").ending(error, keep=True)
+        Translator("m").finish_failed(error, keep=True)
 
 
 def test_answer_without_a_word_is_no_message():

@@ -9,7 +9,7 @@ from flashmoe.engine import release
 from flashmoe.hub import registry
 from flashmoe.requests import RANGES, Request
 from langchain_flashmoe import ChatFlashMoE
-from langchain_flashmoe.options import Call
+from langchain_flashmoe.options import CallOptions
 
 VALUES = {
     "max_tokens": 7,
@@ -36,7 +36,7 @@ def no_engines():
 
 def request(model=None, stop=None, **kwargs):
     model = model or ChatFlashMoE(model=DEMO)
-    return model._request(Call.of(model, stop, kwargs), [HumanMessage("Hi")])[1]
+    return model._request(CallOptions.merge(model, stop, kwargs), [HumanMessage("Hi")])[1]
 
 
 def test_option_is_not_tested():
@@ -99,7 +99,7 @@ def test_answer_of_a_schema_may_be_several_calls():
 def test_setting_of_the_engine_is_lost():
     settings = {"memory": "1GB", "io": "uncached", "activations": "int8"}
     made = ChatFlashMoE(model=DEMO, **settings)
-    engine, _ = made._request(Call.of(made, None, {}), [HumanMessage("Hi")])
+    engine, _ = made._request(CallOptions.merge(made, None, {}), [HumanMessage("Hi")])
     assert engine.settings == settings
     bare = ChatFlashMoE(model=DEMO)
-    assert bare._request(Call.of(bare, None, {}), [HumanMessage("Hi")])[0].settings == {}
+    assert bare._request(CallOptions.merge(bare, None, {}), [HumanMessage("Hi")])[0].settings == {}

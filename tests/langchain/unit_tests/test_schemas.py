@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from flashmoe.catalog import DEMO
 from langchain_flashmoe import ChatFlashMoE, InvalidRequest
-from langchain_flashmoe.schemas import Schema
+from langchain_flashmoe.schemas import AnswerSchema
 from langchain_flashmoe.structured import SchemaParser
 
 
@@ -63,28 +63,28 @@ FUNCTION = {
     ],
 )
 def test_form_of_a_schema_is_not_known(given, name, makes):
-    schema = Schema.of(given)
+    schema = AnswerSchema.from_any(given)
     assert schema.name == name
     assert schema.description == "A person."
-    assert schema.json["properties"]["name"]["type"] == "string"
-    assert isinstance(schema.make({"name": "Ann"}), makes)
+    assert schema.json_schema["properties"]["name"]["type"] == "string"
+    assert isinstance(schema.build({"name": "Ann"}), makes)
     assert schema.tool["function"]["name"] == name
 
 
 def test_constraint_of_a_class_is_lost():
-    assert Schema.of(New).json["properties"]["name"]["minLength"] == 1
-    assert Schema.of(Old).json["properties"]["name"]["minLength"] == 1
+    assert AnswerSchema.from_any(New).json_schema["properties"]["name"]["minLength"] == 1
+    assert AnswerSchema.from_any(Old).json_schema["properties"]["name"]["minLength"] == 1
 
 
 def test_class_that_holds_itself_is_endless():
-    assert Schema.of(Tree).json["$ref"].startswith("#/$defs")
-    made = Schema.of(Tree).make({"value": 1, "children": [{"value": 2}]})
+    assert AnswerSchema.from_any(Tree).json_schema["$ref"].startswith("#/$defs")
+    made = AnswerSchema.from_any(Tree).build({"value": 1, "children": [{"value": 2}]})
     assert made.children[0].value == 2
 
 
 def test_schema_without_a_title_has_no_name():
-    assert Schema.of({"type": "object"}).name == "answer"
-    assert Schema.of({"title": "My schema: one"}).name == "My_schema__one"
+    assert AnswerSchema.from_any({"type": "object"}).name == "answer"
+    assert AnswerSchema.from_any({"title": "My schema: one"}).name == "My_schema__one"
 
 
 @pytest.mark.parametrize("given", [3, "text", [1]])
@@ -108,7 +108,9 @@ def answer(text="", **kwargs):
 
 
 def parser(from_call=False, schema=New):
-    return SchemaParser(schema_=Schema.of(schema) if schema else None, from_call=from_call)
+    return SchemaParser(
+        schema_=AnswerSchema.from_any(schema) if schema else None, from_call=from_call
+    )
 
 
 def test_answer_is_not_parsed():

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from flashmoe.catalog import DEMO
 from langchain_flashmoe import ChatFlashMoE, InvalidRequest
-from langchain_flashmoe.tools import engine_choice, engine_format, openai_tools
+from langchain_flashmoe.tools import engine_response_format, engine_tool_choice, openai_tools
 
 
 def add(a: int, b: int = 2) -> int:
@@ -94,11 +94,11 @@ TOOLS = openai_tools([add, Add, {"name": "any", "parameters": SCHEMA}])
     ],
 )
 def test_tool_choice_is_misread(choice, expected):
-    assert engine_choice(choice, TOOLS) == expected
+    assert engine_tool_choice(choice, TOOLS) == expected
 
 
 def test_any_is_no_choice():
-    assert engine_choice("any", TOOLS[:2]) == "required"
+    assert engine_tool_choice("any", TOOLS[:2]) == "required"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_unknown_choice_is_taken(choice):
     ],
 )
 def test_format_is_misread(given, expected):
-    assert engine_format(given) == expected
+    assert engine_response_format(given) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_format_is_misread(given, expected):
 )
 def test_format_without_a_schema_is_taken(given):
     with pytest.raises(InvalidRequest, match="has no schema"):
-        engine_format(given)
+        engine_response_format(given)

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import KVCache
 from numba import njit, prange
 
 from ...memory.footprint import BLOCK_QUERIES
-from ..arrays import host
+from ..arrays import to_numpy
 from .matvec import launching
 
 #: Up to so many queries the loop beats BLAS.
@@ -139,7 +139,7 @@ def attend(queries, keys, values, cache, scale, mask, **others) -> mx.array:
     if type(cache) is KVCache:
         # All that it has room for, so that no key is copied.
         keys, values = cache.keys, cache.values
-    q, k, v = (x[0] for x in host(queries, keys, values))
+    q, k, v = (x[0] for x in to_numpy(queries, keys, values))
     out = np.empty((length, heads, width), np.float32)
     how = _few if length <= FEW_QUERIES else _many
     how(q, k, v, count, np.float32(scale), out)
@@ -162,7 +162,7 @@ class _OneRow:
         return x  # made with those of others, too
 
 
-def _rows(self, inputs: mx.array, caches: Sequence) -> mx.array:
+def _attend_sequences(self, inputs: mx.array, caches: Sequence) -> mx.array:
     """A token of each of several sequences, with the bits that it has alone.
 
     inputs: (R, 1, hidden) -> (R, 1, hidden). caches: of each.
@@ -181,7 +181,9 @@ def _with_ours(attention: type[nn.Module]) -> type[nn.Module]:
     forward = attention.__call__
     names = {**forward.__globals__, "scaled_dot_product_attention": attend}
     ours = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
-    return type(attention.__name__, (attention,), {"__call__": ours, "rows": _rows})
+    return type(
+        attention.__name__, (attention,), {"__call__": ours, "attend_sequences": _attend_sequences}
+    )
 
 
 NextAttention = _with_ours(qwen3_next.Qwen3NextAttention)

@@ -1,4 +1,4 @@
-"""The expert block on the CPU by the numba kernels, and what makes a loaded model use them.
+"""Compute experts and dense layers on the CPU with numba kernels.
 
 MLX's quantised matmul on x86 is scalar and runs on one thread (0.08 to 0.7 GB/s of weights), so
 every quantised matrix, and GatedDeltaNet, is computed by numba here, in float32.
@@ -6,8 +6,8 @@ every quantised matrix, and GatedDeltaNet, is computed by numba here, in float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,37 +15,12 @@ import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 from numba import njit, prange
 
-from ..arrays import host
-from . import (
-    attention,
-)
-from . import (
-    layers as dense,
-)
-from . import (
-    linear_attention as gated_delta,
-)
-from . import (
-    matvec as kernels,
-)
-from . import (
-    swiglu as glu,
-)
-
-if TYPE_CHECKING:
-    from ...streaming.slot_memory import SlotMemory
-
-NAME = "cpu"
-
-#: Each expert is computed as soon as it has landed, while the others are still being read.
-computes_as_loaded = True
-
-#: One token of each of several sequences can go through a layer as one array, (R, 1, hidden), with
-#: the bits that each has alone.
-stacks_sequences = True
-
-#: Values of the setting that these ops have. See `flashmoe.ops.activations`.
-ACTIVATIONS = ("float32", "int8")
+from ...streaming.compute import Backend, ExpertObserver, ExpertWork
+from ...streaming.slot_memory import SlotMemory
+from ..arrays import to_numpy
+from ..recast import recast
+from . import attention, gemm, layers, linear_attention, swiglu
+from .matvec import Packed, launching
 
 #: Pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
 PAIRS_AT_ONCE = 512
@@ -53,84 +28,204 @@ PAIRS_AT_ONCE = 512
 # Rounded activations must not change which experts are picked more than the hidden state does.
 _ROUTERS = ("gate", "shared_expert_gate")
 
-_CLASSES = {
-    nn.Linear: dense.Linear,
-    nn.QuantizedLinear: dense.QuantizedLinear,
-    nn.QuantizedEmbedding: dense.QuantizedEmbedding,
-    qwen3_next.Qwen3NextMLP: dense.NextMLP,
-    qwen3_moe.MLP: dense.MLP,
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: layers.Linear,
+    nn.QuantizedLinear: layers.QuantizedLinear,
+    nn.QuantizedEmbedding: layers.QuantizedEmbedding,
+    qwen3_next.Qwen3NextMLP: layers.NextMLP,
+    qwen3_moe.MLP: layers.MLP,
     qwen3_next.Qwen3NextAttention: attention.NextAttention,
     qwen3_moe.Attention: attention.Attention,
-    qwen3_5.GatedDeltaNet: gated_delta.GatedDeltaNet,
-    qwen3_next.Qwen3NextGatedDeltaNet: gated_delta.NextGatedDeltaNet,
+    qwen3_5.GatedDeltaNet: linear_attention.GatedDeltaNet,
+    qwen3_next.Qwen3NextGatedDeltaNet: linear_attention.NextGatedDeltaNet,
 }
 
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-class Work:
-    """The expert block of one layer for one call. See `flashmoe.ops`."""
+Part: TypeAlias = "tuple[CpuWork, np.ndarray]"
 
-    lazy = False
 
-    def __init__(self, bank: SlotMemory, x: mx.array, top_k: int, alone: bool = False):
-        (self.x,) = host(x)
+class CpuBackend(Backend):
+    """Numba kernels in float32, or with activations rounded to int8.
+
+    Args:
+        observer: is told what enters the experts. They are then computed one by one.
+    """
+
+    name = "cpu"
+    activations = ("float32", "int8")
+    computes_as_loaded = True
+    stacks_sequences = True
+
+    def __init__(self, observer: ExpertObserver | None = None):
+        self._observer = observer
+
+    def start(
+        self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
+    ) -> CpuWork:
+        if self._observer is not None:
+            return _ObservedWork(slots, x, top_k, self._observer)
+        return CpuWork(slots, x, top_k, separate)
+
+    def run_all(
+        self, works: Sequence[ExpertWork], experts: Sequence[Mapping[int, np.ndarray]]
+    ) -> None:
+        """Do `run` of several works of one layer, each with its own experts.
+
+        A slot is multiplied by the rows of all works that want it: no bit of a pair depends on
+        which other pairs there are, see `swiglu`.
+        """
+        if self._observer is not None:
+            super().run_all(works, experts)
+            return
+        _run_together([work for work in works if isinstance(work, CpuWork)], experts)
+
+    def weighted_sum(self, y: mx.array, scores: mx.array) -> mx.array:
+        return _weighted_sum(to_numpy(y)[0].reshape(-1, y.shape[-1]), scores)
+
+    def set_dtypes(self, model: nn.Module) -> None:
+        """Convert what is not quantised to float32."""
+        for module in model.modules():
+            if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+                continue  # the kernels widen their scales exactly
+            for name, value in list(module.items()):
+                if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+                    module[name] = value.astype(mx.float32)
+
+    def prepare_layers(self, model: nn.Module, head: nn.Module | None) -> None:
+        """Replace the dense layers by those that use the kernels."""
+
+        def choose(path: str, module: nn.Module) -> type[nn.Module] | None:
+            if module is head:
+                # An unquantised head stays lazy, as `Head` is.
+                return layers.Head if isinstance(module, nn.QuantizedLinear) else None
+            return _CLASSES.get(type(module))
+
+        recast(model, choose)
+        for path, module in model.named_modules():
+            quantised = isinstance(module, layers.QuantizedLinear | layers.QuantizedEmbedding)
+            if quantised and path.rpartition(".")[2] not in _ROUTERS:
+                module.activations = model.activations
+
+
+class CpuWork(ExpertWork):
+    """The experts of one layer applied to the tokens of one input, into one numpy array."""
+
+    def __init__(self, slots: SlotMemory, x: mx.array, top_k: int, separate: bool = False):
+        (self.x,) = to_numpy(x)
         self.top_k = top_k
-        self._alone = alone
-        self.matrices = [bank.packed(p) for p in ("gate_proj", "up_proj", "down_proj")]
+        self._separate = separate
+        self.matrices = [packed(slots, projection) for projection in _PROJECTIONS]
         self.y = np.empty((x.shape[0] * top_k, x.shape[1]), np.float32)
 
-    def run(self, experts: dict[int, np.ndarray]) -> None:
-        """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
-        run_all([self], [experts])
+    def run(self, experts: Mapping[int, np.ndarray]) -> None:
+        _run_together([self], [experts])
 
-    def few(self, pairs: np.ndarray) -> bool:
-        """Whether the pairs of one expert are computed one by one."""
-        return self._alone or pairs.size <= glu.few(self.matrices)
+    def is_few(self, pairs: np.ndarray) -> bool:
+        """Return whether the pairs of one expert are computed one by one."""
+        return self._separate or pairs.size <= swiglu.few(self.matrices)
 
     def rows(self, pairs: np.ndarray) -> np.ndarray:
-        """x of pairs."""
+        """Return x of the pairs, (pairs, hidden)."""
         return self.x[pairs // self.top_k]
 
-    def settle(self) -> None:
-        """Nothing that was run reads a slot after this."""
+    def stop_reading(self) -> None:
+        """Do nothing: `run` returns when it has read its slots."""
 
     def result(self) -> mx.array:
-        """(tokens, top_k, hidden), float32."""
+        """Return each pair's result, (tokens, top_k, hidden) float32."""
         return mx.array(self.y.reshape(self.x.shape[0], self.top_k, -1))
 
     def combined(self, scores: mx.array) -> mx.array:
-        """The sum over a token's choices, each times its score: (tokens, hidden), float32."""
-        return _weighed(self.y, scores)
+        """Return the weighted sum over each token's choices, (tokens, hidden) float32."""
+        return _weighted_sum(self.y, scores)
 
 
-def run_all(works: Sequence[Work], experts: Sequence[dict[int, np.ndarray]]) -> None:
-    """`run` of works of one bank, each its experts. A slot is multiplied by what all want of it: no
-    bit of a pair depends on whose other pairs there are, see `glu`."""
-    few: list[tuple[int, Work, np.ndarray]] = []
-    many: dict[int, list[tuple[Work, np.ndarray]]] = {}
+class _ObservedWork(CpuWork):
+    """The same, expert by expert, so that an observer sees what enters each `down`."""
+
+    def __init__(self, slots: SlotMemory, x: mx.array, top_k: int, observer: ExpertObserver):
+        super().__init__(slots, x, top_k)
+        self._layer = slots.layer.layer
+        self._observer = observer
+        observer.hidden(self._layer, self.x)
+
+    def run(self, experts: Mapping[int, np.ndarray]) -> None:
+        gate, up, down = self.matrices
+        for slot, pairs in experts.items():
+            x = self.rows(pairs)
+            h = np.empty((len(x), gate.shape[1]), np.float32)
+            y = np.empty_like(x)
+            gemm.product(gate, slot, x, h, up)
+            gemm.product(down, slot, h, y)
+            self._observer.intermediate(self._layer, slot, h)
+            self.y[pairs] = y
+
+
+def packed(slots: SlotMemory, projection: str) -> Packed:
+    """Return the stack of one projection as the kernels take it."""
+    key = f"packed {projection}"
+    if key not in slots.views:
+        slots.views[key] = _pack(slots, projection)
+    return slots.views[key]
+
+
+def _pack(slots: SlotMemory, projection: str) -> Packed:
+    quantization = slots.layer.quantization[projection]
+    parts = {p.part: p for p in slots.layer.parts if p.projection == projection}
+    rows = parts["weight"].shape[0]
+
+    def stack(name: str, dtype: type) -> np.ndarray:
+        return slots.host_bytes(projection, name).view(dtype).reshape(slots.num_slots, rows, -1)
+
+    if quantization is None:
+        dtype = parts["weight"].dtype
+        bits = 32 if dtype == "F32" else 16
+        return Packed(stack("weight", np.uint8), None, None, bits, 0, _DTYPE_NAMES[dtype])
+    dtype = parts["scales"].dtype
+    scale_type = np.float32 if dtype == "F32" else np.uint16
+    return Packed(
+        stack("weight", np.uint8),
+        stack("scales", scale_type),
+        stack("biases", scale_type),
+        quantization.bits,
+        quantization.group_size,
+        _DTYPE_NAMES[dtype],
+        slots.activations,
+    )
+
+
+def _run_together(works: Sequence[CpuWork], experts: Sequence[Mapping[int, np.ndarray]]) -> None:
+    few: list[tuple[int, CpuWork, np.ndarray]] = []
+    many: dict[int, list[Part]] = {}
     for work, mine in zip(works, experts, strict=True):
         for slot, pairs in mine.items():
-            if work.few(pairs):
+            if work.is_few(pairs):
                 few.append((slot, work, pairs))
             else:
                 many.setdefault(slot, []).append((work, pairs))
     few.sort(key=lambda part: part[0])
-    for group in _at_most(PAIRS_AT_ONCE, few):
+    for group in _groups_of_pairs(PAIRS_AT_ONCE, few):
         sizes = [pairs.size for _, _, pairs in group]
         slots = np.repeat([slot for slot, _, _ in group], sizes)
         x = np.concatenate([work.rows(pairs) for _, work, pairs in group])
-        y = glu.few_rows(*works[0].matrices, slots, x, np.arange(len(x)))
-        _hand_out(y, [part[1:] for part in group])
+        y = swiglu.few_rows(*works[0].matrices, slots, x, np.arange(len(x)))
+        _distribute(y, [(work, pairs) for _, work, pairs in group])
     for slot, parts in many.items():
-        for group in _at_most(PAIRS_AT_ONCE, parts):
+        for group in _groups_of_pairs(PAIRS_AT_ONCE, parts):
             x = np.concatenate([work.rows(pairs) for work, pairs in group])
-            _hand_out(glu.many_rows(*works[0].matrices, slot, x), group)
+            _distribute(swiglu.many_rows(*works[0].matrices, slot, x), group)
 
 
-def _at_most(count: int, parts: Sequence[tuple]) -> Iterator[Sequence[tuple]]:
-    """Neighbours that have so many pairs together, or one that has more. It bounds the memory."""
+def _groups_of_pairs(limit: int, parts: Sequence[tuple]) -> Iterator[Sequence[tuple]]:
+    """Yield neighbours that have at most `limit` pairs together, or one part that has more.
+
+    It bounds the memory. The pairs are the last item of each part.
+    """
     group: list[tuple] = []
     for part in parts:
-        if group and sum(p[-1].size for p in group) + part[-1].size > count:
+        if group and sum(p[-1].size for p in group) + part[-1].size > limit:
             yield group
             group = []
         group.append(part)
@@ -138,27 +233,23 @@ def _at_most(count: int, parts: Sequence[tuple]) -> Iterator[Sequence[tuple]]:
         yield group
 
 
-def _hand_out(y: np.ndarray, parts: Sequence[tuple[Work, np.ndarray]]) -> None:
+def _distribute(y: np.ndarray, parts: Sequence[Part]) -> None:
+    """Copy the rows of y, (pairs, hidden), to the works whose pairs they are."""
     start = 0
     for work, pairs in parts:
         work.y[pairs] = y[start : start + pairs.size]
         start += pairs.size
 
 
-def weighted_sum(y: mx.array, scores: mx.array) -> mx.array:
-    """y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden), as `combined`."""
-    return _weighed(host(y)[0].reshape(-1, y.shape[-1]), scores)
-
-
-def _weighed(y: np.ndarray, scores: mx.array) -> mx.array:
+def _weighted_sum(y: np.ndarray, scores: mx.array) -> mx.array:
     out = np.empty((scores.shape[0], y.shape[1]), np.float32)
-    with kernels.launching:
-        _weigh(y, *host(scores), out)
+    with launching:
+        _sum_choices(y, *to_numpy(scores), out)
     return mx.array(out)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _weigh(y, scores, out):
+def _sum_choices(y, scores, out):
     """out (T, D) = the sum over k, in their order, of scores (T, K) * y (T * K, D)."""
     tokens, top_k = scores.shape
     for t in prange(tokens):
@@ -169,24 +260,4 @@ def _weigh(y, scores, out):
                 out[t, d] += score * y[t * top_k + k, d]
 
 
-def prepare(model: nn.Module, head: nn.Module | None) -> None:
-    """Let the model's layers compute through the kernels; its other weights go to float32.
-
-    Args:
-        model: a `StreamingMoE` with its dense weights, evaluated or not.
-        head: its output projection when that is a layer of its own, None when tied.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            # The scales of quantised layers stay as they are: the kernels widen them exactly.
-            for name, value in list(module.items()):
-                if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
-                    module[name] = value.astype(mx.float32)
-        # An unquantised head stays lazy, as `Head` does.
-        if type(module) in _CLASSES and not (module is head and type(module) is nn.Linear):
-            module.__class__ = _CLASSES[type(module)]
-        quantised = isinstance(module, dense.QuantizedLinear | dense.QuantizedEmbedding)
-        if quantised and path.rpartition(".")[2] not in _ROUTERS:
-            module.activations = model.activations
-    if isinstance(head, dense.QuantizedLinear):
-        head.__class__ = dense.Head
+BACKEND = CpuBackend()

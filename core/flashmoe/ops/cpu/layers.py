@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_moe, qwen3_next
 
-from ..arrays import host
+from ..arrays import to_numpy
 from . import gemm
 from . import swiglu as glu
 from .matvec import Packed
@@ -77,7 +77,7 @@ class _MLP:
         if not all(isinstance(layer, QuantizedLinear) for layer in layers):
             return super().__call__(x)
         matrices = [packed(layer) for layer in layers]
-        rows = host(x)[0].reshape(-1, x.shape[-1])
+        rows = to_numpy(x)[0].reshape(-1, x.shape[-1])
         count = rows.shape[0]
         if tokens_of(x) <= glu.few(matrices):
             y = glu.few_rows(*matrices, np.zeros(count, np.int64), rows, np.arange(count))
@@ -100,7 +100,7 @@ def tokens_of(x: mx.array) -> int:
 
 
 def _projected(layer: nn.Module, x: mx.array) -> mx.array:
-    rows = host(x)[0].reshape(-1, x.shape[-1])
+    rows = to_numpy(x)[0].reshape(-1, x.shape[-1])
     return mx.array(project(layer, rows, tokens_of(x)).reshape(*x.shape[:-1], -1))
 
 
@@ -125,13 +125,13 @@ def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
     """
     if isinstance(layer, nn.Linear):
         # BLAS rounds by the number of rows: one product for each sequence.
-        y = x.reshape(-1, tokens, x.shape[1]) @ host(layer.weight)[0].T
+        y = x.reshape(-1, tokens, x.shape[1]) @ to_numpy(layer.weight)[0].T
         y = y.reshape(len(x), -1)
     else:
         matrix = packed(layer)
         y = np.empty((x.shape[0], matrix.weight.shape[1]), np.float32)
         gemm.matmul(matrix, 0, x, y, tokens)
-    return y + host(layer.bias)[0] if "bias" in layer else y
+    return y + to_numpy(layer.bias)[0] if "bias" in layer else y
 
 
 def lazy_matmul(layer: nn.Module, x: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_next
 from numba import njit, prange
 
-from ..arrays import host
+from ..arrays import to_numpy
 from .layers import project
 from .matvec import launching
 
@@ -103,18 +103,18 @@ class _GatedDeltaNet:
         if mask is not None or (cache is not None and cache.lengths is not None):
             return super().__call__(inputs, mask, cache)
         batch, tokens, _ = inputs.shape
-        rows = host(inputs)[0].reshape(batch * tokens, -1)
+        rows = to_numpy(inputs)[0].reshape(batch * tokens, -1)
         parts = [p.reshape(batch, tokens, -1) for p in self._project(rows, tokens)]
         out = self._recur(parts, cache)
         y = project(self.out_proj, out.reshape(batch * tokens, -1), tokens)
         return mx.array(y.reshape(inputs.shape))
 
-    def rows(self, inputs: mx.array, caches: Sequence) -> mx.array:
+    def attend_sequences(self, inputs: mx.array, caches: Sequence) -> mx.array:
         """A token of each of several sequences, with the bits that it has alone.
 
         inputs: (R, 1, hidden) -> (R, 1, hidden). caches: of each.
         """
-        parts = self._project(host(inputs)[0].reshape(len(caches), -1), 1)
+        parts = self._project(to_numpy(inputs)[0].reshape(len(caches), -1), 1)
         outs = [
             self._recur([p[i : i + 1, None] for p in parts], cache)
             for i, cache in enumerate(caches)
@@ -128,12 +128,12 @@ class _GatedDeltaNet:
         batch, tokens = z.shape[:2]
         keep = self.conv_kernel_size - 1
         if cache is not None and cache[0] is not None:
-            (before,) = host(cache[0])
+            (before,) = to_numpy(cache[0])
         else:
             before = np.zeros((batch, keep, mixed.shape[2]), np.float32)
         x = np.concatenate([before, mixed], axis=1)
         if cache is not None and cache[1] is not None:
-            (state,) = host(cache[1])
+            (state,) = to_numpy(cache[1])
         else:
             state = np.zeros((batch, *self._state_shape), np.float32)
         # Another array: those of MLX never change, and a snapshot of the cache may hold this one.
@@ -165,7 +165,7 @@ class _GatedDeltaNet:
     @cached_property
     def _weights(self) -> list[np.ndarray]:
         """Taps (channels, taps), decay (H,), dt_bias (H,) and norm (Dv,) as `_heads` has them."""
-        return host(
+        return to_numpy(
             self.conv1d.weight.squeeze(-1), mx.exp(self.A_log), self.dt_bias, self.norm.weight
         )
 

@@ -24,7 +24,7 @@ class _Attention(Joined):
 
     gated = False
 
-    def prepare(self) -> None:
+    def join_projections(self) -> None:
         self.join(("q_proj", "k_proj", "v_proj"))
 
     def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:

@@ -15,14 +15,16 @@ import mlx.nn as nn
 
 from flashmoe_metal.kernel import available, compiled
 
+from ...streaming.block import ExpertBlock
 from .attention import position
+from .block import KernelBlock
 
 
 def steps_of(layer: nn.Module) -> Steps | None:
     """The steps of one of our decoder layers; None: its experts do not go through our kernels."""
     block = layer.mlp
-    routed = hasattr(type(block), "settled_sum")
-    if hasattr(block, "switch_mlp") and not (routed and block.fits_kernels):
+    routed = isinstance(block, KernelBlock)
+    if isinstance(block, ExpertBlock) and not (routed and block.fits_kernels):
         return None
     # Lazy arrays would be computed in each call.
     mx.eval(layer.parameters())
@@ -45,7 +47,7 @@ class Steps:
         # K of the router is part of a piece.
         self._made: dict[tuple[str, int], object] = {}
 
-    def take(self, x: mx.array, cache) -> bool:
+    def can_run(self, x: mx.array, cache) -> bool:
         """Whether a call is a step."""
         return (
             x.shape[0] == x.shape[1] == 1
@@ -59,8 +61,8 @@ class Steps:
         block, inputs = self._block, self._inputs(x, cache)
         if not self._routed:
             return self._keep(self._piece("whole")(*inputs), cache)[0]
-        if block.switch_mlp.settled:
-            block.switch_mlp.enter(block.top_k)
+        if block.switch_mlp.fully_resident:
+            block.switch_mlp.enter_resident(block.top_k)
             return self._keep(self._piece("whole")(*inputs), cache)[0]
         h, normed, *routed = self._keep(self._piece("before")(*inputs), cache)
         (y,) = block.routed_sums([normed], [routed], [h])
@@ -77,7 +79,7 @@ class Steps:
         then what `_keep` keeps."""
         h, normed, kept = self._attended(*inputs)
         h, normed = h.squeeze(0), normed.squeeze(0)
-        return [h, normed, *block.route(normed), *kept]
+        return [h, normed, *block.choose_experts(normed), *kept]
 
     def _whole(self, block, *inputs: mx.array) -> list[mx.array]:
         """What the layer gives, (1, 1, hidden), then what `_keep` keeps."""
@@ -85,7 +87,7 @@ class Steps:
         if not self._routed:
             return [h + block(normed), *kept]
         # No axis comes or goes on the way: on CUDA a reshape costs the host much of a launch.
-        return [block.settled_sum(normed, block.route(normed), h), *kept]
+        return [block.resident_sum(normed, block.choose_experts(normed), h), *kept]
 
 
 class _LinearSteps(Steps):

@@ -1,12 +1,13 @@
-"""The expert block on a GPU by our own kernels: two launches for all experts of a few tokens.
+"""Compute experts on a GPU with flashmoe's own kernels: two launches for all experts of few tokens.
 
-They take up to MOST_ROWS tokens, as decoding has; more go through MLX's `gather_qmm`. The choice
-depends on the shape of a call alone, so no bit depends on what is resident.
+The kernels take up to MOST_ROWS tokens, as decoding has; more go through MLX's `gather_qmm`. The
+choice depends on the shape of a call alone, so no bit depends on what is resident.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,7 +18,10 @@ from flashmoe_metal.down import Shared, combine, down
 from flashmoe_metal.gate_up import gate_up
 from flashmoe_metal.matrix import Matrix, lanes
 
-from . import gather
+from ...streaming.compute import ExpertWork
+from ...streaming.slot_memory import SlotMemory
+from . import layers
+from .gather import GatherBackend
 
 #: MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs, or
 #: so many launches. Whole stacks of experts count, so each launch would be a batch of its own.
@@ -28,17 +32,57 @@ if mx.cuda.is_available():
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-NAME = "fused"
-
-#: Launches are what costs: wait for all reads that there are slots for, then compute at once.
-computes_as_loaded = False
-
-ACTIVATIONS = gather.ACTIVATIONS
-stacks_sequences = gather.stacks_sequences
-weighted_sum = gather.weighted_sum
-
-#: Tokens that the kernels take.
+#: The most tokens that the kernels take.
 MOST_ROWS = 16
+
+
+class FusedBackend(GatherBackend):
+    """flashmoe's GPU kernels for few tokens, MLX's gathered products for more."""
+
+    name = "fused"
+
+    def start(
+        self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
+    ) -> ExpertWork:
+        if x.size <= MOST_ROWS * x.shape[-1] and self.has_kernels(slots):
+            return FewRowsWork(slots, x, top_k)
+        return super().start(slots, x, top_k)
+
+    def start_resident(self, slots: SlotMemory, x: mx.array, indices: mx.array) -> ExpertWork:
+        work = FewRowsWork(slots, x, indices.shape[-1])
+        work.run_chosen(indices)
+        return work
+
+    def add_and_norm(
+        self, layer: nn.Module, x: mx.array, attended: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        if isinstance(layer, layers.StepLayer):
+            return layer.sum_and_norm(x, attended)
+        return super().add_and_norm(layer, x, attended)
+
+    def has_kernels(self, slots: SlotMemory) -> bool:
+        return slots.on_gpu and expert_matrices(slots) is not None
+
+    def prepare_layers(self, model: nn.Module, head: nn.Module | None) -> None:
+        layers.recast_layers(model)
+
+
+def expert_matrices(slots: SlotMemory) -> list[Matrix] | None:
+    """Return the stacks of gate, up and down as the kernels take them.
+
+    None when the kernels cannot read one of them.
+    """
+    if "matrices" not in slots.views:
+        projections = ("gate_proj", "up_proj", "down_proj")
+        slots.views["matrices"] = [_matrix(slots, projection) for projection in projections]
+    matrices = slots.views["matrices"]
+    return None if any(m.reason() for m in matrices) else matrices
+
+
+def _matrix(slots: SlotMemory, projection: str) -> Matrix:
+    quantization = slots.layer.quantization[projection]
+    kind = () if quantization is None else (quantization.bits, quantization.group_size)
+    return Matrix(*slots.stacks(projection), *kind)
 
 
 @dataclass(frozen=True)
@@ -57,14 +101,8 @@ class SharedExpert:
     column: int = 0
 
 
-def Work(bank, x: mx.array, top_k: int):
-    """The expert block of one layer for one call. See `flashmoe.ops`."""
-    few = x.size <= MOST_ROWS * x.shape[-1] and bank.matrices() is not None
-    return FewRows(bank, x, top_k) if few else gather.Work(bank, x, top_k)
-
-
-class FewRows:
-    """The work of at most MOST_ROWS tokens. See `flashmoe.ops`.
+class FewRowsWork(ExpertWork):
+    """The experts of one layer applied to at most MOST_ROWS tokens.
 
     When all experts of the call are resident at once, nothing is computed before `combined`.
     Otherwise each pair is computed while its expert is resident, and the sum comes from those: the
@@ -73,8 +111,10 @@ class FewRows:
 
     lazy = True
 
-    def __init__(self, bank, x: mx.array, top_k: int):
-        self._gate, self._up, self._down = bank.matrices()
+    def __init__(self, slots: SlotMemory, x: mx.array, top_k: int):
+        matrices = expert_matrices(slots)
+        assert matrices is not None, "the kernels cannot read these experts"
+        self._gate, self._up, self._down = matrices
         self._x = x
         self._shape = (x.size // x.shape[-1], top_k)
         self._slots: mx.array | None = None  # of all pairs, when they can be read at once
@@ -82,16 +122,14 @@ class FewRows:
         self._pairs: list[np.ndarray] = []
         self._terms: list[mx.array] = []  # of the pairs, (pairs, hidden) float32
 
-    def run(self, experts: dict[int, np.ndarray]) -> None:
-        """Compute the pairs of resident experts: slot -> pairs."""
+    def run(self, experts: Mapping[int, np.ndarray]) -> None:
         self._held |= experts
 
     def run_chosen(self, slots: mx.array) -> None:
-        """Compute all pairs at once, by `combined` alone. slots: (..., top_k)."""
+        """Compute all pairs at once, with `combined` alone. slots: (..., top_k)."""
         self._slots = slots
 
-    def settle(self) -> None:
-        """Nothing that was run reads a slot after this."""
+    def stop_reading(self) -> None:
         if self._held:
             pairs, slots = self._take_held()
             self._pairs.append(pairs)
@@ -99,21 +137,30 @@ class FewRows:
             mx.eval(self._terms)
 
     def result(self) -> mx.array:
-        """(tokens, top_k, hidden), in the dtype of x."""
+        """Return each pair's result, (tokens, top_k, hidden), in the dtype of x."""
         terms, places = self._all_apart()
         y = terms[places.reshape(-1)].astype(self._x.dtype)
         return y.reshape(*self._shape, -1)
 
-    def combined(
+    def combined(self, scores: mx.array) -> mx.array:
+        return self.combined_with(scores)
+
+    def combined_with(
         self,
         scores: mx.array,
+        *,
         shared: SharedExpert | None = None,
         residual: mx.array | None = None,
     ) -> mx.array:
-        """The sum over a token's choices, each times its score, with the shared expert's part and
-        the residual (..., hidden), if given: (..., hidden) in the dtype of x.
+        """Return the weighted sum of the experts, of the shared expert and of the residual.
 
-        scores: (..., top_k), where the slots of `run_chosen` have that shape; else (tokens, top_k).
+        Args:
+            scores: (..., top_k) where the slots of `run_chosen` have that shape; otherwise
+                (tokens, top_k).
+            residual: (..., hidden).
+
+        Returns:
+            (..., hidden) in the dtype of x.
         """
         scores = scores.astype(mx.float32)
         if not self._terms and self._slots is None:
@@ -149,7 +196,7 @@ class FewRows:
 
     def _all_apart(self) -> tuple[mx.array, mx.array]:
         """All pairs' results, and where those of each token are: (tokens, top_k)."""
-        self.settle()
+        self.stop_reading()
         places = np.argsort(np.concatenate(self._pairs)).astype(np.uint32)
         return mx.concatenate(self._terms), mx.array(places.reshape(self._shape))
 
@@ -172,11 +219,4 @@ class FewRows:
         return down(h, slots, mx.ones(slots.shape), shared.down, mx.float32, team=team)
 
 
-def prepare(model: nn.Module, head: nn.Module | None) -> None:
-    """Let the model's layers compute through the kernels."""
-    from ...models import fused_blocks
-    from . import layers as gpu_layers
-
-    gather.prepare(model, head)
-    fused_blocks.prepare(model)
-    gpu_layers.prepare(model)
+BACKEND = FusedBackend()

@@ -1,4 +1,4 @@
-"""The expert block on a GPU by MLX's own `gather_qmm` and `gather_mm` over the slots.
+"""Compute experts on a GPU with MLX's own `gather_qmm` and `gather_mm` over the slots.
 
 MLX picks its kernel by the shape of the call, and different kernels round differently. So each
 call here has a shape that depends on the router only, never on what happened to be resident.
@@ -6,56 +6,62 @@ call here has a shape that depends on the router only, never on what happened to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
-from ..reference import experts as reference
-
-NAME = "gather"
-
-#: Launches are what costs on a GPU: wait for all reads of a wave, then compute it at once.
-computes_as_loaded = False
+from ...streaming.compute import ExpertWork
+from ...streaming.slot_memory import SlotMemory
+from ..reference.experts import ReferenceBackend, ReferenceWork
 
 #: Up to this many pairs go through one gather; more are computed expert by expert.
 GATHER_PAIRS = 64
 
 
-ACTIVATIONS = reference.ACTIVATIONS
-stacks_sequences = reference.stacks_sequences
-prepare = reference.prepare
-weighted_sum = reference.weighted_sum
+class GatherBackend(ReferenceBackend):
+    """MLX's gathered products; the dense layers are MLX's too."""
+
+    name = "gather"
+    # Launches are what costs on a GPU: wait for all reads of a wave, then compute it at once.
+    computes_as_loaded = False
+
+    def start(
+        self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
+    ) -> ExpertWork:
+        return GatherWork(slots, x, top_k)
 
 
-class Work(reference.Work):
-    """The expert block of one layer for one call. See `flashmoe.ops`."""
+class GatherWork(ReferenceWork):
+    """The experts of one layer applied to one input, in one gather if its tokens are few."""
 
-    def __init__(self, bank, x: mx.array, top_k: int):
-        super().__init__(bank, x, top_k)
+    def __init__(self, slots: SlotMemory, x: mx.array, top_k: int):
+        super().__init__(slots, x, top_k)
         self._y: mx.array | None = None
         pairs = x.shape[0] * top_k
-        self._slots = np.zeros(pairs, np.uint32) if pairs <= GATHER_PAIRS else None
+        self._slot_of_pair = np.zeros(pairs, np.uint32) if pairs <= GATHER_PAIRS else None
 
-    def run(self, experts: dict[int, np.ndarray]) -> None:
-        """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
-        if self._slots is None:
+    def run(self, experts: Mapping[int, np.ndarray]) -> None:
+        if self._slot_of_pair is None:
             super().run(experts)
             return
         # One shape whatever is resident: pairs of other experts are computed with a resident
         # expert in their place, so that no slot is read while it is written, and thrown away.
-        self._slots.fill(next(iter(experts)))
-        mine = np.zeros(self._slots.size, bool)
+        self._slot_of_pair.fill(next(iter(experts)))
+        mine = np.zeros(self._slot_of_pair.size, bool)
         for slot, pairs in experts.items():
-            self._slots[pairs] = slot
+            self._slot_of_pair[pairs] = slot
             mine[pairs] = True
         x = mx.repeat(self.x, self.top_k, axis=0)[:, None, :]
-        y = self._chain(x, mx.array(self._slots)).squeeze(-2)
+        y = self._chain(x, mx.array(self._slot_of_pair)).squeeze(-2)
         self._y = y if self._y is None else mx.where(mx.array(mine)[:, None], y, self._y)
+        # The caller may now overwrite the slots, so nothing may be left lazy.
         mx.eval(self._y)
 
     def result(self) -> mx.array:
-        """(tokens, top_k, hidden), in the dtype of x."""
-        if self._slots is None:
+        """Return each pair's result, (tokens, top_k, hidden), in the dtype of x."""
+        if self._y is None:
             return super().result()
         return self._y.reshape(self.x.shape[0], self.top_k, -1)
 
@@ -68,10 +74,12 @@ class Work(reference.Work):
         return self._linear("down_proj", h, slots)
 
     def _linear(self, projection: str, x: mx.array, slots: mx.array) -> mx.array:
-        weight, scales, biases = self.bank.stacks(projection)
-        quantization = self.bank.layer.quantization[projection]
+        weight, scales, biases = self.slots.stacks(projection)
+        assert weight is not None, f"{projection} has no weights"
+        quantization = self.slots.layer.quantization[projection]
         if quantization is None:
             return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=slots)
+        assert scales is not None, f"{projection} is quantised and has no scales"
         return mx.gather_qmm(
             x,
             weight,
@@ -82,3 +90,6 @@ class Work(reference.Work):
             group_size=quantization.group_size,
             bits=quantization.bits,
         )
+
+
+BACKEND = GatherBackend()

@@ -105,6 +105,10 @@ def _joined(group: list[nn.Module]) -> nn.Module:
 class Joined:
     """A module of mlx-lm whose projections are parts of joined layers, beside its class."""
 
+    def join_projections(self) -> None:
+        """Join the projections of this module; called once, when it has taken its place."""
+        raise NotImplementedError
+
     def join(self, names: Sequence[str]) -> None:
         """Join its layers of these names, in this order."""
         layers = [self.pop(name) for name in names]

@@ -1,8 +1,8 @@
-"""The layers around the experts on a GPU: a step of one token in few launches.
+"""Compute the layers around the experts on a GPU: a step of one token in few launches.
 
 MLX spends about as long on the launch of an operation as the operation takes for one token, so
-what counts is their number. Instances become these classes in place (`module.__class__ = ...`).
-Everything else than one token without padding goes through mlx-lm's own forward.
+the number of launches is what counts. The modules of a loaded model are replaced by these
+subclasses of theirs. Everything but one token without padding goes through mlx-lm's own forward.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 from flashmoe_metal import add_norm, kernel, matvec
 from flashmoe_metal.matrix import Matrix
 
+from ...streaming.block import ExpertBlock
+from ..recast import recast
 from .attention import Attention, NextAttention
 from .compiled_step import Steps, steps_of
-from .joined import matrix_of
+from .joined import Joined, matrix_of
 from .linear_attention import GatedDeltaNet, NextGatedDeltaNet
 
 
@@ -35,22 +37,19 @@ class QuantizedLinear(nn.QuantizedLinear):
         return matrix_of(self)
 
 
-class _DecoderLayer:
-    """mlx-lm's, with its sum and norm in one launch, and the last sum left to the experts.
+class StepLayer(nn.Module):
+    """mlx-lm's decoder layer, with its sum and norm in one launch.
 
-    The block may have `with_residual(x, h)`: h + block(x).
+    The last sum is left to the MoE block where the block has a launch for it.
     """
 
-    def prepare(self) -> None:
-        pass
-
     def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
-        if self._steps is not None and mask is None and self._steps.take(x, cache):
+        if self._steps is not None and mask is None and self._steps.can_run(x, cache):
             return self._steps(x, cache)
         h, normed = self.sum_and_norm(x, self.attention(self.input_layernorm(x), mask, cache))
         block = self.mlp
-        if hasattr(type(block), "with_residual"):
-            return block.with_residual(normed, h)
+        if isinstance(block, ExpertBlock) and block.fuses_residual:
+            return next(block.apply([normed], [h]))
         return h + block(normed)
 
     @property
@@ -58,7 +57,7 @@ class _DecoderLayer:
         return self.linear_attn if getattr(self, "is_linear", False) else self.self_attn
 
     def sum_and_norm(self, x: mx.array, r: mx.array) -> tuple[mx.array, mx.array]:
-        """x + r, and what its norm is."""
+        """Return x + r, and its norm."""
         norm = self.post_attention_layernorm
         if kernel.available() and not self.training and add_norm.supports(x, r, norm.weight):
             return tuple(add_norm.add_norm(x, r, norm.weight, self._eps))
@@ -73,19 +72,19 @@ class _DecoderLayer:
         return mx.array([self.post_attention_layernorm.eps])
 
 
-class DecoderLayer(_DecoderLayer, qwen3_5.DecoderLayer):
+class DecoderLayer(StepLayer, qwen3_5.DecoderLayer):
     pass
 
 
-class NextDecoderLayer(_DecoderLayer, qwen3_next.Qwen3NextDecoderLayer):
+class NextDecoderLayer(StepLayer, qwen3_next.Qwen3NextDecoderLayer):
     pass
 
 
-class MoeDecoderLayer(_DecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
+class MoeDecoderLayer(StepLayer, qwen3_moe.Qwen3MoeDecoderLayer):
     pass
 
 
-_CLASSES = {
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     qwen3_5.GatedDeltaNet: GatedDeltaNet,
     qwen3_5.DecoderLayer: DecoderLayer,
     qwen3_next.Qwen3NextGatedDeltaNet: NextGatedDeltaNet,
@@ -96,14 +95,14 @@ _CLASSES = {
 }
 
 
-def prepare(model: nn.Module) -> None:
-    """Let the layers of a loaded model compute in this way, evaluated or not."""
-    for module in model.modules():
-        ours = _CLASSES.get(type(module))
-        if ours is not None:
-            module.__class__ = ours
-            module.prepare()
+def recast_layers(model: nn.Module) -> None:
+    """Replace the layers of a loaded model, evaluated or not, by those of this package."""
+    for module in recast(model, lambda path, module: _CLASSES.get(type(module))):
+        if isinstance(module, Joined):
+            module.join_projections()
     if not mx.metal.is_available():
-        for module in model.modules():
-            if type(module) is nn.QuantizedLinear:
-                module.__class__ = QuantizedLinear
+        # Last, because only plain layers are joined.
+        recast(
+            model,
+            lambda path, module: QuantizedLinear if type(module) is nn.QuantizedLinear else None,
+        )

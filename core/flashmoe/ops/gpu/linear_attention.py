@@ -86,7 +86,7 @@ class _GatedDeltaNet(Joined):
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):
-    def prepare(self) -> None:
+    def join_projections(self) -> None:
         self.join(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 
     def in_proj_qkv(self, _) -> mx.array:
@@ -108,7 +108,7 @@ class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):
 class NextGatedDeltaNet(_GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
     """This family interleaves its projections by key head: their rows are put in order."""
 
-    def prepare(self) -> None:
+    def join_projections(self) -> None:
         heads, width = self.num_k_heads, self.head_k_dim
         share = self.num_v_heads // heads
         values = share * self.head_v_dim

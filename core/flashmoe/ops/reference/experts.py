@@ -1,93 +1,111 @@
-"""The expert block in plain MLX: the definition that faster ops are held against."""
+"""Compute experts in plain MLX: the definition that the faster backends are tested against."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
-# The twins of our GPU kernels are part of the definition, and fill a module of their own.
-
-if TYPE_CHECKING:
-    from ...checkpoint.checkpoint import Quantization
-    from ...streaming.slot_memory import SlotMemory
-
-NAME = "reference"
-
-#: A `run` may be called for each expert as soon as it is resident: no larger batch is faster.
-computes_as_loaded = True
+from ...checkpoint.checkpoint import Quantization
+from ...streaming.compute import Backend, ExpertObserver, ExpertWork
+from ...streaming.slot_memory import SlotMemory
 
 
-#: See `flashmoe.ops.cpu.experts`.
-stacks_sequences = False
+class ReferenceBackend(Backend):
+    """Plain MLX, expert by expert.
 
-#: Values of the setting that these ops have. See `flashmoe.ops.activations`.
-ACTIVATIONS = ("float32",)
+    Args:
+        observer: is told what enters the experts.
+    """
 
+    name = "reference"
+    # No larger batch of experts is faster.
+    computes_as_loaded = True
 
-def project(x: mx.array, weight, scales, biases, quantization: Quantization | None) -> mx.array:
-    """x @ W.T for one expert. x: (rows, in); weight: (out, in), packed when quantised."""
-    if quantization is None:
-        return x @ weight.T
-    kind = {"group_size": quantization.group_size, "bits": quantization.bits}
-    if scales.shape[-1] == 1 and mx.cuda.is_available():
-        # For rows of one group MLX 0.32.4 gave numbers that are none on Hopper.
-        return x @ mx.dequantize(weight, scales, biases, **kind).T
-    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **kind)
+    def __init__(self, observer: ExpertObserver | None = None):
+        self._observer = observer
 
+    def start(
+        self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
+    ) -> ExpertWork:
+        return ReferenceWork(slots, x, top_k, self._observer)
 
-def prepare(model: nn.Module, head: nn.Module | None) -> None:
-    """Make the model's dense layers ready: on the CPU all goes to float32."""
-    if mx.default_device() != mx.gpu:
-        model.set_dtype(mx.float32)
-
-
-def weighted_sum(y: mx.array, scores: mx.array) -> mx.array:
-    """y: (tokens, top_k, hidden), scores: (tokens, top_k) -> (tokens, hidden)."""
-    return (y * scores[..., None]).sum(axis=-2)
+    def set_dtypes(self, model: nn.Module) -> None:
+        """Convert all weights to float32 on the CPU; on a GPU leave them as they are."""
+        if mx.default_device() != mx.gpu:
+            model.set_dtype(mx.float32)
 
 
-class Work:
-    """The expert block of one layer for one call. See `flashmoe.ops`."""
+class ReferenceWork(ExpertWork):
+    """The experts of one layer applied to the tokens of one input, expert by expert."""
 
-    lazy = False
-
-    def __init__(self, bank: SlotMemory, x: mx.array, top_k: int):
-        self.bank = bank
+    def __init__(
+        self,
+        slots: SlotMemory,
+        x: mx.array,
+        top_k: int,
+        observer: ExpertObserver | None = None,
+    ):
+        self.slots = slots
         self.x = x
         self.top_k = top_k
+        self._observer = observer
         self._pairs: list[np.ndarray] = []
         self._outputs: list[mx.array] = []
+        if observer is not None:
+            observer.hidden(slots.layer.layer, _float32(x))
 
-    def run(self, experts: dict[int, np.ndarray]) -> None:
-        """Compute the pairs of resident experts: slot -> pairs. Ends when the slots were read."""
+    def run(self, experts: Mapping[int, np.ndarray]) -> None:
         for slot, pairs in experts.items():
             self._outputs.append(self._expert(slot, self.x[mx.array(pairs // self.top_k)]))
             self._pairs.append(pairs)
         # The caller may now overwrite the slots, so nothing may be left lazy.
         mx.eval(self._outputs)
 
-    def settle(self) -> None:
-        """Nothing that was run reads a slot after this."""
+    def stop_reading(self) -> None:
+        """Do nothing: `run` returns when it has read its slots."""
 
     def result(self) -> mx.array:
-        """(tokens, top_k, hidden), in the dtype of x."""
+        """Return each pair's result, (tokens, top_k, hidden), in the dtype of x."""
         order = np.argsort(np.concatenate(self._pairs))
         y = mx.concatenate(self._outputs)[mx.array(order)]
         return y.reshape(self.x.shape[0], self.top_k, -1)
 
     def combined(self, scores: mx.array) -> mx.array:
-        """The sum over a token's choices, each times its score: (tokens, hidden)."""
-        return weighted_sum(self.result(), scores)
+        return BACKEND.weighted_sum(self.result(), scores)
 
     def _expert(self, slot: int, x: mx.array) -> mx.array:
-        quantization = self.bank.layer.quantization
+        quantization = self.slots.layer.quantization
 
-        def linear(projection, x):
-            return project(x, *self.bank.matrix(projection, slot), quantization[projection])
+        def linear(projection: str, x: mx.array) -> mx.array:
+            arrays = self.slots.expert_arrays(projection, slot)
+            return project(x, *arrays, quantization[projection])
 
         h = swiglu(linear("gate_proj", x), linear("up_proj", x))
+        if self._observer is not None:
+            self._observer.intermediate(self.slots.layer.layer, slot, _float32(h))
         return linear("down_proj", h)
+
+
+def project(x: mx.array, weight, scales, biases, quantization: Quantization | None) -> mx.array:
+    """Return x @ W.T for one expert.
+
+    x: (rows, in); weight: (out, in), packed when it is quantised -> (rows, out).
+    """
+    if quantization is None:
+        return x @ weight.T
+    kind = {"group_size": quantization.group_size, "bits": quantization.bits}
+    if scales.shape[-1] == 1 and mx.cuda.is_available():
+        # For rows of one group MLX 0.32.4 returned NaN on Hopper.
+        return x @ mx.dequantize(weight, scales, biases, **kind).T
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **kind)
+
+
+def _float32(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32))
+
+
+BACKEND = ReferenceBackend()
