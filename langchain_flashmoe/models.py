@@ -1,4 +1,4 @@
-"""What names of models stand for: where they are, what they can do, what answers depend on."""
+"""Look up models by name: their directories, capabilities and identifying parameters."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from langchain_core.language_models import LangSmithParams, ModelProfile
 
 from flashmoe import __version__, catalog
-from flashmoe.checkpoint.capabilities import capabilities, fingerprint
+from flashmoe.checkpoint.capabilities import capabilities, directory_fingerprint
 from flashmoe.errors import FlashMoEError
 
 from .errors import ModelNotFound
-from .options import Call, Options
+from .options import CallOptions, Options
 
-# Options that decide what an answer is; the others decide how it comes.
-_OF_THE_ANSWER = tuple(n for n in Options.model_fields if n not in ("prompt_cache", "timeout"))
+# The options on which the answer depends; the others only affect how it is delivered.
+_ANSWER_OPTIONS = tuple(n for n in Options.model_fields if n not in ("prompt_cache", "timeout"))
 
 
-def find(name: str) -> Path:
-    """The checkpoint directory of a model.
+def find_checkpoint(name: str) -> Path:
+    """Return the checkpoint directory of a model.
 
     Raises:
-        ModelNotFound: says how to get it.
+        ModelNotFound: the model is unknown or not on this disk; says how to get it.
     """
     try:
         return catalog.find(name)
@@ -30,19 +30,19 @@ def find(name: str) -> Path:
         raise ModelNotFound(str(e)) from e
 
 
-def identity(call: Call) -> dict[str, Any]:
-    """All that an answer depends on, but for its messages, tools and formats."""
-    found = {"model": call.model, "stop": call.stop, "version": __version__}
+def identifying_params(call: CallOptions) -> dict[str, Any]:
+    """Return everything on which an answer depends, except its messages, tools and formats."""
+    params = {"model": call.model, "stop": call.stop, "version": __version__}
     try:
         path = catalog.find(call.model).resolve()
-        found |= {"path": str(path), "files": fingerprint(path)}
+        params |= {"path": str(path), "files": directory_fingerprint(path)}
     except (FlashMoEError, OSError):
-        pass  # said when it is asked for an answer
-    return found | {name: getattr(call, name) for name in _OF_THE_ANSWER}
+        pass  # the error is raised when an answer is asked for
+    return params | {name: getattr(call, name) for name in _ANSWER_OPTIONS}
 
 
-def tracing_params(call: Call) -> LangSmithParams:
-    """What traces show of a call."""
+def tracing_params(call: CallOptions) -> LangSmithParams:
+    """Return the parameters of a call that LangSmith's traces show."""
     params = LangSmithParams(ls_provider="flashmoe", ls_model_name=call.model, ls_model_type="chat")
     if call.temperature is not None:
         params["ls_temperature"] = call.temperature
@@ -53,25 +53,30 @@ def tracing_params(call: Call) -> LangSmithParams:
     return params
 
 
-def profile(name: str) -> ModelProfile:
-    """What a model takes and gives.
+def model_profile(name: str) -> ModelProfile:
+    """Return the capabilities of a model, as LangChain describes them.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: the model is unknown or not on this disk.
     """
     able = capabilities(catalog.find(name))
-    inputs = ("image", "image_url", "pdf", "audio", "video")
     return ModelProfile(
         name=name,
         open_weights=True,
         max_input_tokens=able.context,
         text_inputs=True,
         text_outputs=True,
-        **{f"{kind}_inputs": False for kind in inputs},
-        **{f"{kind}_outputs": False for kind in ("image", "audio", "video")},
+        image_inputs=False,
+        image_url_inputs=False,
+        pdf_inputs=False,
+        audio_inputs=False,
+        video_inputs=False,
+        image_outputs=False,
+        audio_outputs=False,
+        video_outputs=False,
         image_tool_message=False,
         pdf_tool_message=False,
-        reasoning_output=able.thoughts,
+        reasoning_output=able.reasoning,
         tool_calling=able.tools,
         tool_choice=able.tools,
         tool_call_streaming=able.tools,

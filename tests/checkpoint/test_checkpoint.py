@@ -12,8 +12,9 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from toys import FAMILIES, write_toy
 
 from flashmoe.catalog import DEMO, find
-from flashmoe.checkpoint.checkpoint import PROJECTIONS, Checkpoint, Quantization
-from flashmoe.checkpoint.config import BITS, GROUP_SIZES
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.config import BITS, GROUP_SIZES, Quantization
+from flashmoe.checkpoint.expert_layers import PROJECTIONS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

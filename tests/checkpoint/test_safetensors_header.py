@@ -17,7 +17,8 @@ from checkpoint_edits import (
 )
 from toys import write_toy
 
-from flashmoe.checkpoint.checkpoint import PROJECTIONS, Checkpoint
+from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.expert_layers import PROJECTIONS
 from flashmoe.errors import ReadError
 from flashmoe.streaming.reader import Reader, ReadRequest
 

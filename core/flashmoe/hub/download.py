@@ -26,7 +26,7 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import check_quantization, check_text_config
+from ..checkpoint.config import parse_quantization, parse_text_config
 from ..checkpoint.safetensors_header import read_object
 from ..errors import Cancelled, DownloadError
 from ..files import disk_too_full, free_nbytes
@@ -177,7 +177,7 @@ class Download:
         (file,) = (f for f in self.listing.files if f.name == "config.json")
         config = read_object(self.place.blob(file))
         where = Path(self.listing.repo)
-        check_quantization(config, check_text_config(config, where), where)
+        parse_quantization(config, parse_text_config(config, where), where)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

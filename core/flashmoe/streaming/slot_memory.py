@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.checkpoint import ExpertLayer, ExpertPart
+from ..checkpoint.expert_layers import ExpertLayer, ExpertPart
 from .device_copy import DeviceBytes, DeviceMemory
 from .io_modes import BLOCK
 from .reader import ReadRequest

@@ -1,0 +1,225 @@
+"""Find the experts of each layer among the tensors of a checkpoint, and check their shapes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .config import FLOATS, TENSOR_PREFIXES, Quantization, check_affine, infer_quantization
+from .safetensors_header import DOWNLOAD_AGAIN, EXPERT_TENSOR, Tensor, show
+
+PARTS = ("weight", "scales", "biases")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+RAW_EXPERT = re.compile(
+    r".*\.mlp\.experts\.(gate_up_proj|down_proj|\d+\.(gate|up|down)_proj)(\.\w+)?"
+)
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One tensor of the stacked experts.
+
+    Attributes:
+        projection: one of PROJECTIONS.
+        part: one of PARTS.
+        dtype: the name that safetensors has for it, such as "BF16".
+        shape: the shape for ONE expert, without the expert axis.
+        start: the absolute byte in `file` of expert 0.
+        nbytes: the size for ONE expert.
+    """
+
+    projection: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    def range(self, expert: int) -> tuple[int, int]:
+        """Return the absolute (start, stop) bytes of one expert in `file`."""
+        start = self.start + expert * self.nbytes
+        return start, start + self.nbytes
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The routed experts of one layer.
+
+    Attributes:
+        prefix: the path of the SwitchGLU in mlx-lm's module tree.
+        parts: the tensors in the order gate, up, down x weight, scales, biases (weight alone where
+            a projection is not quantised).
+        quantization: by projection; None: not quantised.
+    """
+
+    layer: int
+    prefix: str
+    num_experts: int
+    parts: tuple[ExpertPart, ...]
+    quantization: dict[str, Quantization | None]
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Return the bytes of one expert, all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+
+def is_loaded(name: str) -> bool:
+    """Return whether mlx-lm loads a tensor: not the vision tower or multi-token prediction."""
+    return not name.startswith(("vision_tower", "model.visual")) and "mtp." not in name
+
+
+def find_expert_layers(
+    model_type: str,
+    text_config: dict[str, Any],
+    quantization: dict[str, Any] | None,
+    tensors: dict[str, Tensor],
+    path: Path,
+) -> dict[int, ExpertLayer]:
+    """Return the experts of each MoE layer, by the index of the layer.
+
+    Args:
+        model_type: a key of `TENSOR_PREFIXES`.
+        text_config, quantization: from `parse_text_config` and `parse_quantization`.
+        tensors: all tensors of the checkpoint, by name.
+        path: the checkpoint directory, for errors.
+
+    Raises:
+        CheckpointError: expert tensors are missing, unknown, or disagree with config.json; or there
+            are no experts.
+    """
+    raw = next((n for n in tensors if is_loaded(n) and RAW_EXPERT.fullmatch(n)), None)
+    if raw:
+        raise CheckpointError(
+            f"{path} holds {show(raw)}: it is a Hugging Face checkpoint, not in MLX format. "
+            f"Convert it: mlx_lm.convert --hf-path {path} --mlx-path NEW_DIR -q"
+        )
+    expert_layers: dict[int, ExpertLayer] = {}
+    for layer in range(text_config["num_hidden_layers"]):
+        if model_type != "qwen3_5_moe" and (
+            layer in text_config["mlp_only_layers"]
+            or (layer + 1) % text_config["decoder_sparse_step"]
+        ):
+            continue
+        prefix = f"{TENSOR_PREFIXES[model_type]}layers.{layer}.mlp.switch_mlp"
+        parts: list[ExpertPart] = []
+        by_projection: dict[str, Quantization | None] = {}
+        for projection in PROJECTIONS:
+            by_projection[projection], new = _projection(
+                prefix, projection, text_config, quantization, tensors
+            )
+            parts += new
+        expert_layers[layer] = ExpertLayer(
+            layer, prefix, text_config["num_experts"], tuple(parts), by_projection
+        )
+    if not expert_layers:
+        raise CheckpointError(
+            f"{path}: config.json leaves no layer with experts: nothing to stream"
+        )
+    known = {
+        f"{x.prefix}.{part.projection}.{part.part}"
+        for x in expert_layers.values()
+        for part in x.parts
+    }
+    for name, tensor in tensors.items():
+        if is_loaded(name) and EXPERT_TENSOR.fullmatch(name) and name not in known:
+            raise CheckpointError(
+                f"{tensor.file.name} holds {show(name)}, which a {model_type} of "
+                f"{text_config['num_hidden_layers']} layers has no use for: convert it again"
+            )
+    return expert_layers
+
+
+def _projection(
+    prefix: str,
+    projection: str,
+    text_config: dict[str, Any],
+    config: dict[str, Any] | None,
+    tensors: dict[str, Tensor],
+) -> tuple[Quantization | None, list[ExpertPart]]:
+    """Check the tensors of one projection against config.json.
+
+    Args:
+        config: from `parse_quantization`.
+    """
+    path = f"{prefix}.{projection}"
+    present = {part: t for part in PARTS if (t := tensors.get(f"{path}.{part}"))}
+    weight = present.get("weight")
+    packed = "scales" in present or "biases" in present or (weight and weight.dtype == "U32")
+    named = None if config is None else config.get(path)
+    inner, outer = text_config["hidden_size"], text_config["moe_intermediate_size"]
+    if projection == "down_proj":
+        inner, outer = outer, inner
+    quantization = None
+    sizes = {"weight": inner}
+    if packed or named:
+        check_affine(path, {part: present.get(part) for part in PARTS}, config)
+        if named is None:
+            quantization = infer_quantization(path, present, inner)
+        else:
+            settings = config if named is True else named
+            quantization = Quantization(settings["bits"], settings["group_size"])
+        if inner % quantization.group_size:
+            raise CheckpointError(
+                f"{path} has rows of {inner} weights, not a multiple of the group size "
+                f"{quantization.group_size} that config.json gives: download config.json again"
+            )
+        groups = inner // quantization.group_size
+        sizes = {"weight": inner * quantization.bits // 32, "scales": groups, "biases": groups}
+    elif weight is None:
+        raise CheckpointError(f"tensor {show(f'{path}.weight')} is missing: {DOWNLOAD_AGAIN}")
+    elif weight.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{path}.weight has dtype {weight.dtype}, needed is one of {', '.join(FLOATS)}: "
+            "convert the original weights again"
+        )
+    for part, size in sizes.items():
+        _check_shape(present[part], (text_config["num_experts"], outer, size), quantization)
+    return quantization, [_part(projection, part, present[part]) for part in sizes]
+
+
+def check_dense(dense: tuple[Tensor, ...], config: dict[str, Any] | None) -> None:
+    """Check that the quantised modules among the dense tensors are affine, as mlx-lm assumes.
+
+    Args:
+        config: from `parse_quantization`.
+
+    Raises:
+        CheckpointError: a module is quantised in another way.
+    """
+    tensors = {t.name: t for t in dense}
+    for name in tensors:
+        if name.endswith(".scales"):
+            path = name.removesuffix(".scales")
+            module = check_affine(path, {p: tensors.get(f"{path}.{p}") for p in PARTS}, config)
+            scales, biases = module["scales"], module["biases"]
+            if scales.shape != biases.shape:
+                raise CheckpointError(
+                    f"{show(path)} has scales of shape {scales.shape} and biases of shape "
+                    f"{biases.shape}, which must be the same: convert the original weights again"
+                )
+
+
+def _check_shape(
+    tensor: Tensor, needed: tuple[int, ...], quantization: Quantization | None
+) -> None:
+    if tensor.shape == needed:
+        return
+    how = f"{quantization.bits}-bit, group {quantization.group_size}" if quantization else "plain"
+    field = "num_experts, hidden_size, moe_intermediate_size or quantization"
+    if tensor.shape[:1] != needed[:1]:
+        field = f"num_experts {needed[0]}"
+    raise CheckpointError(
+        f"{show(tensor.name)} has shape {tensor.shape}, but config.json needs {needed} ({how}): it "
+        f"disagrees with {field}; config.json and the weights are from two checkpoints"
+    )
+
+
+def _part(projection: str, part: str, tensor: Tensor) -> ExpertPart:
+    num_experts, *shape = tensor.shape
+    each = tensor.nbytes // num_experts
+    return ExpertPart(projection, part, tensor.dtype, tuple(shape), tensor.file, tensor.start, each)
