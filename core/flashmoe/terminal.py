@@ -86,6 +86,7 @@ def print_table(
     """Print one line per record.
 
     Args:
+        records: values by column. On a terminal, a Path is shown with `~`.
         columns: the keys to print, which are also the headings. The first column is never cut.
         right: the columns that are aligned to the right: numbers.
         style: returns the colour of a record on a terminal, in rich's words; "" for none.
@@ -150,8 +151,10 @@ def _view(columns: Sequence[str], right: Collection[str]) -> Table:
 def _texts(record: Mapping[str, Any], columns: Sequence[str]) -> list[Text]:
     from rich.text import Text
 
+    values = [record.get(column) for column in columns]
+    values = [format_path(value) if isinstance(value, Path) else value for value in values]
     # Text and not str: rich would read "[...]" in a path as markup.
-    return [Text(_cell(record.get(column))) for column in columns]
+    return [Text(_cell(value)) for value in values]
 
 
 def _line(record: Mapping[str, Any], columns: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Decide what a command does on a machine of a cluster: lead it, or compute experts for the lead."""
+"""Decide what a command does on a machine of a cluster: lead it, or compute experts."""
 
 from __future__ import annotations
 

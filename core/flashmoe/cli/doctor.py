@@ -1,167 +1,169 @@
-"""`flashmoe doctor`: what `flashmoe.doctor.examine` found, on one screen."""
+"""`flashmoe doctor`: the report of `flashmoe.doctor.examine` on one screen."""
 
 from __future__ import annotations
 
-import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import click
 
 from ..doctor import machine
 from ..doctor.examine import Report, examine
 from ..sizes import format_size
-from ..terminal import json_option, record
+from ..terminal import (
+    format_number,
+    format_seconds,
+    is_terminal,
+    json_option,
+    print_json,
+    print_table,
+    waiting_line,
+)
 
-_WIDTH, _HEIGHT = 100, 45
-_LABEL = 13
-#: Lines that a problem or a long fact may take; --json has the whole.
-_MOST_LINES = 3
-_MOST_PROBLEMS = 5
+# What fits on one screen of 100 columns. In a pipe everything is printed.
+_MAX_CHARACTERS = 250
+_MAX_PROBLEMS = 5
 
 
 @click.command()
-@click.argument("name", metavar="[MODEL]", required=False)
+@click.argument("model", required=False)
 @json_option
 @click.pass_context
-def doctor(context: click.Context, name: str | None, as_json: bool) -> None:
-    """Check this machine, and MODEL when one is given: what is used, and what is wrong.
+def doctor(context: click.Context, model: str | None, as_json: bool) -> None:
+    """Check the installation and, if given, a model.
 
-    The exit code is 1 when something is wrong.
+    This shows what is used on this machine and what is wrong, and compares the answers of the
+    bundled demo model with those of other implementations. MODEL is a name (see `flashmoe list`) or
+    the directory of an MLX checkpoint. The exit code is 1 if anything is wrong. --json is for bug
+    reports: it leaves out your name and home directory.
     """
-    waiting = sys.stderr.isatty() and not as_json
-    if waiting:
-        text = "looking (the first time compiles kernels: some 30 s, on CUDA minutes)"
-        click.echo(click.style(text, dim=True), nl=False, err=True)
-    report = examine(name)
-    if waiting:
-        click.echo("\r\x1b[K", nl=False, err=True)
+    text = "checking (the first time compiles kernels: some 30 s, on CUDA minutes)"
+    with nullcontext() if as_json or not is_terminal() else waiting_line(text):
+        report = examine(model)
     if as_json:
-        record(report.as_json(), as_json=True)
+        print_json(report.as_json())
     else:
-        _show(report)
+        rows = [*_facts(report), *_problems(report)]
+        print_table(rows, ("section", "result"), style=_style)
     context.exit(0 if report.ok else 1)
 
 
-def _show(report: Report) -> None:
-    problems = list(_problems(report))
-    facts = list(_facts(report))
-    room = _HEIGHT - len(problems)
-    if len(facts) > room:
-        facts = [*facts[: room - 1], _lines("", "... the rest: see --json")[0]]
-    for line in facts + problems:
-        click.echo(line)
+def _style(row: Mapping[str, Any]) -> str:
+    return {"PROBLEM": "red", "all is well": "green"}.get(row["section"], "")
 
 
-def _facts(report: Report) -> Iterator[str]:
+def _facts(report: Report) -> Iterator[dict[str, str]]:
     for section, facts in machine.anonymous(report.sections).items():
         for number, text in enumerate(SHOWN[section](facts)):
-            most = 6 if section == "environment" else _MOST_LINES
-            yield from _lines("" if number else section, text, most=most)
+            repeated = number > 0 and is_terminal()
+            yield {"section": "" if repeated else section, "result": _shortened(text)}
 
 
-def _problems(report: Report) -> Iterator[str]:
+def _problems(report: Report) -> Iterator[dict[str, str]]:
     if report.ok:
-        yield from _lines("all is well", f"in {report.seconds:.1f} s", fg="green")
-    for problem in report.problems[:_MOST_PROBLEMS]:
+        yield {"section": "all is well", "result": f"in {format_seconds(report.seconds)}"}
+    shown = report.problems[:_MAX_PROBLEMS] if is_terminal() else report.problems
+    for problem in shown:
         way_out = f" -> {problem.way_out}" if problem.way_out else ""
-        text = f"{problem.section}: {problem.what}{way_out}"
-        yield from _lines("PROBLEM", machine.anonymous(text), fg="red", most=4)
-    if (more := len(report.problems) - _MOST_PROBLEMS) > 0:
-        yield from _lines("PROBLEM", f"and {more} more: see --json", fg="red")
+        text = machine.anonymous(f"{problem.section}: {problem.what}{way_out}")
+        yield {"section": "PROBLEM", "result": _shortened(text)}
+    if (more := len(report.problems) - len(shown)) > 0:
+        yield {"section": "PROBLEM", "result": f"and {more} more: see --json"}
 
 
-def _lines(label: str, text: str, fg: str | None = None, most: int = _MOST_LINES) -> list[str]:
-    """The text beside its label, as lines of the screen; cut after `most`."""
-    lines = textwrap.wrap(" ".join(text.split()), _WIDTH - _LABEL) or [""]
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][: _WIDTH - _LABEL - 4] + " ..."]
-    labels = [label] + [""] * (len(lines) - 1)
-    return [
-        click.style(f"{shown:<{_LABEL}}", fg=fg, bold=True) + line
-        for shown, line in zip(labels, lines, strict=True)
-    ]
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    if not is_terminal():
+        return text
+    return textwrap.shorten(text, _MAX_CHARACTERS, placeholder=" ... (--json has it all)")
 
 
-def _versions(found: dict) -> Iterator[str]:
-    yield ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
+def _versions(facts: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{name} {version or 'missing'}" for name, version in facts.items())
 
 
-def _environment(found: dict) -> Iterator[str]:
-    shown = [textwrap.shorten(f"{n}={v}", 80, placeholder="...") for n, v in found.items()]
-    yield " ".join(shown) or "nothing that matters"
+def _environment(facts: dict[str, Any]) -> Iterator[str]:
+    yield " ".join(f"{name}={value}" for name, value in facts.items()) or "nothing that matters"
 
 
-def _backend(found: dict) -> Iterator[str]:
-    memory = found.get("info", {}).get("memory_size") or found.get("info", {}).get("total_memory")
-    of = f", {format_size(memory)}" if memory else ""
-    yield f"MLX on {found['name']}: {found.get('device')}{of}" if found["name"] else "none"
-    if "note" in found:
-        yield found["note"]
+def _backend(facts: dict[str, Any]) -> Iterator[str]:
+    if not facts["name"]:
+        yield "none"
+        return
+    info = facts.get("info", {})
+    memory = info.get("memory_size") or info.get("total_memory")
+    size = f", {format_size(memory)}" if memory else ""
+    yield f"MLX on {facts['name']}: {facts.get('device')}{size}"
+    if "note" in facts:
+        yield facts["note"]
 
 
-def _ops(found: dict) -> Iterator[str]:
-    yield f"{found['used'] or 'none'}: {found['why']}"
-    yield "not here: " + "; ".join(f"{name} {why}" for name, why in found["missing"].items())
+def _ops(facts: dict[str, Any]) -> Iterator[str]:
+    yield f"{facts['used'] or 'none'}: {facts['why']}"
+    yield "not here: " + "; ".join(f"{name} {why}" for name, why in facts["missing"].items())
 
 
-def _memory(found: dict) -> Iterator[str]:
+def _memory(facts: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"{format_size(found['total'])}, {format_size(found['available'])} available (limit: "
-        f"{found['limit']}); a load takes up to {format_size(found['default'])} by default"
+        f"{format_size(facts['total'])}, {format_size(facts['available'])} available (limit: "
+        f"{facts['limit']}); a model takes up to {format_size(facts['default'])} by default"
     )
 
 
-def _open_files(found: dict) -> Iterator[str]:
-    soft, hard, shards = ("no limit" if found[n] is None else found[n] for n in found)
+def _open_files(facts: dict[str, Any]) -> Iterator[str]:
+    soft, hard, shards = ("no limit" if facts[n] is None else facts[n] for n in facts)
     limits = f"limit {soft} (hard {hard}), mlx-lm sets {machine.MLX_LM_FILES[0]}"
-    yield f"{limits}: a model of {shards} shards" if shards else f"{limits}, which fails"
+    yield f"{limits}: enough for {shards} shards" if shards else f"{limits}, which fails"
 
 
-def _cache(found: dict) -> Iterator[str]:
-    sizes = f"{format_size(found['bytes'])} of {format_size(found['limit'])}"
-    yield f"{found['states']} prompt states, {sizes}, in {found['path']}"
+def _cache(facts: dict[str, Any]) -> Iterator[str]:
+    sizes = f"{format_size(facts['bytes'])} of {format_size(facts['limit'])}"
+    yield f"{facts['states']} prompt cache entries, {sizes}, in {facts['path']}"
 
 
-def _reading(found: dict) -> Iterator[str]:
-    for drive in found["drives"][:2]:
+def _reading(facts: dict[str, Any]) -> Iterator[str]:
+    for drive in facts["drives"][:2]:
         why = "measured" if drive["measured"] else "default; `flashmoe bench disk` measures"
         split = format_size(drive["split"]) if drive["split"] else "none"
         how = f"io={drive['io']} depth={drive['depth']} split={split} ({why})"
         yield f"drive of {drive['model']}: {how}"
-    if probe := found.get("probe"):
+    if probe := facts.get("probe"):
         yield (
-            f"a quick look: {probe['gb_per_s']:.2f} GB/s, {probe['cpu_ms_per_gb']} ms of CPU a GB, "
-            f"on the {format_size(probe['bytes'])} of {probe['model']}; caches may help"
+            f"quick test: {format_number(probe['gb_per_s'])} GB/s, {probe['cpu_ms_per_gb']} ms of "
+            f"CPU per GB, on the {format_size(probe['bytes'])} of {probe['model']}, which may be "
+            "cached"
         )
 
 
-def _model(found: dict) -> Iterator[str]:
+def _model(facts: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"{found['name']}: {found['family']}, {found['experts']} experts, K={found['K']}, "
-        f"{found['bits']:g} bits, {format_size(found['bytes'])} in {found['shards']} shards, "
-        f"{found['path']}"
+        f"{facts['name']}: {facts['family']}, {facts['experts']} experts, K={facts['K']}, "
+        f"{format_number(facts['bits'])} bits, {format_size(facts['bytes'])}, shards: "
+        f"{facts['shards']}, {facts['path']}"
     )
-    if "memory" in found:
-        drive = found["reading"]
-        yield f"a load: {found['memory']}; io={drive['io']} depth={drive['depth']}"
+    if "memory" in facts:
+        drive = facts["reading"]
+        yield f"when loaded: {facts['memory']}; io={drive['io']} depth={drive['depth']}"
 
 
-def _self_test(found: dict) -> Iterator[str]:
-    for check in found["checks"]:
-        yield f"{'pass' if check['passed'] else 'FAIL'}  {check['name']}: {check['result']}"
+def _self_test(facts: dict[str, Any]) -> Iterator[str]:
+    for check in facts["checks"]:
+        yield f"{'pass' if check['passed'] else 'FAIL'}: {check['name']}: {check['result']}"
 
 
-def _cpu(found: dict) -> Iterator[str]:
-    features = " ".join(found["features"]) or "no vector features that the kernels use"
+def _cpu(facts: dict[str, Any]) -> Iterator[str]:
+    features = " ".join(facts["features"]) or "no vector instructions that the kernels use"
+    layer = f", {facts['threading layer']}" if facts["threading layer"] else ""
     yield (
-        f"{found['usable']} of {found['cores']} cores, {found['name']}: {features}; int8 by "
-        f"{found['int8']}; numba: {found['numba threads']} threads"
-        + (f", {found['threading layer']}" if found["threading layer"] else "")
+        f"{facts['usable']} of {facts['cores']} cores, {facts['name']}: {features}; int8 by "
+        f"{facts['int8']}; numba: {facts['numba threads']} threads{layer}"
     )
 
 
-SHOWN = {
+#: Turns the facts of each section into lines of text.
+SHOWN: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "versions": _versions,
     "environment": _environment,
     "backend": _backend,

@@ -1,4 +1,4 @@
-"""`flashmoe download`: a model of the hub onto this disk, and under a name."""
+"""`flashmoe download`: a model of the hub onto this disk, under a name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +17,10 @@ from .. import catalog
 from ..errors import DownloadError
 from ..hub import registry
 from ..sizes import format_size
-from ..terminal import json_option, record
+from ..terminal import format_seconds, json_option, print_json
+
+if TYPE_CHECKING:
+    from ..hub.download import Download
 
 #: Seconds between lines of progress where there is no terminal.
 PERIOD = 30.0
@@ -25,16 +29,28 @@ PERIOD = 30.0
 @click.command()
 @click.argument("name")
 @click.option(
-    "--to", type=click.Path(path_type=Path, file_okay=False), help="Not in the hub's cache: here."
+    "--to",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_default="the cache of huggingface_hub",
+    help="Download into this directory.",
 )
-@click.option("--revision", help="A branch, tag or commit. Default: as downloaded before, or main.")
-@click.option("--dry-run", is_flag=True, help="Say how large it is, and whether it fits. No more.")
+@click.option(
+    "--revision",
+    metavar="REVISION",
+    show_default="as downloaded before, or main",
+    help="Download this branch, tag or commit.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the size and whether it fits, and stop.")
 @json_option
-def download(name: str, to: Path | None, revision: str | None, dry_run: bool, as_json: bool):
-    """Fetch the model NAME from the Hugging Face hub, or go on where it stopped.
+def download(
+    name: str, to: Path | None, revision: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Download a model from the Hugging Face Hub.
 
-    NAME is of the catalogue (flashmoe list), or hub:OWNER/NAME[@REVISION]. It is registered once
-    all of it is verified.
+    NAME is a name of the catalogue (see `flashmoe list`) or hub:OWNER/NAME[@REVISION]. Run the same
+    command again to resume an interrupted download. The model gets its name once all of its files
+    are verified.
     """
     model = catalog.model(name)
     if model.published is None:
@@ -43,48 +59,59 @@ def download(name: str, to: Path | None, revision: str | None, dry_run: bool, as
             "(flashmoe list) or hub:OWNER/NAME"
         )
     registry.check(model.name, model.aliases)
-    from ..hub import api as hub
+    from ..hub import api as hub  # late: huggingface_hub
     from ..hub.download import Download
 
     published = replace(model.published, revision=revision or model.published.revision)
     planned = Download(hub.listing(published.repo, published.revision), to)
     listing = planned.listing
-    click.echo(_plan(planned), err=as_json)
+    click.echo(_describe(planned), err=as_json)
     planned.check_room()
-    found = {"name": model.name, "repo": listing.repo, "revision": listing.commit}
-    found |= {"bytes": listing.nbytes, "fetched": planned.missing, "free": planned.free}
-    found |= {"files": len(listing.files), "path": str(planned.place.directory)}
     if not dry_run:
-        with progress(listing.nbytes) as advance:
+        with _progress(listing.nbytes) as advance:
             path = planned.run(advance)
         registry.add(model.name, path, model.aliases, repo=listing.repo, revision=listing.commit)
     if as_json:
-        record(found | {"registered": not dry_run}, as_json=True)
+        print_json(
+            {
+                "name": model.name,
+                "repo": listing.repo,
+                "revision": listing.commit,
+                "bytes": listing.nbytes,
+                "fetched": planned.missing,
+                "free": planned.free,
+                "files": len(listing.files),
+                "path": str(planned.place.directory),
+                "registered": not dry_run,
+            }
+        )
     elif not dry_run:
         click.echo(f"{model.name} is verified and registered: {planned.place.directory}")
 
 
-def _plan(planned) -> str:
+def _describe(planned: Download) -> str:
     listing, place = planned.listing, planned.place
     here = f"{format_size(planned.here)} are here, " if planned.here else ""
     return (
         f"{listing.repo} at {listing.commit[:12]}: {format_size(listing.nbytes)} in "
-        f"{len(listing.files)} files; {here}{format_size(planned.missing)} to fetch, "
+        f"{len(listing.files)} files; {here}{format_size(planned.missing)} to download, "
         f"{format_size(planned.free)} free in {place.directory if place.own else place.blobs}"
     )
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows on stderr how far it is, how fast, and how long it takes still."""
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the bytes that arrived, and shows progress on stderr."""
     if not sys.stderr.isatty():
-        yield _Lines(total).advance
+        yield _ProgressLog(total).advance
         return
     from rich import progress as bars  # late: 50 ms
     from rich.console import Console
 
     columns = (
-        *(bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(compact=True),
     )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
@@ -92,8 +119,8 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: shown.advance(task, nbytes)
 
 
-class _Lines:
-    """Progress as lines, for a log."""
+class _ProgressLog:
+    """Print a line of progress every `PERIOD` seconds, for a log. Several threads may use it."""
 
     def __init__(self, total: int):
         self._total, self._done, self._lock = total, 0, threading.Lock()
@@ -110,6 +137,6 @@ class _Lines:
             left = (self._total - self._done) / speed
             click.echo(
                 f"{format_size(self._done)} of {format_size(self._total)}, "
-                f"{format_size(int(speed))}/s, {left / 60:.0f} min left",
+                f"{format_size(int(speed))}/s, {format_seconds(left)} left",
                 err=True,
             )

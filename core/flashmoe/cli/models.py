@@ -17,7 +17,6 @@ from ..hub import registry
 from ..sizes import format_size
 from ..terminal import (
     format_number,
-    format_path,
     is_terminal,
     json_option,
     print_fields,
@@ -99,9 +98,7 @@ def info(model: str, as_json: bool) -> None:
         print_json(details)
         return
     details.pop("size")
-    print_fields(
-        {name: format_size(v) if "bytes" in name else v for name, v in details.items()}
-    )
+    print_fields({name: format_size(v) if "bytes" in name else v for name, v in details.items()})
 
 
 @click.command("chat-template")
@@ -150,7 +147,7 @@ def cache_show(as_json: bool) -> None:
         return
     print_fields(
         {
-            "path": summary["path"],
+            "path": store.directory,
             "entries": summary["states"],
             "size": format_size(summary["bytes"]),
             "limit": format_size(summary["limit"]),
@@ -182,15 +179,15 @@ def _listed(summary: Mapping[str, Any]) -> dict[str, Any]:
     row = dict(summary)
     if row["size"] is not None:
         row["size"] = row["size"].replace("about ", "~")
-    if is_terminal() and row["where"] != _NOT_HERE:
-        row["where"] = format_path(row["where"])
+    if row["where"] != _NOT_HERE and "error" not in row:
+        row["where"] = Path(row["where"])
     return row
 
 
 def _style(row: Mapping[str, Any]) -> str:
     if "error" in row:
         return "red"
-    return "dim" if row["where"] == _NOT_HERE else ""
+    return "bold" if row["where"] != _NOT_HERE else ""
 
 
 def _details(model: catalog.Model, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def quantize(
 ) -> None:
     """Write a copy of a checkpoint with fewer bits.
 
-    SOURCE is a name (see `flashmoe list`) or the directory of an MLX checkpoint; a bf16 one is best.
+    SOURCE is a name (see `flashmoe list`) or the directory of an MLX checkpoint, at best in bf16.
     The copy is written to DIRECTORY. Run the same command again to resume an interrupted one.
     """
     shard_nbytes = SHARD_NBYTES if shard_size is None else parse_size(shard_size)

@@ -6,91 +6,129 @@ import re
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..catalog import find
+from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
+from ..options import EngineOptions
 from ..sizes import format_size
-from ..terminal import json_option, progress, record, table
+from ..terminal import json_option, print_json, print_remark, print_table, progress_bar
+from .options import engine_options
 
-#: Values of K by default: the trained one, and these.
+if TYPE_CHECKING:
+    from ..sweep.run import Sweep
+
+#: The values of K by default: the trained one, and those of these that are lower.
 EXPERTS = (8, 6, 5, 4, 3, 2, 1)
 
 
 @click.command()
-@click.argument("name", metavar="NAME")
-@click.option("--experts", metavar="K,K,...", help="Default: from the trained K down to 1.")
+@click.argument("model")
+@click.option(
+    "--experts",
+    metavar="K,K,...",
+    show_default="from the trained K down to 1",
+    help="Measure these numbers of experts per token.",
+)
 @click.option(
     "--bits",
+    metavar="V,V,...",
     default="own",
     show_default=True,
-    metavar="V,V,...",
-    help="Versions: own; 3 (an expert's bits); 2/4 (gate and up, down); 2/4/6 (dense weights too); "
-    "another checkpoint of the model, by name or directory.",
+    help="Measure these versions: 'own' is MODEL itself; 3 its experts at 3 bits; 2/4 gate and up "
+    "at 2, down at 4; 2/4/6 dense weights at 6 too; or the name or directory of another checkpoint "
+    "of the same model.",
 )
 @click.option(
     "--text",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="A text to compare on. Default: answers of the exact model to bundled questions.",
+    show_default="answers of the exact model to bundled questions",
+    help="Compare on this text.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(2), default=2000, show_default=True, help="Of the text."
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(2),
+    default=2000,
+    show_default=True,
+    help="Compare on N tokens of the text.",
 )
 @click.option(
     "--calls",
+    metavar="N",
     type=click.IntRange(0, 120),
     default=24,
     show_default=True,
-    help="Tool calls at each point, with and without the grammar.",
+    help="Ask for N tool calls at each point, with and without the grammar.",
 )
 @click.option(
     "--schemas",
+    metavar="N",
     type=click.IntRange(0, 40),
     default=12,
     show_default=True,
-    help="JSON documents at each point, the same.",
+    help="Ask for N JSON documents at each point, with and without the grammar.",
 )
 @click.option(
     "--threshold",
+    metavar="NATS",
     type=click.FloatRange(0),
     default=0.05,
     show_default=True,
-    help="KL, in nats a token, that is close enough.",
+    help="Recommend the smallest point with at most this KL divergence per token.",
 )
-@click.option("--memory", metavar="SIZE", help='Peak memory of the process, such as "8GB".')
+@engine_options("memory")
 @click.option(
     "--work",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep versions and results here, and use what is there. Default: a temporary directory.",
+    show_default="a temporary directory",
+    help="Keep versions and results in this directory, and resume from it.",
 )
 @click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Draw an SVG."
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a plot as SVG.",
 )
 @json_option
-def sweep(name, experts, bits, threshold, work, plot, as_json, **settings):
-    """Measure what pruning (K) and fewer bits cost the model NAME, and say where to stop.
+def sweep(
+    model: str,
+    options: EngineOptions,
+    experts: str | None,
+    bits: str,
+    threshold: float,
+    work: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure what pruning and fewer bits cost a model.
 
-    Perplexity and KL against the exact model, tool calls and JSON with and without a grammar,
-    bytes a token and speed. Ctrl-C shows the points that are finished; with --work, the same
-    command goes on.
+    MODEL is a name (see `flashmoe list`) or the directory of an MLX checkpoint. Each point is a
+    number of experts per token (K) of a version of it. A point has the perplexity and the KL
+    divergence from the exact model, the share of correct tool calls and JSON with and without a
+    grammar, the bytes per token, and the speed. Ctrl-C shows the points that are finished; with
+    --work, the same command resumes.
     """
     from ..sweep.run import Settings, Sweep  # late: llguidance and MLX
     from ..sweep.versions import read_versions
 
-    checkpoint = Checkpoint.open(find(name))
+    checkpoint = Checkpoint.open(catalog.find(model))
     versions = read_versions([v.strip() for v in bits.split(",")], checkpoint)
-    settings = Settings(experts=_experts(experts, checkpoint), **settings)
+    asked = Settings(experts=_experts(experts, checkpoint), memory=options.memory, **settings)
     if plot is not None and not plot.absolute().parent.is_dir():
         raise SettingError(f"there is no directory {plot.parent}: give --plot a file in one")
     with ExitStack() as stack:
         keep = work is not None
-        if not keep:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashmoe-sweep-")))
-        run = Sweep(checkpoint, versions, settings, work, keep=keep, progress=progress)
+        if work is None:
+            temporary = tempfile.TemporaryDirectory(prefix="flashmoe-sweep-")
+            work = Path(stack.enter_context(temporary))
+        run = Sweep(checkpoint, versions, asked, work, keep=keep, progress=progress_bar)
         click.echo(
             f"{format_size(run.needed_nbytes())} to write in {work}, "
             f"{format_size(run.free_nbytes())} free",
@@ -99,9 +137,9 @@ def sweep(name, experts, bits, threshold, work, plot, as_json, **settings):
         try:
             run.run()
         except KeyboardInterrupt:
-            _show(name, run, threshold, plot, as_json=as_json)
+            _show(model, run, threshold, plot, as_json=as_json)
             raise click.Abort() from None
-        _show(name, run, threshold, plot, as_json=as_json)
+        _show(model, run, threshold, plot, as_json=as_json)
 
 
 def _experts(text: str | None, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -112,20 +150,23 @@ def _experts(text: str | None, checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(k) for k in text.split(",")))
 
 
-def _show(name: str, run, threshold: float, plot: Path | None, *, as_json: bool) -> None:
+def _show(name: str, run: Sweep, threshold: float, plot: Path | None, *, as_json: bool) -> None:
     from ..sweep.plot import svg
     from ..sweep.report import columns, report, rows, summary
 
-    found = report(name, run.points(), threshold, whole=run.whole)
-    if found["points"] and plot is not None:
+    results = report(name, run.points(), threshold, whole=run.whole)
+    if results["points"] and plot is not None:
         try:
-            plot.write_text(svg(found), encoding="utf-8")
+            plot.write_text(svg(results), encoding="utf-8")
         except OSError as e:
             raise SettingError(f"cannot write {plot}: {e.strerror}") from e
     if as_json:
-        record(found, as_json=True)
+        print_json(results)
         return
-    names = columns(found)
-    table(rows(found), names, as_json=False, empty="no point was finished")
-    for line in summary(found):
-        click.echo(line)
+    if not results["points"]:
+        print_remark("no point was finished")
+        return
+    names = columns(results)
+    print_table(rows(results), names, right=[n for n in names if n not in ("version", "")])
+    for line in summary(results):
+        print_remark(line)
