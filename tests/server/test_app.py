@@ -446,4 +446,4 @@ def test_client_that_does_not_read_holds_a_row(toy, monkeypatch):
         )
         until(lambda: toy.running == 1)
         until(lambda: idle(toy) and server.metrics.in_flight == 0, 20)
-        assert server.metrics.text(toy).count("flashmoe_disconnects_total 1\n") == 1
+        assert server.metrics.prometheus_text(toy).count("flashmoe_disconnects_total 1\n") == 1

@@ -160,7 +160,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
             "tool_choice",
             "the tools are add",
         ),
-        ({"response_format": {"type": "xml"}}, "response_format", "not known"),
+        ({"response_format": {"type": "xml"}}, "response_format", "not supported"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "no schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},

@@ -117,7 +117,7 @@ def test_sigterm_is_an_error(toy):
         (("--host", "192.0.2.7", "--api-key", "k"), "cannot listen at"),
         (("--host", "no.such.host.invalid", "--api-key", "k"), "is not an address of this machine"),
         (("--queue", "-1"), "queue=-1 must be 0 or more"),
-        (("--timeout", "0"), "timeout=0 must be above 0"),
+        (("--timeout", "0"), "timeout=0.0 must be above 0"),
         (("--max-body", "x"), "'x' is not a memory size"),
         (("--batch", "0"), "batch=0 must be 1 or more"),
         (("--experts", "99"), "experts=99"),
