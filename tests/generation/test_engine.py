@@ -56,6 +56,9 @@ def nothing_else_is_generated(engine) -> bool:
     return bool(text_of(events)) and end.batch == 1
 
 
+#: Options with which all tokens are equally likely, so that an answer is long.
+EVEN = {"temperature": 100, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+LONG = ask("Tell me a long story.", max_tokens=2000, **EVEN)
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "ant"]
 
 
@@ -115,20 +118,19 @@ def test_requests_are_answered_in_order(engine):
 
 def test_event_cancels_an_answer(engine):
     cancel = threading.Event()
-    request = ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))
-    events = engine.stream(request, cancel)
+    events = engine.stream(LONG, cancel)
     first_text(events)
     cancel.set()
     end = list(events)[-1]
     assert end.finish_reason == "cancelled"
     assert 0 < end.generated_tokens < 2000
     # An event that is set already leaves nothing to do.
-    end = list(engine.stream(request, cancel))[-1]
+    end = list(engine.stream(LONG, cancel))[-1]
     assert (end.finish_reason, end.generated_tokens, end.cached_tokens) == ("cancelled", 0, 0)
 
 
 def test_dropped_stream_is_cancelled(engine):
-    first_text(engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",))))
+    first_text(engine.stream(LONG))
     assert nothing_else_is_generated(engine)
 
 
@@ -136,8 +138,7 @@ def test_interrupt_cancels_the_answer_and_the_engine_goes_on():
     code = (
         "import signal; from flashmoe.engine import Engine\n"
         "from flashmoe.requests import Request; from flashmoe.catalog import find\n"
-        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=3000,\n"
-        "    stop=('\\0',), temperature=0.0)\n"
+        f"r = Request([{{'role': 'user', 'content': 'Hello.'}}], max_tokens=3000, **{EVEN})\n"
         "signal.signal(signal.SIGALRM, lambda *a: signal.raise_signal(signal.SIGINT))\n"
         "with Engine(find('flashmoe-demo'), slots=12) as e:\n"
         "    answer = e.stream(r)\n"
@@ -167,7 +168,7 @@ def test_memory_does_not_grow_with_the_number_of_requests(toy_engine):
 
 
 def test_closed_stream_is_cancelled(engine):
-    events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
+    events = engine.stream(LONG)
     first_text(events)
     events.close()
     assert nothing_else_is_generated(engine)
@@ -178,7 +179,7 @@ def test_cancelled_task_cancels_its_answer(engine):
         generating = asyncio.Event()
 
         async def read():
-            async for event in engine.astream(ask("Tell me a long story.", max_tokens=2000)):
+            async for event in engine.astream(LONG):
                 if isinstance(event, Text):
                     generating.set()
 
@@ -273,7 +274,7 @@ def test_engine_recovers_from_a_file_deleted_while_generating(tmp_path):
     shard = path / "model.safetensors"
     with Engine(path, slots=12) as engine:
         expected = answer(engine, ask("Tell me a short story about a cat."))
-        events = engine.stream(ask("Tell me a long story.", max_tokens=3000))
+        events = engine.stream(LONG)
         first_text(events)
         shard.rename(path / "away")
         shutil.copy2(path / "away", path / "copy")
@@ -288,7 +289,7 @@ def test_engine_recovers_from_a_file_deleted_while_generating(tmp_path):
 
 def test_answer_cut_short_by_close_raises():
     engine = Engine(find(DEMO), slots=12)
-    events = engine.stream(ask("Tell me a long story.", max_tokens=2000, stop=("\x00",)))
+    events = engine.stream(LONG)
     first_text(events)
     waiting = engine.stream(ask("Hello."))
     threading.Thread(target=engine.close).start()
@@ -314,7 +315,7 @@ def test_mlx_that_cannot_be_imported_is_an_error_of_the_answer():
 
 def test_engine_goes_on_after_an_event_loop_is_closed(engine):
     async def leave():
-        events = engine.astream(ask("Tell me a long story.", max_tokens=60))
+        events = engine.astream(LONG)
         async for event in events:
             if isinstance(event, Text):
                 break
@@ -375,7 +376,7 @@ def test_invalid_defaults_of_a_checkpoint_are_ignored(tmp_path):
 
 
 EXITS = {
-    "after an answer": "list(e.stream(r))",
+    "after an answer": "list(e.stream(Request(r.messages, max_tokens=5)))",
     "while reading the prompt": "next(e.stream(r))",
     "while generating": "s = e.stream(r); [next(s) for _ in range(9)]; s.close()",
     "with the iterator alive": "s = e.stream(r); [next(s) for _ in range(9)]",
@@ -392,9 +393,7 @@ def test_process_exits_cleanly(when):
         "from flashmoe.engine import Engine; from flashmoe.requests import Request\n"
         "from flashmoe.catalog import find\n"
         "e = Engine(find('flashmoe-demo'), slots=12)\n"
-        # All tokens are equally likely, so that the answer is long.
-        "even = {'temperature': 100, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'seed': 1}\n"
-        "r = Request([{'role': 'user', 'content': 'Tell me a story.'}], max_tokens=300, **even)\n"
+        f"r = Request([{{'role': 'user', 'content': 'Hello.'}}], max_tokens=300, **{EVEN})\n"
         f"{EXITS[when]}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
