@@ -87,7 +87,7 @@ def stacks():
     return stacks
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_bits_of_a_row_do_not_depend_on_other_rows(stacks, data):
     w = data.draw(st.sampled_from(stacks))

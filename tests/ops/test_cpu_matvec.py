@@ -160,7 +160,7 @@ def stacks():
     return stacks
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_bits_of_a_result_do_not_depend_on_other_pairs(stacks, data):
     w = data.draw(st.sampled_from(stacks))

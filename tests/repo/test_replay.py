@@ -16,7 +16,7 @@ def misses(make, steps):
     return [policy.access(experts) for experts in steps]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(tokens, min_size=1, max_size=40), st.integers(3, EXPERTS))
 def test_policy_beats_the_future_or_misses_too_much(steps, slots):
     best = sum(misses(lambda layer: Clairvoyant(slots, layer), steps))

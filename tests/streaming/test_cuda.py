@@ -1,4 +1,4 @@
-"""Slots in the memory of a discrete NVIDIA GPU, on one."""
+"""Tests slots in the memory of a discrete NVIDIA GPU; they run only where there is one."""
 
 import ctypes
 import gc
@@ -23,20 +23,21 @@ pytestmark = pytest.mark.skipif(device_memory() is None, reason="needs a discret
 
 
 def zeros(*shape, dtype=mx.uint8) -> mx.array:
-    mx.clear_cache()  # as a bank does, before it makes its stacks
+    """Return an evaluated array of zeros."""
+    mx.clear_cache()  # slot memory does so before it allocates its stacks
     array = mx.zeros(shape, dtype)
     mx.eval(array)
     return array
 
 
-def seen(array: mx.array, expected: np.ndarray) -> bool:
-    """Whether the GPU sees these bytes; the host does not look at the array."""
-    same = mx.array_equal(array.view(mx.uint8).reshape(-1), mx.array(expected.reshape(-1)))
-    return same.item()
+def gpu_sees(array: mx.array, expected: np.ndarray) -> bool:
+    """Return whether the GPU sees these bytes. The host does not read the array."""
+    equal = mx.array_equal(array.view(mx.uint8).reshape(-1), mx.array(expected.reshape(-1)))
+    return equal.item()
 
 
 @pytest.mark.parametrize("dtype", [mx.uint8, mx.uint32, mx.bfloat16, mx.float16, mx.float32])
-def test_gpu_sees_other_bytes_than_were_read(tmp_path, dtype):
+def test_gpu_sees_the_bytes_that_were_read(tmp_path, dtype):
     data = np.random.default_rng(0).integers(0, 256, 2 * PLACE_NBYTES + 4096, np.uint8)
     (tmp_path / "experts").write_bytes(data.tobytes())
     memory = CudaMemory()
@@ -46,15 +47,15 @@ def test_gpu_sees_other_bytes_than_were_read(tmp_path, dtype):
     for io in ("buffered", "direct"):
         with Reader(4, io=io) as reader:
             reader.submit([ReadRequest(tmp_path / "experts", 0, slot, 0, 0)]).wait()
-        assert seen(stack[1], data)
-        assert seen(stack[0], np.zeros_like(data))
-        assert seen(stack[2], np.zeros_like(data))
+        assert gpu_sees(stack[1], data)
+        assert gpu_sees(stack[0], np.zeros_like(data))
+        assert gpu_sees(stack[2], np.zeros_like(data))
         slot[:] = np.zeros_like(data)
-        assert seen(stack[1], np.zeros_like(data))
-    assert memory.address(stack) == before, "a use by the GPU does not move it"
+        assert gpu_sees(stack[1], np.zeros_like(data))
+    assert memory.address(stack) == before, "a use by the GPU moved the array"
 
 
-def test_use_by_the_gpu_moves_an_array():
+def test_use_by_the_gpu_does_not_move_an_array():
     memory = CudaMemory()
     stack = zeros(4, 1 << 20)
     before = memory.address(stack)
@@ -63,19 +64,19 @@ def test_use_by_the_gpu_moves_an_array():
     assert memory.address(stack) == before
 
 
-def test_array_that_the_host_may_hold_is_taken_for_the_gpus_own():
-    """The host looks at it, so MLX moves it, or else it lies where it lay."""
+def test_address_of_an_array_that_the_host_read_is_the_same_or_an_error():
+    """When the host reads an array, MLX may move it. Then its address is an error."""
     memory = CudaMemory()
     stack = zeros(4, 1 << 20)
     before = memory.address(stack)
     np.array(stack)
-    # Not an error only where it stayed.
+    # There is no error only if the array has stayed in its place.
     with suppress(DeviceError):
         assert memory.address(stack) == before
 
 
-def test_kernels_in_flight_see_bytes_of_a_later_write():
-    """`mx.eval` ends when the GPU has read: what a slot's next bytes wait for."""
+def test_evaluated_kernels_do_not_see_later_writes():
+    """`mx.eval` returns when the GPU has read. Only then may a slot get its next bytes."""
     memory = CudaMemory()
     stack = zeros(1 << 28)
     whole = DeviceBytes.of(memory, stack)
@@ -86,35 +87,35 @@ def test_kernels_in_flight_see_bytes_of_a_later_write():
         assert total.item() == (1 << 20) * int.from_bytes(bytes([i] * 4), "little")
 
 
-def test_places_stay_locked_when_their_threads_ended():
+def test_places_are_unlocked_after_their_threads_have_ended():
     memory = CudaMemory()
     array = zeros(1 << 20)
     target = DeviceBytes.of(memory, array)
-    kept = []
+    addresses = []
 
     def work():
         place = target.place(0)
         place[:] = 7
         target[:] = place
-        kept.append(place.__array_interface__["data"][0])
+        addresses.append(place.__array_interface__["data"][0])
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     gc.collect()
-    assert seen(array, np.full(1 << 20, 7, np.uint8))
+    assert gpu_sees(array, np.full(1 << 20, 7, np.uint8))
     memory._enter()
     with pytest.raises(DeviceError, match="cuMemHostUnregister: CUDA_ERROR_"):
-        cuda_memory._call("cuMemHostUnregister", kept[0])
+        cuda_memory._call("cuMemHostUnregister", addresses[0])
 
 
-def test_error_of_the_driver_has_no_name():
+def test_driver_error_has_its_name():
     with pytest.raises(DeviceError, match="cuDevicePrimaryCtxRetain: CUDA_ERROR_INVALID_DEVICE"):
         cuda_memory._call("cuDevicePrimaryCtxRetain", ctypes.byref(ctypes.c_void_p()), 99)
     assert mx.sum(mx.ones((4,))).item() == 4
 
 
-def test_model_differs_from_its_resident_twin(tmp_path):
+def test_streamed_model_equals_the_resident_one(tmp_path):
     path = write_toy(tmp_path / "toy", "qwen3_moe", num_experts=9, top_k=3)
     tokens = list(range(60))
     model = load_streaming(Checkpoint.open(path), slots=5)

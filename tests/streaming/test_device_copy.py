@@ -1,4 +1,4 @@
-"""Reads by way of staging places: here the device is memory of the host, copied into as one."""
+"""Tests reads into device memory through staging places, with host memory as the device."""
 
 import os
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fake_device import HostMemory
-from toys import write_toy
+from toys import HIDDEN, write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.errors import DeviceError, ReadError
@@ -19,7 +19,7 @@ from flashmoe.streaming.io_modes import BLOCK
 from flashmoe.streaming.reader import Reader, ReadRequest
 from flashmoe.streaming.slot_memory import SlotMemory
 
-pytestmark = pytest.mark.skipif(ops.on_gpu(), reason="test_cuda_memory.py has the GPU's")
+pytestmark = pytest.mark.skipif(ops.on_gpu(), reason="test_cuda.py tests a real GPU")
 
 
 def zeros(nbytes: int) -> mx.array:
@@ -30,6 +30,7 @@ def zeros(nbytes: int) -> mx.array:
 
 @pytest.fixture
 def path(tmp_path):
+    """A file of random bytes that needs several staging places."""
     path = tmp_path / "experts"
     path.write_bytes(os.urandom(3 * PLACE_NBYTES + 12345))
     return path
@@ -37,9 +38,9 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("io", ["buffered", "uncached", "direct"])
 @pytest.mark.parametrize("split", [0, 1 << 16, 8 << 20])
-def test_bytes_arrive_elsewhere_or_not_at_all(path, io, split):
+def test_each_byte_arrives_in_its_range(path, io, split):
     memory, data = HostMemory(), path.read_bytes()
-    # Odd ones, whole blocks, one that just fits into a place, and one that does not.
+    # Odd sizes, full blocks, a size that just fits into a place, and one that does not.
     sizes = [1, 4095, BLOCK, 70_001, PLACE_NBYTES, PLACE_NBYTES + 1, len(data) - 4]
     arrays = [zeros(n + 2) for n in sizes]
     requests = [
@@ -55,8 +56,8 @@ def test_bytes_arrive_elsewhere_or_not_at_all(path, io, split):
         assert bytes(np.array(array)) == b"\0" + data[request.start : request.start + n] + b"\0"
 
 
-def test_range_is_read_by_way_of_the_bounce_buffer(path, monkeypatch):
-    """Whatever its phase in the file, the drive can write into the place."""
+def test_staging_place_is_aligned_like_the_file(path, monkeypatch):
+    """So a drive can write into the place directly, at any offset in the file."""
     memory = HostMemory()
     for start in (0, 1, 4095, 4097, 77_777):
         place = memory.place(start, 70_000)
@@ -65,7 +66,7 @@ def test_range_is_read_by_way_of_the_bounce_buffer(path, monkeypatch):
     assert memory.place(BLOCK - 1, PLACE_NBYTES).size == PLACE_NBYTES
 
 
-def test_part_of_a_failed_read_is_copied(path):
+def test_nothing_of_a_failed_read_is_copied(path):
     memory = HostMemory()
     array = zeros(BLOCK)
     request = ReadRequest(path, path.stat().st_size - 10, DeviceBytes.of(memory, array), 0, 0)
@@ -74,22 +75,22 @@ def test_part_of_a_failed_read_is_copied(path):
     assert not np.array(array).any()
 
 
-def test_failed_copy_goes_unnoticed(path):
+def test_failed_copy_raises_device_error(path):
     class Broken(HostMemory):
         def write(self, address, source):
-            raise DeviceError("the GPU did not do it: CUDA_ERROR_ILLEGAL_ADDRESS")
+            raise DeviceError("the copy failed: CUDA_ERROR_ILLEGAL_ADDRESS")
 
     with Reader(2) as reader:
         array = zeros(BLOCK)
         pending = reader.submit([ReadRequest(path, 0, DeviceBytes.of(Broken(), array), 0, 0)])
         with pytest.raises(DeviceError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
             pending.wait()
-        # The thread lives on.
+        # The thread goes on to the next read.
         reader.submit([ReadRequest(path, 0, DeviceBytes.of(HostMemory(), array), 0, 0)]).wait()
     assert bytes(np.array(array)) == path.read_bytes()[:BLOCK]
 
 
-def test_range_loses_what_keeps_its_memory():
+def test_slice_of_a_range_keeps_its_owner():
     owner = object()
     whole = DeviceBytes(HostMemory(), owner, 1000, 50)
     part = whole[10:30][5:]
@@ -101,14 +102,14 @@ def test_range_loses_what_keeps_its_memory():
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_bank_puts_a_part_into_the_wrong_slot(tmp_path, bits):
+def test_staged_slots_hold_the_bytes_of_shared_slots(tmp_path, bits):
     layer = Checkpoint.open(write_toy(tmp_path, bits=bits)).expert_layers[0]
     shared = SlotMemory(layer, 4, on_gpu=True)
     staged = SlotMemory(layer, 4, on_gpu=True, device=HostMemory())
     with Reader(2, io="direct") as reader:
-        for bank in (shared, staged):
+        for memory in (shared, staged):
             for slot, expert in enumerate((5, 0, 3)):
-                reader.submit(bank.requests(expert, slot)).wait()
+                reader.submit(memory.requests(expert, slot)).wait()
     for projection in ("gate_proj", "up_proj", "down_proj"):
         for a, b in zip(shared.stacks(projection), staged.stacks(projection), strict=True):
             assert (a is None) == (b is None)
@@ -121,12 +122,12 @@ def test_bank_puts_a_part_into_the_wrong_slot(tmp_path, bits):
 
 @pytest.fixture
 def staged(monkeypatch):
-    """Models keep their experts on the "device", and MLX's GPU ops compute, on the CPU."""
+    """Let models keep experts in the "device" and compute with MLX's GPU operations on the CPU."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     monkeypatch.setattr(models, "device_memory", HostMemory)
 
 
-def test_model_computes_with_a_slot_before_its_bytes_are_there(tmp_path, staged):
+def test_model_with_staged_slots_equals_the_resident_one(tmp_path, staged):
     path = write_toy(tmp_path / "toy", "qwen3_moe", num_experts=9, top_k=3)
     expected = logits(load_resident(path), list(range(60)), 7)
     for slots in (5, 9):
@@ -134,14 +135,14 @@ def test_model_computes_with_a_slot_before_its_bytes_are_there(tmp_path, staged)
         assert same(logits(model, list(range(60)), 7), expected)
 
 
-def test_slot_of_a_failed_read_looks_ready(tmp_path, staged):
+def test_expert_of_a_failed_read_is_not_resident(tmp_path, staged):
     path = write_toy(tmp_path / "toy", "qwen3_moe", num_experts=9, top_k=3)
     expected = logits(load_resident(path), list(range(30)), 7)
     model = load_streaming(Checkpoint.open(path), slots=5)
     switch = next(iter(model.blocks.values())).switch_mlp
     os.rename(path / "model.safetensors", path / "away")
     with pytest.raises(ReadError):
-        switch(mx.ones((1, 64)), mx.array([[0, 1, 2]]))
+        switch(mx.ones((1, HIDDEN)), mx.array([[0, 1, 2]]))
     os.rename(path / "away", path / "model.safetensors")
     assert not switch._table.residents.keys() & switch._loading.keys() - {0, 1, 2}
     assert same(logits(model, list(range(30)), 7), expected)

@@ -1,4 +1,4 @@
-"""How a drive is read: what was measured, what is remembered, what a load takes of it."""
+"""Tests how a drive is measured, and how its settings are remembered and used by a load."""
 
 import json
 import os
@@ -23,16 +23,18 @@ from flashmoe.streaming.reader import Reader, ReadRequest, _pieces
 
 @pytest.fixture(autouse=True)
 def config(tmp_path, monkeypatch):
+    """The directory in which settings are remembered."""
     monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
     return tmp_path / "config"
 
 
 def flashmoe(*args):
+    """Run a command and return its result."""
     return CliRunner().invoke(cli, list(map(str, args)))
 
 
 @given(start=st.integers(0, 10**5), size=st.integers(1, 10**5), nbytes=st.integers(BLOCK, 10**5))
-def test_pieces_lose_or_repeat_a_byte(start, size, nbytes):
+def test_split_covers_each_byte_once(start, size, nbytes):
     buffer = np.zeros(size, np.uint8)
     at = start
     for piece in _pieces(ReadRequest("x", start, buffer, 1, 2), nbytes):
@@ -46,13 +48,13 @@ def test_pieces_lose_or_repeat_a_byte(start, size, nbytes):
     assert (buffer == 1).all()
 
 
-def test_split_below_a_block_passes():
+def test_split_below_a_block_is_refused():
     with pytest.raises(ValueError, match="split is 4095 bytes, must be 0, or 4096 or more"):
         Reader(2, split=BLOCK - 1)
 
 
 @pytest.mark.parametrize("io", IO_MODES)
-def test_split_read_differs(tmp_path, io):
+def test_split_read_gives_the_bytes_of_the_file(tmp_path, io):
     path = tmp_path / "file"
     data = os.urandom(700_001)
     path.write_bytes(data)
@@ -63,17 +65,17 @@ def test_split_read_differs(tmp_path, io):
     assert buffer == data[1234:691_234]
 
 
-def test_drive_is_forgotten_or_mixed_up(tmp_path):
+def test_settings_are_remembered_for_each_drive(tmp_path):
     assert drive_of(tmp_path) == DEFAULT
-    found = Drive("uncached", 3, 1 << 20)
-    remember(tmp_path, found)
-    assert drive_of(tmp_path) == found
+    settings = Drive("uncached", 3, 1 << 20)
+    remember(tmp_path, settings)
+    assert drive_of(tmp_path) == settings
     content = json.loads(drives.file().read_text())
     (key,) = content["drives"]
     content["drives"] = {"999:999": content["drives"][key]}
     drives.file().write_text(json.dumps(content))
     assert drive_of(tmp_path) == DEFAULT
-    remember(tmp_path, found)
+    remember(tmp_path, settings)
     assert len(json.loads(drives.file().read_text())["drives"]) == 2
 
 
@@ -91,7 +93,7 @@ def test_drive_is_forgotten_or_mixed_up(tmp_path):
         + ({"io": "direct", "depth": True}, {"io": "direct", "split": -1}, {"depth": 3})
     ],
 )
-def test_broken_file_breaks_loading(tmp_path, config, text, caplog):
+def test_broken_settings_are_ignored_with_a_warning(tmp_path, config, text, caplog):
     device = os.stat(tmp_path).st_dev
     config.mkdir()
     key = f"{os.major(device)}:{os.minor(device)}"
@@ -100,24 +102,24 @@ def test_broken_file_breaks_loading(tmp_path, config, text, caplog):
     assert "is ignored" in caplog.text
 
 
-def test_load_does_not_take_what_was_found():
+def test_load_uses_the_remembered_settings():
     checkpoint = Checkpoint.open(find(DEMO))
 
     def reader(**settings):
         model = load_streaming(checkpoint, **settings)
-        found = model.reader
+        reader = model.reader
         model.close()
-        modes = [name for name, mode in IO_MODES.items() if type(found._pool.io) is mode]
-        return modes[0], len(found._threads), found._split
+        modes = [name for name, mode in IO_MODES.items() if type(reader._pool.io) is mode]
+        return modes[0], len(reader._threads), reader._split
 
     assert reader(slots=20) == (DEFAULT.io, DEFAULT.depth, 0)
-    assert reader(slots=64) == ("buffered", 8, 0), "the next process finds it in the page cache"
+    assert reader(slots=64) == ("buffered", 8, 0), "the next process reads from the page cache"
     remember(checkpoint.path, Drive("uncached", 3, 1 << 20))
     assert reader(slots=20) == ("uncached", 3, 1 << 20)
     assert reader(slots=20, io="buffered", depth=2) == ("buffered", 2, 1 << 20)
 
 
-def test_probe_reads_other_bytes_or_not_at_all():
+def test_probe_measures_each_io_mode_and_depth():
     rows: list[Measured] = []
     checkpoint = Checkpoint.open(find(DEMO))
     best = probe(checkpoint, seconds=0.01, report=rows.append)
@@ -127,23 +129,23 @@ def test_probe_reads_other_bytes_or_not_at_all():
     assert all(row.gb_per_s > 0 for row in rows)
 
 
-def test_command_does_not_keep_what_it_finds(monkeypatch):
+def test_bench_disk_remembers_the_best_settings(monkeypatch):
     done = flashmoe("bench", "disk", DEMO, "--seconds", 0.01)
     assert done.exit_code == 1
     assert "of experts, too little to tell" in done.output
     assert not drives.file().exists()
     monkeypatch.setattr(cli_bench, "ENOUGH", 1)
     done = flashmoe("bench", "disk", DEMO, "--seconds", 0.01, "--json")
-    found = json.loads(done.output)
-    assert Drive(**found["best"]) == drive_of(find(DEMO))
-    assert found["kept_in"] == str(drives.file())
+    report = json.loads(done.output)
+    assert Drive(**report["best"]) == drive_of(find(DEMO))
+    assert report["kept_in"] == str(drives.file())
     drives.file().unlink()
     done = flashmoe("bench", "disk", DEMO, "--seconds", 0.01, "--no-keep")
     assert "best: io=" in done.output
     assert not drives.file().exists()
 
 
-def test_settings_that_cannot_be_written_are_a_traceback(config, monkeypatch):
+def test_unwritable_settings_are_an_error_message(config, monkeypatch):
     monkeypatch.setattr(cli_bench, "ENOUGH", 1)
     config.write_text("a file")
     done = flashmoe("bench", "disk", DEMO, "--seconds", 0.01)

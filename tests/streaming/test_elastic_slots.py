@@ -1,4 +1,4 @@
-"""Slots give way to prompts and to other processes, and no answer changes by a bit."""
+"""Tests that slots give way to prompts and other processes without changing a bit of an answer."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ EXPERTS = 48
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """Experts of 1.6 MB each, 302 MB in all."""
+    """A toy with experts of 1.6 MB each, 302 MB in all."""
     return write_toy(
         tmp_path_factory.mktemp("toy"),
         bits=None,
@@ -45,16 +45,18 @@ def model(checkpoint):
     model.close()
 
 
-def room_of(model, spare: int) -> ElasticSlots:
-    """A room with a budget that leaves so many bytes beside what lasts."""
+def slots_with(model, spare: int) -> ElasticSlots:
+    """Return slots with a budget that leaves `spare` bytes beside what lasts."""
     plan = model.plan
     lasting = plan.total - plan.slots_nbytes - plan.passing
     slots = max(plan.least_slots, min(EXPERTS, (spare - plan.passing) // plan.slot_nbytes))
     plan = replace(plan, budget=lasting + spare, slots_per_layer=slots)
-    return ElasticSlots(model.checkpoint, plan, [layer.mlp.switch_mlp for layer in model.layers])
+    switches = [block.switch_mlp for block in model.blocks.values()]
+    return ElasticSlots(model.checkpoint, plan, switches, on_gpu=False)
 
 
 def needs(model, tokens, context):
+    """Return the bytes that a prompt of this many tokens needs beside the slots."""
     k, checkpoint = model.experts, model.checkpoint
     return (
         footprint.cache_nbytes(checkpoint, context)
@@ -63,46 +65,48 @@ def needs(model, tokens, context):
     )
 
 
-def test_prompt_that_fits_takes_slots(model):
-    room = room_of(model, 1000 * MB)
-    room.for_decoding([100])
-    assert room.slots == EXPERTS
-    assert room.for_prompts(2000, [2000], model.experts) == 2000
-    assert room.slots == EXPERTS
+def test_prompt_that_fits_leaves_all_slots(model):
+    slots = slots_with(model, 1000 * MB)
+    slots.fit_decoding([100])
+    assert slots.per_layer == EXPERTS
+    assert slots.fit_prefill(2000, [2000], model.experts) == 2000
+    assert slots.per_layer == EXPERTS
 
 
-def test_slots_do_not_give_way_to_a_prompt_or_do_not_come_back(model):
+def test_slots_give_way_to_a_prompt_and_come_back(model):
     plan = model.plan
     spare = needs(model, 4000, 4000) + 10 * plan.slot_nbytes
-    room = room_of(model, spare)
-    room.for_decoding([100])
-    before = room.slots
-    sweep = room.for_prompts(4000, [4000], model.experts)
-    held = needs(model, 4000, 4000) + (sweep - 512) * footprint.pass_token_nbytes(
+    slots = slots_with(model, spare)
+    slots.fit_decoding([100])
+    before = slots.per_layer
+    pass_tokens = slots.fit_prefill(4000, [4000], model.experts)
+    held = needs(model, 4000, 4000) + (pass_tokens - 512) * footprint.pass_token_nbytes(
         model.checkpoint, model.experts
     )
-    assert plan.least_slots <= room.slots < before
-    assert sweep >= footprint.CHUNK_TOKENS
-    assert held + room.slots * plan.slot_nbytes <= spare
+    assert plan.least_slots <= slots.per_layer < before
+    assert pass_tokens >= footprint.CHUNK_TOKENS
+    assert held + slots.per_layer * plan.slot_nbytes <= spare
     assert (
         spare
         < held
-        + (room.slots + 1) * plan.slot_nbytes
+        + (slots.per_layer + 1) * plan.slot_nbytes
         + footprint.pass_token_nbytes(model.checkpoint, model.experts) * 512
-    ), "memory was left over"
-    room.for_decoding([100])
-    assert room.slots == before
+    ), "some memory is unused"
+    slots.fit_decoding([100])
+    assert slots.per_layer == before
 
 
-def test_prompt_that_cannot_fit_is_tried(model):
+def test_prompt_that_cannot_fit_raises_context_error(model):
     fits = needs(model, 3000, 3000) + model.plan.least_slots * model.plan.slot_nbytes
-    assert room_of(model, fits).for_prompts(3000, [3000], model.experts) == footprint.CHUNK_TOKENS
+    assert (
+        slots_with(model, fits).fit_prefill(3000, [3000], model.experts) == footprint.CHUNK_TOKENS
+    )
     with pytest.raises(ContextError, match="3000 tokens needs at least .* and there are") as e:
-        room_of(model, fits - 10).for_prompts(3000, [3000], model.experts)
+        slots_with(model, fits - 10).fit_prefill(3000, [3000], model.experts)
     assert 'memory="' in str(e.value)
 
 
-def test_slots_that_were_asked_for_change(checkpoint):
+def test_requested_number_of_slots_does_not_change(checkpoint):
     model = load_streaming(checkpoint, slots=7)
     assert model.elastic_slots.fit_prefill(4000, [4000], model.experts) >= footprint.CHUNK_TOKENS
     model.elastic_slots.fit_decoding([4000])
@@ -111,8 +115,8 @@ def test_slots_that_were_asked_for_change(checkpoint):
     model.close()
 
 
-def test_resized_slots_change_a_bit(path, model):
-    """Between any two layers, also where experts leave that the next call needs."""
+def test_resizing_slots_does_not_change_a_bit(path, model):
+    """Slots change between any two layers, and experts leave that the next call needs."""
     expected = logits(load_resident(path), list(range(60)), 7, decode=20)
     sizes = [model.plan.least_slots, EXPERTS, 11, 5, 30]
 
@@ -130,10 +134,10 @@ def resident_nbytes():
     return resident()
 
 
-def test_memory_of_slots_that_left_is_kept(model):
+def test_memory_of_dropped_slots_is_released(model):
     cache = make_prompt_cache(model)
     model.elastic_slots._resize(EXPERTS)
-    mx.eval(model(mx.array([list(range(150))] * 1), cache=cache))
+    mx.eval(model(mx.array([list(range(150))]), cache=cache))
     full = resident_nbytes()
     model.elastic_slots._resize(model.plan.least_slots)
     freed = (EXPERTS - model.plan.least_slots) * model.plan.slot_nbytes
@@ -153,20 +157,20 @@ model = load_streaming(Checkpoint.open(sys.argv[1]))
 for line in sys.stdin:
     if line.strip():
         model.elastic_slots.fit_decoding([1])
-    found = 0
+    digest = 0
     cache = make_prompt_cache(model)
     for token in range(70):
-        model.elastic_slots._next_look = 0
+        model.elastic_slots._next_measurement = 0
         out = np.array(model.next_logits([token], cache).astype(mx.float32))
-        found = zlib.crc32(out.tobytes(), found)
-    print(model.elastic_slots.per_layer, resident(), found, flush=True)
+        digest = zlib.crc32(out.tobytes(), digest)
+    print(model.elastic_slots.per_layer, resident(), digest, flush=True)
 """
 TAKER = "import sys; sys.stdin.readline(); x = b'x' * int(sys.argv[1]); print(len(x), flush=True); "
 TAKER += "sys.stdin.readline()"
 
 
-def test_process_dies_when_another_one_takes_memory(path, own_cgroup):
-    """In a memory group without swap: what does not fit is killed."""
+def test_slots_shrink_when_another_process_takes_memory(path, own_cgroup):
+    """The memory group has no swap, so the kernel kills a process that does not fit."""
 
     def start(*args):
         process = subprocess.Popen(
@@ -185,10 +189,10 @@ def test_process_dies_when_another_one_takes_memory(path, own_cgroup):
     (own_cgroup / "memory.limit_in_bytes").write_text(str(3000 * MB))
     model = start(CHILD, str(path))
     try:
-        slots, held, bits = go(model, "an answer begins")
+        slots, held, bits = go(model, "begin an answer")
         assert slots == EXPERTS
-        room = 3000 * MB - int((own_cgroup / "memory.usage_in_bytes").read_text())
-        taker = start(TAKER, str(room - 10 * MB))
+        left = 3000 * MB - int((own_cgroup / "memory.usage_in_bytes").read_text())
+        taker = start(TAKER, str(left - 10 * MB))
         taker.stdout.readline()
         assert model.poll() is None
         fewer, less, same_bits = go(model)
@@ -196,8 +200,8 @@ def test_process_dies_when_another_one_takes_memory(path, own_cgroup):
         assert less < held - 20 * MB
         assert same_bits == bits
         taker.communicate("\n")
-        assert go(model, "an answer begins")[0] == EXPERTS
-        # The limit follows what is used, down to where slots have given way.
+        assert go(model, "begin an answer")[0] == EXPERTS
+        # The limit follows the memory in use, which falls as slots give way.
         limits = []
         for _ in range(4):
             used = int((own_cgroup / "memory.usage_in_bytes").read_text())

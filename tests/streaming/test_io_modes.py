@@ -1,4 +1,4 @@
-"""Bytes through the page cache, past it, or dropped from it: the same bytes."""
+"""Tests that each I/O mode reads the right bytes, and what it leaves in the page cache."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
 def pages_in_cache(path) -> int:
-    """How many pages of a file the page cache holds."""
+    """Return how many pages of a file the page cache holds."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
@@ -24,14 +24,15 @@ def pages_in_cache(path) -> int:
     pages = -(-size // 4096)
     with open(path, "rb") as f:
         address = libc.mmap(None, size, 1, 1, f.fileno(), 0)  # PROT_READ, MAP_SHARED
-    found = ctypes.create_string_buffer(pages)
-    assert libc.mincore(address, size, found) == 0
+    resident = ctypes.create_string_buffer(pages)
+    assert libc.mincore(address, size, resident) == 0
     libc.munmap(address, size)
-    return sum(b & 1 for b in found.raw)
+    return sum(b & 1 for b in resident.raw)
 
 
 @pytest.fixture
 def cold_file(tmp_path):
+    """A file of random bytes that is not in the page cache."""
     path = tmp_path / "experts"
     path.write_bytes(os.urandom((8 << 20) + 77))
     with open(path, "rb") as f:
@@ -44,8 +45,8 @@ def cold_file(tmp_path):
 
 @linux
 @pytest.mark.parametrize("io", ["buffered", "uncached", "uncached without the flag", "direct"])
-def test_bytes_stay_in_the_page_cache_or_do_not(cold_file, io):
-    """The flag: RWF_DONTCACHE, which old kernels do not know."""
+def test_io_mode_decides_what_stays_in_the_page_cache(cold_file, io):
+    """The flag is RWF_DONTCACHE, which old kernels do not support."""
     buffers = [bytearray(1 << 20) for _ in range(8)]
     requests = [ReadRequest(cold_file, i << 20, b, 0, i) for i, b in enumerate(buffers)]
     with Reader(4, io=io.split()[0]) as reader:
@@ -55,13 +56,13 @@ def test_bytes_stay_in_the_page_cache_or_do_not(cold_file, io):
         assert len(getattr(reader._pool.io, "direct", ())) == (io == "direct")
         held = pages_in_cache(cold_file)
     assert b"".join(buffers) == cold_file.read_bytes()[: 8 << 20]
-    # In whole blocks: of a range that ends inside a folio of the cache, the folio may stay.
+    # Ranges are dropped in full blocks: a folio in which a range ends may stay in the cache.
     least, most = {"buffered": (2048, 2049), "direct": (0, 0)}.get(io, (0, 100))
     assert least <= held <= most
 
 
-def lying_as(start: int, size: int) -> np.ndarray:
-    """A buffer that lies in its blocks as `size` bytes from `start` on do in a file's."""
+def aligned_like(start: int, size: int) -> np.ndarray:
+    """Return a buffer of `size` bytes that is aligned like byte `start` of a file."""
     raw = np.zeros(size + BLOCK, np.uint8)
     skip = (start - raw.ctypes.data) % BLOCK
     return raw[skip : skip + size]
@@ -69,8 +70,8 @@ def lying_as(start: int, size: int) -> np.ndarray:
 
 @linux
 @pytest.mark.parametrize("in_place", [True, False])
-def test_direct_range_is_not_the_one_that_was_asked_for(cold_file, in_place):
-    """At both sides of blocks, of the bounce buffer, and at the end of the file."""
+def test_direct_read_returns_the_requested_range(cold_file, in_place):
+    """Ranges end at both sides of blocks and of the bounce buffer, and at the end of the file."""
     content = cold_file.read_bytes()
     starts = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, (1 << 20) + 5, len(content) - 4100]
     sizes = [0, 1, 4095, 4096, 4097, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 9]
@@ -79,7 +80,7 @@ def test_direct_range_is_not_the_one_that_was_asked_for(cold_file, in_place):
     try:
         for start in starts:
             for size in sizes:
-                buffer = lying_as(start + (not in_place) * 64, size)
+                buffer = aligned_like(start + (not in_place) * 64, size)
                 done = direct.read(fd, buffer, start)
                 assert done == len(content[start : start + size])
                 assert buffer[:done].tobytes() == content[start : start + size]
@@ -90,8 +91,8 @@ def test_direct_range_is_not_the_one_that_was_asked_for(cold_file, in_place):
 
 
 @linux
-def test_neighbours_of_a_buffer_are_written(cold_file):
-    """A drive fills whole blocks; the slots of a bank lie side by side."""
+def test_direct_read_does_not_write_beside_its_buffer(cold_file):
+    """A drive writes full blocks, but slots are adjacent in memory."""
     content = cold_file.read_bytes()
     direct = IO_MODES["direct"]()
     fd = direct.open(cold_file)
@@ -103,19 +104,19 @@ def test_neighbours_of_a_buffer_are_written(cold_file):
             (0, 5),
             (90, 2 * BLOCK),
         ]:
-            room = lying_as(start, size + BLOCK)
-            room[size:] = 7
-            assert direct.read(fd, room[:size], start) == size
-            assert room[:size].tobytes() == content[start : start + size]
-            assert (room[size:] == 7).all()
-            assert (room.base[: (start - room.base.ctypes.data) % BLOCK] == 0).all()
+            buffer = aligned_like(start, size + BLOCK)
+            buffer[size:] = 7
+            assert direct.read(fd, buffer[:size], start) == size
+            assert buffer[:size].tobytes() == content[start : start + size]
+            assert (buffer[size:] == 7).all()
+            assert (buffer.base[: (start - buffer.base.ctypes.data) % BLOCK] == 0).all()
     finally:
         os.close(fd)
 
 
 @linux
-def test_file_that_cannot_be_read_directly_is_not_read(cold_file):
-    """Some file systems open such a file, and refuse to read it."""
+def test_file_that_refuses_direct_reads_is_read_buffered(cold_file):
+    """Some file systems open a file for direct reads and then refuse to read it."""
     direct = IO_MODES["direct"]()
     buffer = bytearray(9)
     fd = os.open(cold_file, os.O_RDONLY | os.O_DIRECT)

@@ -1,4 +1,4 @@
-"""Reader on real files, with real failures of the kernel: short reads, EOF, EIO, vanished files."""
+"""Tests the Reader on real files and with real failures: short reads, EOF, EIO, missing files."""
 
 import gc
 import os
@@ -39,7 +39,7 @@ def file(data, tmp_path_factory):
 
 @pytest.fixture
 def shard(tmp_path):
-    """Twelve bytes that a test may destroy."""
+    """A file of twelve bytes that a test may change."""
     path = tmp_path / "model-00002.safetensors"
     path.write_bytes(b"0123456789ab")
     return path
@@ -61,6 +61,7 @@ def request(path, start, buffer, layer=3, expert=517):
 
 
 def error_of(reader, *requests):
+    """Return the text of the ReadError that the requests raise."""
     with pytest.raises(ReadError) as caught:
         reader.submit(requests).wait()
     return str(caught.value)
@@ -68,8 +69,8 @@ def error_of(reader, *requests):
 
 @pytest.mark.parametrize("depth", [1, 16])
 @given(data_=st.data())
-@settings(max_examples=40, deadline=None)
-def test_bytes_differ_from_the_file(depth, data_, file, data):
+@settings(max_examples=40)
+def test_buffers_hold_the_bytes_of_the_file(depth, data_, file, data):
     starts = data_.draw(st.lists(st.integers(0, SIZE), max_size=9))
     sizes = [data_.draw(st.integers(0, min(2_000_000, SIZE - start))) for start in starts]
     buffers = [bytearray(size) for size in sizes]
@@ -80,7 +81,7 @@ def test_bytes_differ_from_the_file(depth, data_, file, data):
         assert buffer == data[start : start + len(buffer)]
 
 
-def test_a_row_of_a_stacked_array_is_filled_wrong(reader, file, data):
+def test_one_entry_of_a_stacked_array_is_filled(reader, file, data):
     stack = np.zeros((3, 5, 7), np.uint32)
     reader.submit([request(file, 11, stack[1])]).wait()
     assert stack[1].tobytes() == data[11 : 11 + 140]
@@ -89,8 +90,8 @@ def test_a_row_of_a_stacked_array_is_filled_wrong(reader, file, data):
 
 
 @linux
-def test_a_short_read_leaves_the_rest_unread(reader):
-    # A file of symbols is handed out a page at a time, however much is asked for.
+def test_short_read_is_continued(reader):
+    # The kernel returns this file a page at a time, no matter how many bytes are requested.
     symbols = Path("/proc/kallsyms")
     if not symbols.exists():
         pytest.skip("this kernel shows no symbols")
@@ -103,7 +104,7 @@ def test_a_short_read_leaves_the_rest_unread(reader):
     assert buffer == expected
 
 
-def test_the_end_of_a_truncated_file_passes(reader, shard):
+def test_range_past_the_end_raises_read_error(reader, shard):
     assert error_of(reader, request(shard, 9, bytearray(8))) == (
         "expert 517 of layer 3 needs bytes 9..17 of model-00002.safetensors, which has 12: the "
         "download is incomplete; download it again"
@@ -112,8 +113,8 @@ def test_the_end_of_a_truncated_file_passes(reader, shard):
 
 
 @linux
-def test_an_error_of_the_drive_passes(reader):
-    # Nothing is mapped at address 4096, so the kernel answers with a true EIO.
+def test_error_of_the_drive_raises_read_error(reader):
+    # Nothing is mapped at address 4096, so the kernel returns a real EIO.
     text = error_of(reader, request(Path("/proc/self/mem"), 4096, bytearray(8), 2, 9))
     assert text == (
         "expert 9 of layer 2 needs bytes 4096..4104 of mem, which cannot be read: Input/output "
@@ -121,13 +122,13 @@ def test_an_error_of_the_drive_passes(reader):
     )
 
 
-def test_a_directory_is_read(reader, tmp_path):
+def test_directory_raises_read_error(reader, tmp_path):
     assert "cannot be read: Is a directory (EISDIR)" in error_of(
         reader, request(tmp_path, 0, bytearray(8))
     )
 
 
-def test_a_missing_file_passes(reader, tmp_path):
+def test_missing_file_raises_read_error_until_it_is_back(reader, tmp_path):
     gone = tmp_path / "model-00009.safetensors"
     text = error_of(reader, request(gone, 0, bytearray(4)))
     assert text == (
@@ -147,7 +148,7 @@ def _grow(shard):
 
 def _rewrite(shard):
     shard.write_bytes(b"ABCDEFGHIJKL")
-    os.utime(shard, ns=(1, 1))  # whatever the clock's grain is
+    os.utime(shard, ns=(1, 1))  # so that the time differs, no matter how coarse the clock is
 
 
 def _replace(shard):
@@ -170,7 +171,7 @@ CHANGES = pytest.mark.parametrize(
 
 
 @CHANGES
-def test_a_file_changed_in_use_passes(reader, shard, change, words):
+def test_file_changed_after_its_first_read_raises_read_error(reader, shard, change, words):
     reader.submit([request(shard, 0, bytearray(4))]).wait()
     change(shard)
     text = error_of(reader, request(shard, 4, bytearray(4)))
@@ -181,12 +182,13 @@ def test_a_file_changed_in_use_passes(reader, shard, change, words):
 
 
 def identity(path):
+    """Return the identity of a file."""
     with path.open("rb") as f:
         return FileIdentity.from_fd(f.fileno())
 
 
 @CHANGES
-def test_a_file_changed_before_its_first_read_passes(shard, change, words):
+def test_file_changed_before_its_first_read_raises_read_error(shard, change, words):
     known = {shard: identity(shard)}
     change(shard)
     with Reader(2, known) as reader:
@@ -196,7 +198,7 @@ def test_a_file_changed_before_its_first_read_passes(shard, change, words):
             assert f"bytes 0..3 of model-00002.safetensors, but {shard} {words}" in text
 
 
-def test_a_file_that_is_what_it_was_is_refused(shard):
+def test_removing_a_hard_link_is_no_change(shard):
     os.link(shard, shard.with_name("link"))
     with Reader(2, {shard: identity(shard)}) as reader:
         shard.with_name("link").unlink()
@@ -205,7 +207,7 @@ def test_a_file_that_is_what_it_was_is_refused(shard):
         assert buffer == b"0123456789ab"
 
 
-def test_a_new_hard_link_counts_as_a_change(reader, shard):
+def test_adding_a_hard_link_is_no_change(reader, shard):
     reader.submit([request(shard, 0, bytearray(4))]).wait()
     os.link(shard, shard.with_name("link"))
     reader.submit([request(shard, 0, bytearray(4))]).wait()
@@ -213,7 +215,7 @@ def test_a_new_hard_link_counts_as_a_change(reader, shard):
 
 @pytest.mark.parametrize("job_nbytes", [1, 1 << 20])
 @pytest.mark.parametrize("bad", [0, 4, 8])
-def test_one_failed_range_stops_the_others(monkeypatch, reader, file, data, bad, job_nbytes):
+def test_failed_range_does_not_stop_the_others(monkeypatch, reader, file, data, bad, job_nbytes):
     monkeypatch.setattr(reader_module, "_JOB_NBYTES", job_nbytes)
     buffers = [bytearray(1000 + i) for i in range(9)]
     starts = [SIZE - 5 if i == bad else 1000 * i for i in range(9)]
@@ -224,19 +226,19 @@ def test_one_failed_range_stops_the_others(monkeypatch, reader, file, data, bad,
     assert reader.stats.reads == 8
 
 
-def test_wait_raises_while_a_buffer_is_still_written(tmp_path):
+def test_wait_raises_only_after_all_reads_have_ended(tmp_path):
     big = tmp_path / "big"
     big.write_bytes(b"\1" * (1 << 20) * 64)
     with Reader(depth=2) as reader:
         for _ in range(5):
             buffer = np.zeros(64 << 20, np.uint8)
-            soon = request(tmp_path / "missing", 0, np.empty(1 << 20, np.uint8))
-            error_of(reader, soon, request(big, 0, buffer))
+            failing = request(tmp_path / "missing", 0, np.empty(1 << 20, np.uint8))
+            error_of(reader, failing, request(big, 0, buffer))
             assert buffer.all()
 
 
 @pytest.mark.parametrize("buffer", [b"read-only", np.zeros((4, 4))[:, 1]], ids=["bytes", "column"])
-def test_a_bad_buffer_kills_a_thread(buffer, file):
+def test_thread_survives_a_bad_buffer(buffer, file):
     with Reader(depth=1) as reader:
         pending = reader.submit([request(file, 0, buffer)])
         with pytest.raises((TypeError, BufferError, ValueError)):
@@ -245,7 +247,7 @@ def test_a_bad_buffer_kills_a_thread(buffer, file):
         reader.submit([request(file, 0, good)]).wait()
 
 
-def test_wait_forgets_the_error_the_second_time(reader, shard):
+def test_second_wait_raises_the_error_again(reader, shard):
     pending = reader.submit([request(shard, 9, bytearray(8))])
     for _ in range(2):
         with pytest.raises(ReadError):
@@ -253,7 +255,7 @@ def test_wait_forgets_the_error_the_second_time(reader, shard):
     assert pending.done()
 
 
-def test_an_empty_submit_waits_for_ever(reader):
+def test_empty_submit_is_done_at_once(reader):
     pending = reader.submit([])
     assert pending.done()
     pending.wait()
@@ -261,7 +263,7 @@ def test_an_empty_submit_waits_for_ever(reader):
 
 
 @pytest.mark.parametrize("depth", [1, 16])
-def test_eight_callers_mix_up_their_bytes(depth, file, data):
+def test_eight_concurrent_callers_get_their_own_bytes(depth, file, data):
     failures = []
 
     def call(seed):
@@ -285,11 +287,32 @@ def test_eight_callers_mix_up_their_bytes(depth, file, data):
     assert failures == []
 
 
-def test_counters_do_not_add_up(reader, file):
+class GateLock:
+    """A lock that opens a gate when somebody waits for the lock."""
+
+    def __init__(self, lock, gate):
+        self.lock, self.gate = lock, gate
+
+    def __enter__(self):
+        self.gate.set()
+        self.lock.acquire()
+
+    def __exit__(self, *exc):
+        self.lock.release()
+
+    def release(self):
+        self.lock.release()
+
+
+def test_counters_count_reads_and_waits(reader, file, monkeypatch):
     reader.submit([request(file, 0, bytearray(100))]).wait()
     before = reader.stats
     buffer = np.empty(2_000_000, np.uint8)
+    # The reads begin when wait() blocks: on a busy machine they could end before it is called.
+    gate, read = threading.Event(), reader._pool.io.read
+    monkeypatch.setattr(reader._pool.io, "read", lambda *args: gate.wait(60) and read(*args))
     pending = reader.submit([request(file, i, buffer) for i in range(90)])
+    pending._running = GateLock(pending._running, gate)
     pending.wait()
     after = reader.stats
     pending.wait()
@@ -301,7 +324,7 @@ def test_counters_do_not_add_up(reader, file):
     assert reader.stats == after  # a wait that does not block is not counted
 
 
-def test_done_before_the_end_of_the_reads(file):
+def test_done_is_true_only_after_the_read(file):
     with Reader(depth=1) as reader:
         first = reader.submit([request(file, 0, np.empty(SIZE, np.uint8))])
         buffer = np.zeros(SIZE, np.uint8)
@@ -312,7 +335,7 @@ def test_done_before_the_end_of_the_reads(file):
         assert buffer.tobytes() == file.read_bytes()
 
 
-def test_an_idle_thread_keeps_a_buffer_alive(reader, shard):
+def test_idle_thread_does_not_keep_a_buffer_alive(reader, shard):
     for start in (0, 99):  # a good read and a failed one
         buffer = np.empty(4, np.uint8)
         alive = weakref.ref(buffer)
@@ -321,7 +344,7 @@ def test_an_idle_thread_keeps_a_buffer_alive(reader, shard):
             pending.wait()
         except ReadError:
             assert start == 99
-        # Another read on each thread, so that all have let go of the first.
+        # After another read on each thread, none holds the first one any more.
         for other in [reader.submit([request(shard, 0, bytearray(1))]) for _ in range(9)]:
             other.wait()
         del pending, buffer
@@ -329,7 +352,7 @@ def test_an_idle_thread_keeps_a_buffer_alive(reader, shard):
         assert alive() is None
 
 
-def test_close_drops_reads_or_leaks_threads_and_files(file, data):
+def test_close_finishes_reads_and_frees_threads_and_files(file, data):
     def descriptors():
         return len(os.listdir("/dev/fd"))
 
@@ -348,7 +371,7 @@ def test_close_drops_reads_or_leaks_threads_and_files(file, data):
 
 
 @pytest.mark.parametrize("depth", [1, 5])
-def test_idle_before_the_end_of_the_reads(depth, file, data):
+def test_wait_idle_returns_after_all_reads(depth, file, data):
     failures = []
 
     def call():
@@ -375,14 +398,14 @@ def test_idle_before_the_end_of_the_reads(depth, file, data):
 
 
 def ended(reader_threads):
-    """All end within two seconds."""
-    stop = time.monotonic() + 2
+    """Return whether all threads end within a minute."""
+    stop = time.monotonic() + 60
     while time.monotonic() < stop and any(t.is_alive() for t in reader_threads):
         time.sleep(0.01)
     return not any(t.is_alive() for t in reader_threads)
 
 
-def test_a_dropped_reader_leaks_threads_and_files(file, data):
+def test_dropped_reader_finishes_reads_and_frees_threads_and_files(file, data):
     open_before, others = len(os.listdir("/dev/fd")), set(threading.enumerate())
     reader = Reader(depth=4)
     buffers = [bytearray(100_000) for _ in range(40)]
@@ -391,14 +414,14 @@ def test_a_dropped_reader_leaks_threads_and_files(file, data):
     assert {t.name for t in own} == {f"flashmoe-read-{i}" for i in range(4)}
     del reader
     gc.collect()
-    for p in pending:  # the reads that were submitted still end
+    for p in pending:  # reads that were submitted before still finish
         p.wait()
     assert all(b == data[i : i + len(b)] for i, b in enumerate(buffers))
     assert ended(own)
     assert len(os.listdir("/dev/fd")) == open_before
 
 
-def test_a_reader_in_a_cycle_is_kept_alive(file):
+def test_reader_in_a_reference_cycle_is_freed(file):
     others = set(threading.enumerate())
     reader = Reader(depth=2)
     reader.submit([request(file, 0, bytearray(9))]).wait()
@@ -415,11 +438,11 @@ def test_a_reader_in_a_cycle_is_kept_alive(file):
         ("", ""),
         ("", "del reader"),
         ("", "atexit.register(reader.close)"),
-        # What is registered before the first finalizer is made runs after them all.
+        # A function that is registered before the first finalizer runs after all finalizers.
         ("atexit.register(lambda: reader.close())", ""),
     ],
 )
-def test_python_hangs_at_its_exit(file, first, last):
+def test_python_exits_while_reads_are_in_flight(file, first, last):
     code = f"""
 import atexit, sys
 from pathlib import Path
@@ -431,12 +454,12 @@ for i in range(50):
 {last}
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(file)], timeout=20, capture_output=True, text=True
+        [sys.executable, "-c", code, str(file)], timeout=120, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_file_is_opened_once_for_each_read(reader, file):
+def test_file_is_opened_once(reader, file):
     before = len(os.listdir("/dev/fd"))
     for other in [reader.submit([request(file, i, bytearray(9))]) for i in range(50)]:
         other.wait()
@@ -447,11 +470,11 @@ def test_a_file_is_opened_once_for_each_read(reader, file):
 
 
 @pytest.mark.parametrize("depth", [0, -1])
-def test_a_reader_without_threads_is_made(depth):
+def test_depth_below_one_is_refused(depth):
     with pytest.raises(ValueError, match=f"depth is {depth}, must be 1 or more"):
         Reader(depth)
 
 
-def test_unknown_io_mode_is_taken():
+def test_unknown_io_mode_is_refused():
     with pytest.raises(ValueError, match="io is 'fast', must be one of buffered, uncached, direct"):
         Reader(io="fast")

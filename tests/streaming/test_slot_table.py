@@ -1,4 +1,4 @@
-"""Slots against a plain model of itself: full histories, summed anew at each question."""
+"""Tests SlotTable against a simple model that keeps full histories and sums them each time."""
 
 import random
 
@@ -14,7 +14,7 @@ NUM_SLOTS = 4
 
 
 class Model:
-    """What Slots must do, without its tricks."""
+    """The behaviour of SlotTable, without its optimisations."""
 
     def __init__(self, half_life):
         self.half_life = half_life
@@ -24,7 +24,7 @@ class Model:
         self.calls = 0
         self.slot_of = {}
 
-    def touch(self, counts, tokens):
+    def record_use(self, counts, tokens):
         self.clock += tokens
         self.calls += 1
         for expert, count in counts.items():
@@ -33,8 +33,8 @@ class Model:
 
     def score(self, expert):
         return sum(
-            count * 0.5 ** ((self.clock - then) / self.half_life)
-            for then, count in self.uses.get(expert, ())
+            count * 0.5 ** ((self.clock - time) / self.half_life)
+            for time, count in self.uses.get(expert, ())
         )
 
     def victim(self, pinned):
@@ -44,43 +44,42 @@ class Model:
         )
 
 
-def test_resize_takes_the_wrong_expert_or_slot():
+def test_resize_drops_free_slots_and_then_the_lowest_scores():
     slots = SlotTable(4, 9, half_life=1.0)
     for expert, uses in [(5, 3), (6, 1), (7, 2)]:
         slots.record_use({expert: uses}, 0)
         slots.allocate(expert, ())
-    where = slots.residents
-    assert slots.resize(3, ()) == [3], "the free slot first"
-    assert slots.residents == where
-    assert slots.resize(2, {6}) == [where[7]], "the lowest score that is not pinned"
+    before = slots.residents
+    assert slots.resize(3, ()) == [3], "the free slot goes first"
+    assert slots.residents == before
+    assert slots.resize(2, {6}) == [before[7]], "the lowest score that is not pinned"
     assert slots.lookup(7) is None
     assert slots.resize(1, {5, 6}) == []
-    assert slots.num_slots == 2, "nobody could leave"
-    assert slots.resize(1, ()) == [where[6]]
+    assert slots.num_slots == 2, "all experts are pinned"
+    assert slots.resize(1, ()) == [before[6]]
     assert slots.allocate(8, {5}) is None
     assert slots.resize(4, ()) == []
-    assert {slots.allocate(e, {5}) for e in (6, 7, 8)} == {0, 1, 2, 3} - {where[5]}
-    assert slots.allocate(4, ()) == where[6], "6 and 8 have the lowest score, 6 for longer"
+    assert {slots.allocate(e, {5}) for e in (6, 7, 8)} == {0, 1, 2, 3} - {before[5]}
+    assert slots.allocate(4, ()) == before[6], "6 and 8 have the lowest score, 6 is older"
     for wrong in (0, 5):
         with pytest.raises(ValueError, match=f"num_slots is {wrong}, must be 1..4"):
             slots.resize(wrong, ())
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, NUM_EXPERTS - 1)), max_size=40))
-@settings(deadline=None)
-def test_expert_sits_elsewhere_where_there_is_a_slot_for_each(steps):
-    """Taken and dropped in any order; settled is what has them all."""
+def test_each_expert_gets_its_own_slot_when_all_fit(steps):
+    """Experts are allocated and dropped in any order; with all of them it is fully resident."""
     slots = SlotTable(NUM_EXPERTS, NUM_EXPERTS)
     for drop, expert in [*steps, *((False, e) for e in range(NUM_EXPERTS))]:
         if (slots.lookup(expert) is not None) == drop:
             slots.drop(expert) if drop else slots.allocate(expert, ())
         assert all(e == slot for e, slot in slots.residents.items())
-        assert slots.fully_resident == (len(slots) == NUM_EXPERTS)
-    assert slots.fully_resident
+        assert slots.is_identity == (len(slots) == NUM_EXPERTS)
+    assert slots.is_identity
 
 
-def test_table_with_an_expert_elsewhere_is_settled():
-    """As after a time with fewer slots."""
+def test_table_with_an_expert_in_another_slot_is_not_fully_resident():
+    """Experts are in other slots after a time with fewer slots."""
     slots = SlotTable(4, 4)
     slots.resize(3, ())
     for expert in (3, 1, 0):
@@ -89,15 +88,18 @@ def test_table_with_an_expert_elsewhere_is_settled():
     slots.allocate(2, ())
     assert len(slots) == 4
     assert slots.residents != {e: e for e in range(4)}
-    assert not slots.fully_resident
+    assert not slots.is_identity
 
 
 experts = st.integers(0, NUM_EXPERTS - 1)
 counts = st.dictionaries(experts, st.integers(0, 3), max_size=5)
 
 
-class SlotsMachine(RuleBasedStateMachine):
-    """A half-life of one token keeps both sums exact, so that ties are the same ties."""
+class SlotTableMachine(RuleBasedStateMachine):
+    """Compares SlotTable with the model after each step.
+
+    A half-life of one token keeps both sums exact, so that both have the same ties.
+    """
 
     def __init__(self):
         super().__init__()
@@ -106,12 +108,12 @@ class SlotsMachine(RuleBasedStateMachine):
         self.evictions = 0
 
     @rule(counts=counts, tokens=st.sampled_from([0, 1, 1, 2, 18]))
-    def touch(self, counts, tokens):
+    def record_use(self, counts, tokens):
         self.slots.record_use(counts, tokens)
         self.model.record_use(counts, tokens)
 
     @rule(expert=experts, pinned=st.sets(experts))
-    def take(self, expert, pinned):
+    def allocate(self, expert, pinned):
         held = self.model.slot_of
         if expert in held:
             with pytest.raises(ValueError, match=f"expert {expert} is already in slot"):
@@ -154,26 +156,25 @@ class SlotsMachine(RuleBasedStateMachine):
             assert self.slots.score(expert) == self.model.score(expert)
 
 
-TestSlotsMachine = SlotsMachine.TestCase
-TestSlotsMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestSlotTable = SlotTableMachine.TestCase
+TestSlotTable.settings = settings(max_examples=150, stateful_step_count=50)
 
 
 @given(
     half_life=st.floats(0.7, 1000),
-    touches=st.lists(st.tuples(counts, st.integers(0, 700)), max_size=30),
+    uses=st.lists(st.tuples(counts, st.integers(0, 700)), max_size=30),
 )
-@settings(deadline=None)
-def test_scores_drift_from_the_naive_sum(half_life, touches):
+def test_scores_equal_the_sum_over_the_history(half_life, uses):
     slots, model = SlotTable(1, NUM_EXPERTS, half_life), Model(half_life)
-    for call in touches:
+    for call in uses:
         slots.record_use(*call)
         model.record_use(*call)
     for expert in range(NUM_EXPERTS):
-        # Below 1e-100 an expert is long forgotten; its count may have underflowed.
+        # Scores below 1e-100 no longer matter, and may have underflowed.
         assert slots.score(expert) == pytest.approx(model.score(expert), rel=1e-9, abs=1e-100)
 
 
-def test_renormalising_changes_a_victim():
+def test_renormalising_does_not_change_the_victim():
     rng = random.Random(0)
     slots, model = SlotTable(16, 40, half_life=1.0), Model(1.0)
     renormalised = 0
@@ -192,7 +193,7 @@ def test_renormalising_changes_a_victim():
     assert renormalised == 1
 
 
-def test_overflow_after_a_very_long_pause():
+def test_very_long_pause_does_not_overflow():
     slots = SlotTable(2, 5, half_life=0.5)
     slots.record_use({0: 10**6, 1: 1}, 1)
     slots.allocate(0, ())
@@ -203,9 +204,9 @@ def test_overflow_after_a_very_long_pause():
     assert slots.allocate(2, ()) == 0
 
 
-def test_equal_scores_break_by_another_rule_than_recency_then_id():
+def test_ties_are_broken_by_recency_and_then_by_id():
     slots = SlotTable(3, 6, half_life=1.0)
-    slots.record_use({5: 2}, 1)  # counts 1 one token later, as the others do then
+    slots.record_use({5: 2}, 1)  # one token later it counts 1, like the others then
     slots.record_use({4: 1, 3: 1}, 1)
     for expert in (4, 5, 3):
         slots.allocate(expert, ())
@@ -217,7 +218,7 @@ def test_equal_scores_break_by_another_rule_than_recency_then_id():
     assert left == [5, 3, 4]
 
 
-def test_renormalising_loses_a_fraction_of_a_half_life():
+def test_renormalising_keeps_fractions_of_a_half_life():
     slots = SlotTable(1, 2, half_life=0.7)
     slots.record_use({0: 1}, 358)  # the weight of a use is now 2**511.4
     slots.record_use({1: 1}, 1)
@@ -225,7 +226,7 @@ def test_renormalising_loses_a_fraction_of_a_half_life():
     assert slots.score(1) == pytest.approx(1.0)
 
 
-def test_an_evicted_expert_loses_its_history():
+def test_evicted_expert_keeps_its_history():
     slots = SlotTable(1, 3, half_life=100.0)
     slots.record_use({0: 5}, 1)
     slots.allocate(0, ())
@@ -233,7 +234,7 @@ def test_an_evicted_expert_loses_its_history():
     assert slots.score(0) == pytest.approx(5.0)
 
 
-def test_pinned_experts_that_are_not_resident_block_a_slot():
+def test_pinned_experts_that_are_not_resident_block_no_slot():
     slots = SlotTable(2, 6)
     slots.allocate(0, ())
     slots.allocate(1, ())
@@ -252,17 +253,17 @@ def test_pinned_experts_that_are_not_resident_block_a_slot():
         lambda slots, e: slots.drop(e),
         lambda slots, e: slots.record_use({0: 1, e: 1}, 1),
     ],
-    ids=["lookup", "score", "take", "drop", "touch"],
+    ids=["lookup", "score", "allocate", "drop", "record_use"],
 )
-def test_an_expert_out_of_range_is_taken(call, expert):
+def test_expert_out_of_range_is_refused(call, expert):
     slots = SlotTable(3, 7)
     with pytest.raises(ValueError, match=f"expert {expert} is out of range: the layer has 7"):
         call(slots, expert)
-    assert slots.score(0) == 0.0  # a refused touch counts nothing
+    assert slots.score(0) == 0.0  # a refused use counts nothing
     assert len(slots) == 0
 
 
-def test_drop_of_a_stranger_frees_a_slot():
+def test_dropping_an_absent_expert_is_refused():
     slots = SlotTable(2, 7)
     slots.allocate(5, ())
     with pytest.raises(ValueError, match="expert 4 is not resident"):
@@ -274,7 +275,7 @@ def test_drop_of_a_stranger_frees_a_slot():
     ("counts", "tokens", "text"),
     [({1: 1}, -1, "tokens is -1"), ({0: 1, 1: -2}, 1, "expert 1 has count -2")],
 )
-def test_negative_use_is_counted(counts, tokens, text):
+def test_negative_use_is_refused(counts, tokens, text):
     slots = SlotTable(2, 3)
     with pytest.raises(ValueError, match=text):
         slots.record_use(counts, tokens)
@@ -291,6 +292,6 @@ def test_negative_use_is_counted(counts, tokens, text):
         ((2, 5, float("nan")), "half_life is nan"),
     ],
 )
-def test_a_table_that_cannot_work_is_made(args, text):
+def test_invalid_table_is_refused(args, text):
     with pytest.raises(ValueError, match=text):
         SlotTable(*args)
