@@ -208,6 +208,7 @@ def needs(name: str) -> Needs:
     """Plan the model `name` of the catalogue."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.models.loading import PREFILL_SLOTS, plan_memory
+    from flashmoe.options import LoadOptions
 
     known = json.loads(CATALOGUE.read_text())["models"][name]
     with hollow(CONFIGS[name]) as path:
@@ -215,7 +216,11 @@ def needs(name: str) -> Needs:
         check_size(name, sum(file.stat().st_size for file in checkpoint.files), known["bytes"])
         # As on a GPU with memory to spare, which takes a little more than a CPU.
         least, pruned_least = (
-            plan_memory(checkpoint, slots=k + PREFILL_SLOTS, experts=k, mac=2**50).total
+            plan_memory(
+                checkpoint,
+                LoadOptions(slots=k + PREFILL_SLOTS, experts=k, prompt_cache=None),
+                mac=2**50,
+            ).total
             for k in (checkpoint.top_k, 4)
         )
         return Needs(
