@@ -19,11 +19,12 @@ from flashmoe.errors import FlashMoEError, OutputError, ReadError, SettingError
 from flashmoe.events import End, Progress, Text, ToolCall
 from flashmoe.generation import batch as batch_module
 from flashmoe.generation.batch import Batch
-from flashmoe.models.layerwise import Chunk, sweep
+from flashmoe.memory.prefill import sequences_nbytes
+from flashmoe.models.layerwise import Chunk, run_pass
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import same
+from flashmoe.options import EngineOptions
 from flashmoe.requests import Request
-from flashmoe.streaming.elastic_slots import lasting_nbytes, sequences_nbytes
 
 ADD = {
     "name": "add",
@@ -137,14 +138,16 @@ def test_shared_pass_gives_the_same_bits_as_single_passes(tmp_path, family, slot
         caches = [make_prompt_cache(model) for _ in prompts]
         results = []
         pieces = [Chunk(p, c) for p, c in zip(prompts, caches, strict=True)]
-        for swept in [sweep(model, pieces)] if together else [sweep(model, [p]) for p in pieces]:
+        for swept in (
+            [run_pass(model, pieces)] if together else [run_pass(model, [p]) for p in pieces]
+        ):
             results += [model.logits(s.hidden) for s in swept]
         for _ in range(3):
             if together:
                 # One prompt is prefilled again beside the answers.
                 again = Chunk(prompts[2], make_prompt_cache(model))
                 more = [Chunk(n, c, step=True) for n, c in zip(nexts, caches, strict=True)]
-                results += [model.logits(s.hidden) for s in sweep(model, [again, *more])[1:]]
+                results += [model.logits(s.hidden) for s in run_pass(model, [again, *more])[1:]]
             else:
                 for n, c in zip(nexts, caches, strict=True):
                     results.append(model.next_logits(n, c))
@@ -170,7 +173,7 @@ def test_stacked_sequences_have_the_same_bits_as_single_calls(tmp_path, family, 
                 mx.eval(model.next_logits([i % 150 for i in range(n)], cache))
         for token in (3, 5, 7):
             pieces = [Chunk([token + i], c, step=True) for i, c in enumerate(caches[0])]
-            stacked = model.logits_of([s.hidden for s in sweep(model, pieces)])
+            stacked = model.logits_of([s.hidden for s in run_pass(model, pieces)])
             alone = [model.next_logits([token + i], c) for i, c in enumerate(caches[1])]
             assert same([*map(np.array, stacked)], [*map(np.array, alone)])
         states = [
@@ -186,14 +189,14 @@ def test_halves_of_a_batch_alternate_at_each_layer_if_slots_suffice(tmp_path):
     """The halves take turns at a layer only if the slots hold the experts of both."""
     model = load_streaming(Checkpoint.open(write_toy(tmp_path / "toy", num_experts=27)), slots=26)
     caches = [make_prompt_cache(model) for _ in range(4)]
-    sweep(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
+    run_pass(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
     entered = []
     model.hooks.layer_entered = entered.append
-    sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
+    run_pass(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     assert entered == [0, 0, 1, 1, 2, 2, 3, 3]
     model.elastic_slots._resize(5)
     entered.clear()
-    sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
+    run_pass(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     assert entered == [0, 1, 2, 3]
     model.close()
 
@@ -202,9 +205,9 @@ def test_batch_reads_each_expert_once(tmp_path):
     checkpoint = Checkpoint.open(write_toy(tmp_path / "toy", num_experts=11))
     model = load_streaming(checkpoint, slots=5)
     caches = [make_prompt_cache(model) for _ in range(8)]
-    sweep(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
+    run_pass(model, [Chunk([i, 30 + i], c) for i, c in enumerate(caches)])
     before = model.stats
-    sweep(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
+    run_pass(model, [Chunk([i], c, step=True) for i, c in enumerate(caches)])
     spent = model.stats - before
     layers = len(checkpoint.expert_layers)
     assert spent.needed <= 11 * layers < 8 * 3 * layers
@@ -288,7 +291,7 @@ def test_batch_below_one_is_refused(toy, batch):
 def idle_model(path, **settings):
     from flashmoe.generation.loaded_model import LoadedModel
 
-    loaded = LoadedModel(path, prompt_store=0, **settings)
+    loaded = LoadedModel(path, EngineOptions(prompt_store=0, **settings))
     yield loaded
     loaded.close()
 
@@ -309,19 +312,19 @@ def test_request_waits_until_memory_allows_it(toy):
         first, second = RecordedJob("word " * 200), RecordedJob("word " * 200)
         room = loaded.model.elastic_slots
         assert batch.admit(first)
-        held = lasting_nbytes(room._plan) + room._plan.least_slots * room._plan.slot_nbytes
+        held = room._plan.lasting + room._plan.least_slots * room._plan.slot_nbytes
         one = sequences_nbytes(
-            loaded.checkpoint, 400, [batch.rows[0].most_context], 3, on_gpu=False
+            loaded.checkpoint, 400, [batch.sequences[0].planned_context], 3, on_gpu=False
         )
         # Memory for one sequence and a part of another.
         room._budget = lambda: held + int(1.3 * one)
         assert not batch.admit(second)
         assert not batch.admit(second)
-        while batch.rows:
+        while batch.sequences:
             batch.step()
         assert isinstance(first.events[-1], End)
         assert batch.admit(second)
-        while batch.rows:
+        while batch.sequences:
             batch.step()
         assert outcome(second.events) == outcome(first.events)
 
@@ -333,10 +336,10 @@ def test_memory_shortage_ends_only_the_newest_answer(toy):
         jobs = [RecordedJob("One."), RecordedJob("word " * 900)]
         assert all(batch.admit(job) for job in jobs)
         room = loaded.model.elastic_slots
-        held = lasting_nbytes(room._plan) + room._plan.least_slots * room._plan.slot_nbytes
+        held = room._plan.lasting + room._plan.least_slots * room._plan.slot_nbytes
         one = sequences_nbytes(loaded.checkpoint, 600, [600], 3, on_gpu=False)
         room._budget = lambda: held + one
-        while batch.rows:
+        while batch.sequences:
             batch.step()
     assert isinstance(jobs[0].events[-1], End)
     assert "shorten it, or load the model with" in str(jobs[1].events[-1])
@@ -372,19 +375,19 @@ def test_closing_the_engine_ends_running_and_waiting_answers(toy):
 
 def test_answers_go_on_during_the_prefill_of_a_long_prompt(toy, monkeypatch):
     """Each pass of the prompt also gives a token to the other answers."""
-    monkeypatch.setattr(batch_module, "fitting", lambda pieces, limit: 1)
+    monkeypatch.setattr(batch_module, "chunks_within", lambda chunks, limit: 1)
     with idle_model(toy, memory="2GB") as loaded:
         batch = Batch(loaded)
         short, long = RecordedJob("One.", max_tokens=9), RecordedJob("word " * 2500, max_tokens=2)
         batch.admit(short)
-        while batch.rows[0].reads:
+        while batch.sequences[0].in_prefill:
             batch.step()
         batch.admit(long)
         generated = []
-        while batch.rows and batch.rows[-1].reads:
+        while batch.sequences and batch.sequences[-1].in_prefill:
             batch.step()
-            generated.append(sum(r.turn.generated for r in batch.rows if not r.reads))
-        while batch.rows:
+            generated.append(sum(r.answer.generated for r in batch.sequences if not r.in_prefill))
+        while batch.sequences:
             batch.step()
     assert len(generated) > 4
     assert generated[:4] == [2, 3, 4, 5]
@@ -395,10 +398,10 @@ def test_single_request_decodes_without_shared_passes(toy, monkeypatch):
     """Without others beside it, each step is a call of the model itself."""
     with idle_model(toy, memory="2GB") as loaded:
         batch, swept = Batch(loaded), []
-        monkeypatch.setattr(batch_module, "sweep", lambda *a: swept.append(a) or sweep(*a))
+        monkeypatch.setattr(batch_module, "run_pass", lambda *a: swept.append(a) or run_pass(*a))
         job = RecordedJob("One.", max_tokens=9)
         batch.admit(job)
-        while batch.rows:
+        while batch.sequences:
             batch.step()
     assert job.events[-1].steps > 3
     assert len(swept) == 1

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +18,14 @@ from toys import FAMILIES, write_toy
 from flashmoe.chat.template import Prompt
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.generation.prompt import PromptReader, state_identity
-from flashmoe.generation.prompt_cache import PromptCache, key, nbytes
-from flashmoe.generation.prompt_cache import PromptStore
+from flashmoe.generation.prompt_cache import (
+    PromptCache,
+    PromptStore,
+    entry_name,
+    entry_nbytes,
+)
 from flashmoe.memory.footprint import CHUNK_TOKENS
-from flashmoe.models.layerwise import fitting, sweep
+from flashmoe.models.layerwise import chunks_within, run_pass
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import same
 
@@ -81,8 +86,8 @@ def test_oldest_entries_leave_when_the_budget_is_exceeded(steps, budget):
         cache = state(size)
         prompts.put(name, cache)
         expected.pop(name, None)
-        if nbytes(cache) <= budget:
-            expected[name] = nbytes(cache)
+        if entry_nbytes(cache) <= budget:
+            expected[name] = entry_nbytes(cache)
         while sum(expected.values()) > budget:
             expected.pop(next(iter(expected)))
         assert prompts.nbytes == sum(expected.values()) <= budget
@@ -91,7 +96,7 @@ def test_oldest_entries_leave_when_the_budget_is_exceeded(steps, budget):
 
 def test_key_differs_by_model_and_tokens():
     names = {
-        key(identity, tokens)
+        entry_name(identity, tokens)
         for identity in ("a", "b")
         for tokens in ([1], [1, 2], [12], [2, 1], [], [2**40])
     }
@@ -114,13 +119,13 @@ def test_stored_entry_is_restored_unchanged(store):
     store.put(NAME, state(100, 0.3))
     assert equal(store.get(NAME, empty()), state(100, 0.3))
     assert store.get(OTHER, empty()) is None
-    (stored,) = store.states()
+    (stored,) = store.entries()
     assert (stored.tokens, stored.nbytes) == (5, stored.path.stat().st_size)
 
 
 def test_stored_files_are_private_to_the_user(store):
     store.put(NAME, state(100))
-    (stored,) = store.states()
+    (stored,) = store.entries()
     assert stored.path.stat().st_mode & 0o077 == 0
     assert store.directory.stat().st_mode & 0o077 == 0
 
@@ -164,7 +169,7 @@ def damage(path, how: str) -> None:
 )
 def test_damaged_file_is_ignored_with_a_warning(store, caplog, how):
     store.put(NAME, state(100))
-    (stored,) = store.states()
+    (stored,) = store.entries()
     damage(stored.path, how)
     with caplog.at_level(logging.WARNING, "flashmoe"):
         assert store.get(NAME, empty()) is None
@@ -176,7 +181,7 @@ def test_damage_of_any_byte_changes_no_restored_entry(tmp_path):
     """With any one byte damaged, the file is refused or still holds the same entry."""
     store = PromptStore(tmp_path)
     store.put(NAME, state(20, 0.7))
-    (stored,) = store.states()
+    (stored,) = store.entries()
     raw = stored.path.read_bytes()
     random.seed(0)
     for at in random.sample(range(len(raw)), 150):
@@ -191,18 +196,18 @@ def test_oldest_files_are_removed_beyond_the_limit(tmp_path):
     for i, name in enumerate(names):
         store.put(name, state(2000))  # some 25 kB each
         os.utime(tmp_path / f"{name}.safetensors", (1000 + i, 1000 + i))
-    assert [s.tokens for s in store.states()] == [2, 3, 4, 5]
+    assert [s.tokens for s in store.entries()] == [2, 3, 4, 5]
     store.get(names[2], empty())
     store.put(OTHER, state(2000))
-    assert {s.tokens for s in store.states()} == {2, 4, 5}
-    assert sum(s.nbytes for s in store.states()) <= 110_000
+    assert {s.tokens for s in store.entries()} == {2, 4, 5}
+    assert sum(s.nbytes for s in store.entries()) <= 110_000
 
 
 def test_entry_larger_than_the_limit_is_not_stored(tmp_path):
     store = PromptStore(tmp_path, 110_000)
     store.put(NAME, state(100))
     store.put(OTHER, state(30_000))
-    assert [s.path.stem for s in store.states()] == [NAME]
+    assert [s.path.stem for s in store.entries()] == [NAME]
 
 
 def test_foreign_files_are_left_alone_and_stale_ones_removed(store):
@@ -216,7 +221,7 @@ def test_foreign_files_are_left_alone_and_stale_ones_removed(store):
     assert not stale.exists()
     assert store.clear() > 0
     assert foreign.read_text() == "mine"
-    assert store.states() == []
+    assert store.entries() == []
 
 
 def test_unwritable_directory_is_only_a_warning(tmp_path, caplog):
@@ -225,13 +230,13 @@ def test_unwritable_directory_is_only_a_warning(tmp_path, caplog):
     store.put(NAME, state(100))
     assert "could not be written" in caplog.text
     assert store.get(NAME, empty()) is None
-    assert store.states() == []
+    assert store.entries() == []
     assert store.clear() == 0
 
 
 def test_writer_that_dies_leaves_no_entry(store):
     code = (
-        "import sys, os; sys.path.insert(0, sys.argv[2])\n"
+        "import sys, os; sys.path[:0] = sys.argv[2:]\n"
         "from test_prompt_cache import *\n"
         "import mlx_lm.models.cache as c\n"
         "def half(file, *a):\n"
@@ -239,11 +244,12 @@ def test_writer_that_dies_leaves_no_entry(store):
         "c.save_prompt_cache = half\n"
         "PromptStore(__import__('pathlib').Path(sys.argv[1])).put(NAME, state(100))\n"
     )
-    here = os.path.dirname(__file__)
+    here = Path(__file__).parent
     store.directory.mkdir()
-    done = subprocess.run([sys.executable, "-c", code, str(store.directory), here], timeout=300)
+    places = map(str, (store.directory, here, here.parent / "helpers"))
+    done = subprocess.run([sys.executable, "-c", code, *places], timeout=300)
     assert done.returncode == 9
-    assert store.states() == []
+    assert store.entries() == []
     store.put(NAME, state(100))
     assert equal(store.get(NAME, empty()), state(100))
 
@@ -258,11 +264,12 @@ def prompt_of(count: int, cuts: tuple[int, ...], seed: int = 0) -> Prompt:
 
 def prefill(reader, model, prompt, emit, *, keep):
     """Prefill a whole prompt pass by pass, as a batch of this prompt alone does."""
-    reading = reader.begin(prompt, emit, experts=model.experts, keep=keep)
+    reading = reader.start(prompt, emit, experts=model.experts, keep=keep)
     while reading.left:
         limit = model.elastic_slots.fit_prefill(reading.tokens, [reading.context], model.experts)
-        model.hooks.layer_entered = reading.reporter.entered
-        reading.took(sweep(model, reading.left[: fitting(reading.left, limit)]))
+        model.hooks.layer_entered = reading.reporter.layer_entered
+        chunks = reading.left[: chunks_within(reading.left, limit)]
+        reading.record(run_pass(model, chunks))
     return reading
 
 
@@ -317,16 +324,20 @@ def test_restored_entry_gives_the_same_bits_as_a_whole_prefill(tmp_path, family)
     model.close()
 
 
+def identity(checkpoint, experts=3, activations="float32"):
+    return state_identity(checkpoint, experts, backend="cpu", activations=activations)
+
+
 def test_identity_differs_by_settings_and_checkpoint_files(tmp_path):
     path = write_toy(tmp_path / "toy", top_k=3)
     checkpoint = Checkpoint.open(path)
-    assert state_identity(checkpoint, 3) == state_identity(Checkpoint.open(path), 3)
-    assert state_identity(checkpoint, 3) != state_identity(checkpoint, 2)
-    assert state_identity(checkpoint, 3) != state_identity(checkpoint, 3, "int8")
+    assert identity(checkpoint) == identity(Checkpoint.open(path))
+    assert identity(checkpoint) != identity(checkpoint, experts=2)
+    assert identity(checkpoint) != identity(checkpoint, activations="int8")
     other = Checkpoint.open(write_toy(tmp_path / "other", top_k=3, seed=1))
-    assert state_identity(checkpoint, 3) != state_identity(other, 3)
+    assert identity(checkpoint) != identity(other)
     os.utime(path / "model.safetensors", (1, 1))
-    assert state_identity(checkpoint, 3) != state_identity(Checkpoint.open(path), 3)
+    assert identity(checkpoint) != identity(Checkpoint.open(path))
 
 
 def test_progress_adds_up_to_the_whole_prompt(tmp_path):

@@ -1,4 +1,4 @@
-"""footprint.py against the arrays that mlx-lm's own models and caches make."""
+"""Tests the planned footprint of a model against the arrays of mlx-lm's models and caches."""
 
 import json
 
@@ -16,7 +16,7 @@ LINEAR = ("qwen3_5_moe", "qwen3_next")
 
 
 def edited(toy, **fields):
-    """The checkpoint with other fields of the language model."""
+    """Write fields of the language model into config.json, and return the opened checkpoint."""
     file = toy / "config.json"
     config = json.loads(file.read_text())
     config.get("text_config", config).update(fields)
@@ -26,7 +26,7 @@ def edited(toy, **fields):
 
 @pytest.mark.parametrize("interval", [2, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_caches_are_larger_than_planned(tmp_path, family, interval):
+def test_planned_caches_cover_those_of_mlx_lm(tmp_path, family, interval):
     linear = {"full_attention_interval": interval} if family in LINEAR else {}
     toy = write_toy(tmp_path, family, max_position_embeddings=256, **linear)
     model, _ = load_model(toy)
@@ -34,14 +34,14 @@ def test_caches_are_larger_than_planned(tmp_path, family, interval):
     model(mx.zeros((1, 256), mx.int32), cache=cache)
     mx.eval([c.state for c in cache])
     arrays = [a for _, a in tree_flatten([c.state for c in cache]) if isinstance(a, mx.array)]
-    found = sum(a.size * 4 for a in arrays)
+    used = sum(a.size * 4 for a in arrays)
     planned = footprint.cache_nbytes(Checkpoint.open(toy))
     # The plan counts one more column of each convolution than mlx-lm keeps.
-    assert found <= planned <= 1.1 * found
+    assert used <= planned <= 1.1 * used
 
 
 @pytest.mark.parametrize("kind", [{}, {"bits": None}, {"bits": None, "dtype": "float32"}])
-def test_widened_weights_are_larger_than_planned(tmp_path, kind):
+def test_widened_weights_equal_those_of_mlx(tmp_path, kind):
     checkpoint = Checkpoint.open(write_toy(tmp_path, **kind))
     quantised = {t.name.removesuffix("scales") for t in checkpoint.dense if "scales" in t.name}
     total = 0
@@ -56,7 +56,7 @@ def test_widened_weights_are_larger_than_planned(tmp_path, kind):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plan_grows_with_a_context_that_nobody_uses(tmp_path, family):
+def test_footprint_grows_with_context_up_to_the_planned_one(tmp_path, family):
     toy = write_toy(tmp_path, family)
     sizes = []
     for tokens in (256, 512, footprint.PLANNED_CONTEXT, 2**20):
@@ -70,14 +70,14 @@ def test_plan_grows_with_a_context_that_nobody_uses(tmp_path, family):
     assert longer - short == 256 * keys
 
 
-def test_stray_interval_of_a_model_without_linear_attention_raises(tmp_path):
+def test_interval_is_ignored_without_linear_attention(tmp_path):
     toy = write_toy(tmp_path, "qwen3_moe")
     planned = footprint.cache_nbytes(Checkpoint.open(toy))
     assert footprint.cache_nbytes(edited(toy, full_attention_interval=0)) == planned
 
 
 @pytest.mark.parametrize("family", LINEAR)
-def test_absent_interval_raises(tmp_path, family):
+def test_absent_interval_gets_the_default(tmp_path, family):
     toy = write_toy(tmp_path, family)
     planned = footprint.cache_nbytes(Checkpoint.open(toy))
     config = json.loads((toy / "config.json").read_text())

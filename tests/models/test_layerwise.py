@@ -37,7 +37,7 @@ def answer(model, chunks, limit, keep=(), cache=None):
     for swept in prefill(model, chunks, cache, limit=limit, keep=keep):
         first = len(lengths)
         kept |= {first + i: s.state for i, s in enumerate(swept) if s.state is not None}
-        lengths += [len(s.piece.tokens) for s in swept]
+        lengths += [len(s.chunk.tokens) for s in swept]
     assert sum(lengths) == sum(map(len, chunks))
     logits_ = [np.array(model.logits(swept[-1].hidden).astype(mx.float32))]
     for _ in range(4):

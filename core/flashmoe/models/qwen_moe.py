@@ -19,7 +19,7 @@ from mlx_lm.models import qwen3_5_moe, qwen3_moe, qwen3_next
 from ..checkpoint.checkpoint import Checkpoint, check_experts
 from ..errors import SettingError
 from ..memory.budget import MemoryPlan
-from ..ops.backend import on_gpu
+from ..ops import backend as backends
 from ..ops.recast import recast
 from ..streaming.block import ExpertBlock, StartedCall
 from ..streaming.compute import Backend
@@ -123,7 +123,7 @@ def streaming_layers(
     activations: str,
 ) -> dict[int, StreamingSwitchGLU]:
     """Return a switch with `slots` slots for each MoE layer of a checkpoint, by its index."""
-    gpu, device = on_gpu(), device_memory()
+    gpu, device = backends.on_gpu(), device_memory()
     switches = {}
     for index, layer in checkpoint.expert_layers.items():
         memory = SlotMemory(layer, slots, on_gpu=gpu, device=device, activations=activations)
@@ -187,7 +187,7 @@ class StreamingMoE:
         for index, switch in switches.items():
             self.layers[index].mlp.switch_mlp = switch
         self.elastic_slots = ElasticSlots(
-            checkpoint, plan, list(switches.values()), on_gpu=on_gpu()
+            checkpoint, plan, list(switches.values()), on_gpu=backends.on_gpu()
         )
         self.hooks.between_layers = self.elastic_slots.shrink_if_short
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..ops.backend import on_gpu
+from ..ops import backend as backends
 from ..streaming.block import ExpertSwitch, SwitchStats
 from ..streaming.compute import Backend, ExpertWork
 from ..streaming.cuda import device_memory
@@ -87,7 +87,7 @@ def load_resident(path: str | Path, activations: str = "float32") -> StreamingMo
         memory = SlotMemory(
             layer,
             layer.num_experts,
-            on_gpu=on_gpu(),
+            on_gpu=backends.on_gpu(),
             device=device,
             activations=activations,
         )
