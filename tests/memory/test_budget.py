@@ -22,12 +22,12 @@ MODEL = {
 
 
 def test_budget_is_filled_with_slots():
-    budget = split_budget(budget=20 * GB, slots=None, **MODEL)
+    plan = split_budget(budget=20 * GB, slots=None, **MODEL)
     slot_of_each_layer = 60 * 7_077_888
-    assert budget.slots_per_layer == (20 * GB - 2_200_000_000) // slot_of_each_layer == 41
-    assert budget.slots_nbytes == 41 * slot_of_each_layer
-    assert budget.total == 2_200_000_000 + 41 * slot_of_each_layer <= 20 * GB
-    assert budget.describe() == (
+    assert plan.slots_per_layer == (20 * GB - 2_200_000_000) // slot_of_each_layer == 41
+    assert plan.slots_nbytes == 41 * slot_of_each_layer
+    assert plan.total == 2_200_000_000 + 41 * slot_of_each_layer <= 20 * GB
+    assert plan.describe() == (
         "memory 19.6 GB of 20.0 GB: program 200.0 MB + dense weights 1.2 GB + working memory "
         "800.0 MB + 41 slots x 60 layers x 7.1 MB"
     )
@@ -39,9 +39,9 @@ def test_slots_are_at_most_the_number_of_experts():
 
 
 def test_slots_of_layers_of_different_sizes_are_summed():
-    budget = split_budget(budget=None, slots=20, **MODEL | {"layer_slot_nbytes": [10, 3, 5]})
-    assert budget.slots_nbytes == 20 * 18
-    assert budget.total == budget.budget == 2_200_000_000 + 360
+    plan = split_budget(budget=None, slots=20, **MODEL | {"layer_slot_nbytes": [10, 3, 5]})
+    assert plan.slots_nbytes == 20 * 18
+    assert plan.total == plan.budget == 2_200_000_000 + 360
 
 
 def test_given_number_of_slots_is_kept():
