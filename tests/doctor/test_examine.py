@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pseudo_terminal import lines, show
 from toys import write_toy
 
 import flashmoe
@@ -60,25 +61,28 @@ def problems(report, section) -> list[str]:
 def test_screen_is_long_or_misses_a_section():
     secret = "hf_aSecretThatNobodyMaySee"
     home = Path.home()
-    text = run(
-        DEMO,
-        **{f"NUMBA_OF_{n}": "x" * 50 for n in range(3)},
-        FLASHMOE_HUB_TOKEN=secret,
-        FLASHMOE_PROXY=f"http://me:{secret}@host/x",
-        FLASHMOE_CACHE=str(home / ".cache" / "of-this-test"),
-        MLX_SOMETHING="7",
+    screen = lines(
+        show(
+            "doctor",
+            DEMO,
+            columns=100,
+            **{f"NUMBA_OF_{n}": "x" * 50 for n in range(3)},
+            FLASHMOE_HUB_TOKEN=secret,
+            FLASHMOE_PROXY=f"http://me:{secret}@host/x",
+            FLASHMOE_CACHE=str(home / ".cache" / "of-this-test"),
+            MLX_SOMETHING="7",
+        )
     )
-    lines = text.splitlines()
-    assert len(lines) <= 45
-    assert max(map(len, lines)) <= 100
-    assert "\x1b" not in text
+    assert len(screen) <= 45
+    assert max(map(len, screen)) <= 100
     for section in (*cli_doctor.SHOWN, "all is well"):
-        assert f"\n{section}  " in f"\n{text}"
+        assert any(line.startswith(f"{section}  ") for line in screen)
+    text = " ".join(" ".join(screen).split())
     assert "0 of 81,920 logits differ from all experts resident" in text
     assert f"mlx {machine.versions()['mlx']}" in text
     assert "MLX_SOMETHING=7" in text
     assert secret not in text
-    assert "FLASHMOE_HUB_TOKEN=(set, not shown)" in " ".join(text.split())
+    assert "FLASHMOE_HUB_TOKEN=(set, not shown)" in text
     assert "~/.cache/of-this-test" in text
     assert f"{home}/" not in text
 
@@ -116,6 +120,9 @@ def test_limits_are_others_than_those_of_mlx_lm():
 def test_unknown_ops_or_few_open_files_are_well():
     """A broken setting, a limit and a model that is not one, in one process."""
     text = run("no-such-model", code=1, preexec_fn=few_open_files, FLASHMOE_OPS="fast")
+    header, *rows = text.splitlines()
+    assert header == "section\tresult"
+    assert all(len(row.split("\t")) == 2 for row in rows)
     words = " ".join(text.split())
     assert "PROBLEM" in text
     assert "ops: FLASHMOE_OPS='fast' is not one of cpu, fused, gather, reference" in words
@@ -158,22 +165,15 @@ def test_self_test_passes_wrong_logits(monkeypatch):
     checks = {c.name: c for c in self_test.run(find(DEMO))}
     assert checks["demo file"].passed
     assert not checks["streaming"].passed
-    assert checks["streaming"].found > 1000
+    assert checks["streaming"].value > 1000
     assert not checks["kernels"].passed
-    assert checks["kernels"].found > self_test.TOLERANCE
+    assert checks["kernels"].value > self_test.TOLERANCE
 
 
 def test_nan_passes():
     nan = np.full((2, 2), np.nan, np.float32)
     assert not self_test._same_bits(nan, nan).passed
     assert self_test._same_bits(np.ones_like(nan), np.ones_like(nan)).passed
-
-
-def test_ops_are_put_back():
-    before = os.environ.get(ops.ENV)
-    with self_test._selected("reference"):
-        assert ops.pick().name == "reference"
-    assert os.environ.get(ops.ENV) == before
 
 
 def test_gpu_is_not_seen(no_self_test):
@@ -244,7 +244,7 @@ def test_measured_drive_is_called_a_default(no_self_test):
 def test_old_package_is_well(monkeypatch):
     assert machine.unmet() == []
     monkeypatch.setattr(machine, "_version", lambda name: "0.1")
-    assert any(text.startswith("numba>=0.61 is needed, 0.1 is here") for text in machine.unmet())
+    assert any("numba>=0.61 is needed, but 0.1 is installed" in text for text in machine.unmet())
 
 
 def test_name_of_the_user_is_shown(monkeypatch):

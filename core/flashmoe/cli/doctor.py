@@ -22,8 +22,9 @@ from ..terminal import (
     waiting_line,
 )
 
-# What fits on one screen of 100 columns. In a pipe everything is printed.
-_MAX_CHARACTERS = 250
+# What fits on one screen. In a pipe everything is printed.
+_MAX_CHARACTERS = {"environment": 500}
+_DEFAULT_MAX_CHARACTERS = 250
 _MAX_PROBLEMS = 5
 
 
@@ -58,7 +59,8 @@ def _facts(report: Report) -> Iterator[dict[str, str]]:
     for section, facts in machine.anonymous(report.sections).items():
         for number, text in enumerate(SHOWN[section](facts)):
             repeated = number > 0 and is_terminal()
-            yield {"section": "" if repeated else section, "result": _shortened(text)}
+            text = _shortened(text, _MAX_CHARACTERS.get(section, _DEFAULT_MAX_CHARACTERS))
+            yield {"section": "" if repeated else section, "result": text}
 
 
 def _problems(report: Report) -> Iterator[dict[str, str]]:
@@ -73,11 +75,11 @@ def _problems(report: Report) -> Iterator[dict[str, str]]:
         yield {"section": "PROBLEM", "result": f"and {more} more: see --json"}
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, limit: int = _DEFAULT_MAX_CHARACTERS) -> str:
     text = " ".join(text.split())
     if not is_terminal():
         return text
-    return textwrap.shorten(text, _MAX_CHARACTERS, placeholder=" ... (--json has it all)")
+    return textwrap.shorten(text, limit, placeholder=" ... (--json has it all)")
 
 
 def _versions(facts: dict[str, Any]) -> Iterator[str]:

@@ -58,18 +58,18 @@ def download(
             f"{name} is {model.path}: there is nothing to download. Give a name of the catalogue "
             "(flashmoe list) or hub:OWNER/NAME"
         )
-    registry.check(model.name, model.aliases)
+    registry.check_names(model.name, model.aliases)
     from ..hub import api as hub  # late: huggingface_hub
     from ..hub.download import Download
 
     published = replace(model.published, revision=revision or model.published.revision)
-    planned = Download(hub.listing(published.repo, published.revision), to)
+    planned = Download(hub.fetch_listing(published.repo, published.revision), to)
     listing = planned.listing
     click.echo(_describe(planned), err=as_json)
-    planned.check_room()
+    planned.check_free_space()
     if not dry_run:
         with _progress(listing.nbytes) as advance:
-            path = planned.run(advance)
+            path = planned.fetch(advance)
         registry.add(model.name, path, model.aliases, repo=listing.repo, revision=listing.commit)
     if as_json:
         print_json(
@@ -78,24 +78,25 @@ def download(
                 "repo": listing.repo,
                 "revision": listing.commit,
                 "bytes": listing.nbytes,
-                "fetched": planned.missing,
-                "free": planned.free,
+                "fetched": planned.missing_nbytes,
+                "free": planned.free_nbytes,
                 "files": len(listing.files),
-                "path": str(planned.place.directory),
+                "path": str(planned.paths.directory),
                 "registered": not dry_run,
             }
         )
     elif not dry_run:
-        click.echo(f"{model.name} is verified and registered: {planned.place.directory}")
+        click.echo(f"{model.name} is verified and registered: {planned.paths.directory}")
 
 
 def _describe(planned: Download) -> str:
-    listing, place = planned.listing, planned.place
-    here = f"{format_size(planned.here)} are here, " if planned.here else ""
+    listing, paths = planned.listing, planned.paths
+    where = paths.directory if paths.chosen_by_user else paths.blobs
+    here = f"{format_size(planned.present_nbytes)} are here, " if planned.present_nbytes else ""
     return (
         f"{listing.repo} at {listing.commit[:12]}: {format_size(listing.nbytes)} in "
-        f"{len(listing.files)} files; {here}{format_size(planned.missing)} to download, "
-        f"{format_size(planned.free)} free in {place.directory if place.own else place.blobs}"
+        f"{len(listing.files)} files; {here}{format_size(planned.missing_nbytes)} to download, "
+        f"{format_size(planned.free_nbytes)} free in {where}"
     )
 
 

@@ -46,7 +46,7 @@ def list_models(as_json: bool) -> None:
         style=_style,
     )
     if is_terminal() and any(summary["where"] == _NOT_HERE for summary in summaries):
-        click.echo("\nTo get a model that is not on this disk: flashmoe download NAME")
+        click.echo("\nGet one that is not on this disk: flashmoe download NAME")
 
 
 @click.command()

@@ -131,7 +131,7 @@ def _print_machines(*, as_json: bool) -> None:
             "memory": f"{mac.memory >> 30} GB",
             "memory GB/s": format_number(mac.memory_gb_s),
             "SSD GB/s": format_number(mac.costs.disk_gb_s),
-            "source of the SSD's speed": mac.source,
+            "source": mac.source,
         }
         for mac in known
     ]
@@ -157,16 +157,18 @@ def _opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
     from ..hub.download import Download
 
     try:
-        listing = hub.listing(model.published.repo, model.published.revision)
+        listing = hub.fetch_listing(model.published.repo, model.published.revision)
     except DownloadError as e:
         raise DownloadError(
             f"{name} is not on this disk ({model.published.size}), and its headers could not be "
             f"fetched: {e}"
         ) from e
     planned = Download(listing)
-    directory = nearest_existing_parent(planned.place.blobs)
-    with hub_headers.checkpoint(listing) as checkpoint:
+    directory = nearest_existing_parent(planned.paths.blobs)
+    with hub_headers.open_remote_checkpoint(listing) as checkpoint:
         yield (
             checkpoint,
-            Source(directory, listing.repo, listing.commit, planned.missing, planned.free),
+            Source(
+                directory, listing.repo, listing.commit, planned.missing_nbytes, planned.free_nbytes
+            ),
         )

@@ -1,4 +1,4 @@
-"""What `flashmoe doctor` says of the machine and of what is installed. Imports nothing heavy."""
+"""Collect facts about this machine and what is installed. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from ..memory import system as memory
+from ..memory import system
 
 DISTRIBUTION = "llm-flashmoe"
 
-#: What is installed besides flashmoe; MLX's back end on Linux is a package of its own.
+#: The packages whose versions are reported. MLX's back end on Linux is a package of its own.
 PACKAGES = ("mlx", "mlx-lm", "numba", "llvmlite", "numpy", "llm", "langchain-core", "transformers")
 BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 
@@ -26,44 +27,48 @@ _NAMES += ("CUDA_VISIBLE_DEVICES",)
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
-#: Of LLVM's names, those that the kernels use.
+#: The CPU features that the kernels use, as LLVM names them.
 _FEATURES = ("avx2", "fma", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
 
-#: Limits on open files, soft and hard, that mlx-lm sets when it is imported.
+#: The limits on open files, soft and hard, that mlx-lm sets when it is imported.
 MLX_LM_FILES = (2048, 4096)
-#: Open files besides those of a checkpoint: those of Python, of llm's database, of a terminal.
+#: Open files that are not a checkpoint's: Python's, llm's database, the terminal.
 OTHER_FILES = 64
-#: For each shard: the reader's and, while the model is loaded, MLX's.
-FILES_A_SHARD = 2
+#: Open files per shard: the reader's and, while the model is loaded, MLX's.
+FILES_PER_SHARD = 2
 
 
 def versions() -> dict[str, str | None]:
-    """Of flashmoe, of what it runs on, and of Python and the system; None: not installed."""
-    found = {"flashmoe": _version(DISTRIBUTION)}
-    found |= {name: _version(name) for name in PACKAGES}
-    found |= {name: version for name in BACKENDS if (version := _version(name))}
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    """Return the versions of flashmoe, its packages, Python and the system.
+
+    The version of a package that is not installed is None; MLX's back ends are then left out.
+    """
+    installed = {"flashmoe": _version(DISTRIBUTION)}
+    installed |= {name: _version(name) for name in PACKAGES}
+    installed |= {name: version for name in BACKENDS if (version := _version(name))}
+    running_on = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform == "darwin":
-        system = f"macOS {platform.mac_ver()[0]} {platform.machine()}"
-    return found | {"python": platform.python_version(), "system": system}
+        running_on = f"macOS {platform.mac_ver()[0]} {platform.machine()}"
+    return installed | {"python": platform.python_version(), "system": running_on}
 
 
 def unmet() -> list[str]:
-    """What is installed in another version than flashmoe asks for, or not at all."""
+    """Return the requirements of flashmoe that are not met, each with what is installed."""
     try:
         from packaging.requirements import Requirement
 
         requirements = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
     except (ImportError, metadata.PackageNotFoundError):
         return []
-    found = []
+    problems = []
     for needed in requirements:
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue
         version = _version(needed.name)
         if version is None or not needed.specifier.contains(version, prereleases=True):
-            found.append(f"{needed.name}{needed.specifier} is needed, {version or 'none'} is here")
-    return found
+            installed = f"{version} is installed" if version else "it is not installed"
+            problems.append(f"{needed.name}{needed.specifier} is needed, but {installed}")
+    return problems
 
 
 def _version(name: str) -> str | None:
@@ -74,7 +79,7 @@ def _version(name: str) -> str | None:
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that change what flashmoe does. Secrets are not shown."""
+    """Return the variables that change what flashmoe does, with secrets replaced."""
     return {
         name: "(set, not shown)" if _SECRET.search(name) else _IN_URL.sub("...@", value)
         for name, value in sorted(variables.items())
@@ -82,27 +87,35 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
     }
 
 
-def memory_facts() -> dict:
-    """total, available, default: bytes of the machine, that are left, and that a load takes when
-    nothing is asked for. limit: what binds, "machine" or "cgroup"."""
+def memory_facts() -> dict[str, Any]:
+    """Return the memory of the machine.
+
+    Returns:
+        total, available: bytes of the machine, and bytes that are free. limit: which limit is the
+        lowest, "machine" or "cgroup". default: bytes of the process with a model that is loaded
+        without a memory limit.
+    """
     limit = "machine"
     if sys.platform == "linux":
-        rooms = memory.available_by_limit()
-        limit = min(rooms, key=rooms.get)
-    free = memory.available()
+        available_by_limit = system.available_by_limit()
+        limit = min(available_by_limit, key=lambda name: available_by_limit[name])
+    free = system.available()
     return {
         "total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "available": free,
         "limit": limit,
-        "default": memory.resident() + memory.default_budget(free),
+        "default": system.resident() + system.default_budget(free),
     }
 
 
-def open_files() -> dict:
-    """soft, hard: limits on open files, None without one. shards: that a model may have.
+def open_files() -> dict[str, int | None]:
+    """Return the limits on open files, and set those that mlx-lm sets when it is imported.
 
-    To be called before mlx-lm is imported, which sets MLX_LM_FILES, as this does: where the hard
-    limit is lower, that import fails; then shards is 0.
+    This must be called before mlx-lm is imported, to see the limits that it changes.
+
+    Returns:
+        soft, hard: the limits, None without one. shards: how many shards a model may have; 0 where
+        the hard limit is so low that the import of mlx-lm fails.
     """
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit
@@ -110,14 +123,21 @@ def open_files() -> dict:
     )
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, MLX_LM_FILES)
-        shards = (MLX_LM_FILES[0] - OTHER_FILES) // FILES_A_SHARD
+        shards = (MLX_LM_FILES[0] - OTHER_FILES) // FILES_PER_SHARD
     except (OSError, ValueError):
         shards = 0
     return {"soft": soft, "hard": hard, "shards": shards}
 
 
-def processor() -> dict:
-    """cores: of the machine; usable: by this process. What numba compiles for, and how it runs."""
+def processor() -> dict[str, Any]:
+    """Return what numba compiles for, and how it runs.
+
+    Returns:
+        cores, usable: the number of cores of the machine, and that this process may use. name,
+        features: the CPU and its features, as LLVM names them. int8: the instructions of int8
+        kernels. numba threads, threading layer: how kernels run in parallel; the layer is None
+        before the first one.
+    """
     import numba
     from numba.core.registry import cpu_target
 
@@ -127,7 +147,7 @@ def processor() -> dict:
     has = {f[1:] for f in features.split(",") if f.startswith("+")}
     try:
         layer = numba.threading_layer()
-    except ValueError:  # nothing was launched
+    except ValueError:  # no kernel has run in parallel yet
         layer = None
     affinity = getattr(os, "sched_getaffinity", None)
     return {
@@ -141,22 +161,25 @@ def processor() -> dict:
     }
 
 
-def anonymous(found):
-    """The same facts without the user's name: its home is `~`, a directory of that name `USER`."""
-    if isinstance(found, dict):
-        return {name: anonymous(value) for name, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [anonymous(value) for value in found]
-    return _anonymous(found) if isinstance(found, str | Path) else found
+def anonymous(value: Any) -> Any:
+    """Return the same value without the user's name in any text.
+
+    The home directory becomes `~`, and another directory with the user's name becomes `USER`.
+    """
+    if isinstance(value, dict):
+        return {name: anonymous(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [anonymous(item) for item in value]
+    return _anonymous_text(value) if isinstance(value, str | Path) else value
 
 
-def _anonymous(text: str | Path) -> str:
-    text = str(text)
+def _anonymous_text(value: str | Path) -> str:
+    text = str(value)
     home = Path.home()
     for path in {str(home), os.path.realpath(home)} - {"/"}:
         text = re.sub(re.escape(path) + r"(?![\w.-])", "~", text)
     try:
         name = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a container's user may have no name
         return text
     return re.sub(rf"(?<=/){re.escape(name)}(?![\w.-])", "USER", text)

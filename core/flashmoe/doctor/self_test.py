@@ -1,13 +1,18 @@
-"""Whether this machine computes what it should: the bundled demo model, streamed through few slots,
-against all of its experts in memory, and against another implementation."""
+"""Check that this machine computes what it should, with the bundled demo model.
+
+The model is streamed through few slots. Its logits are compared with those of the same model with
+all experts in memory, and with those of another implementation.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_model
 
@@ -16,40 +21,57 @@ from ..models.loading import PREFILL_SLOTS, load_streaming
 from ..models.resident import load_resident, logits
 from ..ops import backend as backends
 from ..streaming.compute import Backend
+from ..terminal import format_number
 
-#: The weights of the demo model as they are shipped.
+#: The hash of the demo model's weights as they are shipped.
 SHA256 = "c92e82e6960ac1bed678d00c506f6d961aef11508073bd9faad078a50bfa5e90"
 
-#: Logits of float32 models on a CPU: the largest difference.
+#: The largest difference between logits of float32 models on a CPU.
 TOLERANCE = 1e-4
 
-#: Logits of bfloat16 models on a GPU: the norm of the difference, as a share of that of the logits.
+#: The norm of the difference between logits of bfloat16 models on a GPU, relative to the norm of
+#: the logits.
 GPU_TOLERANCE = 0.03
 
-#: Few enough that each call evicts experts, and more than two rows for the kernels of prompts.
+#: More than two tokens, so that the kernels of prompts are used, and few enough that each call
+#: evicts experts.
 PROMPT = [5, 261, 1033, 4096, 77, 8001, 612, 3000]
 DECODED = 2
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """The result of one comparison.
 
-    found, limit: the figure and the most that passes; None where there is no figure.
+    Attributes:
+        name: what was compared.
+        passed: whether the result is as it should be.
+        result: the result as text.
+        value, limit: the result as a number, and the highest that passes; None if there is none.
     """
 
     name: str
     passed: bool
     result: str
-    found: float | None = None
+    value: float | None = None
     limit: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields for `flashmoe doctor --json`."""
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "result": self.result,
+            "found": self.value,
+            "limit": self.limit,
+        }
 
 
 def run(path: Path) -> list[Check]:
-    """All checks, on the demo model in the directory `path`.
+    """Run all checks with the demo model in a directory.
 
     Raises:
-        FlashMoEError: it cannot be loaded.
+        FlashMoEError: the model cannot be loaded.
     """
     checkpoint = Checkpoint.open(path)
     checks = [_shipped(checkpoint)]
@@ -71,9 +93,9 @@ def _shipped(checkpoint: Checkpoint) -> Check:
     digest = hashlib.sha256()
     for file in checkpoint.files:
         digest.update(file.read_bytes())
-    good = digest.hexdigest() == SHA256
-    result = "as shipped" if good else f"not as shipped: SHA-256 {digest.hexdigest()[:12]}..."
-    return Check("demo file", good, result)
+    same = digest.hexdigest() == SHA256
+    result = "as shipped" if same else f"not as shipped: SHA-256 {digest.hexdigest()[:12]}..."
+    return Check("demo file", same, result)
 
 
 def _same_bits(streamed: np.ndarray, resident: np.ndarray) -> Check:
@@ -87,17 +109,20 @@ def _same_bits(streamed: np.ndarray, resident: np.ndarray) -> Check:
 def _near_stock(streamed: np.ndarray, path: Path, used: str) -> Check:
     stock, _ = load_model(path)
     stock.set_dtype(mx.float32)
-    found = float(np.abs(streamed - _logits(stock)).max())
-    result = f"{used}: logits within {found:.1e} of stock mlx-lm in float32 (limit {TOLERANCE:g})"
-    # Not the reverse: nan must not pass.
-    return Check("kernels", found <= TOLERANCE, result, found, TOLERANCE)
+    difference = float(np.abs(streamed - _logits(stock)).max())
+    result = (
+        f"{used}: logits within {format_number(difference, 2)} of stock mlx-lm in float32 "
+        f"(limit {format_number(TOLERANCE)})"
+    )
+    # Not `not difference > TOLERANCE`: NaN must not pass.
+    return Check("kernels", difference <= TOLERANCE, result, difference, TOLERANCE)
 
 
 def _near_reference(streamed: np.ndarray, checkpoint: Checkpoint, used: str) -> Check:
     expected = _streamed(checkpoint, backends.pick("reference"))
-    found = float(np.linalg.norm(streamed - expected) / np.linalg.norm(expected))
-    result = f"{used}: logits within {found:.1%} of reference (limit {GPU_TOLERANCE:.0%})"
-    return Check("kernels", found <= GPU_TOLERANCE, result, found, GPU_TOLERANCE)
+    difference = float(np.linalg.norm(streamed - expected) / np.linalg.norm(expected))
+    result = f"{used}: logits within {difference:.1%} of reference (limit {GPU_TOLERANCE:.0%})"
+    return Check("kernels", difference <= GPU_TOLERANCE, result, difference, GPU_TOLERANCE)
 
 
 def _streamed(checkpoint: Checkpoint, backend: Backend | None = None) -> np.ndarray:
@@ -109,7 +134,6 @@ def _streamed(checkpoint: Checkpoint, backend: Backend | None = None) -> np.ndar
         model.close()
 
 
-def _logits(model) -> np.ndarray:
-    # The same tokens for each model, whatever it finds likely.
-    found = logits(model, PROMPT + PROMPT[:DECODED], len(PROMPT), decode=0)
-    return np.concatenate(found)
+def _logits(model: nn.Module) -> np.ndarray:
+    # All models get the same tokens, whichever they would generate.
+    return np.concatenate(logits(model, PROMPT + PROMPT[:DECODED], len(PROMPT), decode=0))

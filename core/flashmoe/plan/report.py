@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-
-import click
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import BudgetError, ContextError
 from ..files import disk_too_full
 from ..sizes import format_size
+from ..terminal import format_number, format_seconds, waiting_line
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Planned:
     def _measured(self, activations: str):
         from . import speed_probe
 
-        with _waiting():
+        with waiting_line("measuring (the very first time compiles kernels, some 30 s)"):
             costs = speed_probe.kernels(self.checkpoint, self.k, activations)
         scratch = None if self.source.here else self.source.directory
 
@@ -121,10 +118,11 @@ class Planned:
         c, source = self.checkpoint, self.source
         size = format_size(sum(i.nbytes for i in c.identities.values()))
         yield (
-            self.name,
-            f"{c.model_type}, {c.num_layers} layers of {c.num_experts} experts, K={self.k}"
+            "model",
+            f"{self.name}: {c.model_type}, {c.num_layers} layers of {c.num_experts} experts, "
+            f"K={self.k}"
             + (f" of {c.top_k}, pruned: not exact" if self.k != c.top_k else "")
-            + f", {c.expert_bits:g} bits, {size}",
+            + f", {format_number(c.expert_bits)} bits, {size}",
         )
         if self.mac is not None:
             assumed = ", ".join(self.mac.assumed)
@@ -136,7 +134,7 @@ class Planned:
                 f"{format_size(source.free)} free in {source.directory}; headers only so far",
             )
         else:
-            yield "disk", f"it is here: {source.directory}"
+            yield "disk", f"on this disk: {source.directory}"
         if self.memory is not None:
             yield from self._of_memory()
         if self.speed is not None:
@@ -155,7 +153,7 @@ class Planned:
             f"{self.asked.context} tokens: keys, values and states {format_size(m.keys)}{rows}",
         )
         hosts = f" on {self.asked.hosts} hosts" if self.asked.hosts > 1 else ""
-        yield "slots", f"{m.slots} of {experts} experts of a layer while it answers{hosts}"
+        yield "slots", f"{m.slots} of {experts} experts per layer in decode{hosts}"
 
     def _of_speed(self) -> Iterator[tuple[str, str]]:
         s, step, costs, prompt = self.speed, self.speed.token, self.speed.costs, self.speed.prompt
@@ -166,9 +164,10 @@ class Planned:
         if self.mac is None:
             yield (
                 "measured",
-                f"weights {costs.weights_gb_s:.1f} GB/s, a layer without them "
-                f"{1e3 * costs.layer_seconds:.2f} ms, prompts {costs.prompt_gflops:.0f} GFLOPS; "
-                f"disk {costs.disk_gb_s:.2f} GB/s (io={self.disk.drive.io}, {self.disk.what})",
+                f"weights {format_number(costs.weights_gb_s)} GB/s, a layer without them "
+                f"{_ms(costs.layer_seconds)}, prompts {format_number(costs.prompt_gflops)} GFLOPS; "
+                f"disk {format_number(costs.disk_gb_s)} GB/s (io={self.disk.drive.io}, "
+                f"{self.disk.what})",
             )
         yield "speed", self._how_fast()
         yield (
@@ -178,11 +177,12 @@ class Planned:
             + (f" + network {_ms(step.network)}" if costs.hosts > 1 else ""),
         )
         yield "formula", formula(self.checkpoint, self.k, s)
+        passes = f"{prompt.sweeps} pass{'es' if prompt.sweeps > 1 else ''} through the layers"
         yield (
             "prompt",
-            f"{prompt.tokens} tokens in {prompt.sweeps} sweep{'s'[: prompt.sweeps > 1]}: computing "
-            f"{prompt.compute:.1f} s beside reading {format_size(round(prompt.read_nbytes))} in "
-            f"{prompt.reading:.1f} s",
+            f"{prompt.tokens} tokens in {passes}: computing takes "
+            f"{format_seconds(prompt.compute)}, and meanwhile reading "
+            f"{format_size(round(prompt.read_nbytes))} takes {format_seconds(prompt.reading)}",
         )
 
     def _how_fast(self) -> str:
@@ -191,11 +191,13 @@ class Planned:
         if step.rows > 1:
             rate = step.tokens_per_second / step.rows
             each = (
-                f" for {step.rows} requests together, {rate:.2g} each "
-                f"({step.needed} experts of a layer a step)"
+                f" for {step.rows} requests together, {format_number(rate, 2)} each "
+                f"({step.needed} experts per layer and step)"
             )
-        tokens = f"{step.tokens_per_second:.2g} tokens/s{each}"
-        return f"{tokens}; first token after {first:.2g} s ({self.asked.prompt} tokens of prompt)"
+        return (
+            f"{format_number(step.tokens_per_second, 2)} tokens/s{each}; first token after "
+            f"{format_seconds(first)} ({self.asked.prompt} prompt tokens)"
+        )
 
 
 def formula(checkpoint: Checkpoint, k: int, speed) -> str:
@@ -206,23 +208,23 @@ def formula(checkpoint: Checkpoint, k: int, speed) -> str:
     n, hits = step.needed, speed.hit_rate
 
     def through(nbytes: float) -> str:
-        return f"{format_size(round(nbytes))} / {costs.weights_gb_s:.3g} GB/s"
+        return f"{format_size(round(nbytes))} / {format_number(costs.weights_gb_s)} GB/s"
 
     reads = (
         f"{n} x {1 - hits:.2f} misses x {format_size(round(model.expert_nbytes))} / "
-        f"{costs.disk_gb_s:.3g} GB/s"
+        f"{format_number(costs.disk_gb_s)} GB/s"
     )
     if costs.hosts > 1:
         reads += f" / {costs.hosts} hosts"
     if step.rows > 1 or costs.hosts > 1:
         own = model.layer_nbytes + model.shared_nbytes + k * model.expert_nbytes / costs.hosts
-        each = f"{step.rows} x ({1e3 * costs.layer_seconds:.2f} ms + {through(own)})"
+        each = f"{step.rows} x ({_ms(costs.layer_seconds)} + {through(own)})"
         together = f"max({each}, {reads})" if step.rows > 1 else f"about {each} beside {reads}"
         network = f" + network {_ms(step.network / model.layers)}" if costs.hosts > 1 else ""
         return (
             f"{model.layers} layers x ({together}{network}) + {step.rows} x head "
             f"{through(model.head_nbytes)}; the mean over how many miss; "
-            f"{format_size(round(step.read_nbytes))} read a step"
+            f"{format_size(round(step.read_nbytes))} read per step"
         )
     if costs.as_they_land:
         shared = model.shared_nbytes + n * model.expert_nbytes
@@ -232,25 +234,11 @@ def formula(checkpoint: Checkpoint, k: int, speed) -> str:
         misses = through(n * (1 - hits) * model.expert_nbytes)
         experts = f"max({through(shared)}, {reads}) + {misses}"
     return (
-        f"{model.layers} layers x ({1e3 * costs.layer_seconds:.2f} ms + "
+        f"{model.layers} layers x ({_ms(costs.layer_seconds)} + "
         f"{through(model.layer_nbytes)} + {experts}) + head {through(model.head_nbytes)}; "
-        f"the mean over how many miss; {format_size(round(step.read_nbytes))} read a step"
+        f"the mean over how many miss; {format_size(round(step.read_nbytes))} read per step"
     )
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
-@contextmanager
-def _waiting() -> Iterator[None]:
-    """Says on a terminal why nothing happens."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    text = "measuring (the very first time compiles kernels, some 30 s)"
-    click.echo(click.style(text, dim=True), nl=False, err=True)
-    try:
-        yield
-    finally:
-        click.echo("\r\x1b[K", nl=False, err=True)
+    return f"{format_number(1e3 * seconds)} ms"

@@ -37,7 +37,7 @@ from time import perf_counter
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.file_identity import FileIdentity
 from ..checkpoint.safetensors_header import EXPERT_TENSOR
-from ..checkpoint.safetensors_writer import TensorSpec
+from ..checkpoint.safetensors_writer import TensorSpec, encode_header
 from ..errors import SettingError
 from ..memory import system as memory
 from ..models.loading import load_streaming
