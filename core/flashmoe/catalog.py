@@ -1,8 +1,8 @@
-"""Names that people type, and the checkpoints behind them. Imports nothing heavy.
+"""Find the checkpoints behind the names that people type. Imports nothing heavy.
 
 A name is the bundled demo, one that the user registered, one of the catalogue, or a repository
-of the Hugging Face hub, hub:owner/name. The last two are here once their checkpoint is: registered
-under any name, or in the hub's cache.
+of the Hugging Face hub, hub:owner/name. The checkpoint of the last two is on this disk if it is
+registered under any name, or in the hub's cache.
 """
 
 from __future__ import annotations
@@ -12,18 +12,26 @@ from pathlib import Path
 
 from .errors import CheckpointError
 from .hub import registry
-from .hub.known_models import CATALOGUE, HUB, Published, from_hub_name
+from .hub.known_models import CATALOGUE, HUB_PREFIX, Published, parse_hub_name
 from .user_dirs import hub_cache
 
 __all__ = ["CATALOGUE", "DEMO", "Model", "Published", "find", "model", "models"]
 
+#: The name of the bundled demo model.
 DEMO = "flashmoe-demo"
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a name stands for. path is None when it is not on this disk; experts is K, when the
-    name prunes the router; published is where it can be had."""
+    """The model that a name stands for.
+
+    Attributes:
+        path: its checkpoint directory; None when it is not on this disk.
+        experts: K, when the name stands for a model with a pruned router.
+        published: the checkpoint on the hub that it is, or could be downloaded from.
+        source: where the name is from: "bundled", "registered", "downloaded", "catalogue", "hub" or
+            "directory".
+    """
 
     name: str
     path: Path | None
@@ -34,34 +42,37 @@ class Model:
 
     @property
     def how_to_get(self) -> str:
-        """The command that brings it here."""
+        """Return the command that downloads it."""
         return f"flashmoe download {self.name}"
 
 
 def models() -> list[Model]:
-    """All names, each once: the demo, what is registered, then the catalogue. Never raises."""
+    """Return the demo, the registered models, then those of the catalogue whose name is not taken.
+
+    It never raises.
+    """
     registered = registry.models()
-    found = [Model(DEMO, Path(__file__).parent / "demo", source="bundled")]
-    found += [_registered(m) for m in registered if m.name != DEMO]
-    taken = {name for m in found for name in (m.name, *m.aliases)}
+    result = [Model(DEMO, Path(__file__).parent / "demo", source="bundled")]
+    result += [_registered(m) for m in registered if m.name != DEMO]
+    taken = {name for m in result for name in (m.name, *m.aliases)}
     for name, published in CATALOGUE.items():
         if name not in taken:
             path = _downloaded(published, registered)
             source = "catalogue" if path is None else "downloaded"
-            found.append(Model(name, path, (), published.experts, published, source))
-    return found
+            result.append(Model(name, path, (), published.experts, published, source))
+    return result
 
 
 def model(name: str) -> Model:
-    """What a name, an alias or the path of a checkpoint directory stands for.
+    """Return the model with a name or alias, or of the path of a checkpoint directory.
 
     Raises:
-        CheckpointError: nothing.
+        CheckpointError: the name is none of these.
     """
-    for found in models():
-        if name in (found.name, *found.aliases):
-            return found
-    if (published := from_hub_name(str(name))) is not None:
+    for known in models():
+        if name in (known.name, *known.aliases):
+            return known
+    if (published := parse_hub_name(str(name))) is not None:
         path = _downloaded(published, registry.models())
         source = "hub" if path is None else "downloaded"
         return Model(name, path, published=published, source=source)
@@ -70,35 +81,36 @@ def model(name: str) -> Model:
         if path.is_dir():
             return Model(name, path, source="directory")
     except (OSError, ValueError, RuntimeError):
-        pass  # too long for a path, a zero byte, a home that is not there
+        pass  # too long for a path, a zero byte, a home directory that does not exist
     raise CheckpointError(
         f"{str(name)[:200]!r} is no model name ({', '.join(m.name for m in models())}) and no "
-        f"directory: give the directory of an MLX checkpoint, or {HUB}OWNER/NAME for one of the "
-        "Hugging Face hub, or register one: flashmoe register DIR"
+        f"directory: give the directory of an MLX checkpoint, or {HUB_PREFIX}OWNER/NAME for a "
+        "repository of the Hugging Face hub, or register a directory: flashmoe register DIR"
     )
 
 
 def find(name: str) -> Path:
-    """The checkpoint directory of a name, or of a path to one.
+    """Return the checkpoint directory of a name, alias or path.
 
     Raises:
-        CheckpointError: there is none, or it is not on this disk; says how to get it.
+        CheckpointError: the name is unknown, or its checkpoint is not on this disk; says how to get
+            it.
     """
-    found = model(name)
-    if found.path is None:
+    known = model(name)
+    if known.path is None:
+        size = "" if known.published is None else f": it is {known.published.size}"
         raise CheckpointError(
-            f"{name} is not on this disk: it is {found.published.size}. "
-            f"To get it, run: {found.how_to_get}"
+            f"{name} is not on this disk{size}. To get it, run: {known.how_to_get}"
         )
-    if not found.path.is_dir():
+    if not known.path.is_dir():
         raise CheckpointError(
-            f"{found.path}, which is registered as {found.name}, is not there any more: put it "
-            f"back, or run: flashmoe remove {found.name}"
+            f"{known.path}, which is registered as {known.name}, is not there any more: put it "
+            f"back, or run: flashmoe remove {known.name}"
         )
-    return found.path
+    return known.path
 
 
-def _registered(entry: registry.Registered) -> Model:
+def _registered(entry: registry.RegisteredModel) -> Model:
     if entry.repo is None:
         return Model(entry.name, entry.path, entry.aliases)
     published = CATALOGUE.get(entry.name)
@@ -108,8 +120,8 @@ def _registered(entry: registry.Registered) -> Model:
     return Model(entry.name, entry.path, entry.aliases, published.experts, published, "downloaded")
 
 
-def _downloaded(published: Published, registered: list[registry.Registered]) -> Path | None:
-    """The directory of a repository of the hub: registered, or in the hub's own cache."""
+def _downloaded(published: Published, registered: list[registry.RegisteredModel]) -> Path | None:
+    """Return the directory of a published checkpoint: registered, or in the hub's own cache."""
     repo, revision = published.repo, published.revision or ""
     for entry in registered:
         same = entry.repo == repo and (entry.revision or "").startswith(revision)

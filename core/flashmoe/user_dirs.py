@@ -37,7 +37,7 @@ def write_settings(file: Path, content: dict) -> None:
 
 def hub_cache() -> Path:
     """Return the directory in which huggingface_hub keeps downloads, without importing it."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    home = os.environ.get("HF_HOME") or home
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = os.environ.get("HF_HOME") or caches / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     return Path(os.path.expandvars(cache or Path(home) / "hub")).expanduser()

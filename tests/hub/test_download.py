@@ -23,7 +23,7 @@ from flashmoe.catalog import CATALOGUE
 from flashmoe.cli import cli
 from flashmoe.errors import CheckpointError
 from flashmoe.hub import registry
-from flashmoe.hub.known_models import from_hub_name
+from flashmoe.hub.known_models import parse_hub_name
 
 BIN = Path(sys.executable).parent
 NAME = "hub:owner/toy"
@@ -127,7 +127,9 @@ def cache(tmp_path) -> Path:
 def test_download_does_not_answer(process, hub, tmp_path):
     """Also: a token reaches the hub's storage, or code and pickles are fetched."""
     text = process(hub, "flashmoe", "download", NAME, program="llm", HF_TOKEN=TOKEN)
-    assert re.search(r"owner/toy at 0123456789ab: 1\.\d MB in 9 files; 1\.\d MB to fetch, ", text)
+    assert re.search(r"toy at 0123456789ab: 1\.\d MB in 9 files; 1\.\d MB to download, ", text)
+        r"owner/toy at 0123456789ab: 1\.\d MB in 9 files; 1\.\d MB to download, ", text
+    )
     assert " GB free in " in text
     snapshot = cache(tmp_path) / "snapshots" / COMMIT
     # Two of the same content are one in the cache.
@@ -175,7 +177,7 @@ def test_directory_of_the_user_is_not_used(flashmoe, hub, tmp_path):
     assert hub.requests[count:] == [("config.json", 0)]
     (to / "model-x.safetensors").write_text("of another")
     text = flashmoe(hub, "download", NAME, "--to", to, code=1)
-    assert "model-x.safetensors is not of owner/toy" in text
+    assert "model-x.safetensors does not belong to owner/toy" in text
 
 
 def test_dry_run_fetches(flashmoe, hub):
@@ -419,8 +421,8 @@ def test_name_that_cannot_be_reaches_the_hub(environ, name, words):
 
 def test_catalogue_lacks_what_it_promises():
     for name, published in CATALOGUE.items():
-        assert registry.is_name(name)
-        assert from_hub_name(f"hub:{published.repo}") is not None
+        assert registry.is_valid_name(name)
+        assert parse_hub_name(f"hub:{published.repo}") is not None
         assert published.nbytes > 10**9
         assert published.repo.endswith(f"-{published.bits}bit")
         assert published.licence == "apache-2.0"

@@ -105,7 +105,7 @@ def test_server_without_ranges_sends_it_all(plan):
 @pytest.mark.parametrize(
     ("faults", "says"),
     [
-        ({"config.json": Fault(corrupted=True)}, "came with another content"),
+        ({"config.json": Fault(corrupted=True)}, "differs from the hash"),
         ({SHARD: Fault(status=403)}, "refuses owner/toy (403)"),
         ({"api": Fault(status=429, headers={"Retry-After": "999"})}, "wait 999 s"),
     ],

@@ -161,6 +161,7 @@ def _projection(
         if named is None:
             quantization = infer_quantization(path, present, inner)
         else:
+            assert config is not None  # `named` is from it
             settings = config if named is True else named
             quantization = Quantization(settings["bits"], settings["group_size"])
         if inner % quantization.group_size:

@@ -1,5 +1,8 @@
-"""What the Hugging Face hub says of a repository: which files, how large, with which hashes. Its
-errors, in the user's words. It imports huggingface_hub, so only a download imports it."""
+"""Ask the Hugging Face hub for the files of a repository: names, sizes and hashes.
+
+Errors of huggingface_hub become texts for the user. This module imports huggingface_hub, so only a
+download or a plan imports it.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,22 @@ from ..errors import DownloadError
 
 T = TypeVar("T")
 
-#: Failures without a new byte before giving up, and the longest wait that a server may ask for.
-TRIES, LONGEST_WAIT = 3, 300
-# Weights, configuration, chat templates, tokenizers. No code, no pickles. mlx-lm reads no other
+#: How many attempts in a row may fail without a new byte.
+MAX_FAILURES = 3
+#: The longest wait that a server may ask for, in seconds.
+MAX_WAIT_SECONDS = 300
+# Weights, configuration, chat templates, tokenizers; no code, no pickles. mlx-lm reads no other
 # weights, and nothing in folders.
 _NEEDED = re.compile(r"model[\w.+-]*\.safetensors|[\w+-][\w.+-]*\.(json|jinja|txt|model|tiktoken)")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository. etag: what the hub's cache calls it: the sha256 of a large file, the
-    git hash of a small one."""
+    """A file of a repository.
+
+    Attributes:
+        etag: its name in the hub's cache: the sha256 of a large file, the git hash of a small one.
+    """
 
     name: str
     nbytes: int
@@ -47,10 +55,11 @@ class HubFile:
 
     @property
     def is_sha256(self) -> bool:
+        """Return whether `etag` is a sha256, not a git hash."""
         return len(self.etag) == 64
 
-    def hasher(self):
-        """An empty hash; fed with the whole file it gives the etag."""
+    def hasher(self) -> hashlib._Hash:
+        """Return an empty hash that gives `etag` after it was updated with the complete file."""
         if self.is_sha256:
             return hashlib.sha256()
         return hashlib.sha1(b"blob %d\0" % self.nbytes, usedforsecurity=False)
@@ -58,7 +67,12 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a repository that a model needs, small ones first, at one commit."""
+    """The files of a repository that a model needs, at one commit.
+
+    Attributes:
+        revision: the branch, tag or commit that was asked for.
+        files: the files, the smallest first.
+    """
 
     repo: str
     revision: str
@@ -67,55 +81,71 @@ class Listing:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all files."""
         return sum(file.nbytes for file in self.files)
 
 
-class Short(OSError):
-    """A file that ended early, as if it were whole."""
+class TruncatedError(OSError):
+    """A response that ended before the file did, without an error of the connection."""
 
 
-def listing(repo: str, revision: str | None = None) -> Listing:
-    """
+def fetch_listing(repo: str, revision: str | None = None) -> Listing:
+    """Ask the hub which files of a repository a model needs.
+
+    Args:
+        revision: a branch, tag or commit. None: the repository's default branch.
+
     Raises:
         DownloadError: there is no such repository, it may not be read, or it holds no checkpoint.
     """
     revision = revision or constants.DEFAULT_REVISION
-    with explained(repo, revision):
-        info = patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
-    if not constants.REGEX_COMMIT_OID.fullmatch(info.sha or ""):  # it names a directory
+    with translated_errors(repo, revision):
+        info = with_retries(
+            lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
+        )
+    commit = info.sha or ""
+    if not constants.REGEX_COMMIT_OID.fullmatch(commit):  # it becomes the name of a directory
         raise DownloadError(f"{_endpoint()} gives no commit of {repo}: check HF_ENDPOINT")
     files = []
     for sibling in info.siblings or ():
         if _NEEDED.fullmatch(sibling.rfilename):
             etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
             nbytes = sibling.lfs.size if sibling.lfs else sibling.size
-            if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag or "") or nbytes is None:
+            etag = etag or ""
+            if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) or nbytes is None:
                 raise DownloadError(
                     f"{_endpoint()} gives no hash or no size of {repo}/{sibling.rfilename}, so it "
                     "could not be verified: check HF_ENDPOINT"
                 )
-            url = hf_hub_url(repo, sibling.rfilename, revision=info.sha)
+            url = hf_hub_url(repo, sibling.rfilename, revision=commit)
             files.append(HubFile(sibling.rfilename, nbytes, etag, url))
     names = {file.name for file in files}
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         raise DownloadError(
             f"{repo} at {revision} holds no config.json with model*.safetensors: only checkpoints "
-            "in MLX's format can be used, such as those of mlx-community"
+            "in MLX format can be used, such as those of mlx-community"
         )
-    return Listing(repo, revision, info.sha, tuple(sorted(files, key=lambda f: f.nbytes)))
+    return Listing(repo, revision, commit, tuple(sorted(files, key=lambda f: f.nbytes)))
 
 
-def headers() -> dict[str, str]:
-    """Of each request for a file, with the user's token. Compressed, it could not be resumed."""
-    found = build_hf_headers(library_name="flashmoe", library_version=version("llm-flashmoe"))
-    return found | {"Accept-Encoding": "identity"}
+def request_headers() -> dict[str, str]:
+    """Return the HTTP headers of a request for a file, with the user's token.
+
+    Compression is refused: a compressed response could not be resumed at a byte of the file.
+    """
+    headers = build_hf_headers(library_name="flashmoe", library_version=version("llm-flashmoe"))
+    return headers | {"Accept-Encoding": "identity"}
 
 
-def patiently(call: Callable[[], T], progressed: Callable[[], bool] = lambda: False) -> T:
-    """What a call returns; it is made again after errors that pass.
+def with_retries(call: Callable[[], T], progressed: Callable[[], bool] = lambda: False) -> T:
+    """Return what `call` returns; call it again after temporary errors, with growing waits.
 
     Args:
-        progressed: whether the call that has failed got any further; then it does not count.
+        progressed: whether the call that has just failed got further than the one before; then the
+            count of failures starts anew.
+
+    Raises:
+        OSError, HTTPError: the error is not temporary, or came MAX_FAILURES times in a row.
     """
     failures = 0
     while True:
@@ -124,13 +154,13 @@ def patiently(call: Callable[[], T], progressed: Callable[[], bool] = lambda: Fa
         except (HTTPError, OSError) as e:
             failures = 1 if progressed() else failures + 1
             wait = _wait(e, failures)
-            if wait is None or failures >= TRIES:
+            if wait is None or failures >= MAX_FAILURES:
                 raise
             time.sleep(wait)
 
 
 def _wait(error: Exception, failures: int) -> float | None:
-    """Seconds until it may be tried again; None when that would not help."""
+    """Return the seconds until the next attempt, or None when another one would not help."""
     if isinstance(error, OfflineModeIsEnabled):
         return None
     if isinstance(error, HfHubHTTPError):
@@ -138,21 +168,21 @@ def _wait(error: Exception, failures: int) -> float | None:
         if error.response.status_code not in (408, 429, 500, 502, 503, 504):
             return None
         if asked.isdigit():
-            return int(asked) if int(asked) <= LONGEST_WAIT else None
-    elif not isinstance(error, HTTPError | Short):
-        return None  # of the disk
+            return int(asked) if int(asked) <= MAX_WAIT_SECONDS else None
+    elif not isinstance(error, HTTPError | TruncatedError):
+        return None  # an error of the disk
     return 2.0 ** (failures - 1)
 
 
 @contextmanager
-def explained(repo: str, revision: str) -> Iterator[None]:
-    """The errors of huggingface_hub as ours."""
+def translated_errors(repo: str, revision: str) -> Iterator[None]:
+    """Turn the errors of huggingface_hub in this context into DownloadError, with a way out."""
     try:
         yield
     except OfflineModeIsEnabled as e:
         raise DownloadError(
             f"HF_HUB_OFFLINE is set, so {repo} is not fetched: unset it, or register a directory "
-            "that is here: flashmoe register DIR"
+            "on this disk: flashmoe register DIR"
         ) from e
     except GatedRepoError as e:
         raise DownloadError(
@@ -169,18 +199,19 @@ def explained(repo: str, revision: str) -> Iterator[None]:
             f"{repo} has no revision {revision}: give a branch, a tag or a commit of it"
         ) from e
     except HFValidationError as e:
-        raise DownloadError(f"{repo!r} is no name of a repository: {_first_line(e)}") from e
+        raise DownloadError(f"{repo!r} is not the name of a repository: {_first_line(e)}") from e
     except HfHubHTTPError as e:
-        raise DownloadError(_of_status(repo, e.response)) from e
-    except (HTTPError, Short) as e:
+        raise DownloadError(_status_error(repo, e)) from e
+    except (HTTPError, TruncatedError) as e:
         raise DownloadError(
             f"{repo} could not be fetched from {_endpoint()} ({_first_line(e)}): check the network "
-            "and run this again; it goes on where it stopped"
+            "and run this again; it continues where it stopped"
         ) from e
 
 
-def _of_status(repo: str, response) -> str:
-    status, asked = response.status_code, response.headers.get("Retry-After")
+def _status_error(repo: str, error: HfHubHTTPError) -> str:
+    """Return the error text for an HTTP status."""
+    status, asked = error.response.status_code, error.response.headers.get("Retry-After")
     if status in (401, 403):
         return (
             f"{_endpoint()} refuses {repo} ({status}): ask for access on its page, log in with "
@@ -190,7 +221,7 @@ def _of_status(repo: str, response) -> str:
         wait = f"wait {asked} s" if asked else "wait some minutes"
         return f"{_endpoint()} refuses more requests for now (429): {wait}, and run this again"
     return (
-        f"{_endpoint()} answers {status} for {repo}: run this again later; it goes on where it "
+        f"{_endpoint()} answers {status} for {repo}: run this again later; it continues where it "
         "stopped"
     )
 

@@ -1,14 +1,14 @@
-"""Checkpoints from the hub: fetched, verified, and only then registered.
+"""Download checkpoints from the hub and verify them; only then they may be registered.
 
 huggingface_hub's http_get fetches each file, with its ranges, waits and tokens. Its own
-hf_hub_download is not used: of late it names each partial file anew and removes it, so that a
-download that was killed starts its files again, and it compares sizes but no hashes.
+hf_hub_download is not used: recent versions give each partial file a new name and remove it, so
+that a killed download starts its files again, and they compare sizes but no hashes.
 
-    blobs/<etag>.flashmoe.incomplete    what came so far; http_get goes on at its end
-    blobs/<etag>                        whole and verified
-    snapshots/<commit>/<name>           links to these, made when all are there; then the registry
+    blobs/<etag>.flashmoe.incomplete    the bytes so far; http_get continues at its end
+    blobs/<etag>                        complete and verified
+    snapshots/<commit>/<name>           links to these, made when all are complete
 
-Where these are: hub_place.
+`flashmoe.hub.cache_layout` says where these directories are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
@@ -33,123 +34,139 @@ from ..files import disk_too_full, free_nbytes
 from ..sizes import format_size
 from . import api as hub
 from .api import HubFile, Listing
-from .cache_layout import Place
+from .cache_layout import DownloadPaths
 
-#: Files at once, and bytes read at once.
-WORKERS, PIECE = 4, 1 << 22
-#: Left free on the disk: a full one troubles other programs.
-MARGIN = 1 << 30
+#: Files that are fetched at the same time.
+WORKERS = 4
+#: Bytes of a file on disk that are hashed at once.
+PIECE_NBYTES = 1 << 22
+#: Bytes that a download leaves free on the disk: a full one troubles other programs.
+MARGIN_NBYTES = 1 << 30
+
+#: Called in any thread with the number of bytes that were just verified; negative: as many bytes
+#: that were counted before must be fetched or verified again.
+Advance = Callable[[int], None]
 
 
 class Download:
-    """A download that is planned; `run` makes it.
+    """A planned download; `fetch` performs it.
 
     Args:
+        listing: the files, from `fetch_listing`.
         to: a directory, instead of the hub's cache.
+
+    Attributes:
+        paths: where the files go.
+        present_nbytes: bytes that are on the disk already, judged by sizes.
+        missing_nbytes: bytes to fetch.
+        free_nbytes: bytes that are free on the disk of `paths`.
     """
 
     def __init__(self, listing: Listing, to: Path | None = None):
         self.listing = listing
-        self.place = Place.of(listing, to)
-        self.here = sum(map(self.place.here, listing.files))
-        self.missing = listing.nbytes - self.here
-        self.free = free_nbytes(self.place.blobs)
+        self.paths = DownloadPaths.for_listing(listing, to)
+        self.present_nbytes = sum(map(self.paths.present_nbytes, listing.files))
+        self.missing_nbytes = listing.nbytes - self.present_nbytes
+        self.free_nbytes = free_nbytes(self.paths.blobs)
         self._cancel = threading.Event()
 
-    def check_room(self) -> None:
-        """
+    def check_free_space(self) -> None:
+        """Check that the missing files fit on the disk and leave a margin.
+
         Raises:
-            DownloadError: the disk is too small.
+            DownloadError: they do not.
         """
-        needed = self.missing + MARGIN
-        if self.missing and needed > self.free:
+        needed = self.missing_nbytes + MARGIN_NBYTES
+        if self.missing_nbytes and needed > self.free_nbytes:
             way_out = "give a directory on another disk: --to DIR"
             raise DownloadError(
-                f"{self.listing.repo} does not fit: {format_size(self.missing)} are missing, and "
-                f"{format_size(MARGIN)} must stay free for other programs. "
-                + disk_too_full(self.place.directory, needed, self.free, way_out)
+                f"{self.listing.repo} does not fit: {format_size(self.missing_nbytes)} are missing,"
+                f" and {format_size(MARGIN_NBYTES)} must stay free for other programs. "
+                + disk_too_full(self.paths.directory, needed, self.free_nbytes, way_out)
             )
 
-    def run(self, advance: Callable[[int], None] = lambda nbytes: None) -> Path:
-        """Fetch and verify all files, and return their directory.
-
-        Args:
-            advance: called in any thread with bytes that are verified, newly or again; less than
-                0 takes some back.
+    def fetch(self, advance: Advance = lambda nbytes: None) -> Path:
+        """Fetch and verify all files, and return the checkpoint directory.
 
         Raises:
-            DownloadError, CheckpointError
+            DownloadError: a file cannot be fetched or written, or differs from the hub's hash.
+            CheckpointError: flashmoe cannot run the checkpoint.
         """
         disable_progress_bars()
         hub_logging.set_verbosity_error()
         repo, revision = self.listing.repo, self.listing.revision
-        with hub.explained(repo, revision), _explained_disk(self.place), self._locked():
-            self.place.check(self.listing)
+        with (
+            hub.translated_errors(repo, revision),
+            _translated_disk_errors(self.paths),
+            self._locked(),
+        ):
+            self.paths.check_no_other_shards(self.listing)
             weights = [f for f in self.listing.files if f.name.endswith(".safetensors")]
             self._fetch_all([f for f in self.listing.files if f not in weights], advance)
-            self._check_config()  # before hundreds of gigabytes of what cannot be used
+            self._check_config()  # before hundreds of gigabytes that could not be used
             self._fetch_all(weights, advance)
-            self.place.finish(self.listing)
-        Checkpoint.open(self.place.directory)
-        return self.place.directory
+            self.paths.move_into_place(self.listing)
+        Checkpoint.open(self.paths.directory)
+        return self.paths.directory
 
-    def _fetch_all(self, files: list[HubFile], advance: Callable[[int], None]) -> None:
-        files = list({self.place.key(file): file for file in files}.values())
-        left, ended = iter(files), queue.Queue()
+    def _fetch_all(self, files: list[HubFile], advance: Advance) -> None:
+        files = list({self.paths.key(file): file for file in files}.values())
+        waiting = iter(files)
+        results: queue.Queue[BaseException | None] = queue.Queue()
 
         def work() -> None:
-            for file in left:
+            for file in waiting:
                 try:
                     self._fetch(file, advance)
-                    ended.put(None)
+                    results.put(None)
                 except BaseException as e:
-                    ended.put(e)
+                    results.put(e)
 
-        # Daemons: Ctrl-C need not wait for a server that says nothing. What came is on the disk.
+        # Daemons: Ctrl-C need not wait for a silent server. The bytes that arrived are on the disk.
         for _ in range(min(WORKERS, len(files))):
             threading.Thread(target=work, daemon=True).start()
         try:
             for _ in files:
-                if (error := ended.get()) is not None:
+                if (error := results.get()) is not None:
                     raise error
         except BaseException:
             self._cancel.set()
             raise
 
-    def _fetch(self, file: HubFile, advance: Callable[[int], None]) -> None:
-        if self._is_whole(file, advance):
+    def _fetch(self, file: HubFile, advance: Advance) -> None:
+        if self._is_complete(file, advance):
             return
-        path = self.place.part(file)
+        path = self.paths.partial(file)
         for resumed in (path.exists(), False):
-            fault = self._fetch_part(file, path, advance)
+            fault = self._fetch_missing(file, path, advance)
             if fault is None:
-                os.replace(path, self.place.blobs / self.place.key(file))
+                os.replace(path, self.paths.blobs / self.paths.key(file))
                 return
             path.unlink()
             if not resumed:
-                break  # else what was there may be what is wrong
+                break  # otherwise the bytes of an earlier download may be the wrong ones: once more
         raise DownloadError(
             f"{file.name} of {self.listing.repo} is not what the hub promises: {fault}. It was "
             "removed: run this again, and if that does not help, tell the owner of the repository"
         )
 
-    def _is_whole(self, file: HubFile, advance: Callable[[int], None]) -> bool:
-        """Whether a file is there and verified; one of the cache that is spoilt is removed."""
-        path = self.place.blob(file)
+    def _is_complete(self, file: HubFile, advance: Advance) -> bool:
+        """Return whether a file is on the disk and verified. A corrupt blob is removed."""
+        path = self.paths.complete(file)
         if not path.is_file():
             return False
-        with _Part(path, file, advance, self._cancel, "rb") as found:
-            if found.fault() is None:
+        with _HashedFile(path, file, advance, self._cancel, "rb") as present:
+            if present.fault() is None:
                 return True
-            found.take_back()
-        if path.parent == self.place.blobs:
+            present.uncount()
+        if path.parent == self.paths.blobs:
             path.unlink()
         return False
 
-    def _fetch_part(self, file: HubFile, path: Path, advance: Callable[[int], None]) -> str | None:
-        """Fetch what is missing of a file; what is wrong with it then."""
+    def _fetch_missing(self, file: HubFile, path: Path, advance: Advance) -> str | None:
+        """Fetch the bytes that a partial file lacks; return what is wrong with it then, or None."""
         mode = "r+b" if path.exists() else "w+b"
-        with _Part(path, file, advance, self._cancel, mode) as part:
+        with _HashedFile(path, file, advance, self._cancel, mode) as part:
             before = part.nbytes
 
             def progressed() -> bool:
@@ -161,29 +178,37 @@ class Download:
                 if self._cancel.is_set():
                     raise Cancelled
                 if part.nbytes < file.nbytes:
-                    http_get(file.url, part, resume_size=part.nbytes, headers=hub.headers())
+                    headers = hub.request_headers()
+                    # http_get uses nothing of a file but what _HashedFile has.
+                    writer = cast(BinaryIO, part)
+                    http_get(file.url, writer, resume_size=part.nbytes, headers=headers)
                 if part.nbytes < file.nbytes:
-                    raise hub.Short(f"{file.name} ended after {part.nbytes} of {file.nbytes} bytes")
+                    raise hub.TruncatedError(
+                        f"{file.name} ended after {part.nbytes} of {file.nbytes} bytes"
+                    )
 
             with suppress(_TooLong):
-                hub.patiently(get, progressed)
+                hub.with_retries(get, progressed)
             os.fsync(part)
             fault = part.fault()
             if fault is not None:
-                part.take_back()
+                part.uncount()
             return fault
 
     def _check_config(self) -> None:
         (file,) = (f for f in self.listing.files if f.name == "config.json")
-        config = read_object(self.place.blob(file))
+        config = read_object(self.paths.complete(file))
         where = Path(self.listing.repo)
         parse_quantization(config, parse_text_config(config, where), where)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Two processes at one file would spoil it. The system opens the lock of a killed one."""
-        self.place.blobs.mkdir(parents=True, exist_ok=True)
-        with open(self.place.blobs / ".flashmoe.lock", "w") as f:
+        """Keep other processes out: two writers would corrupt a file.
+
+        The system releases the lock when a process is killed.
+        """
+        self.paths.blobs.mkdir(parents=True, exist_ok=True)
+        with open(self.paths.blobs / ".flashmoe.lock", "w") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
@@ -194,24 +219,29 @@ class Download:
 
 
 class _TooLong(Exception):
-    """More came than the file has."""
+    """The server sent more bytes than the file has."""
 
 
-class _Part:
-    """The file that http_get writes to, hashed as it grows. What is there is hashed first."""
+class _HashedFile:
+    """The file that http_get writes to, hashed as it grows.
 
-    def __init__(self, path, file: HubFile, advance, cancel: threading.Event, mode: str):
+    The bytes that are in the file at first are hashed by the constructor.
+    """
+
+    def __init__(
+        self, path: Path, file: HubFile, advance: Advance, cancel: threading.Event, mode: str
+    ):
         self._file = open(path, mode)  # noqa: SIM115
-        self._of, self._advance, self._cancel = file, advance, cancel
+        self._expected, self._advance, self._cancel = file, advance, cancel
         self.nbytes, self._hash = 0, file.hasher()
-        while piece := self._file.read(PIECE):
+        while piece := self._file.read(PIECE_NBYTES):
             self._count(piece)
 
     def write(self, piece: bytes) -> None:
         self._file.write(piece)
-        self._file.flush()  # a kill loses nothing that has come
+        self._file.flush()  # a kill loses no byte that has arrived
         self._count(piece)
-        if self.nbytes > self._of.nbytes:
+        if self.nbytes > self._expected.nbytes:
             raise _TooLong
 
     def tell(self) -> int:
@@ -221,29 +251,30 @@ class _Part:
         self._file.seek(position)
 
     def truncate(self) -> None:
-        """http_get does so only to start anew, when a server gives no ranges."""
+        """Drop all bytes. http_get does so only to start anew, when a server gives no ranges."""
         self._file.truncate()
-        self.take_back()
+        self.uncount()
 
-    def take_back(self) -> None:
-        """Forget what was counted."""
+    def uncount(self) -> None:
+        """Take back what was counted: the bytes will be fetched or verified again."""
         self._advance(-self.nbytes)
-        self.nbytes, self._hash = 0, self._of.hasher()
+        self.nbytes, self._hash = 0, self._expected.hasher()
 
     def fault(self) -> str | None:
-        """What is wrong with the file, if it is to be whole."""
-        if self.nbytes != self._of.nbytes:
-            return f"it has {self.nbytes} bytes or more, not {self._of.nbytes}"
-        found, kind = self._hash.hexdigest(), "sha256" if self._of.is_sha256 else "git hash"
-        return None if found == self._of.etag else f"its {kind} is {found}, not {self._of.etag}"
+        """Return what is wrong with the file if it is complete, or None."""
+        if self.nbytes != self._expected.nbytes:
+            return f"it has {self.nbytes} bytes or more, not {self._expected.nbytes}"
+        digest, etag = self._hash.hexdigest(), self._expected.etag
+        kind = "sha256" if self._expected.is_sha256 else "git hash"
+        return None if digest == etag else f"its {kind} is {digest}, not {etag}"
 
     def fileno(self) -> int:
         return self._file.fileno()
 
-    def __enter__(self) -> _Part:
+    def __enter__(self) -> _HashedFile:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
 
     def _count(self, piece: bytes) -> None:
@@ -255,14 +286,14 @@ class _Part:
 
 
 @contextmanager
-def _explained_disk(place: Place) -> Iterator[None]:
-    """A disk that is full, or where nothing can be written."""
+def _translated_disk_errors(paths: DownloadPaths) -> Iterator[None]:
+    """Turn errors of a disk that is full or cannot be written into DownloadError."""
     try:
         yield
     except OSError as e:
         if e.errno is None:
             raise
         raise DownloadError(
-            f"{place.blobs} cannot be used: {e}. Mend that, or give another directory, --to DIR, "
-            "and run this again; it goes on where it stopped"
+            f"{paths.blobs} cannot be used: {e}. Fix that, or give another directory, --to DIR, "
+            "and run this again; it continues where it stopped"
         ) from e

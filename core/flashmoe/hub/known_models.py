@@ -1,15 +1,17 @@
-"""The catalogue: checkpoints on the Hugging Face hub that have a name here. The data is
-catalogue.json; what is not verified says so there."""
+"""Read the catalogue: the checkpoints on the Hugging Face hub that flashmoe knows by a name.
+
+The data is known_models.json, which says for each entry whether it was verified.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-#: What a name starts with that is a repository of the hub itself.
-HUB = "hub:"
+#: The prefix of names that are repositories of the hub.
+HUB_PREFIX = "hub:"
 _HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 
 
@@ -17,9 +19,16 @@ _HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.
 class Published:
     """A checkpoint on the hub.
 
-    nbytes: what a download takes, about; None when only the hub knows. experts: K, when the name
-    stands for a pruned router, with the evidence for it. verified: whether name and size were
-    compared with the hub; source: where they are from.
+    Attributes:
+        repo: the repository, owner/name.
+        nbytes: the approximate size of a download; None when only the hub knows.
+        experts: K, when the name stands for a model with a pruned router.
+        revision: a branch, tag or commit; None: the repository's default branch.
+        bits: bits of an expert weight.
+        trained_k: K that the model was trained with.
+        evidence: why `experts` is good enough.
+        verified: name and size were compared with the hub.
+        source: where name and size are from.
     """
 
     repo: str
@@ -35,27 +44,26 @@ class Published:
 
     @property
     def size(self) -> str:
-        """For people."""
+        """Return the size of a download as text for people."""
         return f"about {self.nbytes / 1e9:.0f} GB" if self.nbytes else "of a size the hub knows"
 
 
-def from_hub_name(name: str) -> Published | None:
-    """What hub:owner/name or hub:owner/name@revision stands for; None for another name."""
+def parse_hub_name(name: str) -> Published | None:
+    """Return what hub:owner/name or hub:owner/name@revision stands for; None for other names."""
     match = _HUB_NAME.fullmatch(name)
-    # Two dots could leave the directory that the hub's cache makes of the name.
+    # Two dots could lead out of the directory that the hub's cache makes from the name.
     return None if match is None or ".." in name else Published(match[1], revision=match[2])
 
 
 def _read() -> dict[str, Published]:
     data = json.loads((Path(__file__).parent / "known_models.json").read_text())
-    found = {}
+    catalogue = {}
     for name, entry in data["models"].items():
-        found[name] = _published(entry, data["families"][entry["family"]])
+        catalogue[name] = _published(entry, data["families"][entry["family"]])
     for name, preset in data["presets"].items():
-        of = found[preset["model"]]
-        pruned = {"experts": preset["experts"], "evidence": preset["evidence"]}
-        found[name] = Published(**vars(of) | pruned)
-    return found
+        model = catalogue[preset["model"]]
+        catalogue[name] = replace(model, experts=preset["experts"], evidence=preset["evidence"])
+    return catalogue
 
 
 def _published(entry: dict, family: dict) -> Published:
@@ -70,4 +78,5 @@ def _published(entry: dict, family: dict) -> Published:
     )
 
 
+#: The catalogue, by name.
 CATALOGUE = _read()

@@ -1,9 +1,9 @@
-"""The checkpoints that the user has registered: a JSON file that all front ends share.
+"""Keep the list of checkpoints that the user has registered: a JSON file that all plugins share.
 
     {"version": 1, "models": {"name": {"path": "/models/x", "aliases": ["y"]}}}
 
-One that was downloaded has its "repo" and the commit, "revision", too. Reading never raises: a
-file that is broken must not break every command that lists models.
+A downloaded one also has its "repo" and the commit, "revision". `models` never raises: a file that
+is broken must not break every command that lists models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import user_dirs
 from ..errors import RegistryError
@@ -24,8 +25,12 @@ _ORIGIN = ("repo", "revision")
 
 
 @dataclass(frozen=True)
-class Registered:
-    """A checkpoint directory under a name; repo and revision: what of the hub it was made from."""
+class RegisteredModel:
+    """A checkpoint directory with a name.
+
+    Attributes:
+        repo, revision: the repository of the hub and its commit, if it was downloaded.
+    """
 
     name: str
     path: Path
@@ -35,60 +40,72 @@ class Registered:
 
 
 def file() -> Path:
-    """The registry's file."""
+    """Return the path of the registry's file."""
     return user_dirs.settings_directory() / "models.json"
 
 
-def models() -> list[Registered]:
-    """The registered checkpoints, by name. Entries that cannot be are left out, with a warning."""
+def models() -> list[RegisteredModel]:
+    """Return the registered checkpoints, sorted by name.
+
+    Invalid entries are left out, with a warning.
+    """
     try:
-        found = _read()
+        entries = _read()
     except RegistryError as e:
         log.warning("%s", e)
         return []
     models = []
-    for name, entry in sorted(found.items()):
+    for name, entry in sorted(entries.items()):
         try:
-            aliases = tuple(a for a in entry.get("aliases", ()) if is_name(a))
-            if not is_name(name):
+            aliases = tuple(a for a in entry.get("aliases", ()) if is_valid_name(a))
+            if not is_valid_name(name):
                 raise ValueError
             origin = {k: v for k in _ORIGIN if isinstance(v := entry.get(k), str)}
-            models.append(Registered(name, Path(entry["path"]), aliases, **origin))
+            models.append(RegisteredModel(name, Path(entry["path"]), aliases, **origin))
         except (AttributeError, KeyError, TypeError, ValueError):
-            log.warning("%s: the entry of %r is not one: it is ignored", file(), name)
+            log.warning("%s: the entry of %r is not valid: it is ignored", file(), name)
     return models
 
 
-def is_name(name: object) -> bool:
-    """Whether a model may be called so: something to type, that no shell would change."""
+def is_valid_name(name: object) -> bool:
+    """Return whether a model may have this name: easy to type, and no shell would change it."""
     return isinstance(name, str) and len(name) <= 100 and bool(_NAME.fullmatch(name))
 
 
-def add(name: str, path: Path, aliases: tuple[str, ...] = (), **origin: str) -> Registered:
-    """Register a directory, in place of what had that name.
+def add(
+    name: str,
+    path: Path,
+    aliases: tuple[str, ...] = (),
+    repo: str | None = None,
+    revision: str | None = None,
+) -> RegisteredModel:
+    """Register a directory; an entry of the same name is replaced.
 
     Args:
-        origin: the `repo` and `revision` of a download.
+        repo, revision: the repository and commit of a download.
 
     Raises:
-        RegistryError: a name cannot be one, or is another model's; the file cannot be changed.
+        RegistryError: a name is not valid or belongs to another model, or the file cannot be
+            written.
     """
-    check(name, aliases)
-    found = _read()
-    found[name] = {"path": str(path.absolute()), "aliases": list(aliases), **origin}
-    _write(found)
-    return Registered(name, path.absolute(), aliases, **origin)
+    check_names(name, aliases)
+    model = RegisteredModel(name, path.absolute(), aliases, repo, revision)
+    origin = {k: v for k in _ORIGIN if (v := getattr(model, k)) is not None}
+    entry = {"path": str(model.path), "aliases": list(aliases), **origin}
+    _write(_read() | {name: entry})
+    return model
 
 
-def check(name: str, aliases: tuple[str, ...] = ()) -> None:
-    """
+def check_names(name: str, aliases: tuple[str, ...] = ()) -> None:
+    """Check that a model may be registered under these names.
+
     Raises:
-        RegistryError: a name cannot be one, or is another model's.
+        RegistryError: a name is not valid, or belongs to another model.
     """
     for new in (name, *aliases):
-        if not is_name(new):
+        if not is_valid_name(new):
             raise RegistryError(
-                f"{new!r} cannot be a name: use letters, digits and . _ - : @ + /, 100 at most"
+                f"{new!r} cannot be a name: use at most 100 letters, digits and . _ - : @ + /"
             )
         for other in models():
             if other.name != name and new in (other.name, *other.aliases):
@@ -98,39 +115,42 @@ def check(name: str, aliases: tuple[str, ...] = ()) -> None:
                 )
 
 
-def remove(name: str) -> Registered:
-    """Forget the checkpoint of that name or alias. Its files stay.
+def remove(name: str) -> RegisteredModel:
+    """Remove the entry with this name or alias, and return it. The files of the checkpoint stay.
 
     Raises:
-        RegistryError: there is none, or the file cannot be changed.
+        RegistryError: there is no such entry, or the file cannot be written.
     """
     for model in models():
         if name in (model.name, *model.aliases):
-            found = _read()
-            del found[model.name]
-            _write(found)
+            entries = _read()
+            del entries[model.name]
+            _write(entries)
             return model
     known = ", ".join(m.name for m in models()) or "none"
     raise RegistryError(f"{name!r} is not registered; registered are: {known}")
 
 
-def _read() -> dict:
+def _read() -> dict[str, Any]:
+    """Return the entries by name; any JSON value may be an entry."""
     try:
-        found = json.loads(file().read_text())
+        content = json.loads(file().read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise RegistryError(
-            f"{file()} cannot be read ({e}): mend it, or remove it and register again"
+            f"{file()} cannot be read ({e}): fix it, or remove it and register the models again"
         ) from e
-    models = found.get("models") if isinstance(found, dict) else None
-    if not isinstance(models, dict):
-        raise RegistryError(f"{file()} holds no models: mend it, or remove it and register again")
-    return models
+    entries = content.get("models") if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
+        raise RegistryError(
+            f"{file()} holds no models: fix it, or remove it and register the models again"
+        )
+    return entries
 
 
-def _write(models: dict) -> None:
+def _write(entries: dict[str, Any]) -> None:
     try:
-        user_dirs.write_settings(file(), {"version": 1, "models": models})
+        user_dirs.write_settings(file(), {"version": 1, "models": entries})
     except OSError as e:
         raise RegistryError(f"{file()} cannot be written: {e}") from e
