@@ -1,5 +1,4 @@
-"""What people use the server with: the openai package and LangChain's ChatOpenAI, over the demo
-model, which calls tools and keeps to schemas."""
+"""Test that the openai package and LangChain's ChatOpenAI work with a server of the demo model."""
 
 import asyncio
 import json
@@ -58,18 +57,18 @@ def create(client):
     return create
 
 
-def test_agent_of_openai_does_not_answer(create):
+def test_openai_client_runs_a_tool_loop(create):
     message = create(tools=[ADD]).choices[0].message
     (call,) = message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 17, "b": 25})
     result = {"role": "tool", "tool_call_id": call.id, "content": "42"}
-    # The message goes back as it came, with all its empty fields.
-    found = create([*ASK, message.model_dump(), result], tools=[ADD])
-    assert "42" in found.choices[0].message.content
-    assert found.usage.prompt_tokens_details.cached_tokens > 50
+    # The message is sent back as it was received, with all of its empty fields.
+    completion = create([*ASK, message.model_dump(), result], tools=[ADD])
+    assert "42" in completion.choices[0].message.content
+    assert completion.usage.prompt_tokens_details.cached_tokens > 50
 
 
-def test_streamed_call_is_another_one(create):
+def test_streamed_call_adds_up(create):
     options = {"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "add"}}}
     chunks = list(create(stream=True, **options))
     calls = [c for k in chunks for c in k.choices[0].delta.tool_calls or ()]
@@ -80,11 +79,11 @@ def test_streamed_call_is_another_one(create):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_helper_of_openai_does_not_parse(client):
+def test_openai_helpers_parse_the_answer(client):
     fields = {"model": "flashmoe-demo", "temperature": 0, "max_tokens": 100}
     ask = [{"role": "user", "content": "Invent a dog."}]
-    found = client.chat.completions.parse(messages=ask, response_format=Dog, **fields)
-    assert isinstance(found.choices[0].message.parsed, Dog)
+    completion = client.chat.completions.parse(messages=ask, response_format=Dog, **fields)
+    assert isinstance(completion.choices[0].message.parsed, Dog)
     with client.chat.completions.stream(messages=ask, response_format=Dog, **fields) as stream:
         for _ in stream:
             pass
@@ -94,38 +93,38 @@ def test_helper_of_openai_does_not_parse(client):
             messages=ask, response_format=Dog, **fields | {"max_tokens": 3}
         )
     tool = openai.pydantic_function_tool(Dog)
-    found = client.chat.completions.parse(
+    completion = client.chat.completions.parse(
         messages=ask, tools=[tool], tool_choice="required", **fields
     )
-    assert found.choices[0].message.tool_calls[0].function.parsed_arguments
+    assert completion.choices[0].message.tool_calls[0].function.parsed_arguments
 
 
-def test_json_object_is_none(create):
-    found = create(
+def test_json_object_format_gives_json(create):
+    completion = create(
         [{"role": "user", "content": "A dog as JSON."}],
         response_format={"type": "json_object"},
         max_tokens=60,
     )
-    text = found.choices[0].message.content
-    assert found.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
+    text = completion.choices[0].message.content
+    assert completion.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
 
 
-def test_thought_is_in_the_answer(create):
-    found = create(
+def test_reasoning_is_apart_from_the_content(create):
+    completion = create(
         [{"role": "user", "content": "What is 3 plus 4?"}],
         reasoning_effort="low",
         max_tokens=200,
         extra_body={"thinking_budget": 20},
     )
-    message = found.choices[0].message
+    message = completion.choices[0].message
     assert message.reasoning_content
     assert message.reasoning_content not in message.content
-    assert 0 < found.usage.completion_tokens_details.reasoning_tokens <= 25
+    assert 0 < completion.usage.completion_tokens_details.reasoning_tokens <= 25
     off = create([{"role": "user", "content": "Hello!"}], reasoning_effort="none")
     assert not hasattr(off.choices[0].message, "reasoning_content")
 
 
-def test_async_client_gets_another_answer(url, create):
+def test_async_client_gets_the_same_answer(url, create):
     async def ask() -> str:
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             fields = {"model": "flashmoe-demo", "temperature": 0, "max_tokens": 20}
@@ -142,17 +141,17 @@ def chat(url):
     )
 
 
-def test_langchain_gets_another_answer(chat, create):
-    found = chat.invoke("Hello!")
-    assert found.text == create([{"role": "user", "content": "Hello!"}]).choices[0].message.content
-    assert found.usage_metadata["output_tokens"] > 0
+def test_langchain_gets_the_same_answer(chat, create):
+    answer = chat.invoke("Hello!")
+    assert answer.text == create([{"role": "user", "content": "Hello!"}]).choices[0].message.content
+    assert answer.usage_metadata["output_tokens"] > 0
     chunks = list(chat.stream("Hello!", stream_usage=True))
-    assert "".join(c.text for c in chunks) == found.text
+    assert "".join(c.text for c in chunks) == answer.text
     assert chunks[-1].usage_metadata or chunks[-2].usage_metadata
-    assert asyncio.run(chat.ainvoke("Hello!")).text == found.text
+    assert asyncio.run(chat.ainvoke("Hello!")).text == answer.text
 
 
-def test_agent_of_langchain_does_not_answer(chat):
+def test_langchain_runs_a_tool_loop(chat):
     bound = chat.bind_tools([ADD])
     ask = HumanMessage(ASK[0]["content"])
     answer = bound.invoke([ask])
@@ -167,7 +166,7 @@ def test_agent_of_langchain_does_not_answer(chat):
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_structured_output_of_langchain_is_none(chat, method):
+def test_langchain_gives_structured_output(chat, method):
     assert isinstance(chat.with_structured_output(Dog, method=method).invoke("Invent a dog."), Dog)
 
 
@@ -176,12 +175,12 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_of_the_docs_fails(url, code, capsys):
+def test_example_of_the_docs_runs(url, code, capsys):
     assert "http://127.0.0.1:8080/v1" in code
     exec(code.replace("http://127.0.0.1:8080/v1", url), {})
     assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_field_is_not_in_the_docs(field):
+def test_docs_name_every_field(field):
     assert f"`{field}`" in DOCS or FIELDS[field] is FIELDS["user"] or f"`{field}:" in DOCS

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's API to requests, events to completions. No server, no model."""
+"""Test how bodies of OpenAI's API become requests or are refused, without a server."""
 
 import json
 
@@ -6,11 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe import errors
-from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 from flashmoe.server.openai_errors import ApiError
 from flashmoe.server.openai_request import read_call
-from flashmoe.server.openai_response import ChatCompletion, to_api_error
 from flashmoe.server.request_fields import FIELDS
 from flashmoe.server.served_model import ServedModel
 
@@ -73,25 +70,25 @@ def refusal(**fields) -> ApiError:
         ({name: None for name in FIELDS if name not in ("model", "messages")}, {"think": None}),
     ],
 )
-def test_field_is_lost(fields, expected):
+def test_field_reaches_the_request(fields, expected):
     request = call(**fields).request
     assert {name: getattr(request, name) for name in expected} == expected
     assert request.messages == HELLO
 
 
-def test_effort_makes_a_model_without_thoughts_think():
+def test_effort_is_ignored_by_a_model_without_reasoning():
     served = ServedModel(("toy",), 512, thinks=False, created=7)
     assert call(served, reasoning_effort="high").request.think is None
     assert call(served, reasoning_effort="none").request.think is False
 
 
-def test_stream_options_are_lost():
-    asked = call(stream=True, stream_options={"include_usage": True})
-    assert (asked.stream, asked.include_usage) == (True, True)
+def test_stream_options_are_read():
+    chat_call = call(stream=True, stream_options={"include_usage": True})
+    assert (chat_call.stream, chat_call.include_usage) == (True, True)
     assert (call().stream, call().include_usage) == (False, False)
 
 
-def test_history_of_calls_is_lost():
+def test_history_of_calls_reaches_the_request():
     inner = {"name": "add", "arguments": '{"a": 1}'}
     messages = [
         *HELLO,
@@ -104,10 +101,10 @@ def test_history_of_calls_is_lost():
         },
         {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "3"}]},
     ]
-    kept = call(messages=messages).request.messages
-    assert kept[1]["reasoning_content"] == "Hm."
-    assert kept[1]["tool_calls"][0]["function"] == inner
-    assert kept[2]["tool_call_id"] == "c"
+    history = call(messages=messages).request.messages
+    assert history[1]["reasoning_content"] == "Hm."
+    assert history[1]["tool_calls"][0]["function"] == inner
+    assert history[2]["tool_call_id"] == "c"
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -171,17 +168,17 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "enable_thinking"),
     ],
 )
-def test_what_cannot_be_is_taken(fields, param, words):
+def test_invalid_field_is_refused(fields, param, words):
     error = refusal(**fields)
     assert error.status == 400
     assert error.param == param
     assert words in str(error)
-    found = error.body()["error"]
-    assert found["type"] == "invalid_request_error"
-    assert found["message"] == str(error)
+    details = error.body()["error"]
+    assert details["type"] == "invalid_request_error"
+    assert details["message"] == str(error)
 
 
-def test_other_model_answers():
+def test_unknown_model_is_refused():
     error = refusal(model="gpt-4")
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     assert "'toy'" in str(error)
@@ -206,7 +203,7 @@ def test_other_model_answers():
         b'{"model": ' + b"[" * 200 + b"]" * 200 + b"}",
     ],
 )
-def test_body_that_is_no_json_object_is_taken(body):
+def test_body_that_is_not_a_json_object_is_refused(body):
     with pytest.raises(ApiError) as caught:
         read_call(body, SERVED)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
@@ -229,6 +226,7 @@ _json = st.recursive(
 
 
 def outcome(fields):
+    """Return the call that is read, or the error."""
     try:
         return read_call(json.dumps(fields).encode(), SERVED)
     except ApiError as e:
@@ -237,175 +235,18 @@ def outcome(fields):
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), _json, max_size=5), st.booleans())
-def test_body_ends_in_another_error(fields, whole):
-    """Whatever is in the fields: a request, or a refusal that JSON can hold."""
-    found = outcome({"model": "toy", "messages": HELLO} | fields if whole else fields)
-    if isinstance(found, ApiError):
-        assert found.status in (400, 404)
-        json.dumps(found.body())
+def test_arbitrary_fields_are_read_or_refused(fields, whole):
+    """Any fields give a request, or an error that can be sent as JSON."""
+    result = outcome({"model": "toy", "messages": HELLO} | fields if whole else fields)
+    if isinstance(result, ApiError):
+        assert result.status in (400, 404)
+        json.dumps(result.body())
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(_json, min_size=1, max_size=3), st.lists(_json, max_size=2), _json)
-def test_messages_and_tools_end_in_another_error(messages, tools, schema):
+def test_arbitrary_messages_and_tools_are_read_or_refused(messages, tools, schema):
     wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
     fields = {"messages": messages, "tools": tools, "response_format": wanted}
-    found = outcome({"model": "toy"} | fields)
-    assert not isinstance(found, ApiError) or found.status == 400
-
-
-END = End(
-    finish_reason="stop",
-    prompt_tokens=10,
-    cached_tokens=4,
-    generated_tokens=7,
-    reasoning_tokens=2,
-    forced_tokens=0,
-    steps=7,
-    prompt_seconds=0.5,
-    seconds=2.0,
-    batch=1,
-    experts=2,
-    trained_experts=3,
-    bits=4.0,
-    activations="float32",
-    ops="cpu",
-    hit_rate=0.5,
-    bytes_read=170,
-    wait_seconds=0.1,
-    peak_nbytes=1000,
-)
-
-
-def end(reason: str) -> End:
-    return End(**(vars(END) | {"finish_reason": reason}))
-
-
-def complete(*events, **options):
-    completion = ChatCompletion("chatcmpl-1", 5, "toy", **options)
-    chunks = [chunk for event in events for chunk in completion.chunks(event)]
-    return completion, chunks
-
-
-def joined(chunks: list[dict]) -> dict:
-    """What a client puts together."""
-    found = {"content": "", "reasoning_content": "", "calls": {}, "reason": None}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            delta = choice["delta"]
-            for name in ("content", "reasoning_content"):
-                found[name] += delta.get(name) or ""
-            for call in delta.get("tool_calls", ()):
-                known = found["calls"].setdefault(call["index"], {"arguments": ""})
-                known |= {k: call[k] for k in ("id", "type") if k in call}
-                known |= {k: v for k, v in call["function"].items() if k == "name"}
-                known["arguments"] += call["function"]["arguments"]
-            found["reason"] = choice["finish_reason"] or found["reason"]
-    return found
-
-
-CALLS = (
-    Reasoning("I "),
-    Reasoning("add."),
-    Text("Well"),
-    ToolCallStart(0, "c0", "add"),
-    ToolCallArguments(0, "c0", '{"a": '),
-    ToolCallArguments(0, "c0", "1}"),
-    ToolCall(0, "c0", "add", {"a": 1}, "text"),
-    ToolCallStart(1, "c1", "now"),
-    ToolCallArguments(1, "c1", "{}"),
-    ToolCall(1, "c1", "now", {}, "text"),
-    end("tool_calls"),
-)
-
-
-def test_stream_and_whole_differ():
-    completion, chunks = complete(*CALLS)
-    (choice,) = completion.to_dict()["choices"]
-    message, found = choice["message"], joined(chunks)
-    assert message["content"] == found["content"] == "Well"
-    assert message["reasoning_content"] == found["reasoning_content"] == "I add."
-    assert choice["finish_reason"] == found["reason"] == "tool_calls"
-    whole = [
-        (c["id"], c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]
-    ]
-    assert whole == [("c0", "add", '{"a": 1}'), ("c1", "now", "{}")]
-    assert [(c["id"], c["name"], c["arguments"]) for c in found["calls"].values()] == whole
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert sum("role" in c["choices"][0]["delta"] for c in chunks) == 1
-    assert {c["id"] for c in chunks} == {"chatcmpl-1"}
-
-
-def test_usage_is_wrong():
-    expected = {
-        "prompt_tokens": 10,
-        "completion_tokens": 7,
-        "total_tokens": 17,
-        "prompt_tokens_details": {"cached_tokens": 4},
-        "completion_tokens_details": {"reasoning_tokens": 2},
-    }
-    completion, chunks = complete(Text("x"), END, include_usage=True)
-    assert completion.to_dict()["usage"] == expected
-    assert completion.to_dict()["flashmoe"]["hit_rate"] == 0.5
-    *rest, last = chunks
-    assert (last["choices"], last["usage"]) == ([], expected)
-    assert all(chunk["usage"] is None for chunk in rest)
-    assert rest[-1]["flashmoe"] == END.figures()
-    assert all("usage" not in chunk for chunk in complete(Text("x"), END)[1])
-
-
-def test_empty_answer_has_no_content():
-    completion, chunks = complete(END)
-    assert completion.to_dict()["choices"][0]["message"]["content"] == ""
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-
-
-def test_bad_call_looks_good():
-    """A call whose arguments could not be read is not one without arguments."""
-    completion, chunks = complete(
-        ToolCallStart(0, "c0", "add"), ToolCall(0, "c0", "add", None, "<x", "no"), end("tool_calls")
-    )
-    assert joined(chunks)["calls"][0]["arguments"] == "<x"
-    whole = completion.to_dict()
-    assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "<x"
-    assert whole["flashmoe"]["invalid_tool_calls"][0]["error"] == "no"
-    # Without a name it cannot be shown as a call.
-    completion, chunks = complete(ToolCall(0, "c0", "", None, "<x", "no"), end("tool_calls"))
-    assert joined(chunks)["reason"] == "stop"
-    assert completion.to_dict()["choices"][0]["finish_reason"] == "stop"
-
-
-def output_error(reason: str) -> errors.OutputError:
-    error = errors.OutputError("not what was asked for")
-    error.end = end(reason)
-    return error
-
-
-def test_answer_cut_short_is_an_error():
-    completion, _ = complete(Text('{"a'))
-    chunks = completion.error_chunks(output_error("length"))
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert completion.to_dict()["choices"][0]["finish_reason"] == "length"
-    with pytest.raises(errors.OutputError):
-        completion.error_chunks(output_error("stop"))
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [
-        (errors.ContextError("long"), 400, "context_length_exceeded"),
-        (errors.SettingError("experts=9 is out of range"), 400, "invalid_value"),
-        (output_error("stop"), 422, "invalid_output"),
-        (errors.TimedOut("late"), 504, "timeout"),
-        (errors.ReadError("gone"), 500, "model_failed"),
-        (ValueError("secret"), 500, None),
-    ],
-)
-def test_error_has_another_status(error, status, code):
-    found = to_api_error(error)
-    assert (found.status, found.code) == (status, code)
-    assert "secret" not in str(found)
-    if status >= 500:
-        assert found.headers["x-should-retry"] == "false"
-    if "experts" in str(error):
-        assert found.param == "experts"
+    result = outcome({"model": "toy"} | fields)
+    assert not isinstance(result, ApiError) or result.status == 400
