@@ -1,6 +1,6 @@
-"""The LangChain chat model: `ChatFlashMoE(model="flashmoe-demo").invoke("Hello!")`.
+"""The LangChain integration of flashmoe: `ChatFlashMoE(model="flashmoe-demo").invoke("Hello!")`.
 
-A thin layer over `flashmoe.engine`. Importing it, or making a model, loads no weights.
+It is a thin layer over `flashmoe.engine`. Neither importing it nor creating a model loads weights.
 """
 
 from .chat_models import ChatFlashMoE

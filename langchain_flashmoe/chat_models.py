@@ -1,8 +1,8 @@
-"""`ChatFlashMoE`: LangChain's chat model over the engine."""
+"""Define `ChatFlashMoE`, LangChain's chat model on the engine."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,36 +23,35 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.requests import Request, check_request
 
 from .chunks import Translator
-from .errors import InvalidRequest, translated
+from .errors import InvalidRequest, to_langchain_error
 from .messages import engine_messages
-from .models import find, identity, profile, tracing_params
-from .options import OF_REQUEST, Call, Options
-from .schemas import Schema
-from .structured import SchemaParser, with_raw
-from .tools import engine_choice, engine_format, openai_tools, response_format
+from .models import find_checkpoint, identifying_params, model_profile, tracing_params
+from .options import REQUEST_OPTIONS, CallOptions, Options
+from .schemas import AnswerSchema
+from .structured import SchemaParser, with_raw_message
+from .tools import engine_response_format, engine_tool_choice, openai_response_format, openai_tools
 
 if TYPE_CHECKING:
-    from flashmoe.chat.token_counter import Counter
+    from flashmoe.chat.token_counter import TokenCounter
 
 
 class ChatFlashMoE(BaseChatModel, Options):
-    """A Mixture-of-Experts model that is larger than memory, run here: its experts stay on disk.
+    """Runs a Mixture-of-Experts model that is larger than memory: its experts stay on the disk.
 
     Setup:
         Install `llm-flashmoe`. A model is the bundled `flashmoe-demo`, a name registered with
         `flashmoe register DIR`, or the directory of an MLX checkpoint of `qwen3_5_moe`,
-        `qwen3_next` or `qwen3_moe`. No server, no key, no network.
+        `qwen3_next` or `qwen3_moe`. It needs no server, no key and no network.
 
     Key init args:
-        model: a name or directory; else the environment's FLASHMOE_MODEL.
+        model: a name or directory. Default: the environment variable FLASHMOE_MODEL.
         memory: peak memory of the process, such as "8GB".
-        experts: K, to prune the router: faster, not exact.
+        experts: use only the top K experts of the router: faster, but not exact.
         temperature, max_tokens, seed, reasoning, ...: see the fields.
 
-        Nothing is loaded before the first call. Models of the same checkpoint, `memory`, `io` and
-        `activations` share one engine, which takes requests through the model together; `close`
-        frees it.
-        Arguments that are not known are refused.
+        Nothing is loaded before the first call. Models with the same checkpoint, `memory`, `io` and
+        `activations` share one engine, which processes their requests together; `close` frees it.
+        Unknown arguments are refused.
 
     Instantiate:
         from langchain_flashmoe import ChatFlashMoE
@@ -81,7 +80,7 @@ class ChatFlashMoE(BaseChatModel, Options):
     Response metadata:
         message.response_metadata           # finish_reason, tokens_per_second, hit_rate, experts...
 
-    Errors are LangChain's own (`langchain_core.exceptions`) and flashmoe's at once; see
+    Every error is both LangChain's (`langchain_core.exceptions`) and flashmoe's; see
     `langchain_flashmoe.errors`.
     """
 
@@ -97,25 +96,27 @@ class ChatFlashMoE(BaseChatModel, Options):
     """A name, an alias, or the directory of a checkpoint."""
 
     stop: list[str] | None = None
-    """The answer ends before the first of these, or of those that a call adds."""
+    """Stop strings: the answer ends before the first of them, or of those that a call adds."""
 
     memory: str | int | None = None
     """Peak memory of the process, such as "8GB". `None`: what the machine can spare."""
 
     io: str | None = None
-    """How experts are read: "buffered", "uncached" or "direct". `None`: as `flashmoe bench disk` found, or direct."""
+    """How experts are read: "buffered", "uncached" or "direct"; see `flashmoe.streaming.io_modes`.
+    `None`: the fastest in `flashmoe bench disk`, or direct."""
 
     activations: str | None = None
-    """"float32", or "int8" on a CPU: faster, not exact; see `flashmoe.ops.activations`."""
+    """"float32", or "int8": faster on a CPU, but not exact; see `flashmoe.ops.activations`."""
 
     streaming: bool = False
-    """Stream inside `invoke`, so that callbacks see each token as a chunk of a stream."""
+    """Stream inside `invoke`, so that callbacks get each token as a chunk."""
 
     max_retries: int | None = None
-    """Accepted for code that passes it to every model: nothing here fails on the way."""
+    """Has no effect, since there is no network that can fail; accepted because other models take
+    it."""
 
     api_key: SecretStr | None = Field(default=None, exclude=True)
-    """The same: there is nobody to show a key to."""
+    """Has no effect, since there is no server; accepted because other models take it."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -127,7 +128,7 @@ class ChatFlashMoE(BaseChatModel, Options):
         self._add_version("langchain-flashmoe", __version__)
         return self
 
-    # What it is.
+    # Identity.
 
     @property
     def _llm_type(self) -> str:
@@ -139,50 +140,59 @@ class ChatFlashMoE(BaseChatModel, Options):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        return identity(Call.of(self, None, {}))
+        return identifying_params(CallOptions.merge(self, None, {}))
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The key of LangChain's cache. Its own has neither the files of the model nor, when a call
-        has some, the stop strings of the constructor."""
-        own = identity(Call.of(self, stop, kwargs))
+        """Return the key of LangChain's cache of answers.
+
+        LangChain's own key lacks the files of the model, and the stop strings of the constructor if
+        the call has stop strings too.
+        """
+        own = identifying_params(CallOptions.merge(self, stop, kwargs))
         return str(sorted((kwargs | own | {"_type": self._llm_type}).items()))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return tracing_params(Call.of(self, stop, kwargs))
+        return tracing_params(CallOptions.merge(self, stop, kwargs))
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        return profile(self.model)
+        return model_profile(self.model)
 
-    # Counting.
+    # Token counts.
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The tokens of a text that stands in a message."""
+        """Return the tokens of a text as it is encoded in a message."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        return self._counter().tokens(text)
+        return self._counter().encode(text)
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Tokens of messages and tools through the model's chat template: for a conversation that
-        can be answered, those of `usage_metadata["input_tokens"]`."""
+        """Return the number of tokens of messages and tools, with the model's chat template.
+
+        For a conversation that can be answered, it equals `usage_metadata["input_tokens"]`.
+
+        Raises:
+            InvalidRequest: a message or tool cannot be used.
+            ModelNotFound: the model is unknown or not on this disk.
+        """
         if self.custom_get_token_ids is not None:
             return super().get_num_tokens_from_messages(messages)
-        counted = engine_messages(messages), openai_tools(tools or [])
+        converted = engine_messages(messages), openai_tools(tools or [])
         try:
-            return self._counter().count(*counted, think=self.reasoning)
+            return self._counter().count(*converted, think=self.reasoning)
         except FlashMoEError as e:
-            raise translated(e) from e
+            raise to_langchain_error(e) from e
 
-    def _counter(self) -> Counter:
-        from flashmoe.chat.token_counter import counter
+    def _counter(self) -> TokenCounter:
+        from flashmoe.chat.token_counter import token_counter
 
         try:
-            return counter(find(self.model))
+            return token_counter(find_checkpoint(self.model))
         except FlashMoEError as e:
-            raise translated(e) from e
+            raise to_langchain_error(e) from e
 
-    # Answers.
+    # Generation.
 
     def _generate(
         self,
@@ -191,7 +201,7 @@ class ChatFlashMoE(BaseChatModel, Options):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = Call.of(self, stop, kwargs)
+        call = CallOptions.merge(self, stop, kwargs)
         translate = Translator(call.model)
         for chunk in self._chunks(call, messages, translate):
             if run_manager:
@@ -205,7 +215,7 @@ class ChatFlashMoE(BaseChatModel, Options):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = Call.of(self, stop, kwargs)
+        call = CallOptions.merge(self, stop, kwargs)
         translate = Translator(call.model)
         async with aclosing(self._achunks(call, messages, translate)) as chunks:
             async for chunk in chunks:
@@ -220,7 +230,7 @@ class ChatFlashMoE(BaseChatModel, Options):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = Call.of(self, stop, kwargs)
+        call = CallOptions.merge(self, stop, kwargs)
         for chunk in self._chunks(call, messages, Translator(call.model)):
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -233,7 +243,7 @@ class ChatFlashMoE(BaseChatModel, Options):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = Call.of(self, stop, kwargs)
+        call = CallOptions.merge(self, stop, kwargs)
         async with aclosing(self._achunks(call, messages, Translator(call.model))) as chunks:
             async for chunk in chunks:
                 if run_manager:
@@ -241,21 +251,21 @@ class ChatFlashMoE(BaseChatModel, Options):
                 yield chunk
 
     def _chunks(
-        self, call: Call, messages: list[BaseMessage], translate: Translator
+        self, call: CallOptions, messages: list[BaseMessage], translate: Translator
     ) -> Iterator[ChatGenerationChunk]:
         engine, request = self._request(call, messages)
         try:
-            # Leaving the block, also when this generator is closed, cancels the answer.
+            # Leaving this block cancels the answer, also when this generator is closed.
             with engine.stream(request, timeout=call.timeout) as events:
                 for event in events:
                     if (chunk := translate(event)) is not None:
                         yield chunk
         except FlashMoEError as e:
-            yield translate.ending(e, keep=call.on_incomplete == "return")
+            yield translate.finish_failed(e, keep=call.on_incomplete == "return")
 
     async def _achunks(
-        self, call: Call, messages: list[BaseMessage], translate: Translator
-    ) -> AsyncIterator[ChatGenerationChunk]:
+        self, call: CallOptions, messages: list[BaseMessage], translate: Translator
+    ) -> AsyncGenerator[ChatGenerationChunk, None]:
         engine, request = self._request(call, messages)
         try:
             async with aclosing(engine.astream(request, timeout=call.timeout)) as events:
@@ -263,38 +273,44 @@ class ChatFlashMoE(BaseChatModel, Options):
                     if (chunk := translate(event)) is not None:
                         yield chunk
         except FlashMoEError as e:
-            yield translate.ending(e, keep=call.on_incomplete == "return")
+            yield translate.finish_failed(e, keep=call.on_incomplete == "return")
 
-    def _request(self, call: Call, messages: list[BaseMessage]) -> tuple[Engine, Request]:
-        """
+    def _request(self, call: CallOptions, messages: list[BaseMessage]) -> tuple[Engine, Request]:
+        """Return the engine and the request for a call.
+
         Raises:
-            InvalidRequest, ModelNotFound
+            InvalidRequest: a message, a tool or an option cannot be used.
+            ModelNotFound: the model is unknown or not on this disk.
         """
-        path = find(call.model)
+        path = find_checkpoint(call.model)
         tools = openai_tools(call.tools)
-        # K belongs to the request, so that models that differ by it alone share one engine.
+        # K is set in the request, so that models that differ only in K share one engine.
         experts = catalog.model(call.model).experts if call.experts is None else call.experts
         request = Request(
             messages=engine_messages(messages),
             tools=tools,
-            tool_choice=engine_choice(call.tool_choice, tools),
+            tool_choice=engine_tool_choice(call.tool_choice, tools),
             parallel_tool_calls=call.parallel_tool_calls is not False,
-            response_format=engine_format(call.response_format),
+            response_format=engine_response_format(call.response_format),
             stop=tuple(call.stop),
             experts=experts,
             think=call.reasoning,
             cache=call.prompt_cache,
-            **{name: getattr(call, name) for name in OF_REQUEST},
+            **{name: getattr(call, name) for name in REQUEST_OPTIONS},
         )
         try:
             check_request(request)
         except FlashMoEError as e:
-            raise translated(e) from e
-        settings = {"memory": self.memory, "io": self.io, "activations": self.activations}
+            raise to_langchain_error(e) from e
+        settings: dict[str, Any] = {
+            "memory": self.memory,
+            "io": self.io,
+            "activations": self.activations,
+        }
         settings = {name: value for name, value in settings.items() if value is not None}
         return shared(path, **settings), request
 
-    # What can be bound.
+    # Bound models.
 
     def bind_tools(
         self,
@@ -304,26 +320,27 @@ class ChatFlashMoE(BaseChatModel, Options):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools. A grammar holds calls to their schemas.
+        """Return the model with tools, whose calls a grammar keeps to the schemas.
 
         Args:
-            tools: LangChain's tools, functions, pydantic classes, TypedDicts, or definitions as
-                dicts of OpenAI or Anthropic.
-            tool_choice: None or "auto": the model decides. "any", "required" or True: one call or
-                more. The name of a tool, or a dict with it as of OpenAI or Anthropic: one call of
-                it. "none" or False: no call.
-            strict: True: objects take no other properties. Schemas are enforced in any case.
-            kwargs: more options of calls, such as `parallel_tool_calls`, `response_format` (the
-                answer is then calls or such a document) or `temperature`.
+            tools: LangChain's tools, functions, pydantic classes, TypedDicts, or definitions of
+                OpenAI or Anthropic as dicts.
+            tool_choice: None or "auto": the model decides. "any", "required" or True: at least one
+                call. The name of a tool, or a dict of OpenAI or Anthropic with it: exactly one call
+                of this tool. "none" or False: no call.
+            strict: True adds to the schemas that objects take no other properties. Schemas are
+                enforced in any case.
+            kwargs: more options of calls, such as `parallel_tool_calls`, `temperature`, or
+                `response_format`, with which the answer is either calls or text in this format.
 
         Raises:
-            InvalidRequest: a tool, a choice or an option that cannot be.
+            InvalidRequest: a tool, the choice or an option cannot be used.
         """
         formatted = openai_tools(tools, strict)
-        engine_choice(tool_choice, formatted)
+        engine_tool_choice(tool_choice, formatted)
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
-        return self._bound(tools=formatted, **kwargs)
+        return self._bind_options(tools=formatted, **kwargs)
 
     def with_structured_output(
         self,
@@ -334,32 +351,37 @@ class ChatFlashMoE(BaseChatModel, Options):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """The model with answers that a schema describes. A grammar holds it to the schema.
+        """Return the model with structured answers, which a grammar keeps to the schema.
 
         Args:
-            schema: a pydantic class (1 or 2: answers are objects of it), a TypedDict, a JSON schema
-                or a function as OpenAI describes it (answers are dicts). None, with "json_mode":
-                any JSON object.
-            method: "json_schema": the answer is JSON. "function_calling": it is the arguments of a
-                call, so that the model sees the schema with its descriptions, as a tool.
-                "json_mode": as "json_schema".
-            include_raw: answers are {"raw": message, "parsed": answer or None, "parsing_error":
+            schema: a class of pydantic 1 or 2, of which answers become objects; or a TypedDict, a
+                JSON schema or a function definition of OpenAI, for which answers are dicts. With
+                "json_mode" it may be None, which allows any JSON object.
+            method: "json_schema": the answer is JSON. "function_calling": the answer is the
+                arguments of a tool call, so that the model sees the schema with its descriptions,
+                as a tool. "json_mode": the same as "json_schema".
+            include_raw: return {"raw": message, "parsed": answer or None, "parsing_error":
                 exception or None}.
-            strict: as of `bind_tools`.
+            strict: as in `bind_tools`.
             kwargs: more options of calls, such as `max_tokens`.
 
         Raises:
-            InvalidRequest: at once, for arguments that cannot be.
+            InvalidRequest: an argument cannot be used.
 
-        An answer that is cut short raises `IncompleteOutput`; with include_raw it is the raw one.
+        An answer that is cut short raises `IncompleteOutput` when it is generated; with include_raw
+        it is returned as "raw".
         """
         if method not in ("json_schema", "function_calling", "json_mode"):
             raise InvalidRequest(
-                f"method={method!r} is not json_schema, function_calling or json_mode"
+                f"method={method!r} is not supported: use json_schema, function_calling or "
+                "json_mode"
             )
         if schema is None and method != "json_mode":
-            raise InvalidRequest(f"method={method!r} needs a schema")
-        described = None if schema is None else Schema.of(schema)
+            raise InvalidRequest(
+                f"method={method!r} needs a schema: pass one, or use method='json_mode' for any "
+                "JSON object"
+            )
+        answer_schema = None if schema is None else AnswerSchema.from_any(schema)
         kwargs["ls_structured_output_format"] = {
             "kwargs": {"method": method, "strict": strict},
             "schema": schema,
@@ -367,24 +389,30 @@ class ChatFlashMoE(BaseChatModel, Options):
         if include_raw:
             kwargs.setdefault("on_incomplete", "return")
         if method == "function_calling":
-            kwargs |= {"tool_choice": described.name, "parallel_tool_calls": False}
-            model = self.bind_tools([described.tool], strict=strict, **kwargs)
+            assert answer_schema is not None, "only json_mode takes None"
+            kwargs |= {"tool_choice": answer_schema.name, "parallel_tool_calls": False}
+            model = self.bind_tools([answer_schema.tool], strict=strict, **kwargs)
         else:
-            model = self._bound(response_format=response_format(described), **kwargs)
-        parser = SchemaParser(schema_=described, from_call=method == "function_calling")
-        return with_raw(model, parser) if include_raw else model | parser
+            model = self._bind_options(
+                response_format=openai_response_format(answer_schema), **kwargs
+            )
+        parser = SchemaParser(schema_=answer_schema, from_call=method == "function_calling")
+        return with_raw_message(model, parser) if include_raw else model | parser
 
-    def _bound(self, **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+    def _bind_options(self, **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        """Return the model with options of calls, which are checked at once."""
         ours = {k: v for k, v in kwargs.items() if k != "ls_structured_output_format"}
-        Call.of(self, ours.get("stop"), ours)
+        CallOptions.merge(self, ours.get("stop"), ours)
         return self.bind(**kwargs)
 
-    # Its end.
+    # Memory.
 
     def close(self) -> None:
-        """Free the memory of the checkpoint: of this model, and of all that share it. It is loaded
-        again by the next call."""
-        release(find(self.model))
+        """Free the memory of the checkpoint, also for all other models that share it.
+
+        The next call loads it again.
+        """
+        release(find_checkpoint(self.model))
 
     def __enter__(self) -> Self:
         return self

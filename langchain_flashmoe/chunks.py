@@ -1,8 +1,13 @@
-"""Events of the engine to chunks of LangChain, for one answer."""
+"""Translate the engine's events to LangChain's chunks."""
 
 from __future__ import annotations
 
-from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_message
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    InvalidToolCall,
+    message_chunk_to_message,
+)
 from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
@@ -11,53 +16,59 @@ from langchain_core.utils.json import parse_partial_json
 from flashmoe.errors import FlashMoEError, OutputError
 from flashmoe.events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 
-from .errors import IncompleteOutput, translated
+from .errors import IncompleteOutput, to_langchain_error
 
-# Each, put behind some piece of JSON, makes it none: inside an object or array, then inside a
-# string there, then behind a backslash in it.
-_SPOILERS = ("]", "}", '"]', '"}', '""]', '""}')
+# Endings, one of which makes any piece of JSON invalid when it is appended: inside an object or
+# array, inside a string there, or after a backslash in a string.
+_INVALID_ENDINGS = ("]", "}", '"]', '"}', '""]', '""}')
 
 
 class Translator:
-    """Takes the events of one answer in order.
+    """Translates the events of one answer, in order.
 
-    Attributes:
-        message: the chunks so far, as one.
+    Args:
+        model_name: the name of the model, for the metadata of the answer.
     """
 
     def __init__(self, model_name: str):
         self._model_name = model_name
         self._arguments: dict[int, str] = {}
-        self._invalid: dict[str, dict] = {}
+        self._invalid: dict[str | None, InvalidToolCall] = {}
         self._chunks: list[AIMessageChunk] = []
 
     def __call__(self, event: Event) -> ChatGenerationChunk | None:
-        """The chunk of an event; None when it has none."""
+        """Return the chunk for an event, or None if the event has no chunk."""
         chunk = self._chunk(event)
         if chunk is None:
             return None
         self._chunks.append(chunk)
         return ChatGenerationChunk(message=chunk)
 
-    def ending(self, error: FlashMoEError, *, keep: bool) -> ChatGenerationChunk:
-        """What ends an answer that failed: the last chunk of a structured one that is not what was
-        asked for, if it is to be kept as it is.
+    def finish_failed(self, error: FlashMoEError, *, keep: bool) -> ChatGenerationChunk:
+        """Return the last chunk of an answer that failed, or raise the error.
+
+        Args:
+            error: the error of the engine.
+            keep: return a structured answer that does not fit its schema as it is.
 
         Raises:
-            the error as LangChain's users know it, otherwise.
+            IncompleteOutput: a structured answer does not fit its schema, and `keep` is False.
+            LangChainException: the LangChain error for any other error.
         """
         if not isinstance(error, OutputError):
-            raise translated(error) from error
-        last = self(error.end)
+            raise to_langchain_error(error) from error
+        assert error.end is not None, "the engine sets it when it raises the error"
+        self._chunks.append(self._last(error.end))
         if not keep:
             raise IncompleteOutput(str(error), self.message) from error
-        return last
+        return ChatGenerationChunk(message=self._chunks[-1])
 
     @property
     def message(self) -> AIMessage:
-        """The answer as a whole, with what is wrong with calls that cannot be made."""
+        """The answer so far as one message, with the errors of calls that cannot be made."""
         first, *rest = self._chunks or [AIMessageChunk(content="")]
         message = message_chunk_to_message(first + rest if rest else first)
+        assert isinstance(message, AIMessage), "it is converted from an AIMessageChunk"
         message.invalid_tool_calls = [
             self._invalid.get(call["id"], call) for call in message.invalid_tool_calls
         ]
@@ -75,22 +86,25 @@ class Translator:
             self._arguments[event.index] += event.text
             return _piece(event.index, event.text)
         if isinstance(event, ToolCall) and event.error is not None:
-            return self._spoil(event)
+            return self._invalid_call(event)
         if isinstance(event, End):
             return self._last(event)
         return None
 
-    def _spoil(self, call: ToolCall) -> AIMessageChunk:
-        """Chunks say that a call is invalid by arguments that are no JSON, and LangChain mends what
-        is only cut short. So something is added that cannot be mended."""
+    def _invalid_call(self, call: ToolCall) -> AIMessageChunk:
+        """Return the chunk that makes a call invalid.
+
+        In chunks, a call is invalid if its arguments are not JSON, but LangChain completes JSON
+        that is only cut short. So an ending is appended that makes this impossible.
+        """
         self._invalid[call.id] = invalid_tool_call(
             name=call.name, args=call.text, id=call.id, error=call.error
         )
-        known = self._arguments.get(call.index)
-        if known is None:
-            text = call.text + _spoiler(call.text)
+        streamed = self._arguments.get(call.index)
+        if streamed is None:
+            text = call.text + _invalid_ending(call.text)
             return _piece(call.index, text, name=call.name, id=call.id)
-        return _piece(call.index, _spoiler(known))
+        return _piece(call.index, _invalid_ending(streamed))
 
     def _last(self, end: End) -> AIMessageChunk:
         usage = UsageMetadata(
@@ -110,18 +124,19 @@ class Translator:
 
 
 def _piece(index: int, args: str, name: str | None = None, id: str | None = None) -> AIMessageChunk:
+    """Return a chunk with a piece of the arguments of a tool call."""
     chunk = tool_call_chunk(name=name, args=args, id=id, index=index)
     return AIMessageChunk(content="", tool_call_chunks=[chunk])
 
 
-def _spoiler(args: str) -> str:
-    """What makes arguments invalid in LangChain's eyes; nothing, if they are so already."""
-    return next(s for s in ("", *_SPOILERS) if _is_invalid(args + s))
+def _invalid_ending(args: str) -> str:
+    """Return the ending with which LangChain takes arguments for invalid, "" if it already does."""
+    return next(ending for ending in ("", *_INVALID_ENDINGS) if _is_invalid(args + ending))
 
 
 def _is_invalid(args: str) -> bool:
     try:
-        # No arguments at all are taken for an empty object.
+        # LangChain takes empty arguments for an empty object.
         return args != "" and not isinstance(parse_partial_json(args), dict)
     except ValueError:
         return True

@@ -1,4 +1,4 @@
-"""The errors of `flashmoe`, as LangChain names them: each is caught by either name."""
+"""Define errors that are both LangChain's and flashmoe's, so that they are caught as either."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from flashmoe import errors
 
 
 class InvalidRequest(exceptions.ModelInvalidRequestError, errors.SettingError):
-    """An argument, a message or a tool that cannot be used. Also a ValueError."""
+    """Raised when an argument, a message or a tool cannot be used; it is also a ValueError."""
 
 
 class ContextOverflow(exceptions.ContextOverflowError, errors.ContextError):
-    """The prompt is longer than the model's context."""
+    """Raised when the prompt is longer than the model's context."""
 
 
 class ModelNotFound(exceptions.ModelNotFoundError, errors.CheckpointError):
-    """There is no such model, or it is not on this disk; the text says how to get it."""
+    """Raised when a model is unknown or not on this disk; the text says how to get it."""
 
 
 class RequestTimeout(exceptions.ModelTimeoutError, errors.TimedOut):
-    """The answer was not whole within `timeout`."""
+    """Raised when the answer is not complete within `timeout`."""
 
 
 class ModelFailed(exceptions.ModelError, errors.FlashMoEError):
-    """The model cannot be loaded or read: a corrupt checkpoint, too little memory."""
+    """Raised when the model cannot be loaded or read, as with too little memory."""
 
 
 class IncompleteOutput(exceptions.OutputParserException, exceptions.ModelError, errors.OutputError):
-    """A structured answer that is cut short or does not fit its schema.
+    """Raised when a structured answer is cut short or does not fit its schema.
 
     Attributes:
-        raw_message: the answer as far as it came, with its usage; `llm_output` is its text.
+        raw_message: the incomplete answer, with its usage; `llm_output` is its text.
     """
 
     def __init__(self, text: str, raw_message: AIMessage):
@@ -40,8 +40,11 @@ class IncompleteOutput(exceptions.OutputParserException, exceptions.ModelError, 
         self.raw_message = raw_message
 
 
-def translated(error: errors.FlashMoEError) -> Exception:
-    """The error that LangChain's users expect for one of the engine, but for an OutputError."""
+def to_langchain_error(error: errors.FlashMoEError) -> Exception:
+    """Return the LangChain error for an error of the engine.
+
+    An OutputError has no such error: `IncompleteOutput` also needs the message.
+    """
     if isinstance(error, exceptions.LangChainException):
         return error
     for ours, theirs in (

@@ -1,4 +1,4 @@
-"""What a model and each call of it may be told. Unknown names are refused, with the known ones."""
+"""Define the options of a model and of each call. Unknown names are refused."""
 
 from __future__ import annotations
 
@@ -11,49 +11,52 @@ from .errors import InvalidRequest
 
 
 class Options(BaseModel):
-    """Options of a model that each call may override: `model.invoke("Hi", temperature=0)`."""
+    """The options of a model that each call may override: `model.invoke("Hi", temperature=0)`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     max_tokens: int | None = Field(default=None, ge=1)
-    """End the answer after so many tokens, thoughts included. `None`: 4096, or what is left of the
-    context."""
+    """Generate at most this many tokens, reasoning included. `None`: 4096, or fewer if less of the
+    context is left."""
 
     temperature: float | None = Field(default=None, ge=0)
-    """Randomness; 0 picks the likeliest token each time. `None`: as the model's makers set it."""
+    """Randomness, 0 or more; 0 always picks the likeliest token. `None`: the value in the model's
+    generation_config.json."""
 
     top_p: float | None = Field(default=None, ge=0, le=1)
-    """Sample from the likeliest tokens of this total probability."""
+    """Sample from the likeliest tokens with this total probability, 0 to 1."""
 
     top_k: int | None = Field(default=None, ge=0)
-    """Sample from this many of the likeliest tokens; 0 is all."""
+    """Sample from this many of the likeliest tokens; 0 means all tokens."""
 
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """Leave out tokens less likely than this share of the likeliest one."""
+    """Leave out tokens less likely than the likeliest one times this value, 0 to 1."""
 
     repetition_penalty: float | None = Field(default=None, ge=0)
-    """Above 1: makes tokens of the last 20 less likely."""
+    """A value above 1 makes the last 20 tokens less likely to repeat."""
 
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    """Same seed, same text. `None`: another text each time, unless `temperature` is 0."""
+    """The same seed gives the same text. `None`: another text each time, unless `temperature` is
+    0."""
 
     reasoning: bool | None = None
-    """Think before the answer; the thought is `additional_kwargs["reasoning_content"]`. `None`: as
-    the model does by itself."""
+    """Reason before the answer; the reasoning is in `additional_kwargs["reasoning_content"]`.
+    `None`: as the model's template does."""
 
     thinking_budget: int | None = Field(default=None, ge=0)
-    """Close the thought after so many tokens, and answer."""
+    """End the reasoning after this many tokens, and answer."""
 
     experts: int | None = Field(default=None, ge=1)
-    """Prune the router to its top K experts: fewer bytes from the disk, not exact. `None`: the K of
-    training, or of the model's name."""
+    """Use only the top K experts of the router: fewer bytes are read, but the answer is not exact.
+    `None`: the K of training, or the K of the model's name."""
 
     prompt_cache: bool = True
-    """Keep the state of the conversation, so that its next turn reads only what is new. (`cache` is
-    LangChain's cache of answers.)"""
+    """Keep the conversation in the prompt cache, so that its next turn processes only new tokens.
+    (`cache` is LangChain's cache of answers.)"""
 
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds for a whole answer, time in the queue included; then `RequestTimeout`."""
+    """Seconds for the complete answer, time in the queue included. Then `RequestTimeout` is
+    raised."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,45 +66,48 @@ class Options(BaseModel):
         known = cls.model_fields.keys()
         for name in values.keys() - known:
             near = get_close_matches(str(name), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ValueError(f"{name!r} is not known: {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(sorted(known))}"
+            raise ValueError(f"{name!r} is not a known option: {hint}")
         return values
 
 
-#: Options that `flashmoe.requests.Request` has under the same name.
-OF_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-OF_REQUEST += ("seed", "thinking_budget")
+#: The options that `flashmoe.requests.Request` has under the same names.
+REQUEST_OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "thinking_budget"),
+)
 
 
-class Call(Options):
-    """All that a call may be told."""
+class CallOptions(Options):
+    """All options of one call."""
 
     model: str
     """A name, an alias, or the directory of a checkpoint."""
 
     stop: list[str] = Field(default_factory=list)
-    """The answer ends before the first of these."""
+    """Stop strings: the answer ends before the first of them."""
 
     tools: list[Any] = Field(default_factory=list)
-    """Tools in any of LangChain's forms."""
+    """Tools, in any of LangChain's forms."""
 
     tool_choice: Any = None
     """See `ChatFlashMoE.bind_tools`."""
 
     parallel_tool_calls: bool | None = None
-    """False: one call at most."""
+    """`False` allows at most one tool call in an answer."""
 
     response_format: Any = None
-    """A schema, or a dict as OpenAI's API takes it: see `flashmoe.requests.Request`."""
+    """A schema, or a dict as in OpenAI's API; see `flashmoe.requests.Request`."""
 
     on_incomplete: Literal["raise", "return"] = "raise"
-    """What to do with a structured answer that is cut short or does not fit its schema."""
+    """Whether a structured answer that is cut short, or does not fit its schema, is raised as an
+    error or returned as it is."""
 
     strict: bool | None = None
-    """Accepted for code that passes it: schemas are always enforced."""
+    """Has no effect, since schemas are always enforced; accepted because other models take it."""
 
     stream: bool | None = None
-    """LangChain's own: whether to stream inside `invoke`."""
+    """An option of LangChain: whether to stream inside `invoke`."""
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -109,11 +115,17 @@ class Call(Options):
         return [] if value is None else value
 
     @classmethod
-    def of(cls, model: Options, stop: list[str] | str | None, overrides: dict[str, Any]) -> Call:
-        """The options of a model with those of a call over them; stop strings of both.
+    def merge(
+        cls, model: Options, stop: list[str] | str | None, overrides: dict[str, Any]
+    ) -> CallOptions:
+        """Return the options of a call: those of the model, overridden by those of the call.
+
+        Args:
+            stop: stop strings of the call, which are added to those of the model.
+            overrides: the other options of the call.
 
         Raises:
-            InvalidRequest
+            InvalidRequest: an option is unknown, or its value is not allowed.
         """
         own = {name: getattr(model, name) for name in (*Options.model_fields, "model", "stop")}
         given = {name: value for name, value in overrides.items() if name != "stop"}
@@ -121,14 +133,14 @@ class Call(Options):
         try:
             return cls(**(own | given | {"stop": list(dict.fromkeys(stops))}))
         except ValidationError as e:
-            raise InvalidRequest(_in_words(e)) from e
+            raise InvalidRequest(_error_text(e)) from e
 
 
-def _in_words(error: ValidationError) -> str:
-    """Pydantic's faults in one line each, with the values."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        where = ".".join(map(str, fault["loc"]))
-        message = fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}={fault['input']!r}: {message}" if where else message)
-    return "; ".join(lines)
+def _error_text(error: ValidationError) -> str:
+    """Return pydantic's errors in one line, with the values."""
+    texts = []
+    for detail in error.errors(include_url=False):
+        where = ".".join(map(str, detail["loc"]))
+        message = detail["msg"].removeprefix("Value error, ")
+        texts.append(f"{where}={detail['input']!r}: {message}" if where else message)
+    return "; ".join(texts)

@@ -1,4 +1,4 @@
-"""The error that users see."""
+"""Define the error that users of llm see."""
 
 import click
 
@@ -6,4 +6,4 @@ import llm
 
 
 class UserError(llm.ModelError, click.ClickException):
-    """Shown as one line, `Error: ...`, by every command of llm."""
+    """Raised for errors that every command of llm shows as one line, `Error: ...`."""

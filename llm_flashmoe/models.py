@@ -1,12 +1,15 @@
-"""The models that llm runs, sync and async: prompts to requests, events to llm's."""
+"""Run prompts of llm on flashmoe models, sync and async."""
 
 from __future__ import annotations
 
 import json
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 from llm.parts import StreamEvent
@@ -17,12 +20,17 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.terminal import ProgressLine
 
 from .errors import UserError
-from .messages import engine_messages, engine_tools, failure, schema_of
-from .options import OF_ENGINE, OF_REQUEST, Options
+from .messages import engine_messages, engine_tools, failure_event, find_schema
+from .options import ENGINE_OPTIONS, REQUEST_OPTIONS, Options
+
+if TYPE_CHECKING:  # Not at run time: every command of llm loads this module.
+    from flashmoe.engine import Engine
+    from flashmoe.events import End, Event, ToolCall
+    from flashmoe.requests import Request
 
 
-class _Base:
-    """What the sync and the async model share."""
+class _FlashMoEBase:
+    """The common part of the sync and the async model."""
 
     can_stream = True
     supports_tools = True
@@ -35,40 +43,58 @@ class _Base:
 
     def __str__(self) -> str:
         name = f"flashmoe: {self.model_id}"
-        if self._model.path is None:
-            return f"{name} (not on this disk, {self._model.published.nbytes / 1e9:.0f} GB)"
+        published = self._model.published
+        if self._model.path is None and published is not None:
+            return f"{name} (not on this disk, {published.size})"
         return name
 
-    def _start(self, prompt, conversation):
-        """(engine, request) for a prompt.
+    def _prepare(
+        self, prompt: llm.Prompt, conversation: llm.Conversation | llm.AsyncConversation | None
+    ) -> tuple[Engine, Request]:
+        """Return the engine and the request for a prompt.
 
         Raises:
-            UserError, FlashMoEError
+            UserError: the prompt has content that these models do not take.
+            FlashMoEError: the model is not on this disk.
         """
         from flashmoe.engine import shared
         from flashmoe.requests import Request
 
         options = prompt.options
-        schema = schema_of(prompt, conversation)
+        assert isinstance(options, Options), "llm builds the options with the class of the model"
+        schema = find_schema(prompt, conversation)
         request = Request(
             messages=engine_messages(prompt.messages),
             tools=engine_tools(prompt.tools),
             stop=tuple(options.stop or ()),
             cache=options.cache is not False,
             response_format={"type": "json_schema", "schema": schema} if schema else None,
-            **{name: getattr(options, name) for name in OF_REQUEST},
+            **{name: getattr(options, name) for name in REQUEST_OPTIONS},
         )
-        settings = {name: getattr(options, name) for name in OF_ENGINE}
+        settings = {name: getattr(options, name) for name in ENGINE_OPTIONS}
         if settings["experts"] is None:
             settings["experts"] = self._model.experts
         settings = {name: value for name, value in settings.items() if value is not None}
         return shared(catalog.find(self.model_id), **settings), request
 
 
-class FlashMoE(_Base, llm.Model):
-    """A checkpoint whose experts are read from disk as the router picks them."""
+class FlashMoE(_FlashMoEBase, llm.Model):
+    """A model whose experts are read from the disk when the router picks them."""
 
-    def execute(self, prompt, stream, response, conversation) -> Iterator[StreamEvent]:
+    def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.Response,
+        conversation: llm.Conversation | None,
+    ) -> Iterator[StreamEvent]:
+        """Yield the events of the answer.
+
+        In `llm chat`, an error is printed and Ctrl-C ends the answer, and the chat goes on.
+
+        Raises:
+            UserError: the answer failed, outside of `llm chat`.
+        """
         from flashmoe.events import Progress
 
         cancel = threading.Event()
@@ -76,7 +102,7 @@ class FlashMoE(_Base, llm.Model):
         line = ProgressLine()
         with _interrupt_sets(cancel) if in_chat else nullcontext():
             try:
-                engine, request = self._start(prompt, conversation)
+                engine, request = self._prepare(prompt, conversation)
                 translate = Translator(response, engine, stream=stream)
                 with engine.stream(request, cancel) as events, line:
                     for event in events:
@@ -85,45 +111,59 @@ class FlashMoE(_Base, llm.Model):
                         else:
                             line.close()
                             yield from translate(event)
-                translate.check()
+                translate.raise_bad_calls()
             except (FlashMoEError, UserError) as e:
                 if not in_chat:
                     raise UserError(str(e)) from e
-                # `llm chat` handles no errors: raised, it would end the chat.
+                # `llm chat` does not handle errors: raising this one would end the chat.
                 click.echo(f"Error: {e}", err=True)
-                yield failure(str(e))
+                yield failure_event(str(e))
 
 
-class AsyncFlashMoE(_Base, llm.AsyncModel):
-    """The same for asyncio, with the same engine."""
+class AsyncFlashMoE(_FlashMoEBase, llm.AsyncModel):
+    """The same model for asyncio; it shares the engine of the sync model."""
 
-    async def execute(self, prompt, stream, response, conversation) -> AsyncIterator[StreamEvent]:
+    async def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.AsyncResponse,
+        conversation: llm.AsyncConversation | None,
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Yield the events of the answer.
+
+        Raises:
+            UserError: the answer failed.
+        """
         try:
-            engine, request = self._start(prompt, conversation)
+            engine, request = self._prepare(prompt, conversation)
             translate = Translator(response, engine, stream=stream)
             async for event in engine.astream(request):
                 for translated in translate(event):
                     yield translated
-            translate.check()
+            translate.raise_bad_calls()
         except FlashMoEError as e:
             raise UserError(str(e)) from e
 
 
 class Translator:
-    """Events of the engine to events of llm, for one response.
+    """Translates the engine's events to llm's, for one response.
 
     Args:
-        stream: False: text comes in one event for each block.
+        response: receives tool calls, token usage and statistics.
+        engine: the engine that answers.
+        stream: False joins each block of text or reasoning to one event.
     """
 
-    def __init__(self, response: llm.Response, engine, *, stream: bool):
+    def __init__(self, response: llm.Response | llm.AsyncResponse, engine: Engine, *, stream: bool):
         self._response = response
         self._engine = engine
         self._stream = stream
         self._block: StreamEvent | None = None
         self._bad_calls: list[str] = []
 
-    def __call__(self, event) -> Iterator[StreamEvent]:
+    def __call__(self, event: Event) -> Iterator[StreamEvent]:
+        """Yield llm's events for an event of the engine."""
         from flashmoe.events import End, Reasoning, Text, ToolCall
 
         if isinstance(event, Text | Reasoning):
@@ -138,13 +178,17 @@ class Translator:
             return
         if isinstance(event, ToolCall):
             yield from self._flush()
-            yield from self._call(event)
+            yield from self._tool_call(event)
         elif isinstance(event, End):
             yield from self._flush()
-            report(self._response, event, self._engine.path)
+            log_statistics(self._response, event, self._engine.path)
 
-    def check(self) -> None:
-        """Raise for calls that cannot be made, when all else has been said."""
+    def raise_bad_calls(self) -> None:
+        """Raise an error for tool calls that cannot be used, after all events were translated.
+
+        Raises:
+            UserError: names each of these calls, with what is wrong with it.
+        """
         if self._bad_calls:
             raise UserError("; ".join(self._bad_calls))
 
@@ -153,8 +197,8 @@ class Translator:
         if block is not None:
             yield block
 
-    def _call(self, call) -> Iterator[StreamEvent]:
-        if call.error is not None:
+    def _tool_call(self, call: ToolCall) -> Iterator[StreamEvent]:
+        if call.arguments is None:
             self._bad_calls.append(
                 f"the model's call of {call.name or 'a tool'} cannot be used: {call.error}"
             )
@@ -167,8 +211,12 @@ class Translator:
         )
 
 
-def report(response, end, path) -> None:
-    """Put the figures of an answer where llm logs them."""
+def log_statistics(response: llm.Response | llm.AsyncResponse, end: End, path: Path) -> None:
+    """Set the token usage, model name and statistics of an answer, which llm logs.
+
+    Args:
+        path: the directory of the checkpoint.
+    """
     details = {
         "cached_tokens": end.cached_tokens,
         "reasoning_tokens": end.reasoning_tokens,
@@ -186,18 +234,22 @@ def report(response, end, path) -> None:
 
 
 def _in_chat() -> bool:
+    """Return whether this process runs `llm chat`."""
     context = click.get_current_context(silent=True)
     return context is not None and context.info_name == "chat"
 
 
 @contextmanager
-def _interrupt_sets(event: threading.Event):
-    """The first Ctrl-C sets `event`, the second one raises as ever."""
+def _interrupt_sets(event: threading.Event) -> Iterator[None]:
+    """Let the first Ctrl-C set `event`; the second one raises KeyboardInterrupt as usual.
+
+    Does nothing outside the main thread, where signals cannot be handled.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def handle(number, frame):
+    def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
         event.set()
 

@@ -1,55 +1,62 @@
-"""The options of a model: `llm -m flashmoe-demo -o NAME VALUE`."""
+"""Define the options of the models: `llm -m flashmoe-demo -o NAME VALUE`."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from pydantic import Field, field_validator
 
 import llm
 
 
-class Options(llm.Options):
-    """All are None unless the user sets them: llm logs what is set. Ranges are checked by the
-    engine, whose errors name the way out."""
+class Options(llm.Model.Options):
+    """The options of a model.
+
+    All are None unless the user sets them, because llm logs the options that are set. The engine
+    checks their ranges, and its errors say what is allowed.
+    """
 
     max_tokens: int | None = Field(
         default=None,
-        description="End the answer after so many tokens, thoughts included. "
-        "Default: 4096, or what is left of the context",
+        description="Generate at most this many tokens, reasoning included. "
+        "Default: 4096, or fewer if less of the context is left",
     )
     temperature: float | None = Field(
         default=None,
-        description="Randomness, 0 or more; 0 picks the likeliest token each time. "
-        "Default: as the model's makers set it",
+        description="Randomness, 0 or more; 0 always picks the likeliest token. "
+        "Default: the value in the model's generation_config.json",
     )
     top_p: float | None = Field(
-        default=None, description="Sample from the likeliest tokens of this total probability"
+        default=None,
+        description="Sample from the likeliest tokens with this total probability, 0 to 1",
     )
     top_k: int | None = Field(
-        default=None, description="Sample from this many of the likeliest tokens; 0 is all"
+        default=None,
+        description="Sample from this many of the likeliest tokens; 0 means all tokens",
     )
     min_p: float | None = Field(
         default=None,
-        description="Leave out tokens less likely than this share of the likeliest one",
+        description="Leave out tokens less likely than the likeliest one times this value, 0 to 1",
     )
     repetition_penalty: float | None = Field(
-        default=None, description="Above 1: makes tokens of the last 20 less likely"
+        default=None, description="A value above 1 makes the last 20 tokens less likely to repeat"
     )
-    seed: int | None = Field(default=None, description="Same seed, same text")
+    seed: int | None = Field(default=None, description="The same seed gives the same text")
     stop: list[str] | None = Field(
-        default=None, description="End the answer before this text; a JSON list for several"
+        default=None,
+        description="End the answer before this text; use a JSON list for several texts",
     )
     think: bool | None = Field(
-        default=None, description="Think before the answer. Default: as the model does by itself"
+        default=None, description="Reason before the answer. Default: as the model's template does"
     )
     thinking_budget: int | None = Field(
-        default=None, description="Close the thought after so many tokens, and answer"
+        default=None, description="End the reasoning after this many tokens, and answer"
     )
     experts: int | None = Field(
         default=None,
-        description="Prune the router to its top K experts: fewer bytes from the disk, "
-        "not exact. Default: the K of training, or of the model's name",
+        description="Use only the top K experts of the router: fewer bytes are read, but the "
+        "answer is not exact. Default: the K of training, or the K of the model's name",
     )
     memory: str | None = Field(
         default=None,
@@ -58,24 +65,24 @@ class Options(llm.Options):
     )
     io: str | None = Field(
         default=None,
-        description='How experts are read: "buffered" leaves them in the page cache too, '
-        '"uncached" and "direct" do not. Default: what `flashmoe bench disk` found, or direct',
+        description='How experts are read: "buffered" also keeps them in the page cache, '
+        '"uncached" and "direct" do not. Default: the fastest in `flashmoe bench disk`, or direct',
     )
     activations: str | None = Field(
         default=None,
-        description='"int8" rounds activations to 8 bits in the products of decode: faster on a '
-        "CPU, not exact. Default: float32",
+        description='"int8" rounds activations to 8 bits during decode: faster on a CPU, but not '
+        "exact. Default: float32",
     )
     cache: bool | None = Field(
         default=None,
-        description="Keep the state of the conversation, so that its next turn, also with "
-        "llm -c, reads only what is new. Default: true",
+        description="Keep the conversation in the prompt cache, so that its next turn, also with "
+        "llm -c, processes only new tokens. Default: true",
     )
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _text_or_list(cls, value):
-        # The command line gives a string.
+    def _text_or_list(cls, value: Any) -> Any:
+        # The command line passes a string.
         if not isinstance(value, str):
             return value
         try:
@@ -86,12 +93,14 @@ class Options(llm.Options):
 
     @field_validator("memory", mode="before")
     @classmethod
-    def _size(cls, value):
+    def _size(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
 
 
-#: Options that `flashmoe.requests.Request` has under the same name.
-OF_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-OF_REQUEST += ("seed", "think", "thinking_budget")
-#: Options that an engine is made with.
-OF_ENGINE = ("memory", "io", "activations", "experts")
+#: The options that `flashmoe.requests.Request` has under the same names.
+REQUEST_OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "think", "thinking_budget"),
+)
+#: The options that an engine is created with.
+ENGINE_OPTIONS = ("memory", "io", "activations", "experts")

@@ -82,8 +82,8 @@ def test_options_of_a_response_are_ignored(run_llm):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("experts", "0"), ("experts=0", "1 to 10")),
-        (("experts", "11"), ("experts=11", "1 to 10")),
+        (("experts", "0"), ("experts=0", "1 or more")),
+        (("experts", "11"), ("experts=11", "between 1 and 10")),
         (("temperature", "-1"), ("temperature=-1", "0 or more")),
         (("memory", "1MB"), ("memory 1.0 MB is too small", "needs at least")),
         (("memory", "lots"), ("'lots' is not a memory size", "8GB")),

@@ -31,11 +31,11 @@ def test_making_a_model_loads_one():
 
 @pytest.mark.parametrize("name", ["temprature", "top_pp", "base_url"])
 def test_unknown_argument_is_ignored(name):
-    with pytest.raises(ValidationError, match=f"'{name}' is not known"):
+    with pytest.raises(ValidationError, match=f"'{name}' is not a known option"):
         model(**{name: 1})
-    with pytest.raises(InvalidRequest, match=f"'{name}' is not known"):
+    with pytest.raises(InvalidRequest, match=f"'{name}' is not a known option"):
         model().invoke("Hi", **{name: 1})
-    with pytest.raises(InvalidRequest, match=f"'{name}' is not known"):
+    with pytest.raises(InvalidRequest, match=f"'{name}' is not a known option"):
         model().bind_tools([], **{name: 1})
 
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import release
 from flashmoe.hub import registry
+from flashmoe.options import EngineOptions
 from flashmoe.requests import RANGES, Request
 from langchain_flashmoe import ChatFlashMoE
 from langchain_flashmoe.options import CallOptions
@@ -100,6 +101,7 @@ def test_setting_of_the_engine_is_lost():
     settings = {"memory": "1GB", "io": "uncached", "activations": "int8"}
     made = ChatFlashMoE(model=DEMO, **settings)
     engine, _ = made._request(CallOptions.merge(made, None, {}), [HumanMessage("Hi")])
-    assert engine.settings == settings
+    assert engine.options == EngineOptions(**settings)
     bare = ChatFlashMoE(model=DEMO)
-    assert bare._request(CallOptions.merge(bare, None, {}), [HumanMessage("Hi")])[0].settings == {}
+    engine, _ = bare._request(CallOptions.merge(bare, None, {}), [HumanMessage("Hi")])
+    assert engine.options == EngineOptions()

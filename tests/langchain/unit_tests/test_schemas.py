@@ -89,7 +89,7 @@ def test_schema_without_a_title_has_no_name():
 
 @pytest.mark.parametrize("given", [3, "text", [1]])
 def test_no_schema_is_one(given):
-    with pytest.raises(InvalidRequest, match="is no schema"):
+    with pytest.raises(InvalidRequest, match="is not a schema"):
         ChatFlashMoE(model=DEMO).with_structured_output(given)
 
 
@@ -99,7 +99,7 @@ def test_bad_arguments_are_found_late():
         model.with_structured_output(New, method="magic")
     with pytest.raises(InvalidRequest, match="'json_schema' needs a schema"):
         model.with_structured_output(None)
-    with pytest.raises(InvalidRequest, match="'max_tokns' is not known"):
+    with pytest.raises(InvalidRequest, match="'max_tokns' is not a known option"):
         model.with_structured_output(New, max_tokns=3)
 
 
@@ -137,7 +137,7 @@ def test_broken_call_is_none():
     broken = {"name": "New", "args": "<", "id": "c", "error": "it was cut"}
     with pytest.raises(OutputParserException, match="it was cut"):
         parser(True).parse_result(answer(invalid_tool_calls=[broken]))
-    with pytest.raises(OutputParserException, match="no call, but 'I am sorry'"):
+    with pytest.raises(OutputParserException, match="there is no tool call, but 'I am sorry'"):
         parser(True).parse_result(answer("I am sorry"))
 
 

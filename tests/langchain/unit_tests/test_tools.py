@@ -68,7 +68,7 @@ def test_form_of_a_tool_is_not_known(given, name, strict):
 def test_tool_of_a_server_is_taken():
     with pytest.raises(InvalidRequest, match="'web_search' runs on a server"):
         openai_tools([{"type": "web_search"}])
-    with pytest.raises(InvalidRequest, match="cannot be made a tool"):
+    with pytest.raises(InvalidRequest, match="cannot be used as a tool"):
         openai_tools([{"type": "object", "properties": {}}])
 
 
