@@ -19,7 +19,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -199,7 +199,7 @@ class Engine:
         request: Request,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Do what `stream` does, for asyncio.
 
         Cancelling the task or closing the iterator cancels the answer.
