@@ -162,6 +162,17 @@ def test_symlinked_shards_open(sharded_dir, tmp_path):
     assert shard in Checkpoint.open(sharded_dir).files
 
 
+def test_files_identity_changes_with_shards_alone(checkpoint_dir):
+    def identity():
+        return Checkpoint.open(checkpoint_dir).files_identity
+
+    first = identity()
+    edit_json(checkpoint_dir / "config.json", lambda c: c.update(extra=1))
+    assert identity() == first
+    os.utime(checkpoint_dir / "model.safetensors", ns=(1, 1))
+    assert identity() != first
+
+
 def test_demo_model_has_its_known_sizes():
     checkpoint = Checkpoint.open(find(DEMO))
     assert (checkpoint.num_layers, checkpoint.num_experts, checkpoint.top_k) == (8, 64, 10)
