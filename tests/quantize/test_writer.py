@@ -293,7 +293,7 @@ def test_source_is_overwritten(toy):
 
 def test_directory_with_files_is_filled(toy, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").record_use()
+    (tmp_path / "out" / "mine").touch()
     assert "is not empty" in run(toy, tmp_path / "out", code=1)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine"]
     assert "not a directory" in run(toy, tmp_path / "out" / "mine", code=1)
@@ -378,7 +378,7 @@ def test_memory_grows_with_the_checkpoint(toy, tmp_path):
     large.mkdir()
     tensors = list(synth.plan(4, 3, 1024, 4, 64))
     with open(large / "model.safetensors", "wb") as f:
-        f.write(synth.header(tensors))
+        f.write(synth.encode_header(tensors))
         size = f.tell() + sum(t.nbytes for t in tensors)
         f.truncate(size)
     (large / "config.json").write_text(json.dumps(synth.config(4, 3, 1024, 4, 64, 2)))

@@ -209,14 +209,15 @@ def test_ctrl_c_loses_finished_points(toy, text, tmp_path):
     code = "from flashmoe import cli\nfrom flashmoe.sweep import cost\n"
     code += "cost.SPEED_TOKENS = 4\ncli.cli()"
     command = [sys.executable, "-c", code, "sweep", toy, *options]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(list(map(str, command)), **pipes)
     while not any('"speed"' in f.read_text() for f in work.rglob("points.jsonl")):
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert [line.split("\t")[:2] for line in out.splitlines()[:3]] == [
-        ["own", "3"], ["own", "2"], ["own", "1"]
+    assert [line.split("\t")[:2] for line in out.splitlines()] == [
+        ["version", "K"], ["own", "3"], ["own", "2"], ["own", "1"]
     ]  # fmt: skip
-    assert "ended before it was whole" in out
+    assert "ended before it was whole" in err
