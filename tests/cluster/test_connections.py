@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from flashmoe.cluster import connections as hosts
+from flashmoe.cluster import connections
 from flashmoe.errors import ClusterError
 
 SILENCE = 0.6
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(hosts, "monotonic", clock)
+    monkeypatch.setattr(connections, "monotonic", clock)
     return clock
 
 
@@ -39,17 +39,17 @@ def until(condition) -> None:
 
 def connect(monkeypatch):
     """Return the two ends of a connection, and what each end reported as lost."""
-    monkeypatch.setattr(hosts, "BEAT", 0.02)
-    monkeypatch.setattr(hosts, "SILENCE", SILENCE)
+    monkeypatch.setattr(connections, "BEAT", 0.02)
+    monkeypatch.setattr(connections, "SILENCE", SILENCE)
     lost = {0: [], 1: []}
-    with hosts.listen("127.0.0.1") as server:
+    with connections.listen("127.0.0.1") as server:
         address = server.getsockname()
         joined = []
         joins = threading.Thread(
-            target=lambda: joined.append(hosts.join(address, 1, "s", lost[1].append))
+            target=lambda: joined.append(connections.join(address, 1, "s", lost[1].append))
         )
         joins.start()
-        workers = hosts.accept(server, 1, "s", lambda rank, why: lost[0].append((rank, why)))
+        workers = connections.accept(server, 1, "s", lambda rank, why: lost[0].append((rank, why)))
         joins.join()
     return workers[1], joined[0], lost
 
@@ -61,12 +61,12 @@ def test_beats_keep_a_quiet_connection_until_one_end_closes(monkeypatch, clock):
         until(lambda: lead._heard == worker._heard == clock.now)
     assert lost == {0: [], 1: []}
     worker.send("ready", text="é")
-    assert lead.get(60) == {"kind": "ready", "text": "é"}
+    assert lead.receive(60) == {"kind": "ready", "text": "é"}
     worker.close()
     until(lambda: lost[0])
     assert lost[0][0][0] == 1
     assert len(lost[0]) == 1
-    assert lead.get(60) is None
+    assert lead.receive(60) is None
     lead.close()
 
 
@@ -79,7 +79,7 @@ def test_silent_worker_is_reported_as_lost(monkeypatch, clock):
         return bool(lost[0])
 
     until(is_lost)
-    assert lost[0] == [(1, "nothing was heard of it for 0.6 seconds")]
+    assert lost[0] == [(1, "it sent nothing for 0.6 seconds")]
     for end in (lead, worker):
         end.close()
 
@@ -89,7 +89,7 @@ def test_end_is_not_reported_as_a_loss(monkeypatch, clock):
     lead, worker, lost = connect(monkeypatch)
     lead.send("end")
     lead.close()
-    assert worker.get(60) == {"kind": "end"}
+    assert worker.receive(60) == {"kind": "end"}
     for thread in set(threading.enumerate()) - before:
         thread.join(60)
         assert not thread.is_alive()
@@ -100,12 +100,12 @@ def test_end_is_not_reported_as_a_loss(monkeypatch, clock):
 
 @pytest.mark.parametrize("hello", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 1}\n', b"[1]\n"])
 def test_stranger_cannot_join(monkeypatch, hello):
-    monkeypatch.setattr(hosts, "JOIN", 1.0)
-    with hosts.listen("127.0.0.1") as server:
+    monkeypatch.setattr(connections, "JOIN", 1.0)
+    with connections.listen("127.0.0.1") as server:
         with socket.create_connection(server.getsockname()) as stranger:
             stranger.sendall(hello)
-        with pytest.raises(ClusterError, match=r"hosts \[1\] did not reach the lead within 1"):
-            hosts.accept(server, 1, "secret", lambda *a: None)
+        with pytest.raises(ClusterError, match=r"workers \[1\] did not reach the lead within 1"):
+            connections.accept(server, 1, "secret", lambda *a: None)
 
 
 def test_cut_closes_both_ends_of_every_connection():
@@ -113,9 +113,9 @@ def test_cut_closes_both_ends_of_every_connection():
         address = server.getsockname()
         with socket.create_connection(address) as one, socket.create_connection(address) as other:
             accepted = [server.accept()[0] for _ in range(2)]
-            assert hosts.cut(["127.0.0.1:1"]) == 0
+            assert connections.cut(["127.0.0.1:1"]) == 0
             # Both ends of both connections are in this process.
-            assert hosts.cut([f"127.0.0.1:{address[1]}"]) == 4
+            assert connections.cut([f"127.0.0.1:{address[1]}"]) == 4
             assert one.recv(1) == other.recv(1) == b""
             for connection in accepted:
                 connection.close()

@@ -18,7 +18,7 @@ from toys import write_chat_toy, write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.cluster import collectives as exchange
-from flashmoe.cluster import connections as hosts
+from flashmoe.cluster import connections
 from flashmoe.cluster.placement import owners
 from flashmoe.engine import Engine
 from flashmoe.events import Text
@@ -181,7 +181,7 @@ def test_cluster_gives_the_same_answers_as_one_machine(toy, tmp_path):
     counts = np.bincount(owners(12, (4.0, 1.0, 1.0, 2.0)))
     for rank in range(1, 4):
         assert results[rank][1] == ""
-        assert f"host {rank}: {counts[rank]} of 12 experts a layer" in results[rank][2]
+        assert f"worker {rank}: {counts[rank]} of 12 experts a layer" in results[rank][2]
 
 
 def test_experts_split_over_workers_give_the_same_bits(tmp_path):
@@ -197,11 +197,11 @@ def test_experts_split_over_workers_give_the_same_bits(tmp_path):
     np.testing.assert_array_equal(np.array(y).reshape(18, hidden), alone)
 
     rows, chosen = np.array(x).reshape(9, hidden), indices.reshape(9, 2)
-    shared_request = exchange.Request(0, [rows], [chosen], mx.float32, [True])
+    shared_request = exchange.ExpertRequest(0, [rows], [chosen], mx.float32, [True])
     summed = np.zeros_like(alone)
     for owned in (np.arange(8) % 3 == 0, np.arange(8) % 3 != 0):
-        pairs = exchange.mine(shared_request, owned)
-        (y,) = switch.start(exchange.inputs(shared_request, pairs)).finish()
+        pairs = exchange.own_pairs(shared_request, owned)
+        (y,) = switch.start(exchange.switch_inputs(shared_request, pairs)).finish()
         summed[pairs[0]] = np.array(y).reshape(-1, hidden)
     np.testing.assert_array_equal(summed, alone)
     model.close()
@@ -209,12 +209,12 @@ def test_experts_split_over_workers_give_the_same_bits(tmp_path):
 
 def test_worker_that_does_not_fit_is_refused(toy, tmp_path):
     other = write_chat_toy(tmp_path / "other", num_experts=12, top_k=4, seed=3)
-    cases = [(other, "6", "another checkpoint than the lead's"), (toy, "1", "are too few")]
+    cases = [(other, "6", "is not the checkpoint that the lead has"), (toy, "1", "are too few")]
     for path, slots, why in cases:
         results = Cluster(tmp_path, toy, "equal", REQUESTS[:1], others=[path], slots=slots).finish()
         ((kind, text),) = texts(results[0][1])
         assert kind == "ClusterError"
-        assert "host 1" in text
+        assert "worker 1" in text
         assert why in text
         assert results[1][0] == 1
         assert why in results[1][2]
@@ -301,7 +301,7 @@ def test_lead_reports_a_worker_that_dies(toy, tmp_path):
         try:
             run.line()
             run.processes[1].send_signal(how)
-            out, err = run.processes[0].communicate(timeout=120 + hosts.SILENCE)
+            out, err = run.processes[0].communicate(timeout=120 + connections.SILENCE)
             last = run.processes[2].communicate(timeout=120)[1]
         finally:
             run.kill()
@@ -309,8 +309,8 @@ def test_lead_reports_a_worker_that_dies(toy, tmp_path):
         assert len(errors) == 2
         for kind, text in errors:
             assert kind == "ClusterError"
-            assert "host 1" in text or "host 2" in text
-            assert "start all hosts anew" in text
+            assert "worker 1" in text or "worker 2" in text
+            assert "Start all machines again" in text
         assert run.processes[0].returncode == 0, err
         assert "Traceback" not in err + last
 
@@ -367,7 +367,7 @@ def test_expert_that_a_worker_cannot_read_is_an_error(tmp_path):
         run.finish()
     (error,) = texts(out)
     assert error[0] == "ReadError", (out, err)
-    assert "host 1" in error[1]
+    assert "worker 1" in error[1]
     assert "is missing" in error[1] or "was deleted" in error[1]
 
 

@@ -68,7 +68,7 @@ def test_waves_do_not_change_a_bit(toy, load, launches, tokens, residual):
     for slots in (toy.top_k + 2, toy.num_experts):
         block = next(iter(load(slots).blocks.values()))
         launches.clear()
-        y = next(block.apply([x], [r])) if residual else block(x)
+        y = next(block.run([x], [r])) if residual else block(x)
         results += numpy([y])
         needed = len(np.unique(np.array(block.choose_experts(x[0])[0])))
         assert ("combine" in launches) == (needed > slots)
@@ -85,7 +85,7 @@ def test_bits_of_a_chunk_do_not_depend_on_other_chunks(toy, load, tokens):
     resident = next(iter(load(toy.num_experts).blocks.values()))
     alone = numpy([resident(x) for x in xs])
     for block in (next(iter(load().blocks.values())), resident):
-        together = list(block.apply(xs, [None] * len(xs)))
+        together = list(block.run(xs, [None] * len(xs)))
         assert [y.shape for y in together] == [x.shape for x in xs]
         assert same(numpy(together), alone)
 
@@ -93,9 +93,9 @@ def test_bits_of_a_chunk_do_not_depend_on_other_chunks(toy, load, tokens):
 def test_each_chunk_gets_its_own_residual(toy, load):
     xs, rs = chunks(5, MANY, 2), [x * 2 for x in chunks(5, MANY, 2)]
     block = next(iter(load().blocks.values()))
-    alone = [next(block.apply([x], [r])) for x, r in zip(xs, rs, strict=True)]
-    assert same(numpy(block.apply(xs, rs)), numpy(alone))
-    assert same(numpy(block.apply(xs[::2], rs[::2])), numpy(alone[::2]))
+    alone = [next(block.run([x], [r])) for x, r in zip(xs, rs, strict=True)]
+    assert same(numpy(block.run(xs, rs)), numpy(alone))
+    assert same(numpy(block.run(xs[::2], rs[::2])), numpy(alone[::2]))
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -178,7 +178,7 @@ def test_mailbox_is_not_read_for_several_chunks(load, posted, tokens):
     block = next(iter(load().blocks.values()))
     alone = numpy([block(x) for x in xs])
     posted["garbage"] = "mailbox"
-    assert same(numpy(block.apply(xs, [None] * len(xs))), alone)
+    assert same(numpy(block.run(xs, [None] * len(xs))), alone)
 
 
 @on_stand_in

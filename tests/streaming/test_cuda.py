@@ -16,7 +16,7 @@ from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import load_resident, logits, same
 from flashmoe.streaming import cuda as cuda_memory
 from flashmoe.streaming.cuda import CudaMemory, device_memory
-from flashmoe.streaming.device_copy import PLACE_NBYTES, DeviceBytes
+from flashmoe.streaming.device_copy import STAGING_NBYTES, DeviceBytes
 from flashmoe.streaming.reader import Reader, ReadRequest
 
 pytestmark = pytest.mark.skipif(device_memory() is None, reason="needs a discrete NVIDIA GPU")
@@ -38,7 +38,7 @@ def gpu_sees(array: mx.array, expected: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("dtype", [mx.uint8, mx.uint32, mx.bfloat16, mx.float16, mx.float32])
 def test_gpu_sees_the_bytes_that_were_read(tmp_path, dtype):
-    data = np.random.default_rng(0).integers(0, 256, 2 * PLACE_NBYTES + 4096, np.uint8)
+    data = np.random.default_rng(0).integers(0, 256, 2 * STAGING_NBYTES + 4096, np.uint8)
     (tmp_path / "experts").write_bytes(data.tobytes())
     memory = CudaMemory()
     stack = zeros(3, data.size // dtype.size, dtype=dtype)
@@ -94,7 +94,7 @@ def test_places_are_unlocked_after_their_threads_have_ended():
     addresses = []
 
     def work():
-        place = target.place(0)
+        place = target.staging(0)
         place[:] = 7
         target[:] = place
         addresses.append(place.__array_interface__["data"][0])

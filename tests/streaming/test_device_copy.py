@@ -14,7 +14,7 @@ from flashmoe.models import qwen_moe as models
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import load_resident, logits, same
 from flashmoe.ops import backend as ops
-from flashmoe.streaming.device_copy import PLACE_NBYTES, DeviceBytes
+from flashmoe.streaming.device_copy import STAGING_NBYTES, DeviceBytes
 from flashmoe.streaming.io_modes import BLOCK
 from flashmoe.streaming.reader import Reader, ReadRequest
 from flashmoe.streaming.slot_memory import SlotMemory
@@ -32,7 +32,7 @@ def zeros(nbytes: int) -> mx.array:
 def path(tmp_path):
     """A file of random bytes that needs several staging places."""
     path = tmp_path / "experts"
-    path.write_bytes(os.urandom(3 * PLACE_NBYTES + 12345))
+    path.write_bytes(os.urandom(3 * STAGING_NBYTES + 12345))
     return path
 
 
@@ -41,7 +41,7 @@ def path(tmp_path):
 def test_each_byte_arrives_in_its_range(path, io, split):
     memory, data = HostMemory(), path.read_bytes()
     # Odd sizes, full blocks, a size that just fits into a place, and one that does not.
-    sizes = [1, 4095, BLOCK, 70_001, PLACE_NBYTES, PLACE_NBYTES + 1, len(data) - 4]
+    sizes = [1, 4095, BLOCK, 70_001, STAGING_NBYTES, STAGING_NBYTES + 1, len(data) - 4]
     arrays = [zeros(n + 2) for n in sizes]
     requests = [
         ReadRequest(path, i, DeviceBytes.of(memory, a)[1 : n + 1], 0, i)
@@ -60,10 +60,10 @@ def test_staging_place_is_aligned_like_the_file(path, monkeypatch):
     """So a drive can write into the place directly, at any offset in the file."""
     memory = HostMemory()
     for start in (0, 1, 4095, 4097, 77_777):
-        place = memory.place(start, 70_000)
+        place = memory.staging(start, 70_000)
         assert place.size == 70_000
         assert (place.__array_interface__["data"][0] - start) % BLOCK == 0
-    assert memory.place(BLOCK - 1, PLACE_NBYTES).size == PLACE_NBYTES
+    assert memory.staging(BLOCK - 1, STAGING_NBYTES).size == STAGING_NBYTES
 
 
 def test_nothing_of_a_failed_read_is_copied(path):

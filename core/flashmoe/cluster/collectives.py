@@ -1,13 +1,14 @@
-"""What the hosts of a cluster say to each other for one expert block, by sums of MLX.
+"""Exchange the inputs and results of one expert block between machines, by sums of MLX.
 
-A sum over all hosts, where all but one have zeros, gives everybody what that one has, bit for bit.
+A sum over all machines, where all but one have zeros, gives every machine what that one has, bit
+for bit.
 
-    request   from the lead: layer, K, sizes of the pieces (below 0 where rows are of sequences of
-              their own), then x and the router's choice
-    results   of each piece: (rows * K, hidden), where each host has those of its experts, and what
-              the host did
+    request   from the lead: layer, K, number of tokens of each input (negative where each token
+              belongs to a sequence of its own), then x and the router's choice
+    results   of each input: (tokens * K, hidden), to which each machine adds those of its experts,
+              and counts of what the machine did
 
-A request is one sum when it has one row, as most have while an answer is generated; else two.
+A request is one sum when it has one token, as most have during decoding; otherwise two.
 """
 
 from __future__ import annotations
@@ -20,39 +21,43 @@ import numpy as np
 
 from ..errors import ClusterError
 
-#: Pieces of a request.
-MAX_CHUNKS = 96
-#: What a host adds to the results of a piece: experts needed, of these loaded, whether it failed.
-NOTES = 3
+#: The most inputs of a request.
+MAX_INPUTS = 96
+#: Numbers that a machine adds to the results of an input: experts needed, experts loaded, whether
+#: it failed.
+COUNTS = 3
 
 _REST, _WORK = 1, 2
-_HEAD = 5 + MAX_CHUNKS
+_HEAD = 5 + MAX_INPUTS
 _DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """The rows of one layer.
+class ExpertRequest:
+    """The inputs of one layer's experts.
 
     Attributes:
-        xs: of each piece (rows, hidden) float32.
-        indices: of each piece (rows, K) int64.
-        dtype: that the rows had.
-        alone: of each piece, whether its rows are of sequences of their own.
+        layer: index of the layer.
+        xs: (tokens, hidden) float32 of each input.
+        indices: (tokens, K) int64 of each input.
+        dtype: the dtype that the inputs had.
+        separate: for each input, whether each of its tokens belongs to a sequence of its own.
     """
 
     layer: int
     xs: Sequence[np.ndarray]
     indices: Sequence[np.ndarray]
     dtype: mx.Dtype
-    alone: Sequence[bool]
+    separate: Sequence[bool]
 
 
 class Exchange:
-    """
+    """Sends and receives requests and results over a group of MLX.
+
     Args:
-        group: of MLX.
-        hidden: size of a row. top_k: the most experts of a row.
+        group: all machines.
+        hidden: the hidden size of the model.
+        top_k: the most experts of a token.
     """
 
     def __init__(self, group: mx.distributed.Group, hidden: int, top_k: int):
@@ -61,24 +66,25 @@ class Exchange:
         self._most_k = top_k
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Of all hosts, float32.
+        """Return the sum of what all machines give, float32.
 
         Raises:
-            ClusterError: a host is gone.
+            ClusterError: a machine is gone.
         """
         try:
             total = mx.distributed.all_sum(mx.array(values), group=self.group, stream=mx.cpu)
             mx.eval(total)
         except RuntimeError as e:
-            raise ClusterError(f"a host is gone: {e}") from e
+            raise ClusterError(f"a machine is gone: {e}") from e
         return np.array(total)
 
-    def send(self, request: Request) -> None:
-        """From the lead, to all."""
+    def send(self, request: ExpertRequest) -> None:
+        """Send a request from the lead to all workers."""
         k = request.indices[0].shape[1]
-        rows = [np.hstack(pair) for pair in zip(request.xs, request.indices, strict=True)]
-        sizes = [-len(r) if alone else len(r) for r, alone in zip(rows, request.alone, strict=True)]
-        rows = np.concatenate(rows).astype(np.float32)
+        parts = [np.hstack(pair) for pair in zip(request.xs, request.indices, strict=True)]
+        separate = zip(parts, request.separate, strict=True)
+        sizes = [-len(part) if s else len(part) for part, s in separate]
+        rows = np.concatenate(parts).astype(np.float32)
         dtype = _DTYPES.index(request.dtype)
         first = self._first(_WORK, request.layer, k, dtype, len(sizes))
         first[5 : 5 + len(sizes)] = sizes
@@ -88,17 +94,17 @@ class Exchange:
             self.sum(rows[1:].reshape(-1))
 
     def rest(self) -> None:
-        """From the lead: there is nothing to do for a while."""
+        """Tell all workers, from the lead, that there is nothing to do for a while."""
         self.sum(self._first(_REST))
 
-    def receive(self) -> Request | None:
-        """On the others; None: to rest."""
+    def receive(self) -> ExpertRequest | None:
+        """Receive a request on a worker; None when there is nothing to do for a while."""
         first = self.sum(self._first())
-        what, layer, k, dtype, pieces = first[:5].astype(int).tolist()
+        what, layer, k, dtype, inputs = first[:5].astype(int).tolist()
         if what == _REST:
             return None
-        sizes = first[5 : 5 + pieces].astype(int)
-        alone, sizes = (sizes < 0).tolist(), np.abs(sizes)
+        signed = first[5 : 5 + inputs].astype(int)
+        separate, sizes = (signed < 0).tolist(), np.abs(signed)
         width = self.hidden + k
         rows = first[None, _HEAD : _HEAD + width]
         if (more := int(sizes.sum()) - 1) > 0:
@@ -107,14 +113,21 @@ class Exchange:
         parts = np.split(rows, np.cumsum(sizes)[:-1])
         xs = [np.ascontiguousarray(part[:, : self.hidden]) for part in parts]
         indices = [part[:, self.hidden :].astype(np.int64) for part in parts]
-        return Request(layer, xs, indices, _DTYPES[dtype], alone)
+        return ExpertRequest(layer, xs, indices, _DTYPES[dtype], separate)
 
-    def results(self, mine: np.ndarray, notes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """Of one piece, from and to all. mine: (pairs, hidden) float32, zeros where others have
-        the expert. What all have, and the sums of their notes."""
-        both = np.concatenate([mine.reshape(-1), np.array(notes, np.float32)])
+    def add_results(self, mine: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        """Add up the results of one input over all machines.
+
+        Args:
+            mine: (pairs, hidden) float32, zeros where another machine holds the expert.
+            counts: see COUNTS.
+
+        Returns:
+            The results of all machines, and the sums of their counts.
+        """
+        both = np.concatenate([mine.reshape(-1), np.array(counts, np.float32)])
         total = self.sum(both)
-        return total[:-NOTES].reshape(mine.shape), total[-NOTES:].astype(int).tolist()
+        return total[:-COUNTS].reshape(mine.shape), total[-COUNTS:].astype(int).tolist()
 
     def _first(self, *head: int) -> np.ndarray:
         first = np.zeros(_HEAD + self.hidden + self._most_k, np.float32)
@@ -122,23 +135,30 @@ class Exchange:
         return first
 
 
-def mine(request: Request, owned: np.ndarray) -> list[np.ndarray]:
-    """Of each piece, the pairs whose experts this host has. owned: (experts,) bool. A pair is
-    numbered as in `flashmoe.ops`."""
+def own_pairs(request: ExpertRequest, owned: np.ndarray) -> list[np.ndarray]:
+    """Return the pairs of each input whose experts this machine holds.
+
+    Pairs are numbered as in `flashmoe.streaming.compute`.
+
+    Args:
+        owned: (experts,) bool.
+    """
     return [np.flatnonzero(owned[indices]) for indices in request.indices]
 
 
-def inputs(request: Request, pairs: Sequence[np.ndarray]) -> list[tuple[mx.array, mx.array]]:
-    """Those pairs as inputs of a `StreamingSwitchGLU`, one expert a row; without empty pieces.
+def switch_inputs(
+    request: ExpertRequest, pairs: Sequence[np.ndarray]
+) -> list[tuple[mx.array, mx.array]]:
+    """Return pairs as inputs of a `StreamingSwitchGLU`, one expert a token; empty ones left out.
 
-    All pairs of an expert are on one host, and in one piece of its call as they are in one piece
-    without a cluster: so each has the bits that it would have there.
+    All pairs of an expert are on one machine, and in one input of its call as they are in one input
+    without a cluster: so each pair has the bits that it would have there.
     """
-    found = []
-    pieces = zip(request.xs, request.indices, pairs, request.alone, strict=True)
-    for x, indices, chosen, alone in pieces:
+    inputs = []
+    parts = zip(request.xs, request.indices, pairs, request.separate, strict=True)
+    for x, indices, chosen, separate in parts:
         if chosen.size:
             rows = mx.array(x[chosen // indices.shape[1]]).astype(request.dtype)
             experts = mx.array(indices.reshape(-1)[chosen][:, None])
-            found.append((rows[:, None], experts[:, None]) if alone else (rows, experts))
-    return found
+            inputs.append((rows[:, None], experts[:, None]) if separate else (rows, experts))
+    return inputs

@@ -1,13 +1,13 @@
-"""How the hosts of a cluster know of each other, beside the collectives of MLX.
+"""Connect the workers of a cluster with the lead, beside the collectives of MLX.
 
-A collective cannot be left, and waits for a host that is gone for as long as the system's
-connection does, so each host tells the lead twice a second that it lives, and the lead each host.
-Whoever hears nothing for SILENCE seconds cuts the collectives' connections: what waits in them ends
-with an error. Errors of hosts come in words here too, and the news that there is work: collectives
-wait in a loop that takes a core, so hosts with nothing to do wait here.
+A collective cannot be cancelled, and waits for a machine that is gone as long as the system's
+connection does. So each worker sends the lead a heartbeat twice a second, and the lead each worker.
+A machine that hears nothing for SILENCE seconds cuts the collectives' connections: what waits in
+them ends with an error. These connections also carry the errors of workers as text, and the message
+that there is work: collectives wait in a loop that takes a core, so idle workers wait here.
 
-Lines of JSON over TCP, each host with the lead. A host names the secret that the lead gave to all
-by a collective, so that nobody else joins.
+The protocol is lines of JSON over TCP, between each worker and the lead. A worker sends the secret
+that the lead gave to all machines by a collective, so that nobody else can join.
 """
 
 from __future__ import annotations
@@ -18,22 +18,29 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import Any
 
 from ..errors import ClusterError
 
+#: Seconds between two heartbeats.
 BEAT = 0.5
+#: Seconds without a heartbeat after which the other end counts as gone.
 SILENCE = 5.0
+#: Seconds for a worker to connect.
 JOIN = 60.0
 
 
-class Line:
-    """One connection. Messages are dicts with a `kind`; beats are seen to here.
+class Connection:
+    """One connection between the lead and a worker, with heartbeats.
+
+    Messages are dicts with a `kind`.
 
     Args:
-        who: whom it leads to, for people.
-        lost: called once with why, when the other end is gone.
+        who: the other end, as text for people.
+        lost: called once with the reason when the other end is gone.
     """
 
     def __init__(self, connection: socket.socket, who: str, lost: Callable[[str], None]):
@@ -50,28 +57,33 @@ class Line:
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name=f"flashmoe-{who}", daemon=True).start()
 
-    def send(self, kind: str, **message) -> None:
-        """Raises OSError when the other end is gone."""
+    def send(self, kind: str, **message: Any) -> None:
+        """Send a message.
+
+        Raises:
+            OSError: the other end is gone.
+        """
         data = json.dumps({"kind": kind, **message}).encode() + b"\n"
         with self._sending:
             self._connection.sendall(data)
 
-    def get(self, timeout: float | None = None) -> dict | None:
-        """The next message; None when there will be none, or none came in time."""
+    def receive(self, timeout: float | None = None) -> dict | None:
+        """Return the next message; None when there will be none, or none came in time."""
         try:
             message = self._messages.get(timeout=timeout)
         except Empty:
             return None
         if message is None:
-            self._messages.put(None)  # for the next one who asks
+            self._messages.put(None)  # for the next call
         return message
 
     @property
     def ended(self) -> bool:
-        """Whether the other end said that it ends, or this one did."""
+        """Whether one of the ends has said that it ends."""
         return self._ended
 
     def close(self) -> None:
+        """Close the connection; the other end is not reported as lost."""
         self._ended = True
         self._over.set()
         with suppress(OSError):
@@ -99,9 +111,9 @@ class Line:
             try:
                 self.send("beat")
             except OSError:
-                return  # the listener says so
+                return  # the listener reports it
             if monotonic() - self._heard > SILENCE:
-                self._gone(f"nothing was heard of it for {SILENCE:g} seconds")
+                self._gone(f"it sent nothing for {SILENCE:g} seconds")
                 return
 
     def _gone(self, why: str) -> None:
@@ -112,91 +124,102 @@ class Line:
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket on a free port of an address of this machine."""
+    """Return a listening socket on a free port of an address of this machine."""
     return socket.create_server((address, 0), backlog=16)
 
 
 def accept(
     server: socket.socket, count: int, secret: str, lost: Callable[[int, str], None]
-) -> dict[int, Line]:
-    """Wait for `count` hosts: rank -> its line.
+) -> dict[int, Connection]:
+    """Wait for `count` workers to connect; return their connections by rank.
+
+    Args:
+        secret: what a worker must send.
+        lost: called with a rank and a reason when a worker is gone.
 
     Raises:
-        ClusterError: not all came within JOIN seconds.
+        ClusterError: not all connected within JOIN seconds.
     """
-    found: dict[int, Line] = {}
+    connections: dict[int, Connection] = {}
     deadline = monotonic() + JOIN
-    while len(found) < count:
+    while len(connections) < count:
         server.settimeout(max(0.01, deadline - monotonic()))
         try:
             connection, address = server.accept()
         except TimeoutError:
-            missing = sorted(set(range(1, count + 1)) - found.keys())
+            missing = sorted(set(range(1, count + 1)) - connections.keys())
             raise ClusterError(
-                f"hosts {missing} did not reach the lead within {JOIN:g} seconds: see what they "
-                "say, and whether a firewall lets them connect to any port of the lead"
+                f"workers {missing} did not reach the lead within {JOIN:g} seconds: see what they "
+                "print, and whether a firewall lets them connect to any port of the lead"
             ) from None
         hello = _hello(connection)
         rank = hello.get("rank")
-        if hello.get("secret") != secret or rank not in range(1, count + 1) or rank in found:
+        expected = isinstance(rank, int) and 1 <= rank <= count and rank not in connections
+        if hello.get("secret") != secret or not expected:
             connection.close()
             continue
-        who = f"host {rank} ({address[0]})"
-        found[rank] = Line(connection, who, lambda why, rank=rank: lost(rank, why))
-    return found
+        assert isinstance(rank, int), "as just checked"
+        who = f"worker {rank} ({address[0]})"
+        connections[rank] = Connection(connection, who, partial(lost, rank))
+    return connections
 
 
 def _hello(connection: socket.socket) -> dict:
-    """The first line of a stranger, or {}."""
+    """Return the first line that a new connection sends, or {} when it is not valid."""
     try:
         connection.settimeout(5)
         data = b""
         while not data.endswith(b"\n") and len(data) < 1000 and (byte := connection.recv(1)):
             data += byte
-        found = json.loads(data)
-        return found if isinstance(found, dict) else {}
+        hello = json.loads(data)
+        return hello if isinstance(hello, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
-def join(address: tuple[str, int], rank: int, secret: str, lost: Callable[[str], None]) -> Line:
-    """Connect to the lead.
+def join(
+    address: tuple[str, int], rank: int, secret: str, lost: Callable[[str], None]
+) -> Connection:
+    """Connect a worker to the lead.
 
     Raises:
-        ClusterError: it cannot be reached.
+        ClusterError: the lead cannot be reached.
     """
     try:
         connection = socket.create_connection(address, timeout=JOIN)
         hello = {"rank": rank, "secret": secret}
         connection.sendall(json.dumps(hello).encode() + b"\n")
     except OSError as e:
-        raise ClusterError(f"host {rank} cannot reach the lead at {address[0]}: {e}") from e
-    return Line(connection, f"the lead ({address[0]})", lost)
+        raise ClusterError(f"worker {rank} cannot reach the lead at {address[0]}: {e}") from e
+    return Connection(connection, f"the lead ({address[0]})", lost)
 
 
 def ring() -> list[list[str]]:
-    """ip:port of each host, by rank, where MLX's ring connects; [] with another back end."""
+    """Return the addresses, ip:port, where MLX's ring connects each machine, by rank.
+
+    An empty list with another back end of MLX.
+    """
     try:
         with open(os.environ["MLX_HOSTFILE"]) as file:
-            found = json.load(file)
-        return [[str(address) for address in host] for host in found]
+            machines = json.load(file)
+        return [[str(address) for address in machine] for machine in machines]
     except (KeyError, OSError, ValueError, TypeError):
         return []
 
 
 def cut(addresses: Iterable[str]) -> int:
-    """Shut down the connections of this process from or to these ip:port; how many.
+    """Shut down this process's connections from or to these ip:port; return how many there were.
 
-    MLX keeps its sockets to itself, so they are looked for among the open files.
+    MLX does not expose its sockets, so this looks for them among the open files.
     """
     wanted, count = set(addresses), 0
     for name in os.listdir("/dev/fd"):
         try:
-            with socket.socket(fileno=os.dup(int(name))) as found:
-                ends = [found.getsockname(), found.getpeername()]
+            with socket.socket(fileno=os.dup(int(name))) as other:
+                ends = [other.getsockname(), other.getpeername()]
                 if wanted & {f"{end[0]}:{end[1]}" for end in ends}:
-                    found.shutdown(socket.SHUT_RDWR)
+                    other.shutdown(socket.SHUT_RDWR)
                     count += 1
         except (OSError, ValueError, IndexError, TypeError):
-            pass  # no socket, or gone since
+            pass  # not a socket, or closed since
     return count

@@ -1,10 +1,11 @@
-"""The lead of a cluster: its experts are on several hosts, each on its own disk and in its own
-slots. Lives on the engine's thread.
+"""Lead a cluster: the experts are on several machines, each on its own disk and in its own slots.
 
-The lead alone has the dense weights, and asks the hosts for the experts' results layer by layer. So
-routers, caches and samplers are those of one machine, and the sum over a token's experts is made
-here in its usual order: the answer is that of one machine, bit for bit, on a CPU. What hosts send
-is K rows a token for that, not their sum.
+The lead alone has the dense weights, and asks the workers for the results of experts layer by
+layer. So routers, caches and samplers work as on one machine, and the sum over a token's experts is
+made here in its usual order: on CPUs the answer equals that of one machine, bit for bit. For that,
+workers send K results per token, not their sum.
+
+Lives on the engine's thread.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from ..ops.arrays import to_numpy
 from ..streaming.block import ExpertSwitch, SwitchStats
 from ..streaming.compute import Backend
 from ..streaming.switch_glu import StreamingSwitchGLU, are_separate_sequences
-from . import connections as hosts
-from .collectives import Exchange, Request, inputs, mine
+from . import connections
+from .collectives import Exchange, ExpertRequest, own_pairs, switch_inputs
 from .placement import owners, parse_shares
 
 if TYPE_CHECKING:
@@ -40,25 +41,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flashmoe")
 
-#: Seconds for hosts to open the checkpoint and take their memory.
-LOAD = 600.0
-#: Bytes of the address and the secret, as one text.
-ADDRESS = 128
+#: Seconds for workers to open the checkpoint and allocate their memory.
+LOAD_SECONDS = 600.0
+#: Bytes of the lead's address and the secret, as one text.
+ADDRESS_NBYTES = 128
 
 
 def group() -> mx.distributed.Group:
-    """MLX's group of all hosts.
+    """Return MLX's group of all machines.
 
     Raises:
         ClusterError: this process was not started as one of several.
     """
     try:
-        found = mx.distributed.init(strict=True)
+        machines = mx.distributed.init(strict=True)
     except RuntimeError as e:
-        raise ClusterError(f"a cluster is started by mlx.launch on all of its hosts: {e}") from e
-    if found.size() < 2:
-        raise ClusterError("a cluster needs two hosts or more: start it by mlx.launch")
-    return found
+        raise ClusterError(f"start a cluster with mlx.launch on all of its machines: {e}") from e
+    if machines.size() < 2:
+        raise ClusterError("a cluster needs two machines or more: start it with mlx.launch")
+    return machines
 
 
 def cluster_backend() -> Backend:
@@ -72,11 +73,16 @@ def cluster_backend() -> Backend:
 
 
 def exchange_for(checkpoint: Checkpoint, group: mx.distributed.Group) -> Exchange:
+    """Return the exchange for the experts of a checkpoint."""
     return Exchange(group, checkpoint.text_config["hidden_size"], checkpoint.top_k)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """What all hosts have to have in common: the experts. A part of each tensor is read."""
+    """Return a hash of the experts, which must be equal on all machines.
+
+    It covers the layout and the first bytes of each tensor, and not the files' times as
+    `Checkpoint.files_identity` does, since copies on other machines have other times.
+    """
     digest = hashlib.sha256()
     for layer in checkpoint.expert_layers.values():
         for part in layer.parts:
@@ -89,19 +95,20 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 class Cluster:
-    """The other hosts.
+    """The workers, as the lead sees them.
 
     Args:
         shares: see `flashmoe.cluster.placement.parse_shares`.
+        activations: of all machines.
 
     Attributes:
-        held: how many experts of a layer are the lead's own.
+        held: how many experts of a layer the lead holds itself.
         backend: computes the experts of all machines.
-        nbytes: what it takes of the lead's memory.
-        elsewhere: bytes that the other hosts have read.
+        nbytes: bytes of the lead's memory that the exchange takes.
+        remote_bytes: bytes that the workers have read.
 
     Raises:
-        ClusterError: a host does not come, or does not fit.
+        ClusterError: a worker does not connect, or has another checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint, shares: str, activations: str):
@@ -111,103 +118,108 @@ class Cluster:
         self._owners = owners(checkpoint.num_experts, split)
         self.held = int((self._owners == 0).sum())
         if not self.held:
-            raise SettingError(f"shares {shares!r} leave the lead no expert: give it one or more")
+            raise SettingError(
+                f"shares {shares!r} leave no expert to the lead: give it one or more"
+            )
         config = checkpoint.text_config
         self.nbytes = 8 * CHUNK_TOKENS * checkpoint.top_k * config["hidden_size"]
         self.backend = cluster_backend()
-        self.elsewhere = 0
+        self.remote_bytes = 0
         self.exchange = exchange_for(checkpoint, self._group)
-        self._lines: dict[int, hosts.Line] = {}
+        self._workers: dict[int, connections.Connection] = {}
         self._lost: str | None = None
         self._awake = False
         self._owed: list[tuple[int, ...]] = []
         self._meet(others)
         plan = {"fingerprint": fingerprint(checkpoint), "shares": split}
-        for line in self._lines.values():
-            line.send("plan", activations=activations, **plan)
-        for line in self._lines.values():
-            answer = line.get(LOAD)
+        for worker in self._workers.values():
+            worker.send("plan", activations=activations, **plan)
+        for worker in self._workers.values():
+            answer = worker.receive(LOAD_SECONDS)
             if answer is None or answer["kind"] != "ready":
                 why = answer["text"] if answer else self._lost or "it does not answer"
                 self.close()
-                raise ClusterError(f"{line.who}: {why}")
-            log.info("%s: %s", line.who, answer["text"])
+                raise ClusterError(f"{worker.who}: {why}")
+            log.info("%s: %s", worker.who, answer["text"])
 
     def join(self, model: StreamingMoE) -> None:
-        """Let a loaded model ask all hosts for its experts."""
-        model.remote_bytes = lambda: self.elsewhere
+        """Make a loaded model ask all machines for its experts."""
+        model.remote_bytes = lambda: self.remote_bytes
         for index, block in model.blocks.items():
             block.switch_mlp = ClusterSwitch(block.switch_mlp, self, index)
 
     @property
     def owned(self) -> np.ndarray:
-        """(experts,) bool: those of the lead."""
+        """The experts that the lead holds, (experts,) bool."""
         return self._owners == 0
 
-    def ask(self, request: Request) -> None:
-        """Send a request to all hosts."""
-        self._settle()
+    def send(self, request: ExpertRequest) -> None:
+        """Send a request to all workers."""
+        self._drain()
         if not self._awake:
             self._tell("work")
             self._awake = True
         self._checked(self.exchange.send, request)
         self._owed = [indices.shape for indices in request.indices]
 
-    def results(self, own: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Of the next piece of the request: see `Exchange.results`.
+    def add_results(self, own: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Add up the results of the next input of the request: see `Exchange.add_results`.
 
         Raises:
-            ReadError: a host could not read an expert.
+            ReadError: a worker could not read an expert.
         """
         self._owed.pop(0)
-        found, notes = self._checked(self.exchange.results, own, (0, 0, 0))
-        if notes[2]:
-            raise ReadError(self._error())
-        return found, notes
+        results, counts = self._checked(self.exchange.add_results, own, (0, 0, 0))
+        if counts[2]:
+            raise ReadError(self._worker_error())
+        return results, counts
 
     def rest(self) -> None:
-        """Let the hosts sleep until there is work again."""
+        """Let the workers sleep until there is work again."""
         if self._awake and self._lost is None:
-            self._settle()
+            self._drain()
             self._checked(self.exchange.rest)
             self._awake = False
 
     def close(self) -> None:
-        """Let the hosts end."""
+        """End the workers."""
         with suppress(ClusterError):
             self.rest()
-        for line in self._lines.values():
+        for worker in self._workers.values():
             with suppress(OSError):
-                line.send("end")
-            line.close()
-        self._lines = {}
+                worker.send("end")
+            worker.close()
+        self._workers = {}
         self._lost = self._lost or "the cluster was closed"
 
-    def _settle(self) -> None:
-        """Take what is owed of a request that was left: the hosts send it in any case."""
+    def _drain(self) -> None:
+        """Receive what is left of a request that was abandoned: the workers send it in any case."""
         while self._owed:
             rows, k = self._owed[0]
             with suppress(ReadError):
-                self.results(np.zeros((rows * k, self.exchange.hidden), np.float32))
+                self.add_results(np.zeros((rows * k, self.exchange.hidden), np.float32))
 
     def _meet(self, count: int) -> None:
-        ring = hosts.ring()
+        ring = connections.ring()
         address = ring[0][0].rpartition(":")[0] if ring else socket.gethostbyname(os.uname()[1])
         secret = secrets.token_hex(16)
-        with hosts.listen(address) as server:
-            text = f"{address} {server.getsockname()[1]} {secret}".encode().ljust(ADDRESS)
+        with connections.listen(address) as server:
+            text = f"{address} {server.getsockname()[1]} {secret}".encode().ljust(ADDRESS_NBYTES)
             self.exchange.sum(np.frombuffer(text, np.uint8).astype(np.float32))
-            self._lines = hosts.accept(server, count, secret, self._lose)
+            self._workers = connections.accept(server, count, secret, self._lose)
 
     def _lose(self, rank: int, why: str) -> None:
-        """Called on a line's thread. What waits for the hosts ends with an error."""
-        self._lost = self._lost or f"host {rank} is gone ({why})"
-        hosts.cut(address for host in hosts.ring() for address in host)
+        """Cut the collectives' connections, so that what waits for a worker ends with an error.
+
+        Called on a connection's thread.
+        """
+        self._lost = self._lost or f"worker {rank} is gone ({why})"
+        connections.cut(address for machine in connections.ring() for address in machine)
 
     def _tell(self, kind: str) -> None:
-        for line in self._lines.values():
+        for worker in self._workers.values():
             try:
-                line.send(kind)
+                worker.send(kind)
             except OSError as e:
                 raise self._gone() from e
 
@@ -222,25 +234,27 @@ class Cluster:
     def _gone(self) -> ClusterError:
         deadline = monotonic() + 1
         while self._lost is None and monotonic() < deadline:
-            for line in self._lines.values():
-                line.get(0.05)
-        why = self._lost or "a host is gone"
-        return ClusterError(f"{why}: no answer can go on without its experts; start all hosts anew")
+            for worker in self._workers.values():
+                worker.receive(0.05)
+        why = self._lost or "a worker is gone"
+        return ClusterError(
+            f"{why}: no answer can continue without its experts. Start all machines again"
+        )
 
-    def _error(self) -> str:
-        """What a host that failed says."""
+    def _worker_error(self) -> str:
+        """Return the error text of the worker that failed."""
         for _ in range(50):
-            for line in self._lines.values():
-                if (message := line.get(0.1)) is not None:
-                    return f"{line.who}: {message.get('text')}"
-        return "a host could not read an expert: see what it says"
+            for worker in self._workers.values():
+                if (message := worker.receive(0.1)) is not None:
+                    return f"{worker.who}: {message.get('text')}"
+        return "a worker could not read an expert: see what it prints"
 
 
 class ClusterSwitch(ExpertSwitch):
     """Takes the place of a `StreamingSwitchGLU` on the lead.
 
     Args:
-        switch: the lead's own experts of that layer.
+        switch: the experts of that layer that the lead holds.
     """
 
     def __init__(self, switch: StreamingSwitchGLU, cluster: Cluster, layer: int):
@@ -251,49 +265,52 @@ class ClusterSwitch(ExpertSwitch):
 
     @property
     def stats(self) -> SwitchStats:
-        """Of all hosts."""
+        """Counts of all machines."""
         own = self.own.stats
         return SwitchStats(own.needed + self.needed, own.loaded + self.loaded)
 
     def start(self, inputs: Sequence[tuple[mx.array, mx.array]], look=np.array) -> ClusterCall:
-        """As `StreamingSwitchGLU.start`, on all hosts."""
+        """Start the reads of a call on all machines, as `StreamingSwitchGLU.start` does."""
         return ClusterCall(self, inputs, look)
 
 
 class ClusterCall:
-    """One call, between its `start` and its `finish`."""
+    """One call of a ClusterSwitch, between its `start` and its `finish`."""
 
-    def __init__(self, switch: ClusterSwitch, inputs_, look):
-        mx.eval(inputs_)
+    def __init__(self, switch: ClusterSwitch, inputs, look):
+        mx.eval(inputs)
         self._switch = switch
-        self._dtype = inputs_[0][0].dtype
-        width = inputs_[0][0].shape[-1]
-        xs = [to_numpy(x)[0].reshape(-1, width) for x, _ in inputs_]
-        chosen = [look(i).astype(np.int64).reshape(-1, i.shape[-1]) for _, i in inputs_]
-        alone = [are_separate_sequences(i) for _, i in inputs_]
-        self._request = Request(switch.layer, xs, chosen, self._dtype, alone)
-        switch.cluster.ask(self._request)
-        self._pairs = mine(self._request, switch.cluster.owned)
-        own = inputs(self._request, self._pairs)
+        self._dtype = inputs[0][0].dtype
+        width = inputs[0][0].shape[-1]
+        xs = [to_numpy(x)[0].reshape(-1, width) for x, _ in inputs]
+        chosen = [look(i).astype(np.int64).reshape(-1, i.shape[-1]) for _, i in inputs]
+        separate = [are_separate_sequences(i) for _, i in inputs]
+        self._request = ExpertRequest(switch.layer, xs, chosen, self._dtype, separate)
+        switch.cluster.send(self._request)
+        self._pairs = own_pairs(self._request, switch.cluster.owned)
+        own = switch_inputs(self._request, self._pairs)
         self._call = switch.own.start(own) if own else None
 
     def finish(
-        self, scores: Sequence[mx.array], extras: Sequence[dict[str, Any]] | None = None
+        self,
+        scores: Sequence[mx.array] | None = None,
+        extras: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[mx.array]:
-        """As `flashmoe.streaming.switch_glu.Call.finish`, with scores and without extras."""
+        """Yield each input's sum weighted by its scores (..., top_k), without extras."""
+        assert scores is not None, "a cluster gives weighted sums only"
         switch, request = self._switch, self._request
         own = iter(() if self._call is None else self._call.finish())
-        found = []
+        results = []
         for x, indices, pairs in zip(request.xs, request.indices, self._pairs, strict=True):
             y = np.zeros((indices.size, x.shape[1]), np.float32)
             if pairs.size:
                 y[pairs] = to_numpy(next(own))[0].reshape(pairs.size, -1)
-            y, (needed, loaded, _) = switch.cluster.results(y)
+            y, (needed, loaded, _) = switch.cluster.add_results(y)
             switch.needed += needed
             switch.loaded += loaded
-            switch.cluster.elsewhere += loaded * switch.own.expert_nbytes
-            found.append(y.reshape(*indices.shape, -1))
-        for y, s in zip(found, scores, strict=True):
-            y = mx.array(y).astype(self._dtype)
-            out = switch.own.weighted_sum(y, s.reshape(-1, s.shape[-1]))
+            switch.cluster.remote_bytes += loaded * switch.own.expert_nbytes
+            results.append(y.reshape(*indices.shape, -1))
+        for result, s in zip(results, scores, strict=True):
+            array = mx.array(result).astype(self._dtype)
+            out = switch.own.weighted_sum(array, s.reshape(-1, s.shape[-1]))
             yield out.reshape(*s.shape[:-1], -1)

@@ -1,4 +1,7 @@
-"""Which host of a cluster owns which experts. The same split in every layer. Imports no MLX."""
+"""Decide which machine of a cluster holds which experts, the same in every layer.
+
+Imports no MLX.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,27 @@ import numpy as np
 from ..errors import SettingError
 
 
-def parse_shares(text: str, hosts: int) -> tuple[float, ...]:
-    """ "equal", or a number for each host such as "3,1": parts of the experts, by rank.
+def parse_shares(text: str, machines: int) -> tuple[float, ...]:
+    """Return the share of the experts that each machine holds, by rank, in proportion.
+
+    Args:
+        text: "equal", or a number for each machine such as "3,1".
+        machines: the number of machines, the lead included.
 
     Raises:
-        SettingError: they do not fit the hosts.
+        SettingError: the text cannot be parsed or does not fit the number of machines.
     """
     if text == "equal":
-        return (1.0,) * hosts
+        return (1.0,) * machines
     try:
         shares = tuple(float(word) for word in text.split(","))
     except ValueError:
         raise SettingError(
-            f"shares {text!r} must be equal, or a number for each host such as 3,1"
+            f"shares {text!r} must be equal, or a number for each machine such as 3,1"
         ) from None
-    if len(shares) != hosts:
+    if len(shares) != machines:
         raise SettingError(
-            f"shares {text!r} are {len(shares)} numbers, and there are {hosts} hosts"
+            f"shares {text!r} are {len(shares)} numbers, and there are {machines} machines"
         )
     if not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
         raise SettingError(f"shares {text!r} must be 0 or more, and not all 0")
@@ -33,14 +40,17 @@ def parse_shares(text: str, hosts: int) -> tuple[float, ...]:
 
 
 def owners(experts: int, shares: tuple[float, ...]) -> np.ndarray:
-    """The host of each expert, (experts,) int64. Each host has its part of any run of experts, and
-    of all of them within one."""
+    """Return the rank of the machine that holds each expert, (experts,) int64.
+
+    Each machine has its share of any run of neighbouring experts, and of all experts its exact
+    share rounded to one expert.
+    """
     part = np.array(shares) / sum(shares)
     given = np.zeros(len(shares))
-    found = np.empty(experts, np.int64)
+    owner = np.empty(experts, np.int64)
     for expert in range(experts):
-        # The one that is furthest behind.
-        host = int(np.argmax(part * (expert + 1) - given))
-        found[expert] = host
-        given[host] += 1
-    return found
+        # The machine that is furthest behind its share.
+        machine = int(np.argmax(part * (expert + 1) - given))
+        owner[expert] = machine
+        given[machine] += 1
+    return owner

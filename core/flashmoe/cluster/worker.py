@@ -1,10 +1,12 @@
-"""A host of a cluster that is not the lead: it owns some experts of every layer, and computes them
-for whoever sends rows. No dense weights, no prompt cache, no text."""
+"""Run a worker of a cluster: it holds some experts of every layer and computes them for the lead.
+
+A worker has no dense weights, no prompt cache and no text.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ from ..ops.arrays import to_numpy
 from ..options import LoadOptions, with_settings
 from ..streaming.drives import drive_of
 from ..streaming.switch_glu import LayerHooks
-from . import connections as hosts
-from .collectives import Exchange, Request, inputs, mine
-from .lead import ADDRESS, cluster_backend, exchange_for, fingerprint, group
+from . import connections
+from .collectives import Exchange, ExpertRequest, own_pairs, switch_inputs
+from .lead import ADDRESS_NBYTES, cluster_backend, exchange_for, fingerprint, group
 from .placement import owners
 
 log = logging.getLogger("flashmoe")
@@ -51,62 +53,67 @@ def serve(
     """
     options = with_settings(options or LoadOptions(), settings)
     of_all = group()
-    rank, lost = of_all.rank(), []
+    rank = of_all.rank()
+    lost: list[str] = []
 
     def lose(why: str) -> None:
         lost.append(why)
-        hosts.cut(address for host in hosts.ring() for address in host)
+        connections.cut(address for machine in connections.ring() for address in machine)
 
     address, port, secret = _meet(of_all)
-    line = hosts.join((address, port), rank, secret, lose)
+    lead = connections.join((address, port), rank, secret, lose)
     try:
         try:
             checkpoint = Checkpoint.open(path)
-            plan = line.get()
+            plan = lead.receive()
             if plan is None:
                 raise ClusterError("the lead is gone")
             if plan["fingerprint"] != fingerprint(checkpoint):
                 raise ClusterError(
-                    f"{checkpoint.path} is another checkpoint than the lead's: give all hosts the "
-                    "same one"
+                    f"{checkpoint.path} is not the checkpoint that the lead has: give all machines "
+                    "the same one"
                 )
             owned = owners(checkpoint.num_experts, tuple(plan["shares"])) == rank
             experts = _Experts(checkpoint, owned, plan["activations"], options)
         except FlashMoEError as e:
-            line.send("error", text=str(e))
+            lead.send("error", text=str(e))
             raise
         text = f"{owned.sum()} of {owned.size} experts a layer, {experts.plan.describe()}"
-        line.send("ready", text=text)
-        say(f"host {rank}: {text}")
+        lead.send("ready", text=text)
+        say(f"worker {rank}: {text}")
         try:
-            _work(line, exchange_for(checkpoint, of_all), experts)
+            _work(lead, exchange_for(checkpoint, of_all), experts)
         except ClusterError:
-            if not line.ended:
+            if not lead.ended:
                 raise ClusterError(f"the lead is gone ({', '.join(lost) or 'no word'})") from None
         finally:
             experts.close()
     finally:
-        line.close()
+        lead.close()
 
 
 def _meet(of_all: mx.distributed.Group) -> tuple[str, int, str]:
-    """Where the lead listens, and the secret."""
-    data = Exchange(of_all, 0, 0).sum(np.zeros(ADDRESS, np.float32))
+    """Return the address and port where the lead listens, and the secret."""
+    data = Exchange(of_all, 0, 0).sum(np.zeros(ADDRESS_NBYTES, np.float32))
     address, port, secret = data.astype(np.uint8).tobytes().decode().split()
     return address, int(port), secret
 
 
-def _work(line: hosts.Line, exchange: Exchange, experts: _Experts) -> None:
-    while (message := line.get()) is not None:
+def _work(lead: connections.Connection, exchange: Exchange, experts: _Experts) -> None:
+    while (message := lead.receive()) is not None:
         if message["kind"] == "end":
             return
         while (request := exchange.receive()) is not None:
-            experts.answer(request, exchange, line)
+            experts.answer(request, exchange, lead)
     raise ClusterError("the lead is gone")
 
 
 class _Experts:
-    """Those of this host, in their slots. owned: (experts,) bool."""
+    """The experts that this machine holds, in slots.
+
+    Args:
+        owned: (experts,) bool.
+    """
 
     def __init__(
         self,
@@ -141,24 +148,28 @@ class _Experts:
             activations,
         )
 
-    def answer(self, request: Request, exchange: Exchange, line: hosts.Line) -> None:
-        """Compute this host's part of a request and send it, piece by piece."""
+    def answer(
+        self, request: ExpertRequest, exchange: Exchange, lead: connections.Connection
+    ) -> None:
+        """Compute this machine's part of a request and send it, input by input."""
         switch = self._switches[request.layer]
-        pairs, before = mine(request, self._owned), (switch.stats.needed, switch.stats.loaded)
-        failed, results = 0, iter(())
+        pairs, before = own_pairs(request, self._owned), (switch.stats.needed, switch.stats.loaded)
+        failed = 0
+        results: Iterator[np.ndarray] = iter(())
         try:
-            if own := inputs(request, pairs):
+            if own := switch_inputs(request, pairs):
                 results = iter([to_numpy(y)[0] for y in switch.start(own).finish()])
         except ReadError as e:
             failed = 1
-            line.send("error", text=str(e))
-        notes = (switch.stats.needed - before[0], switch.stats.loaded - before[1], failed)
+            lead.send("error", text=str(e))
+        counts = (switch.stats.needed - before[0], switch.stats.loaded - before[1], failed)
         for x, indices, chosen in zip(request.xs, request.indices, pairs, strict=True):
             y = np.zeros((indices.size, x.shape[1]), np.float32)
             if chosen.size and not failed:
                 y[chosen] = next(results).reshape(chosen.size, -1)
-            exchange.results(y, notes)
-            notes = (0, 0, failed)
+            exchange.add_results(y, counts)
+            counts = (0, 0, failed)
 
     def close(self) -> None:
+        """End the reader's threads."""
         self._reader.close()

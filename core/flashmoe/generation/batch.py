@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from mlx_lm.generate import wired_limit
 
@@ -142,7 +143,7 @@ class Batch:
         if not prefilling and len(decoding) == 1:
             logits = decoding[0].next_logits()
             self._add_stats(decoding, before)
-            self._continue(decoding[0], lambda s: s.sample_next(logits))
+            self._continue(decoding[0], partial(decoding[0].sample_next, logits))
             return
         prompts = [chunk for s in prefilling for chunk in s.prefill.left]
         prompts = prompts[: chunks_within(prompts, self._pass_tokens)] if prompts else []
@@ -160,25 +161,23 @@ class Batch:
         self._add_stats([*taking, *decoding], before)
         for sequence in taking:
             mine = [r for r in results if r.chunk in sequence.prefill.left]
-            self._continue(sequence, lambda s, mine=mine: s.record_prefill(mine))
+            self._continue(sequence, partial(sequence.record_prefill, mine))
         logits_of = model.logits_of([r.hidden for r in results[len(prompts) :]])
         for sequence, logits in zip(decoding, logits_of, strict=True):
-            self._continue(sequence, lambda s, logits=logits: s.sample_next(logits))
+            self._continue(sequence, partial(sequence.sample_next, logits))
 
     def _rest(self) -> None:
         with suppress(ClusterError):  # the next request says so
             self._loaded.rest()
 
-    def _continue(
-        self, sequence: ActiveSequence, advance: Callable[[ActiveSequence], str | None]
-    ) -> None:
+    def _continue(self, sequence: ActiveSequence, advance: Callable[[], str | None]) -> None:
         """Let a sequence continue with what the model returned; an error is its own.
 
         Args:
             advance: returns the finish reason, or None.
         """
         try:
-            reason = advance(sequence)
+            reason = advance()
         except Exception as e:
             self._remove(sequence, e)
         else:

@@ -247,10 +247,11 @@ def _digest(cache: list[Any]) -> str:
     from mlx.utils import tree_flatten
 
     digest = hashlib.sha256()
-    for name, value in tree_flatten([c.state for c in cache]):
+    arrays: Any = tree_flatten([c.state for c in cache])  # MLX's stubs allow a dict too
+    for name, value in arrays:
         if isinstance(value, mx.array):
             digest.update(f"{name} {value.dtype} {value.shape};".encode())
-            digest.update(memoryview(mx.contiguous(value).view(mx.uint8)))
+            digest.update(memoryview(mx.contiguous(value).view(mx.uint8)))  # type: ignore[arg-type]
         else:
             digest.update(f"{name} {value!r};".encode())
     return digest.hexdigest()

@@ -1,53 +1,58 @@
-"""How many bytes a model takes besides its dense weights and its expert slots.
+"""Estimate the bytes that a model takes besides its dense weights and its expert slots.
 
-An estimate from config.json alone, made before anything is loaded. It errs on the high side: a
-budget that is kept is worth more than a few more slots.
+The estimates come from config.json alone, before anything is loaded. They are rather too high: it
+matters more that a budget is kept than that there are a few more slots.
 """
 
 from ..checkpoint.checkpoint import Checkpoint
 
-#: Tokens of a piece of a prompt, which goes through attention at one time. It settles bits.
+#: Tokens of a chunk of a prompt, which goes through attention at one time. The bits of what comes
+#: out depend on it.
 CHUNK_TOKENS = 512
 
-#: Tokens of context that memory is kept for, in the plan and in the cache of prompts that were
-#: read. A longer one grows past the plan, or takes memory from slots where they can give way.
+#: Tokens of context that memory is kept for, in the plan and in the prompt cache. A longer context
+#: grows past the plan, or takes memory from slots where their number can change.
 PLANNED_CONTEXT = 8192
 
-#: Tokens of a prompt that share the reads of experts where slots cannot give way.
-GPU_SWEEP = 2048
+#: Tokens of a prompt that share the reads of experts where the number of slots cannot change.
+GPU_PASS_TOKENS = 2048
 
-#: Queries whose attention scores are in memory at one time on the CPU, for all the heads that share
-#: their keys.
+#: Queries whose attention scores are in memory at one time on the CPU, for all heads that share
+#: keys.
 BLOCK_QUERIES = 128
 
-#: Tokenizer, compiled kernels, and what allocators keep: measured 0.2 GB on Linux.
+#: Bytes of tokenizer, compiled kernels, and what allocators keep; 0.2 GB were measured on Linux.
 RUNTIME_NBYTES = 256 * 2**20
 
-#: Bytes of prompt states at least, also of a small model.
+#: The least bytes of a prompt cache, also of a small model.
 MIN_PROMPT_CACHE_NBYTES = 32 * 2**20
 
 _F32 = 4
 
 
 def lasting_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
-    """Bytes for widened weights and the runtime."""
+    """Return the bytes of widened weights and of the runtime."""
     return RUNTIME_NBYTES + (0 if on_gpu else widened_nbytes(checkpoint))
 
 
 def prompt_nbytes(
     checkpoint: Checkpoint, experts: int, *, on_gpu: bool, context: int = PLANNED_CONTEXT
 ) -> int:
-    """Bytes that are planned for the prompt under way and its cache. experts: K."""
-    sweep = min(checkpoint.max_context, GPU_SWEEP if on_gpu else CHUNK_TOKENS)
+    """Return the bytes that are planned for the prompt under way and its KV cache.
+
+    Args:
+        experts: K.
+    """
+    tokens = min(checkpoint.max_context, GPU_PASS_TOKENS if on_gpu else CHUNK_TOKENS)
     return (
         cache_nbytes(checkpoint, context)
-        + chunk_nbytes(checkpoint, sweep, context, experts, on_gpu=on_gpu)
-        + sweep * pass_token_nbytes(checkpoint, experts)
+        + chunk_nbytes(checkpoint, tokens, context, experts, on_gpu=on_gpu)
+        + tokens * pass_token_nbytes(checkpoint, experts)
     )
 
 
 def widened_nbytes(checkpoint: Checkpoint) -> int:
-    """What float32 adds to the 16-bit dense weights that are not quantised. CPU only."""
+    """Return the bytes that float32 adds to dense weights of 16 bits. CPU only."""
     names = {t.name for t in checkpoint.dense}
     return sum(
         t.nbytes
@@ -59,11 +64,11 @@ def widened_nbytes(checkpoint: Checkpoint) -> int:
 
 
 def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
-    """Keys, values and recurrent states of one conversation of so many tokens, float32."""
+    """Return the bytes of keys, values and recurrent states of `context` tokens, float32."""
     config = checkpoint.text_config
-    # mlx-lm takes room for 256 tokens at a time.
+    # mlx-lm allocates 256 tokens at a time.
     tokens = min(checkpoint.max_context, -(-context // 256) * 256)
-    # Every so many layers one has full attention; the others keep a recurrent state.
+    # One of `interval` layers has full attention; the others keep a recurrent state.
     interval = 1 if checkpoint.model_type == "qwen3_moe" else config["full_attention_interval"]
     full = checkpoint.num_layers // interval
     keys = config["num_key_value_heads"] * config["head_dim"] * tokens
@@ -79,17 +84,22 @@ def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
 
 
 def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
-    """Bytes for states of prompts that were read: of one conversation of the planned length, or of
-    several short ones. They lie beside those of the conversation under way."""
+    """Return the bytes of a prompt cache for one conversation of the planned length.
+
+    It holds several short ones too. The cache of the conversation under way is not included.
+    """
     return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
 
 
 def chunk_nbytes(
     checkpoint: Checkpoint, tokens: int, context: int, experts: int, *, on_gpu: bool
 ) -> int:
-    """Activations of one piece of a prompt while it goes through a layer, float32.
+    """Return the bytes of activations while a chunk goes through a layer, float32.
 
-    tokens: of the prompt. context: that its attention sees. experts: K.
+    Args:
+        tokens: of the prompt; a chunk has CHUNK_TOKENS at most.
+        context: tokens that its attention sees.
+        experts: K.
     """
     config = checkpoint.text_config
     context, tokens = min(checkpoint.max_context, context), min(tokens, CHUNK_TOKENS)
@@ -108,6 +118,9 @@ def chunk_nbytes(
 
 
 def pass_token_nbytes(checkpoint: Checkpoint, experts: int) -> int:
-    """Bytes that a sweep holds of each token: the outputs of its K experts, and hidden states
-    before and after its norm and from the shared expert, float32."""
+    """Return the bytes that a pass holds of each token, float32.
+
+    These are the outputs of its K experts, and the hidden states before and after the norm and from
+    the shared expert.
+    """
     return _F32 * (experts + 4) * checkpoint.text_config["hidden_size"]

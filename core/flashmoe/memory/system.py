@@ -81,6 +81,7 @@ def _left_in_cgroups(membership: str, mount: Path) -> Iterator[int]:
     """
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
+        limits: tuple[str, ...]
         if controllers == "":  # v2
             top, limits, usage = mount, _V2_LIMITS, "memory.current"
             idle = "inactive_file"

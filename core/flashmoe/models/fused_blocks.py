@@ -39,7 +39,7 @@ class _FusedBlock(Joined, KernelBlock):
         """Return the router's logits, as mlx-lm's forward asks for them."""
         return self._parts[0].of(self.products(x))
 
-    def apply(
+    def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
         few = [self._is_few(x) for x in xs]
@@ -100,7 +100,7 @@ class _FusedBlock(Joined, KernelBlock):
             self.top_k,
             experts=self.num_experts,
             normalise=bool(self.norm_topk_prob),
-            mailbox=self._mailbox and self._mailbox.address,
+            mailbox=None if self._mailbox is None else self._mailbox.address,
         )
         return [*choice, *products]
 
@@ -140,18 +140,18 @@ class _FusedBlock(Joined, KernelBlock):
         extras = [self._extra(r[2:], s) for r, s in zip(routed, residuals, strict=True)]
         return _finish_late(call, [r[1] for r in routed], extras)
 
-    def _extra(self, products: list[mx.array], residual: mx.array | None) -> dict[str, Any]:
+    def _extra(self, products: Sequence[mx.array], residual: mx.array | None) -> dict[str, Any]:
         """Return what the sum takes besides the routed experts."""
         return {} if residual is None else {"residual": residual}
 
 
-class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
+class FusedSharedBlock(_FusedBlock, SharedExpertBlock):  # type: ignore[misc]
     """The block of qwen3_next and qwen3_5_moe."""
 
     def join_projections(self) -> None:
         self.join(("gate", "shared_expert_gate"))
 
-    def shared_expert_gate(self, x: mx.array) -> mx.array:
+    def shared_expert_gate(self, x: mx.array) -> mx.array:  # type: ignore[override]
         """Return the logit of the shared expert's gate, as mlx-lm's forward asks for it."""
         return self._parts[1].of(self.products(x))
 
@@ -161,7 +161,8 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
     def _extra(self, products, residual) -> dict[str, Any]:
         part = self._parts[1]
         assert self._matrices is not None, "the kernels cannot read the shared expert"
-        shared = SharedExpert(*self._matrices, products[part.product], part.start)
+        gate, up, down = self._matrices
+        shared = SharedExpert(gate, up, down, products[part.product], part.start)
         return {"shared": shared} | super()._extra(products, residual)
 
     @cached_property
@@ -170,7 +171,7 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):
         return _matrices([expert.gate_proj, expert.up_proj, expert.down_proj])
 
 
-class FusedRoutedBlock(_FusedBlock, RoutedBlock):
+class FusedRoutedBlock(_FusedBlock, RoutedBlock):  # type: ignore[misc]
     """The block of qwen3_moe."""
 
     _matrices = ()

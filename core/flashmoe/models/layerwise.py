@@ -260,7 +260,7 @@ def _through_block(block: nn.Module, normed, hidden, steps: Sequence[bool]) -> I
     given = [
         h if step and block.fuses_residual else None for h, step in zip(hidden, steps, strict=True)
     ]
-    outputs = block.apply(normed, given)
+    outputs = block.run(normed, given)
     return (y if r is not None else h + y for h, r, y in zip(hidden, given, outputs, strict=True))
 
 

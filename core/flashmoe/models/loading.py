@@ -70,7 +70,7 @@ def plan_memory(
         # What is on the card is planned for; the process itself holds little beside it.
         base = 0
         if budget is None and slots is None:
-            budget = system.default_budget(mx.device_info()["free_memory"])
+            budget = system.default_budget(int(mx.device_info()["free_memory"]))
     return split_budget(
         budget=budget,
         slots=slots,
@@ -168,9 +168,11 @@ def _build(
         model.stream_from(checkpoint, plan, reader, backend, activations, held)
         return model
 
-    model, _ = load_model(
-        checkpoint.path, lazy=True, get_model_classes=lambda config: (make, args_class)
-    )
+    def classes(config: dict) -> tuple[Any, Any]:
+        return make, args_class
+
+    model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=classes)
+    assert isinstance(model, StreamingMoE), "`make` makes it"
     backend.set_dtypes(model)
     if backend.name == "fused":
         # Late: it needs the kernels. Before the dense layers, because only plain ones are joined.

@@ -30,6 +30,9 @@ from ..streaming.slot_memory import SlotMemory
 from ..streaming.switch_glu import LayerHooks, StreamingSwitchGLU
 
 
+# The blocks below are mlx-lm's but for `switch_mlp`, which type checkers see as a conflict.
+
+
 def route(block: Any, x: mx.array) -> tuple[mx.array, mx.array]:
     """Return mlx-lm's choice of experts, in the dtypes and order that it gives.
 
@@ -49,10 +52,10 @@ def route(block: Any, x: mx.array) -> tuple[mx.array, mx.array]:
     return indices, scores
 
 
-class SharedExpertBlock(ExpertBlock, qwen3_next.Qwen3NextSparseMoeBlock):
+class SharedExpertBlock(ExpertBlock, qwen3_next.Qwen3NextSparseMoeBlock):  # type: ignore[misc]
     """The MoE block of qwen3_next and qwen3_5_moe, which has a shared expert."""
 
-    def apply(
+    def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
         routed = [route(self, x) for x in xs]
@@ -67,10 +70,10 @@ class SharedExpertBlock(ExpertBlock, qwen3_next.Qwen3NextSparseMoeBlock):
         return mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
-class RoutedBlock(ExpertBlock, qwen3_moe.Qwen3MoeSparseMoeBlock):
+class RoutedBlock(ExpertBlock, qwen3_moe.Qwen3MoeSparseMoeBlock):  # type: ignore[misc]
     """The MoE block of qwen3_moe, which has no shared expert."""
 
-    def apply(
+    def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
         routed = [route(self, x) for x in xs]
@@ -131,7 +134,7 @@ def streaming_layers(
     return switches
 
 
-class StreamingMoE:
+class StreamingMoE(nn.Module):
     """What the streaming models have beyond mlx-lm's models: a mixin in front of the model class.
 
     Attributes:
@@ -163,7 +166,8 @@ class StreamingMoE:
         mx.load is lazy: an expert tensor that is dropped here is never read.
         """
         dense = {t.name for t in self.checkpoint.dense}
-        return super().sanitize({k: v for k, v in weights.items() if k in dense})
+        kept = {k: v for k, v in weights.items() if k in dense}
+        return super().sanitize(kept)  # type: ignore[misc]  # of the model class behind this one
 
     def stream_from(
         self,

@@ -33,7 +33,10 @@ class ResidentSwitch(ExpertSwitch, nn.Module):
         super().__init__()
         self.memory = memory
         self.backend = backend
-        self.stats = SwitchStats()
+
+    @property
+    def stats(self) -> SwitchStats:
+        return SwitchStats()
 
     def start(
         self,
@@ -80,7 +83,7 @@ def load_resident(path: str | Path, activations: str = "float32") -> StreamingMo
     checkpoint = Checkpoint.open(path)
     weights: dict[str, mx.array] = {}
     for file in checkpoint.files:
-        weights |= mx.load(str(file))
+        weights.update(mx.load(str(file)))  # type: ignore[arg-type]  # a file of safetensors
     model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     device = device_memory()
     for index, layer in checkpoint.expert_layers.items():

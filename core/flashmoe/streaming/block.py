@@ -57,7 +57,9 @@ class ExpertSwitch:
         has_kernels: whether flashmoe's own GPU kernels compute the experts.
     """
 
-    stats: SwitchStats
+    @property
+    def stats(self) -> SwitchStats:
+        raise NotImplementedError
 
     @property
     def fully_resident(self) -> bool:
@@ -109,17 +111,17 @@ class ExpertBlock(nn.Module):
     Attributes:
         switch_mlp: the routed experts.
         top_k: K, the experts that the router picks for a token.
-        fuses_residual: whether `apply` adds a residual in the launch that computes the sum.
+        fuses_residual: whether `run` adds a residual in the launch that computes the sum.
     """
 
     switch_mlp: ExpertSwitch
     top_k: int
     fuses_residual = False
 
-    def apply(
+    def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
-        """Apply the block to several inputs, whose experts are read once for all of them.
+        """Run the block on several inputs, whose experts are read once for all of them.
 
         The reads start at once; the experts are computed when results are asked for.
 
@@ -134,4 +136,4 @@ class ExpertBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply the block to x, (..., hidden)."""
-        return next(self.apply([x], [None]))
+        return next(self.run([x], [None]))

@@ -159,7 +159,7 @@ class Backend(ABC):
 
     @abstractmethod
     def set_dtypes(self, model: nn.Module) -> None:
-        """Convert the dense weights of a loaded model, evaluated or not, to this backend's dtypes."""
+        """Convert the dense weights of a model, evaluated or not, to this backend's dtypes."""
 
     def prepare_layers(self, model: nn.Module, head: nn.Module | None) -> None:
         """Replace the dense layers of a model by those of this backend; after `set_dtypes`.

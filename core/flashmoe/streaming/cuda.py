@@ -1,11 +1,11 @@
-"""The memory of a discrete NVIDIA GPU, by calls of the CUDA driver.
+"""Write to the memory of a discrete NVIDIA GPU with calls of the CUDA driver.
 
 MLX holds arrays that its GPU computed in plain device memory, and moves them into managed memory
 when the host looks at them. Managed memory is slow to write from the host and slow to read for the
 GPU after that, so slots are written by copies from page-locked memory instead.
 
-The driver is what every machine with such a GPU has. The CUDA runtime that MLX uses is linked into
-MLX, and its context is the device's primary one, which is asked for here too.
+Every machine with such a GPU has the driver. The CUDA runtime that MLX uses is linked into MLX, and
+its context is the device's primary one, which this module asks for too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import weakref
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,20 +39,24 @@ _FUNCTIONS = {
     "cuGetErrorName": [_int, ctypes.POINTER(ctypes.c_char_p)],
 }
 
-# Names of cuda.h, without what they begin with.
+# Names of cuda.h, without their prefixes.
 _DEVICE = 0
 _INTEGRATED = 18
 _MEMORY_TYPE, _IS_MANAGED = 2, 8
 _TYPE_DEVICE = 2
 _PORTABLE, _DEVICE_MAP = 1, 2
-# A stream of the calling thread, which the driver makes. MLX's streams do not wait for it, nor it
-# for them.
+# The driver makes a stream for each calling thread. MLX's streams do not wait for it, nor it for
+# them.
 _STREAM_PER_THREAD = 2
 
 
 @cache
 def _driver() -> ctypes.CDLL:
-    """libcuda, ready for calls, which release the interpreter's lock. OSError: there is none."""
+    """Return libcuda, ready for calls, which release the interpreter's lock.
+
+    Raises:
+        OSError: there is no libcuda.
+    """
     driver = ctypes.CDLL("libcuda.so.1")
     for name, types in _FUNCTIONS.items():
         function = getattr(driver, name)
@@ -59,11 +64,11 @@ def _driver() -> ctypes.CDLL:
     return driver
 
 
-def _call(name: str, *args) -> None:
-    """Call the driver.
+def _call(name: str, *args: Any) -> None:
+    """Call a function of the driver.
 
     Raises:
-        DeviceError: it did not do it; the text has CUDA's name of the error.
+        DeviceError: the call failed; the text has CUDA's name of the error.
     """
     code = getattr(_driver(), name)(*args)
     if code:
@@ -71,14 +76,16 @@ def _call(name: str, *args) -> None:
         _driver().cuGetErrorName(code, ctypes.byref(text))
         error = text.value.decode() if text.value else f"error {code}"
         raise DeviceError(
-            f"the GPU did not do {name}: {error}; if this comes again, look at what nvidia-smi "
-            "says, and start the program again"
+            f"the GPU call {name} failed: {error}. If it fails again, check the GPU with "
+            "nvidia-smi and restart the program"
         )
 
 
 def device_memory() -> DeviceMemory | None:
-    """The memory of the GPU that MLX computes on; None where the host's is the same, or no GPU is
-    used."""
+    """Return the memory of the GPU that MLX computes on.
+
+    None where the GPU shares the host's memory, or where no GPU is used.
+    """
     if mx.default_device() != mx.gpu or not mx.cuda.is_available():
         return None
     integrated = _int()
@@ -90,7 +97,7 @@ def device_memory() -> DeviceMemory | None:
 class CudaMemory(DeviceMemory):
     """The memory of the GPU that MLX computes on, the first one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         context = _pointer()
         _call("cuInit", 0)
@@ -99,7 +106,7 @@ class CudaMemory(DeviceMemory):
         self._context = context
 
     def address(self, array: mx.array) -> int:
-        # Any conversion of the array would move it; a kernel is told where its inputs are.
+        # Any conversion of the array would move it; a kernel gets the addresses of its inputs.
         out = _address_kernel(str(array.dtype))(
             inputs=[array],
             grid=(1, 1, 1),
@@ -113,8 +120,9 @@ class CudaMemory(DeviceMemory):
         managed = self._attribute(_IS_MANAGED, _uint(), address)
         if kind != _TYPE_DEVICE or managed:
             raise DeviceError(
-                f"an array that was to be in the GPU's own memory is not (memory type {kind}, "
-                f"managed {managed}): this version of MLX places arrays differently"
+                f"an array is not in the GPU's own memory (memory type {kind}, managed {managed}): "
+                "this version of MLX places arrays differently; install the version that "
+                "llm-flashmoe asks for"
             )
         return address
 
@@ -123,35 +131,35 @@ class CudaMemory(DeviceMemory):
         # given away when what reads it was evaluated, and `mx.eval` returns when the GPU is done.
         # Why later kernels see the bytes: they are launched after this has returned.
         self._enter()
-        _call("cuMemcpyHtoDAsync_v2", address, _at(source), source.nbytes, _STREAM_PER_THREAD)
-        # Also when the place is not page-locked: then the call above returns when the driver has
-        # taken the bytes, not when they have arrived.
+        _call("cuMemcpyHtoDAsync_v2", address, _address(source), source.nbytes, _STREAM_PER_THREAD)
+        # Also when the source is not page-locked: then the call above returns when the driver has
+        # copied the bytes, not when they have arrived.
         _call("cuStreamSynchronize", _STREAM_PER_THREAD)
 
-    def lock(self, place: np.ndarray) -> None:
+    def lock(self, buffer: np.ndarray) -> None:
         self._enter()
         try:
-            _call("cuMemHostRegister_v2", _at(place), place.nbytes, _PORTABLE)
+            _call("cuMemHostRegister_v2", _address(buffer), buffer.nbytes, _PORTABLE)
         except DeviceError:
-            return  # copies from it are slower, and right
-        weakref.finalize(place, _unlock, self._context, _at(place)).atexit = False
+            return  # copies from it are slower, and still correct
+        weakref.finalize(buffer, _unlock, self._context, _address(buffer)).atexit = False
 
     def mailbox(self, words: int) -> Mailbox:
-        """Memory of the host that kernels write to.
+        """Return a new mailbox, in page-locked host memory that kernels write to.
 
         Raises:
-            DeviceError: the driver does not lock it.
+            DeviceError: the driver does not lock the memory.
         """
         self._enter()
         pages = np.frombuffer(mmap.mmap(-1, 4 * words), np.uint32)
-        _call("cuMemHostRegister_v2", _at(pages), pages.nbytes, _PORTABLE | _DEVICE_MAP)
-        weakref.finalize(pages, _unlock, self._context, _at(pages)).atexit = False
+        _call("cuMemHostRegister_v2", _address(pages), pages.nbytes, _PORTABLE | _DEVICE_MAP)
+        weakref.finalize(pages, _unlock, self._context, _address(pages)).atexit = False
         address = _device_pointer()
-        _call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), _at(pages), 0)
+        _call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), _address(pages), 0)
         return Mailbox(pages, mx.array([address.value], mx.uint64))
 
     def _enter(self) -> None:
-        """A thread calls with a context; setting it again costs next to nothing."""
+        """Set the context of the calling thread; setting it again costs next to nothing."""
         _call("cuCtxSetCurrent", self._context)
 
     @staticmethod
@@ -161,14 +169,14 @@ class CudaMemory(DeviceMemory):
 
 
 def _unlock(context: ctypes.c_void_p, address: int) -> None:
-    # Of whatever thread drops the place. Nobody could do anything about an error.
+    # Runs on whichever thread drops the buffer. Nobody could do anything about an error.
     _driver().cuCtxSetCurrent(context)
     _driver().cuMemHostUnregister(address)
 
 
 @cache
 def _address_kernel(dtype: str):
-    # One for each type: MLX keeps a kernel by its name.
+    # One for each dtype, because MLX caches a kernel by its name.
     return mx.fast.cuda_kernel(
         name=f"flashmoe_address_of_{dtype.rsplit('.', 1)[-1]}",
         input_names=["a"],
@@ -178,5 +186,5 @@ def _address_kernel(dtype: str):
     )
 
 
-def _at(array: np.ndarray) -> int:
+def _address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]

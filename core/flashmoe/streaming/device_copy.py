@@ -1,8 +1,9 @@
-"""Bytes that a read cannot reach, because they lie in the memory of a discrete GPU.
+"""Copy what was read into the memory of a discrete GPU, which a read cannot reach.
 
-They are read into a place in the host's memory, one for each thread that reads, and copied from
-there. The thread waits for its copy, so a read that has ended is a read whose bytes are in their
-slot: who submits and waits for reads need not know. Knows no CUDA: see `flashmoe.streaming.cuda`.
+The bytes are read into a staging buffer in host memory, one for each reading thread, and copied
+from there. The thread waits for its copy, so when a read has ended its bytes are in their slot, and
+the code that submits reads and waits for them need not know. Knows no CUDA: see
+`flashmoe.streaming.cuda`.
 """
 
 from __future__ import annotations
@@ -19,53 +20,62 @@ from .io_modes import BLOCK
 if TYPE_CHECKING:
     import mlx.core as mx
 
-#: What a place holds. Longer ranges are read in pieces: one is copied while others are read, and
-#: little memory is page-locked.
-PLACE_NBYTES = 2 << 20
+#: Bytes of a staging buffer. Longer ranges are read in pieces: one is copied while others are read,
+#: and little memory is page-locked.
+STAGING_NBYTES = 2 << 20
 
 
 class DeviceMemory:
-    """The memory of one device. Any number of threads may use one."""
+    """The memory of one device. Any number of threads may use one object."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._of_thread = threading.local()
 
     def address(self, array: mx.array) -> int:
-        """Where an evaluated, contiguous array lies. It stays there as long as the host does not
-        look at the array or at a slice of it: for that, MLX moves it into managed memory."""
-        raise NotImplementedError
+        """Return the address of an evaluated, contiguous array in the device's memory.
 
-    def write(self, address: int, source: np.ndarray) -> None:
-        """Copy `source` to an address; returns when the bytes are there.
-
-        Raises:
-            DeviceError: they are not.
+        The array stays there as long as the host does not look at it or at a slice of it: to let
+        the host look, MLX moves an array into managed memory.
         """
         raise NotImplementedError
 
-    def lock(self, place: np.ndarray) -> None:
-        """Ready a new place for fast copies. It is unlocked when `place` is garbage."""
+    def write(self, address: int, source: np.ndarray) -> None:
+        """Copy `source` to an address, and return when the bytes are there.
+
+        Raises:
+            DeviceError: the copy failed.
+        """
+        raise NotImplementedError
+
+    def lock(self, buffer: np.ndarray) -> None:
+        """Page-lock a new staging buffer for fast copies, until `buffer` is garbage."""
 
     def mailbox(self, words: int) -> Mailbox | None:
-        """A new mailbox; None where the host may as well look at arrays."""
+        """Return a new mailbox, or None where the host may as well look at arrays."""
+        return None
 
-    def place(self, start: int, nbytes: int) -> np.ndarray:
-        """This thread's place, for `nbytes` bytes that start at the byte `start` of their file. It
-        lies in blocks as they do, so that a drive can write into it; see `io_modes.BLOCK`."""
-        if not hasattr(self._of_thread, "place"):
-            # Its first byte is that of a page, and its end is one, too.
-            pages = np.frombuffer(mmap.mmap(-1, PLACE_NBYTES + BLOCK), np.uint8)
+    def staging(self, start: int, nbytes: int) -> np.ndarray:
+        """Return this thread's staging buffer for `nbytes` bytes from byte `start` of a file.
+
+        It lies in blocks of memory as the range lies in blocks of the file, so that a drive can
+        write into it; see `io_modes.BLOCK`.
+        """
+        if not hasattr(self._of_thread, "buffer"):
+            # It begins and ends at a page.
+            pages = np.frombuffer(mmap.mmap(-1, STAGING_NBYTES + BLOCK), np.uint8)
             self.lock(pages)
-            self._of_thread.place = pages
+            self._of_thread.buffer = pages
         phase = start % BLOCK
-        return self._of_thread.place[phase : phase + nbytes]
+        return self._of_thread.buffer[phase : phase + nbytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """Words that kernels write for the host; it sees them when it has waited for the kernel.
+    """Host memory that kernels write to; the host sees the words when it has waited for the kernel.
 
-    words: (n,) uint32. address: (1,) uint64, theirs, as kernels take it.
+    Attributes:
+        words: (n,) uint32.
+        address: (1,) uint64, the address of the words as kernels take it.
     """
 
     words: np.ndarray
@@ -74,10 +84,11 @@ class Mailbox:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBytes:
-    """A range of a device's memory; where a read can have a buffer, it can have one of these.
+    """A range of a device's memory, for a read in the place of a buffer.
 
-    owner: what keeps the memory. A read holds it, so that its bytes never arrive in memory that was
-    given to something else.
+    Attributes:
+        owner: the object that keeps the memory allocated. A read holds it, so that its bytes never
+            arrive in memory that was given to something else.
     """
 
     memory: DeviceMemory
@@ -87,7 +98,7 @@ class DeviceBytes:
 
     @classmethod
     def of(cls, memory: DeviceMemory, array: mx.array) -> DeviceBytes:
-        """The bytes of an evaluated, contiguous array."""
+        """Return the bytes of an evaluated, contiguous array."""
         return cls(memory, array, memory.address(array), array.nbytes)
 
     def __getitem__(self, part: slice) -> DeviceBytes:
@@ -103,6 +114,6 @@ class DeviceBytes:
         if source.nbytes:
             self.memory.write(target.address, np.ascontiguousarray(source))
 
-    def place(self, start: int) -> np.ndarray:
-        """Where this thread reads the bytes for this range; see `DeviceMemory.place`."""
-        return self.memory.place(start, self.nbytes)
+    def staging(self, start: int) -> np.ndarray:
+        """Return this thread's staging buffer for this range; see `DeviceMemory.staging`."""
+        return self.memory.staging(start, self.nbytes)

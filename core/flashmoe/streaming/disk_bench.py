@@ -1,8 +1,8 @@
-"""Measures how the experts of a checkpoint are read fastest: mode, depth, and split of ranges.
+"""Measure how the experts of a checkpoint are read fastest: mode, depth, and split of ranges.
 
 Random experts are read as decoding reads them: some at a time, by the real reader into real slots,
-and nothing is computed. Of two ways that are as fast, the one that takes less of the processor is
-better: it is what computes meanwhile.
+and nothing is computed. Of two ways that are equally fast, the one that takes less processor time
+is better, because the processor computes at the same time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ SPLITS = (0, 1 << 20, 1 << 18)
 #: Bytes of each read of a quick measurement: about one matrix of an expert of a real model.
 QUICK_NBYTES = 1 << 20
 
-#: Speeds that differ by less are the same.
+#: Speeds that differ by a smaller share count as equal.
 SAME = 0.05
 
 
 @dataclass(frozen=True)
 class Measured:
-    """gb_per_s: of expert bytes. cpu_ms_per_gb: processor time of this process, user and system."""
+    """One measurement.
+
+    Attributes:
+        drive: how the drive was read.
+        gb_per_s: expert bytes read per second, in 10**9.
+        cpu_ms_per_gb: user and system time of this process, for 10**9 bytes.
+    """
 
     drive: Drive
     gb_per_s: float
@@ -44,21 +50,21 @@ class Measured:
 def probe(
     checkpoint: Checkpoint, *, seconds: float = 0.6, report: Callable[[Measured], None] = print
 ) -> Drive:
-    """The best way to read this checkpoint on its drive.
+    """Return the best way to read this checkpoint on its drive.
 
     Args:
-        seconds: of each measurement; there are some twenty.
-        report: takes each of them.
+        seconds: length of each measurement; there are some twenty.
+        report: takes each measurement.
     """
     batches = _batches(checkpoint)
 
     def best(drives: list[Drive]) -> Drive:
-        found = []
+        measurements = []
         for drive in drives:
-            found.append(_measure(checkpoint, drive, batches, seconds))
-            report(found[-1])
-        fastest = max(m.gb_per_s for m in found)
-        near = [m for m in found if m.gb_per_s >= fastest * (1 - SAME)]
+            measurements.append(_measure(checkpoint, drive, batches, seconds))
+            report(measurements[-1])
+        fastest = max(m.gb_per_s for m in measurements)
+        near = [m for m in measurements if m.gb_per_s >= fastest * (1 - SAME)]
         return min(near, key=lambda m: (m.cpu_ms_per_gb, m.drive.depth)).drive
 
     depth = best([Drive("direct", depth) for depth in DEPTHS]).depth
@@ -69,7 +75,10 @@ def probe(
 
 
 def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Measured:
-    """One way to read, at random places of the files: little memory, and a small model will do."""
+    """Measure one way to read, at random places of the files.
+
+    It takes little memory, and a small model is enough.
+    """
     ranges = _ranges(checkpoint)
     # Huge pages, as slots have: fewer pieces for the drive.
     pages = memoryview(allocate_pages(2 * drive.depth * QUICK_NBYTES))
@@ -86,7 +95,7 @@ def quick(checkpoint: Checkpoint, drive: Drive, *, seconds: float = 0.6) -> Meas
             for pending in [reader.submit([request]) for request in requests]:
                 pending.wait()
 
-        read()  # takes the pages of the buffers
+        read()  # so that the pages of the buffers exist
         return _timed(drive, reader, read, seconds)
 
 
@@ -98,26 +107,28 @@ def paced(
     pause: float,
     seconds: float,
 ) -> Measured:
-    """How fast a drive gives batches of ranges with pauses between them, as decoding reads: some
-    drives give more to one who rests.
+    """Measure batches of ranges with pauses between them, as decoding reads.
+
+    Some drives are faster after a pause.
 
     Args:
-        batches: (file, start, bytes) of the reads that go on together, without end.
+        batches: (file, start, bytes) of the reads that run together, without end.
         pause: seconds between the end of a batch and the next one; they do not count.
     """
-    room, pages = 0, None
+    size, pages = 0, memoryview(b"")
     with Reader(drive.depth, identities, drive.io, drive.split) as reader:
 
         def read() -> float:
-            nonlocal room, pages
-            batch, at, requests = next(batches), 0, []
+            nonlocal size, pages
+            batch, at = next(batches), 0
+            requests: list[ReadRequest] = []
             needed = sum(nbytes + 2 * BLOCK for _, _, nbytes in batch)
-            if needed > room:
+            if needed > size:
                 # Huge pages, as slots have: fewer pieces for the drive.
-                room, pages = needed, memoryview(allocate_pages(needed))
-                pages[:] = bytes(needed)  # takes them
+                size, pages = needed, memoryview(allocate_pages(needed))
+                pages[:] = bytes(needed)  # so that the pages exist
             for file, start, nbytes in batch:
-                # In blocks as the bytes in the file, as slots lie.
+                # Aligned in blocks as the bytes in the file are, like slots.
                 at += (start - at) % BLOCK
                 requests.append(ReadRequest(file, start, pages[at : at + nbytes], 0, 0))
                 at += nbytes
@@ -137,7 +148,10 @@ def paced(
 
 
 def _ranges(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
-    """(file, start, bytes), without end: whole blocks, as the experts of real models mostly are."""
+    """Yield (file, start, bytes) without end.
+
+    The ranges begin at blocks, as the experts of real models mostly do.
+    """
     drawn = random.Random(0)
     sizes = {file: identity.nbytes for file, identity in checkpoint.identities.items()}
     while True:
@@ -147,7 +161,10 @@ def _ranges(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
 
 
 def _batches(checkpoint: Checkpoint) -> Iterator[list[tuple[int, int]]]:
-    """(layer, expert) of the K experts of one token in one layer, without end, seldom repeating."""
+    """Yield (layer, expert) of the K experts of one token in one layer, without end.
+
+    They seldom repeat.
+    """
     drawn = random.Random(0)
     layers = list(checkpoint.expert_layers)
     experts = range(checkpoint.num_experts)
@@ -159,7 +176,7 @@ def _batches(checkpoint: Checkpoint) -> Iterator[list[tuple[int, int]]]:
 def _measure(checkpoint: Checkpoint, drive: Drive, batches: Iterator, seconds: float) -> Measured:
     for file in checkpoint.files:
         forget(file)
-    banks = {
+    memories = {
         layer: SlotMemory(experts, checkpoint.top_k, on_gpu=False)
         for layer, experts in checkpoint.expert_layers.items()
     }
@@ -167,14 +184,14 @@ def _measure(checkpoint: Checkpoint, drive: Drive, batches: Iterator, seconds: f
 
         def read() -> None:
             pending = [
-                reader.submit(banks[layer].requests(expert, slot))
+                reader.submit(memories[layer].requests(expert, slot))
                 for slot, (layer, expert) in enumerate(next(batches))
             ]
             for reads in pending:
                 reads.wait()
 
         for _ in checkpoint.expert_layers:
-            read()  # takes the pages of the slots
+            read()  # so that the pages of the slots exist
         return _timed(drive, reader, read, seconds)
 
 
@@ -190,8 +207,8 @@ def _timed(drive: Drive, reader: Reader, read: Callable[[], None], seconds: floa
     )
 
 
-def forget(file) -> None:
-    """Drop a file from the page cache, where the system can: buffered reads must reach the disk."""
+def forget(file: Path) -> None:
+    """Drop a file from the page cache, where the system can, so that reads reach the disk."""
     if hasattr(os, "posix_fadvise"):
         with open(file, "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

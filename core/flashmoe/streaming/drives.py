@@ -1,6 +1,7 @@
-"""How each drive is read best, as `flashmoe bench disk` found, kept for the next load.
+"""Remember how each drive is read fastest, as `flashmoe bench disk` measured it.
 
-{"version": 1, "drives": {"254:0": {"io": "direct", "depth": 8, "split": 0}}}
+The file is {"version": 1, "drives": {"254:0": {"io": "direct", "depth": 8, "split": 0}}}, by device
+number.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ log = logging.getLogger("flashmoe")
 
 @dataclass(frozen=True)
 class Drive:
-    """io: of `IO_MODES`. depth: reads in flight. split: bytes of the pieces into which larger
-    ranges are cut; 0: they are not."""
+    """How a drive is read.
+
+    Attributes:
+        io: one of `IO_MODES`.
+        depth: reads in flight.
+        split: bytes of the pieces into which larger ranges are cut; 0: no range is cut.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
 
     io: str
     depth: int = 8
     split: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         depth, split = self.depth, self.split
         whole = type(depth) is int and type(split) is int
         if self.io not in IO_MODES or not whole or not 1 <= depth <= 256:
@@ -36,36 +45,43 @@ class Drive:
             raise ValueError(self)
 
 
-#: Where nothing was measured. On Linux direct reads gave 1.6 to 2 times the tokens a second of
-#: buffered ones when memory was short (docs/experiments.md). On macOS nobody measured yet; there
-#: F_NOCACHE is the like of it.
+#: The default where nothing was measured. On Linux direct reads gave 1.6 to 2 times the tokens per
+#: second of buffered ones when memory was short (docs/experiments.md). Nobody has measured macOS
+#: yet; F_NOCACHE comes closest to direct reads there.
 DEFAULT = Drive("uncached" if sys.platform == "darwin" else "direct")
 
 
 def file() -> Path:
-    """The file of what was measured."""
+    """Return the path of the file that holds the measurements."""
     return user_dirs.settings_directory() / "drives.json"
 
 
 def drive_of(path: Path) -> Drive:
-    """How the drive that holds `path` is read. Never raises: a broken file is as none."""
+    """Return how the drive that holds `path` is read.
+
+    The default where nothing was measured, and where the file of measurements is broken.
+    """
     return measured(path) or DEFAULT
 
 
 def measured(path: Path) -> Drive | None:
-    """What was found for the drive that holds `path`; None: nothing."""
-    found = _read().get(_key(path))
-    if found is None:
+    """Return what was measured for the drive that holds `path`, or None."""
+    entry = _read().get(_key(path))
+    if entry is None:
         return None
     try:
-        return Drive(**found)
+        return Drive(**entry)
     except (TypeError, ValueError):
-        log.warning("%s: the entry of %s is not one: it is ignored", file(), _key(path))
+        log.warning("%s: the entry of %s is not valid: it is ignored", file(), _key(path))
         return None
 
 
 def remember(path: Path, drive: Drive) -> None:
-    """Keep how the drive that holds `path` is read. Raises OSError."""
+    """Store how the drive that holds `path` is read.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     drives = _read() | {_key(path): asdict(drive)}
     user_dirs.write_settings(file(), {"version": 1, "drives": drives})
 
@@ -77,8 +93,7 @@ def _key(path: Path) -> str:
 
 def _read() -> dict:
     try:
-        found = json.loads(file().read_text())
-        return dict(found["drives"])
+        return dict(json.loads(file().read_text())["drives"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:

@@ -1,11 +1,12 @@
-"""How bytes get from a drive into buffers. Knows files, not experts.
+"""Read bytes from a drive into buffers, through the page cache or past it. Knows no experts.
 
-    buffered   through the page cache, which keeps them
+    buffered   through the page cache, which keeps the bytes
     uncached   through the page cache, which does not keep them (RWF_DONTCACHE of Linux 6.14, or
                dropped after the read; F_NOCACHE on macOS)
-    direct     past the page cache (O_DIRECT): the drive writes into the buffer itself, if that lies
-               in its blocks as the range lies in the file's (see `BLOCK`), else into an aligned
-               buffer of each thread, from which it is copied. Where there is none, as uncached
+    direct     past the page cache (O_DIRECT): the drive writes into the buffer itself if the buffer
+               lies in blocks of memory as the range lies in blocks of the file (see `BLOCK`), and
+               otherwise into an aligned buffer of each thread, from which the bytes are copied.
+               Where the system has no O_DIRECT, the same as uncached
 
 The last two are for slots that hold most of what is used again.
 """
@@ -26,21 +27,22 @@ import numpy as np
 _RWF_DONTCACHE = 0x80
 F_NOCACHE = 48
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-#: What drives ask of addresses, offsets and lengths, in bytes: some ask for 512. A buffer whose
-#: address is, modulo this, the offset of its bytes in the file is read without a copy.
+#: The alignment in bytes that drives require of addresses, offsets and lengths; some require 512. A
+#: buffer whose address equals, modulo this, the offset of its bytes in the file is read without a
+#: copy.
 BLOCK = 4096
 _BOUNCE_NBYTES = 1 << 20
 
 
 class Buffered:
-    """Opens files and reads ranges of them. Several threads may use one."""
+    """Opens files and reads ranges of them. Several threads may use one object."""
 
     def open(self, path: Path) -> int:
-        """The descriptor of a file; who asks closes it."""
+        """Open a file and return its descriptor, which the caller closes."""
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, fd: int, buffer: Any, start: int) -> int:
-        """Fill `buffer` from the byte `start` on; how many there were, fewer at the file's end."""
+        """Fill `buffer` from byte `start` on; return the bytes read, fewer at the file's end."""
         nbytes = memoryview(buffer).nbytes
         done = got = self._preadv(fd, buffer, start)
         while done < nbytes and got:
@@ -54,9 +56,13 @@ class Buffered:
 
 
 class Uncached(Buffered):
-    """flags: of preadv; 0 from when a file system says that it does not know them."""
+    """Reads through the page cache, which does not keep the bytes.
 
-    def __init__(self):
+    Attributes:
+        flags: of preadv; they become 0 when a file system does not support them.
+    """
+
+    def __init__(self) -> None:
         self.flags = _RWF_DONTCACHE if sys.platform == "linux" else 0
 
     def open(self, path: Path) -> int:
@@ -83,9 +89,13 @@ class Uncached(Buffered):
 
 
 class Direct(Uncached):
-    """direct: the descriptors that are open so; others are read as `Uncached` does."""
+    """Reads past the page cache.
 
-    def __init__(self):
+    Attributes:
+        direct: the descriptors that are open in this way; others are read as `Uncached` does.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
         self.direct: set[int] = set()
         self._of_thread = threading.local()
@@ -110,13 +120,13 @@ class Direct(Uncached):
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise
-        # It was opened so, and cannot be read so.
+        # The file was opened for direct reads, and cannot be read so.
         self.direct.discard(fd)
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
         return super().read(fd, buffer, start)
 
     def _read_aligned(self, fd: int, buffer: Any, start: int) -> int:
-        """Whole blocks go to the bounce buffer; the bytes that were asked for, from there."""
+        """Read whole blocks into the bounce buffer, and copy the requested bytes from there."""
         bounce, blocks = self._bounce()
         wanted = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)
         done = 0
@@ -136,16 +146,22 @@ class Direct(Uncached):
         return done
 
     def _read_in_place(self, fd: int, wanted: np.ndarray, start: int) -> int:
-        """One read: the blocks that `wanted` has whole arrive there, the two at its ends, which it
-        shares with its neighbours, in the bounce buffer. Returns how many of its bytes are there
-        without a gap."""
+        """Read whole blocks straight into `wanted`, in one call.
+
+        The blocks at its two ends, which it shares with its neighbours, go through the bounce
+        buffer.
+
+        Returns:
+            How many bytes of `wanted`, from its start, are there without a gap.
+        """
         bounce, blocks = self._bounce()
         skip = start % BLOCK
         head = min(-start % BLOCK, wanted.size)
         tail = (wanted.size - head) % BLOCK
         end = wanted.size - tail
-        ends = [blocks[:BLOCK]] if head else [], [blocks[BLOCK : 2 * BLOCK]] if tail else []
-        got = os.preadv(fd, [*ends[0], wanted[head:end], *ends[1]], start - skip)
+        first = [blocks[:BLOCK]] if head else []
+        last = [blocks[BLOCK : 2 * BLOCK]] if tail else []
+        got = os.preadv(fd, [*first, memoryview(wanted[head:end]), *last], start - skip)
         done = max(0, min(got - skip, wanted.size))
         np.copyto(wanted[:head], bounce[skip : skip + head])
         if done > end:
@@ -153,11 +169,12 @@ class Direct(Uncached):
         return done
 
     def _bounce(self) -> tuple[np.ndarray, memoryview]:
-        """The aligned buffer of this thread, in two views."""
+        """Return the aligned buffer of this thread, in two views."""
         if not hasattr(self._of_thread, "bounce"):
             blocks = memoryview(mmap.mmap(-1, _BOUNCE_NBYTES))
             self._of_thread.bounce = np.frombuffer(blocks, np.uint8), blocks
         return self._of_thread.bounce
 
 
-IO_MODES = {"buffered": Buffered, "uncached": Uncached, "direct": Direct}
+#: The name of each mode and the class that reads so.
+IO_MODES: dict[str, type[Buffered]] = {"buffered": Buffered, "uncached": Uncached, "direct": Direct}

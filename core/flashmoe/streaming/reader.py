@@ -1,8 +1,9 @@
-"""Parallel positioned reads of expert bytes, straight into buffers that the caller gives, or by
-way of a staging place into the memory of a device (see `flashmoe.streaming.device_copy`).
+"""Read byte ranges of files in parallel, straight into the caller's buffers.
 
-A `Reader` owns the threads and the open files; it knows nothing of models. The buffers stay the
-caller's: between `submit` and the end of `Pending.wait` they belong to the reads.
+A buffer in the memory of a device is filled through a staging buffer in host memory (see
+`flashmoe.streaming.device_copy`). A `Reader` owns the threads and the open files; it knows nothing
+of models. The buffers stay the caller's: between `submit` and the end of `PendingRead.wait` they
+belong to the reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from ..checkpoint.file_identity import FileIdentity
 from ..errors import ReadError
-from .device_copy import PLACE_NBYTES, DeviceBytes
+from .device_copy import STAGING_NBYTES, DeviceBytes
 from .io_modes import BLOCK, IO_MODES, Buffered
 
 # The ranges of one submit go to the threads in jobs of at least this many bytes. A hand-over costs
@@ -34,8 +35,9 @@ _JOB_NBYTES = 1 << 18
 class ReadRequest:
     """One byte range: `start` up to `start` + the size of `buffer`, in bytes of the file `path`.
 
-    buffer: any writable C-contiguous buffer, or `DeviceBytes`. layer and expert are for the text of
-    errors.
+    Attributes:
+        buffer: any writable C-contiguous buffer, or `DeviceBytes`.
+        layer, expert: named in the text of errors.
     """
 
     path: Path
@@ -47,13 +49,21 @@ class ReadRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """Counters of a `Reader` since its start; subtract two for what lies between them."""
+    """Counters of a `Reader` since its start; subtract two for what lies between them.
+
+    Attributes:
+        bytes: bytes read.
+        reads: ranges read to their end.
+        seconds: time that the threads were busy, summed over them.
+        waits: calls of `PendingRead.wait` that had to block.
+        wait_seconds: time that those calls were blocked, summed over them.
+    """
 
     bytes: int = 0
-    reads: int = 0  # ranges read to their end
-    seconds: float = 0.0  # busy time, summed over the threads
-    waits: int = 0  # calls of wait() that had to block
-    wait_seconds: float = 0.0  # time they were blocked, summed over the callers
+    reads: int = 0
+    seconds: float = 0.0
+    waits: int = 0
+    wait_seconds: float = 0.0
 
     def __sub__(self, earlier: ReadStats) -> ReadStats:
         pairs = zip(astuple(self), astuple(earlier), strict=True)
@@ -61,7 +71,7 @@ class ReadStats:
 
 
 class PendingRead:
-    """The reads of one `submit`."""
+    """The reads of one `Reader.submit`."""
 
     def __init__(self, pool: _Pool, jobs: int):
         self._pool = pool
@@ -73,13 +83,14 @@ class PendingRead:
             self._running.acquire()
 
     def done(self) -> bool:
-        """True when all reads have ended, well or badly: `wait` will not block."""
+        """Return whether all reads have ended, well or badly, so that `wait` will not block."""
         return self._jobs_left == 0
 
     def wait(self) -> None:
-        """Return when ALL reads have ended, then raise the first error (`ReadError`), if any.
+        """Wait until ALL reads have ended; no buffer is written after that. May be called again.
 
-        After it returned or raised that error no buffer is written any more. May be called again.
+        Raises:
+            ReadError: the first error of the reads, raised when all of them have ended.
         """
         if self._jobs_left:
             start = perf_counter()
@@ -92,14 +103,18 @@ class PendingRead:
 
 
 class Reader:
-    """`depth` threads that read byte ranges; as many reads are in flight at the drive at most.
+    """Threads that read byte ranges. Safe to use from several threads.
 
-    Safe to use from several threads. Files are opened once, on first use, and kept until `close`,
-    or until the Reader is garbage and the reads that were submitted have ended.
+    Files are opened once, on first use, and kept open until `close`, or until the Reader is garbage
+    and the reads that were submitted have ended.
 
-    identities: what the files must be when they are opened. A file that is not named here must stay
-    what it was at its first read. io: one of `io_modes.IO_MODES`. split: ranges of more
-    bytes are cut into pieces of so many, for several threads; 0: none is.
+    Args:
+        depth: the number of threads, and so the most reads in flight at the drive.
+        identities: what the files must be when they are opened. A file that is not named here must
+            stay what it was at its first read.
+        io: one of `io_modes.IO_MODES`.
+        split: ranges of more bytes are cut into pieces of this many, for several threads; 0: no
+            range is cut.
     """
 
     def __init__(
@@ -130,12 +145,15 @@ class Reader:
 
     @property
     def stats(self) -> ReadStats:
-        """The counters as they are now."""
+        """The counters now."""
         with self._pool.lock:
             return self._pool.stats
 
     def submit(self, requests: Sequence[ReadRequest]) -> PendingRead:
-        """Start the reads, usually the ranges of one expert. Errors come from `Pending.wait`."""
+        """Start reads, usually the ranges of one expert.
+
+        Errors are raised by `PendingRead.wait`.
+        """
         jobs = list(_jobs([piece for r in requests for piece in _pieces(r, self._split)]))
         pending = PendingRead(self._pool, len(jobs))
         with self._pool.lock:
@@ -146,9 +164,10 @@ class Reader:
         return pending
 
     def wait_idle(self) -> None:
-        """Return when all reads that were submitted before have ended.
+        """Wait until all reads that were submitted before have ended.
 
-        For the caller of a `submit` that an interrupt kept from returning its Pending."""
+        For the caller of a `submit` that an interrupt kept from returning its PendingRead.
+        """
         idle = threading.Event()
         meet = threading.Barrier(len(self._threads), action=idle.set).wait
         with self._pool.lock:
@@ -157,10 +176,10 @@ class Reader:
         if is_open:
             idle.wait()
         else:
-            self.close()  # by another thread, perhaps: its reads may not have ended
+            self.close()  # perhaps another thread closes it, and reads have not ended
 
     def close(self) -> None:
-        """End the reads that were submitted, then the threads; the last one closes the files."""
+        """Wait for the submitted reads and end the threads; the last one closes the files."""
         with self._pool.lock:
             # Not self._stop(): late in the exit of Python that does nothing, and join would hang.
             if self._stop.alive:
@@ -177,7 +196,7 @@ class Reader:
 
 
 class _Pool:
-    """What the threads of a Reader share: jobs, open files, counters."""
+    """The state that the threads of a Reader share: jobs, open files, counters."""
 
     def __init__(self, depth: int, identities: Mapping[Path, FileIdentity], io: Buffered):
         self.queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
@@ -191,12 +210,15 @@ class _Pool:
         self._files: dict[Path, tuple[int, FileIdentity]] = {}
 
     def to_each(self, job: Callable[[], object] | None) -> None:
-        """Queue a job once for each thread; None ends it. Takes no lock: the garbage collector may
-        call this at any point of any thread. One call of C: no interrupt leaves a part undone."""
+        """Queue a job once for each thread; None ends a thread.
+
+        Takes no lock, because the garbage collector may call this at any point of any thread. It is
+        one call of C, so that no interrupt leaves a part undone.
+        """
         deque(map(self.queue.put, [job] * self._depth), maxlen=0)
 
     def work(self) -> None:
-        """The life of one thread."""
+        """Do jobs until one is None: what each thread runs."""
         while (job := self.queue.get()) is not None:
             job()
             del job  # an idle thread must not keep a caller's buffers alive
@@ -208,7 +230,7 @@ class _Pool:
                 os.close(self._files.popitem()[1][0])
 
     def add(self, more: ReadStats) -> None:
-        """Count. The caller holds the lock."""
+        """Add to the counters. The caller holds the lock."""
         now = self.stats
         self.stats = ReadStats(
             now.bytes + more.bytes,
@@ -219,6 +241,7 @@ class _Pool:
         )
 
     def run(self, pending: PendingRead, job: list[ReadRequest]) -> None:
+        """Do the reads of one job and record them in `pending`."""
         start = perf_counter()
         nbytes = reads = 0
         error = None
@@ -226,7 +249,7 @@ class _Pool:
             try:
                 nbytes += self._read(request)
                 reads += 1
-            except Exception as e:  # the thread lives on: it goes to whoever waits
+            except Exception as e:  # the thread lives on, and `wait` raises it
                 error = error or e
         with self.lock:
             self.add(ReadStats(nbytes, reads, perf_counter() - start))
@@ -237,12 +260,12 @@ class _Pool:
             pending._running.release()
 
     def _read(self, request: ReadRequest) -> int:
-        """Fill the buffer; returns its size in bytes."""
+        """Fill the buffer and return its size in bytes."""
         nbytes = _nbytes(request.buffer)
         to_device = isinstance(request.buffer, DeviceBytes)
         try:
             fd, identity = self._files.get(request.path) or self._open(request.path)
-            buffer = request.buffer.place(request.start) if to_device else request.buffer
+            buffer = request.buffer.staging(request.start) if to_device else request.buffer
             done = self.io.read(fd, buffer, request.start)
             # After the read, so that bytes of a changed file never pass as good ones.
             change = identity.change(fd)
@@ -252,9 +275,10 @@ class _Pool:
                 "download the model again"
             ) from e
         except OSError as e:
-            name = errno.errorcode.get(e.errno, e.errno)
+            code = e.errno or 0
+            name = errno.errorcode.get(code, code)
             raise ReadError(
-                f"{_need(request, nbytes)}, which cannot be read: {os.strerror(e.errno)} ({name}); "
+                f"{_need(request, nbytes)}, which cannot be read: {os.strerror(code)} ({name}); "
                 f"check the drive that holds {request.path}, then load the model again"
             ) from e
         if change:
@@ -290,12 +314,13 @@ def _nbytes(buffer: Any) -> int:
 def _pieces(request: ReadRequest, nbytes: int) -> Iterator[ReadRequest]:
     """Cut a request at blocks of the file, so that no block is read for two pieces.
 
-    nbytes: of a piece; 0: as many as there are, or as a staging place holds.
+    Args:
+        nbytes: bytes of a piece; 0: all of the request, or what a staging buffer holds.
     """
     whole = request.buffer
     if isinstance(whole, DeviceBytes):
-        if nbytes or whole.nbytes > PLACE_NBYTES:
-            nbytes = min(nbytes or PLACE_NBYTES, PLACE_NBYTES)
+        if nbytes or whole.nbytes > STAGING_NBYTES:
+            nbytes = min(nbytes or STAGING_NBYTES, STAGING_NBYTES)
     elif nbytes:
         whole = memoryview(whole).cast("B")
     if not nbytes:
@@ -310,8 +335,9 @@ def _pieces(request: ReadRequest, nbytes: int) -> Iterator[ReadRequest]:
 
 
 def _jobs(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:
-    """Cut `requests`, in their order, into lists of `_JOB_NBYTES` or more, but for the last."""
-    job, nbytes = [], 0
+    """Cut requests, in their order, into lists of `_JOB_NBYTES` or more, except for the last."""
+    job: list[ReadRequest] = []
+    nbytes = 0
     for request in requests:
         job.append(request)
         nbytes += _nbytes(request.buffer)
@@ -323,7 +349,7 @@ def _jobs(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:
 
 
 def _need(request: ReadRequest, nbytes: int) -> str:
-    """The start of every error: who needs which bytes of what."""
+    """Return the beginning of every error text: who needs which bytes of which file."""
     return (
         f"expert {request.expert} of layer {request.layer} needs bytes {request.start}.."
         f"{request.start + nbytes} of {request.path.name}"

@@ -181,7 +181,8 @@ class SlotTable:
         slot = keys.index(lowest)
         if keys.count(lowest) == 1:
             return self._expert_in[slot]
-        tied = (e for e, key in zip(self._expert_in, keys, strict=True) if key == lowest)
+        occupied = zip(self._expert_in, keys, strict=True)
+        tied = (e for e, key in occupied if key == lowest and e is not None)
         return min(tied, key=lambda e: (self._last_use[e], e))
 
     def _renormalise(self) -> None:

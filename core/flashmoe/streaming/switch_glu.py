@@ -64,7 +64,7 @@ class StreamingSwitchGLU(ExpertSwitch, nn.Module):
         self._reader = reader
         self._backend = backend
         self._table = SlotTable(memory.num_slots, memory.layer.num_experts)
-        self.stats = SwitchStats()
+        self._stats = SwitchStats()
         self._hooks = hooks
         self._fully_resident = False
         # Results that may be lazy, and then read the slots when they are evaluated.
@@ -90,6 +90,11 @@ class StreamingSwitchGLU(ExpertSwitch, nn.Module):
         """
         device = self._memory.device
         return None if device is None else device.mailbox(words)
+
+    @property
+    def stats(self) -> SwitchStats:
+        """Counts since the layer was made."""
+        return self._stats
 
     @property
     def expert_nbytes(self) -> int:
@@ -132,7 +137,7 @@ class StreamingSwitchGLU(ExpertSwitch, nn.Module):
         self._hooks.between_layers()
         self._hooks.layer_entered(self._memory.layer.layer)
         self._hooks.check_cancelled()
-        self.stats.needed += top_k
+        self._stats.needed += top_k
 
     def start_resident(self, x: mx.array, indices: mx.array) -> ExpertWork:
         """Start the work of a fully resident layer: no expert is read, and nothing evaluated.
@@ -240,8 +245,8 @@ class ExpertCall:
         self._missing = deque(e for e in experts if switch._table.lookup(e) is None)
         self._arriving: deque[int] = deque()
         self._pinned = set(self._ready)
-        switch.stats.needed += len(self._pairs)
-        switch.stats.loaded += len(self._missing)
+        switch._stats.needed += len(self._pairs)
+        switch._stats.loaded += len(self._missing)
         self._load_ahead()
 
     def finish(

@@ -49,7 +49,7 @@ class StepLayer(nn.Module):
         h, normed = self.sum_and_norm(x, self.attention(self.input_layernorm(x), mask, cache))
         block = self.mlp
         if isinstance(block, ExpertBlock) and block.fuses_residual:
-            return next(block.apply([normed], [h]))
+            return next(block.run([normed], [h]))
         return h + block(normed)
 
     @property
