@@ -24,8 +24,8 @@ PAGES = [
 
 def blocks(text: str, *languages: str) -> list[str]:
     """Return the fenced blocks of a page that are in one of the languages."""
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [body for language, body in found if language in languages]
+    fenced = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [body for language, body in fenced if language in languages]
 
 
 def commands(text: str) -> list[str]:
@@ -144,7 +144,7 @@ def test_every_benchmark_is_listed(script):
     assert f"`{script.name}`" in (ROOT / "benchmarks/README.md").read_text()
 
 
-def test_room_is_not_in_the_picture():
+def test_every_module_is_described():
     """docs/architecture.md and docs/engine.md name every module of the engine."""
     text = (ROOT / "docs/architecture.md").read_text() + (ROOT / "docs/engine.md").read_text()
     for module in (ROOT / "core/flashmoe").glob("*.py"):

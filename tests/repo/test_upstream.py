@@ -1,4 +1,7 @@
-"""What we rely on in mlx-lm. When an upgrade moves it, this fails first and says what moved."""
+"""Tests the parts of mlx-lm that this project relies on.
+
+When an upgrade of mlx-lm changes one of them, these tests fail first and say what changed.
+"""
 
 import importlib
 import inspect
@@ -10,20 +13,22 @@ from mlx_lm import sample_utils, tokenizer_utils, utils
 from mlx_lm.models import cache, qwen3_5, qwen3_5_moe, qwen3_moe, qwen3_next, switch_layers
 from mlx_lm.models.activations import swiglu
 
-# `mlx_lm.generate` as an attribute is the function.
+# As an attribute, `mlx_lm.generate` is the function and not the module.
 generate = importlib.import_module("mlx_lm.generate")
 
 
 def parameters(function) -> list[str]:
+    """Return the names of a function's parameters."""
     return list(inspect.signature(function).parameters)
 
 
-def source(thing) -> str:
-    return inspect.getsource(thing)
+def source(definition) -> str:
+    """Return the source of a class or function."""
+    return inspect.getsource(definition)
 
 
-def test_moe_block_of_qwen3_next_moved():
-    """SharedExpertBlock repeats its forward, with the reads started earlier."""
+def test_moe_block_of_qwen3_next_is_unchanged():
+    """SharedExpertBlock repeats the block's forward pass and starts the reads earlier."""
     block = qwen3_next.Qwen3NextSparseMoeBlock
     assert qwen3_5.SparseMoeBlock is block
     text = source(block)
@@ -40,7 +45,7 @@ def test_moe_block_of_qwen3_next_moved():
         assert line in text, f"mlx-lm changed {block.__name__}: {line!r} is gone"
 
 
-def test_moe_block_of_qwen3_moe_moved():
+def test_moe_block_of_qwen3_moe_is_unchanged():
     text = source(qwen3_moe.Qwen3MoeSparseMoeBlock)
     for line in (
         "gates = self.gate(x)",
@@ -53,28 +58,28 @@ def test_moe_block_of_qwen3_moe_moved():
 
 
 @pytest.mark.parametrize("module", [qwen3_5_moe, qwen3_next, qwen3_moe])
-def test_model_class_moved(module):
+def test_model_classes_are_unchanged(module):
     assert parameters(module.Model.__init__) == ["self", "args"]
     assert parameters(module.Model.sanitize) == ["self", "weights"]
     assert isinstance(inspect.getattr_static(module.Model, "layers"), property)
     assert hasattr(module.ModelArgs, "from_dict")
 
 
-def test_switch_glu_signature_moved():
+def test_switch_glu_is_unchanged():
     assert parameters(switch_layers.SwitchGLU.__call__) == ["self", "x", "indices"]
-    # Our ops call swiglu(gate, up).
+    # The backends call swiglu(gate, up).
     gate, up = mx.array([1.0]), mx.array([3.0])
     assert swiglu(gate, up).item() == pytest.approx(3 / (1 + 2.718281828**-1))
 
 
-def test_loading_functions_moved():
+def test_loading_functions_are_unchanged():
     assert {"lazy", "get_model_classes"} <= set(parameters(utils.load_model))
     assert "eos_token_ids" in parameters(utils.load_tokenizer)
     assert parameters(utils.load_config)[0] == "model_path"
     assert 'glob.glob(str(model_path / "model*.safetensors"))' in source(utils.load_model)
 
 
-def test_generation_functions_moved():
+def test_generation_functions_are_unchanged():
     assert {"prompt", "max_tokens"} <= set(parameters(generate.stream_generate))
     assert {"sampler", "prefill_step_size", "prompt_progress_callback", "prompt_cache"} <= set(
         parameters(generate.generate_step)
@@ -90,7 +95,7 @@ def test_generation_functions_moved():
     assert parameters(generate.wired_limit)[0] == "model"
 
 
-def test_prompt_caches_moved():
+def test_prompt_caches_are_unchanged():
     assert parameters(cache.save_prompt_cache) == ["file_name", "cache", "metadata"]
     assert "return_metadata" in parameters(cache.load_prompt_cache)
     for kind in (cache.KVCache, cache.ArraysCache):
@@ -99,8 +104,8 @@ def test_prompt_caches_moved():
 
 
 @pytest.mark.parametrize("module", [qwen3_5, qwen3_next, qwen3_moe])
-def test_head_moved(module):
-    """StreamingMoE.next_logits applies it to the last row alone."""
+def test_head_is_unchanged(module):
+    """StreamingMoE.next_logits applies the head to the last position alone."""
     text = source(getattr(module, "TextModel", None) or module.Model)
     for line in (
         "out = self.model(inputs, cache",
@@ -111,23 +116,23 @@ def test_head_moved(module):
         assert line in text, f"mlx-lm changed {module.__name__}: {line!r} is gone"
 
 
-def test_grammars_moved():
+def test_grammar_functions_are_unchanged():
     for name in ("grammar_from_lark", "validate_grammar_with_warnings", "compute_ff_tokens"):
         assert hasattr(llguidance.LLMatcher, name)
     for name in ("consume_token", "consume_tokens", "is_stopped", "is_error", "get_error"):
         assert hasattr(llguidance.LLMatcher, name)
 
 
-def test_mlx_threads_moved():
-    assert hasattr(mx, "clear_streams"), "the engine thread ends with it"
+def test_mlx_can_clear_streams():
+    assert hasattr(mx, "clear_streams"), "the engine thread calls it at its end"
 
 
 @pytest.mark.parametrize(
     "layer",
     [qwen3_5.DecoderLayer, qwen3_next.Qwen3NextDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer],
 )
-def test_decoder_layer_moved(layer):
-    """gpu_layers repeats its forward, with a sum and a norm in one."""
+def test_decoder_layers_are_unchanged(layer):
+    """flashmoe.ops.gpu.layers repeats the layer's forward pass with a sum and a norm in one kernel."""
     text = source(layer)
     for line in ("self.input_layernorm(x), mask, cache)", "h = x + r", "out = h + "):
         assert line in text, f"mlx-lm changed {layer.__name__}: {line!r} is gone"
@@ -135,8 +140,11 @@ def test_decoder_layer_moved(layer):
 
 
 @pytest.mark.parametrize("net", [qwen3_5.GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet])
-def test_gated_delta_net_moved(net):
-    """gpu_layers repeats its forward for one token, and hands it parts of joined projections."""
+def test_gated_delta_nets_are_unchanged(net):
+    """flashmoe.ops.gpu.linear_attention repeats the forward pass for one token.
+
+    It takes parts of joined projections.
+    """
     text = source(net.__call__)
     for line in (
         "cache[0] = mx.contiguous(conv_input[:, -n_keep:, :])",
@@ -151,8 +159,11 @@ def test_gated_delta_net_moved(net):
 
 
 @pytest.mark.parametrize("attention", [qwen3_next.Qwen3NextAttention, qwen3_moe.Attention])
-def test_attention_moved(attention):
-    """gpu_layers repeats its forward for one token, and hands it parts of joined projections."""
+def test_attention_is_unchanged(attention):
+    """flashmoe.ops.gpu.attention repeats the forward pass for one token.
+
+    It takes parts of joined projections.
+    """
     text = source(attention.__call__)
     for line in (
         "self.k_proj(x), self.v_proj(x)",
