@@ -110,9 +110,9 @@ def hollow(layers: int = 60, experts: int = 512) -> Iterator[Path]:
 
 def published(path: Path) -> list[dict]:
     from flashmoe.checkpoint.checkpoint import Checkpoint
-    from flashmoe.plan.speed_model import Costs, Geometry, decode
+    from flashmoe.plan.speed_model import Costs, Geometry, decode_step
 
-    model = Geometry.of(Checkpoint.open(path))
+    model = Geometry.from_checkpoint(Checkpoint.open(path))
     assert model.expert_nbytes == EXPERT_NBYTES
     shares = read_frequencies(TRACES / "qwen3.5-397b.freq")
     drawn = {k: draw(shares, 300, k) for k in (4, 10)}
@@ -130,7 +130,7 @@ def published(path: Path) -> list[dict]:
             cached_gb_s=row.cached_gb_s,
             overlap=False,
         )
-        step = decode(model, costs, row.k, hits)
+        step = decode_step(model, costs, row.k, hits)
         rows.append(
             {
                 "what": row.what,
@@ -150,22 +150,22 @@ def macs(path: Path) -> list[dict]:
     """Predictions for the 397B, K as trained and 4."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.errors import BudgetError
-    from flashmoe.plan.estimate import Asked, plan_of_memory, speed
-    from flashmoe.plan.machines import machine
+    from flashmoe.plan.estimate import PlanOptions, estimate_speed, split_memory
+    from flashmoe.plan.machines import find_machine
 
     checkpoint = Checkpoint.open(path)
     rows = []
     for name in MACS:
-        mac = machine(name)
+        mac = find_machine(name)
         row = {"machine": name}
         for k in (10, 4):
-            asked = Asked(experts=k)
+            options = PlanOptions(experts=k)
             try:
-                split = plan_of_memory(checkpoint, asked, mac)
+                split = split_memory(checkpoint, options, mac)
             except BudgetError:
                 row |= {f"k{k}": None}
                 continue
-            found = speed(checkpoint, asked, split, mac.costs)
+            found = estimate_speed(checkpoint, options, split, mac.costs)
             row["slots"] = split.slots
             row[f"k{k}"] = {
                 "tokens_per_second": round(found.token.tokens_per_second, 2),
@@ -181,14 +181,16 @@ def planned(args: argparse.Namespace, case: dict) -> dict:
     """What the plan of this process says, in a process of its own."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.plan import speed_probe
-    from flashmoe.plan.report import Planned, Source
+    from flashmoe.plan.estimate import PlanOptions, Source, estimate
+    from flashmoe.plan.report import render_json
 
     if args.probe_seconds is not None:
         speed_probe.STEPS_SECONDS = speed_probe.DISK_SECONDS = args.probe_seconds
-    asked = {"experts": case["k"], "memory": case["memory"], "prompt": args.prompt}
-    asked |= {"routing": "uniform"}
+    options = PlanOptions(
+        experts=case["k"], memory=case["memory"], prompt=args.prompt, routing="uniform"
+    )
     checkpoint = Checkpoint.open(args.path)
-    found = Planned("", checkpoint, Source(args.path), None, "float32", asked).as_json()
+    found = render_json(estimate("", checkpoint, Source(args.path), options))
     if found["why_not"]:
         raise SystemExit(found["why_not"])
     return {
@@ -220,13 +222,13 @@ def ran(args: argparse.Namespace, case: dict) -> dict:
 def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float, disk_gb_s=None) -> float:
     """Seconds of a step by the costs of a plan, this hit rate, and this disk."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
-    from flashmoe.plan.speed_model import Costs, Geometry, decode
+    from flashmoe.plan.speed_model import Costs, Geometry, decode_step
 
-    model = Geometry.of(Checkpoint.open(args.path))
+    model = Geometry.from_checkpoint(Checkpoint.open(args.path))
     costs = Costs(**{name: inf if v is None else v for name, v in plan["costs"].items()})
     if disk_gb_s:
         costs = replace(costs, disk_gb_s=disk_gb_s)
-    return decode(model, costs, k, hits, context=args.prompt).seconds
+    return decode_step(model, costs, k, hits, context=args.prompt).seconds
 
 
 def here(args: argparse.Namespace, case: dict) -> dict:

@@ -68,8 +68,8 @@ def of_trace() -> dict:
         found["union"][k] = counted + [max(counted[-1], share) for share in beyond]
     return {
         "experts": experts,
-        "what": "156 tokens of Qwen3-30B-A3B in their order, run with K=6 of 128",
-        "doubts": "one text, short; 64 tokens warm up",
+        "what": "156 consecutive tokens of Qwen3-30B-A3B, run with K=6 of 128",
+        "doubts": "one short text, of which 64 tokens warm up the slots",
         "shares": [slots / experts for slots in sizes],
         **found,
     }
@@ -86,8 +86,8 @@ def of_frequencies() -> dict:
         print(k, found["hit_rate"][k], flush=True)
     return {
         "experts": experts,
-        "what": "tokens drawn by how often Qwen3.5-397B-A17B took its experts in 150 tokens",
-        "doubts": "in-sample, and without the likeness of neighbouring tokens",
+        "what": "tokens drawn from the expert frequencies of Qwen3.5-397B-A17B over 150 tokens",
+        "doubts": "in-sample, and without the similarity of neighbouring tokens",
         "shares": [slots / experts for slots in sizes],
         **found,
     }

@@ -245,15 +245,15 @@ def needs(name: str) -> Needs:
 def predicted(checkpoint: Checkpoint, mac: str, k: int) -> float | None:
     """Return the tokens per second that `flashmoe plan` predicts; None where it does not fit."""
     from flashmoe.errors import BudgetError
-    from flashmoe.plan.estimate import Asked, plan_of_memory, speed
-    from flashmoe.plan.machines import machine
+    from flashmoe.plan.estimate import PlanOptions, estimate_speed, split_memory
+    from flashmoe.plan.machines import find_machine
 
-    asked, known = Asked(experts=k), machine(mac)
+    options, machine = PlanOptions(experts=k), find_machine(mac)
     try:
-        split = plan_of_memory(checkpoint, asked, known)
+        split = split_memory(checkpoint, options, machine)
     except BudgetError:
         return None
-    return speed(checkpoint, asked, split, known.costs).token.tokens_per_second
+    return estimate_speed(checkpoint, options, split, machine.costs).token.tokens_per_second
 
 
 # The models of the short table.

@@ -1,4 +1,4 @@
-"""`flashmoe plan` of models that are here, and what it measures."""
+"""Test `flashmoe plan` of local checkpoints, and what it measures on this machine."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from flashmoe.errors import SettingError
 from flashmoe.memory import system as memory
 from flashmoe.models.loading import load_streaming, plan_memory
 from flashmoe.plan import speed_probe
-from flashmoe.plan.estimate import Asked, plan_of_memory, speed
-from flashmoe.plan.machines import machine
+from flashmoe.plan.estimate import PlanOptions, estimate_speed, split_memory
+from flashmoe.plan.machines import find_machine
 from flashmoe.plan.speed_model import Costs
 
 MAC = ("--machine", "m3-max-48gb")
@@ -34,7 +34,7 @@ def own_directories(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Large enough that a slot of it counts in a budget."""
+    """Write a toy that is so large that a single slot matters in a memory budget."""
     return write_toy(
         tmp_path_factory.mktemp("toy") / "toy",
         num_experts=EXPERTS,
@@ -55,7 +55,7 @@ def run_json(*args, code=0) -> dict:
     return json.loads(run(*args, "--json", code=code))
 
 
-def test_plan_is_more_than_a_screen():
+def test_plan_prints_its_fields_as_a_table():
     text = run("flashmoe-demo", "--prompt", "50")
     header, *rows = text.splitlines()
     assert header == "field\tvalue"
@@ -68,49 +68,51 @@ def test_plan_is_more_than_a_screen():
     assert "PREDICTION" not in text
 
 
-def test_prediction_looks_measured(toy):
+def test_prediction_for_a_known_machine_says_so(toy):
     text = run(toy, *MAC)
     assert "PREDICTION for m3-max-48gb: 48 GB at 400 GB/s" in text
     assert "\nmeasured\t" not in text
-    found = run_json(toy, *MAC)
-    assert found["prediction"]
-    assert "layer_ms" in found["assumed"]
-    assert found["machine"] == "m3-max-48gb"
-    assert found["disk_probe"] is None
+    plan = run_json(toy, *MAC)
+    assert plan["prediction"]
+    assert "layer_ms" in plan["assumed"]
+    assert plan["machine"] == "m3-max-48gb"
+    assert plan["disk_probe"] is None
 
 
-def test_json_lacks_a_figure(toy):
-    found = run_json(toy, "--prompt", "30", "--routing", "uniform")
-    assert found["runs"]
-    assert (found["experts"], found["k"], found["trained_k"], found["bits"]) == (EXPERTS, 6, 6, 4)
-    assert found["routing"]["name"] == "uniform"
-    step, costs = found["token"], found["costs"]
+def test_json_has_every_figure(toy):
+    plan = run_json(toy, "--prompt", "30", "--routing", "uniform")
+    assert plan["runs"]
+    assert (plan["experts"], plan["k"], plan["trained_k"], plan["bits"]) == (EXPERTS, 6, 6, 4)
+    assert plan["routing"]["name"] == "uniform"
+    step, costs = plan["token"], plan["costs"]
     assert step["tokens_per_second"] == pytest.approx(1 / step["seconds"])
-    assert found["prompt"]["seconds"] > step["seconds"]
+    assert plan["prompt"]["seconds"] > step["seconds"]
     assert all(costs[n] > 0 for n in ("weights_gb_s", "disk_gb_s", "prompt_gflops"))
-    assert found["disk_probe"]["what"] == "its own experts"
-    assert found["repo"] is None
+    assert plan["disk_probe"]["what"] == "its own experts"
+    assert plan["repo"] is None
 
 
 def tight(checkpoint, slots: int) -> int:
-    """A budget of this process that leaves some slots, about."""
+    """Return a memory budget of this process that leaves about this many slots."""
     plan = plan_memory(checkpoint)
     return memory.resident() + plan.dense + plan.working + slots * plan.slot_nbytes
 
 
-def test_memory_is_not_that_of_a_load(toy):
-    """The same numbers, from the same arithmetic; they are those of the model that is loaded."""
+def test_planned_memory_equals_that_of_a_loaded_model(toy):
+    """The plan and the loaded model use the same arithmetic, so they give the same numbers."""
     checkpoint = Checkpoint.open(toy)
-    load_streaming(checkpoint, slots=8).close()  # what stays in the process is there from now on
-    asked = Asked(memory=tight(checkpoint, 12), experts=4, context=4096)
-    split = plan_of_memory(checkpoint, asked)
-    model = load_streaming(checkpoint, memory=asked.memory, experts=4, prompt_cache=None)
+    load_streaming(
+        checkpoint, slots=8
+    ).close()  # the memory that a first load keeps is counted from now on
+    options = PlanOptions(memory=tight(checkpoint, 12), experts=4, context=4096)
+    split = split_memory(checkpoint, options)
+    model = load_streaming(checkpoint, memory=options.memory, experts=4, prompt_cache=None)
     try:
         assert split.plan.elastic
         assert split.plan.slots_per_layer == pytest.approx(model.plan.slots_per_layer, abs=3)
         assert (split.plan.dense, split.plan.working) == (model.plan.dense, model.plan.working)
-        sweep = model.elastic_slots.fit_prefill(1000, [1000], 4)
-        assert split.sweep == pytest.approx(sweep, abs=200)
+        pass_tokens = model.elastic_slots.fit_prefill(1000, [1000], 4)
+        assert split.pass_tokens == pytest.approx(pass_tokens, abs=200)
         model.elastic_slots.fit_decoding([4096])
         assert 6 < model.elastic_slots.per_layer < EXPERTS
         assert split.slots == pytest.approx(model.elastic_slots.per_layer, abs=3)
@@ -118,11 +120,11 @@ def test_memory_is_not_that_of_a_load(toy):
         model.close()
 
 
-def test_batch_forgets_its_contexts(toy):
-    """Each request has keys and values of its own, which slots give way to on a CPU."""
+def test_batch_leaves_fewer_slots_for_its_contexts(toy):
+    """Each request needs keys and values of its own, and on a CPU slots give way to them."""
     checkpoint = Checkpoint.open(toy)
     one, two = (
-        plan_of_memory(checkpoint, Asked(memory=tight(checkpoint, 40), batch=n)) for n in (1, 9)
+        split_memory(checkpoint, PlanOptions(memory=tight(checkpoint, 40), batch=n)) for n in (1, 9)
     )
     expected = 8 * one.keys // one.plan.slot_nbytes
     assert expected > 4
@@ -130,7 +132,7 @@ def test_batch_forgets_its_contexts(toy):
 
 
 def budget(toy, more_slots=0.0) -> int:
-    """Bytes for the fewest slots, and some more."""
+    """Return a memory budget for the fewest slots and `more_slots` in addition."""
     checkpoint = Checkpoint.open(toy)
     text = run(toy, "--memory", "100MB", *MAC, code=1)
     least = re.search(r'pass\s+memory="([\d.]+)(MB|GB)"', " ".join(text.split()))
@@ -138,58 +140,58 @@ def budget(toy, more_slots=0.0) -> int:
     return int(float(least[1]) * {"MB": 1e6, "GB": 1e9}[least[2]] + more_slots * slot)
 
 
-def test_too_little_memory_is_an_exception(toy):
+def test_too_little_memory_is_reported(toy):
     text = run(toy, "--memory", "100MB", code=1)
     assert re.search(r"runs\tNO: .*too small", text)
-    found = run_json(toy, "--memory", "100MB", code=1)
-    assert not found["runs"]
-    assert "needs at least" in found["why_not"]
-    assert "memory" not in found
+    plan = run_json(toy, "--memory", "100MB", code=1)
+    assert not plan["runs"]
+    assert "needs at least" in plan["why_not"]
+    assert "memory" not in plan
 
 
-def test_more_memory_is_slower(toy):
+def test_more_memory_is_faster(toy):
     speeds = []
     for slots in (0, 4, 12, 40):
-        found = run_json(toy, "--memory", budget(toy, slots), *MAC)
-        speeds.append(found["token"]["tokens_per_second"])
+        plan = run_json(toy, "--memory", budget(toy, slots), *MAC)
+        speeds.append(plan["token"]["tokens_per_second"])
     assert speeds == sorted(speeds)
     assert speeds[0] < speeds[-1]
 
 
-def test_pruned_router_is_slower(toy):
-    room = budget(toy, 2)
-    full = run_json(toy, "--memory", room, *MAC)
-    pruned = run_json(toy, "--memory", room, "--experts", 2, *MAC)
+def test_pruned_router_is_faster(toy):
+    limit = budget(toy, 2)
+    full = run_json(toy, "--memory", limit, *MAC)
+    pruned = run_json(toy, "--memory", limit, "--experts", 2, *MAC)
     assert (full["k"], pruned["k"]) == (6, 2)
     assert pruned["token"]["seconds"] < full["token"]["seconds"]
     assert "K=2 of 6, pruned: not exact" in run(toy, "--experts", 2, *MAC)
 
 
-def test_longer_context_takes_no_slots(toy):
-    room = budget(toy, 20)
+def test_longer_context_leaves_fewer_slots(toy):
+    limit = budget(toy, 20)
     short, long = (
-        run_json(toy, "--memory", room, "--context", n, *MAC)["memory"] for n in (8192, 8448)
+        run_json(toy, "--memory", limit, "--context", n, *MAC)["memory"] for n in (8192, 8448)
     )
     assert long["keys"] > short["keys"]
     assert long["slots"] < short["slots"]
 
 
-def test_hosts_are_forgotten(toy):
-    asked = ("--routing", "uniform", "--machine", "m3-max-48gb", "--batch", 4)
-    one, two = (run_json(toy, *asked, "--hosts", n, "--network", 0.5) for n in (1, 2))
+def test_number_of_machines_and_network_enter_the_plan(toy):
+    options = ("--routing", "uniform", "--machine", "m3-max-48gb", "--batch", 4)
+    one, two = (run_json(toy, *options, "--hosts", n, "--network", 0.5) for n in (1, 2))
     assert two["asked"]["hosts"] == 2
     assert two["costs"]["network_gb_s"] == 0.5
     assert two["token"]["network"] > one["token"]["network"] == 0
-    out = run(toy, *asked, "--hosts", 2)
-    assert "on 2 hosts" in out
+    out = run(toy, *options, "--hosts", 2)
+    assert "on 2 machines" in out
     assert "network" in out
     for wrong, text in (("--hosts", "hosts=0"), ("--network", "network=0")):
         assert f"{text} is out of range" in run(toy, wrong, 0, code=1)
 
 
-def test_batch_is_slower_together_or_faster_each(toy):
-    room = budget(toy, 20)
-    one, four = (run_json(toy, "--memory", room, "--batch", n, *MAC) for n in (1, 4))
+def test_batch_takes_longer_for_each_step_and_shares_experts(toy):
+    limit = budget(toy, 20)
+    one, four = (run_json(toy, "--memory", limit, "--batch", n, *MAC) for n in (1, 4))
     assert four["token"]["rows"] == 4
     assert one["token"]["needed"] < four["token"]["needed"] <= 24
     assert four["memory"]["slots"] < one["memory"]["slots"]
@@ -200,7 +202,7 @@ def test_batch_is_slower_together_or_faster_each(toy):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--machine", "pdp-11"], "machine pdp-11 is not known. These are: m1-16gb"),
+        (["--machine", "pdp-11"], "machine pdp-11 is not known: use one of m1-16gb"),
         (["--experts", "7"], "experts must be between 1 and 6"),
         (["--experts", "0"], "experts=0 must be 1 or more"),
         (["--context", "40000"], "context=40000 is out of range"),
@@ -209,12 +211,12 @@ def test_batch_is_slower_together_or_faster_each(toy):
         (["--memory", "lots"], "is not a memory size"),
     ],
 )
-def test_mistake_is_not_explained(toy, args, says):
+def test_invalid_option_is_explained(toy, args, says):
     text = " ".join(run(toy, *args, code=1).split())
     assert says.replace("pdp-11", "'pdp-11'") in text
 
 
-def test_no_name_is_an_exception():
+def test_missing_name_is_an_error_and_machines_are_listed():
     assert "Missing argument" in run(code=2)
     assert "no model name" in run("nobody", code=1)
     assert "m3-max-48gb\t48 GB\t400\t5.5\t" in run("--machine", "list")
@@ -223,43 +225,45 @@ def test_no_name_is_an_exception():
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_next", "qwen3_moe"])
-def test_probe_cannot_cut_a_family(tmp_path, family):
-    """A few of its layers, with few experts, are a checkpoint that loads and decodes."""
+def test_probe_measures_a_reduced_checkpoint_of_each_family(tmp_path, family):
+    """A few layers with a few experts are a checkpoint that loads and decodes."""
     dense = family != "qwen3_5_moe"
     path = write_toy(tmp_path / "m", family, layers=8, num_experts=9, dense_layer=dense)
     checkpoint = Checkpoint.open(path)
-    costs = speed_probe.kernels(checkpoint, 3)
+    costs = speed_probe.measure_compute(checkpoint, 3)
     assert 0 <= costs.layer_seconds < 1
     assert 0 < costs.weights_gb_s < 1000
     assert costs.disk_gb_s == math.inf
-    with speed_probe._cut(checkpoint, 3) as (small, k):
+    with speed_probe._reduced(checkpoint, 3) as (small, k):
         assert (small.num_layers, small.num_experts, k) == (4, 5, 3)
         assert small.dense_nbytes < checkpoint.dense_nbytes
 
 
-def test_probe_takes_more_memory_than_there_is(toy, monkeypatch):
+def test_probe_is_reduced_to_the_available_memory(toy, monkeypatch):
     checkpoint = Checkpoint.open(toy)
-    with speed_probe._cut(checkpoint, 6) as (small, _):
-        room = 2 * small.dense_nbytes + 3.5 * small.expert_nbytes / small.num_experts
-    monkeypatch.setattr("flashmoe.memory.system.available", lambda: int(2 * room))
-    with speed_probe._cut(checkpoint, 6) as (small, k):
+    with speed_probe._reduced(checkpoint, 6) as (small, _):
+        limit = 2 * small.dense_nbytes + 3.5 * small.expert_nbytes / small.num_experts
+    monkeypatch.setattr("flashmoe.memory.system.available", lambda: int(2 * limit))
+    with speed_probe._reduced(checkpoint, 6) as (small, k):
         assert k == 3
         assert small.num_experts == k
     monkeypatch.setattr("flashmoe.memory.system.available", lambda: 1_000_000)
-    with pytest.raises(SettingError, match="--machine"), speed_probe._cut(checkpoint, 6):
+    with pytest.raises(SettingError, match="--machine"), speed_probe._reduced(checkpoint, 6):
         pass
 
 
-def test_scratch_file_stays(toy, tmp_path):
-    found = speed_probe.disk(Checkpoint.open(toy), misses=2, pause=0.001, scratch=tmp_path)
-    assert found.gb_per_s > 0
-    assert "scratch file" in found.what
+def test_scratch_file_is_removed(toy, tmp_path):
+    probe = speed_probe.measure_disk(Checkpoint.open(toy), misses=2, pause=0.001, scratch=tmp_path)
+    assert probe.gb_per_s > 0
+    assert "scratch file" in probe.what
     assert not list(tmp_path.glob(".flashmoe*"))
-    with pytest.raises(SettingError, match="no scratch file"):
-        speed_probe.disk(Checkpoint.open(toy), misses=2, pause=0.001, scratch=tmp_path / "none")
+    with pytest.raises(SettingError, match="cannot write a scratch file"):
+        speed_probe.measure_disk(
+            Checkpoint.open(toy), misses=2, pause=0.001, scratch=tmp_path / "none"
+        )
 
 
-def test_disk_is_not_asked_as_decoding_reads(toy):
+def test_disk_is_measured_as_decoding_reads_from_it(toy):
     checkpoint = Checkpoint.open(toy)
     seen = []
 
@@ -267,11 +271,11 @@ def test_disk_is_not_asked_as_decoding_reads(toy):
         seen.append((misses, pause))
         return 0.5
 
-    asked = Asked(routing="uniform", prompt=100)
-    mac = machine("m3-max-48gb")
-    split = replace(plan_of_memory(checkpoint, asked, mac), slots=EXPERTS // 2)
+    options = PlanOptions(routing="uniform", prompt=100)
+    mac = find_machine("m3-max-48gb")
+    split = replace(split_memory(checkpoint, options, mac), slots=EXPERTS // 2)
     costs = Costs(10.0, 0.001, math.inf, 100.0)
-    found = speed(checkpoint, asked, split, costs, disk)
+    estimate = estimate_speed(checkpoint, options, split, costs, disk)
     assert [m for m, _ in seen] == [3]  # half of six miss
-    assert 0 < seen[0][1] < found.token.seconds
-    assert found.costs.disk_gb_s == 0.5
+    assert 0 < seen[0][1] < estimate.token.seconds
+    assert estimate.costs.disk_gb_s == 0.5

@@ -1,4 +1,4 @@
-"""The formula of speed, the routing it expects, and the machines that are known by name."""
+"""Test the speed model, the routing that it expects, and the machines that are known by name."""
 
 import json
 from dataclasses import replace
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import flashmoe
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.errors import SettingError
-from flashmoe.plan.machines import machine, machines
-from flashmoe.plan.routing import REAL, UNIFORM, routing
-from flashmoe.plan.speed_model import Costs, Geometry, decode, prompt
+from flashmoe.plan.machines import find_machine, known_machines
+from flashmoe.plan.routing import REAL, UNIFORM, find_routing
+from flashmoe.plan.speed_model import Costs, Geometry, decode_step, prompt_time
 
 MODEL = Geometry(
     layers=60,
@@ -40,50 +40,53 @@ shares = st.floats(0, 1)
 
 
 @given(costs, st.integers(1, 10), shares, st.floats(1, 10))
-def test_faster_part_makes_it_slower(c, k, hits, factor):
-    step = decode(MODEL, c, k, hits)
+def test_faster_part_never_makes_a_step_slower(c, k, hits, factor):
+    step = decode_step(MODEL, c, k, hits)
     for better in (
         replace(c, disk_gb_s=c.disk_gb_s * factor),
         replace(c, weights_gb_s=c.weights_gb_s * factor),
         replace(c, layer_seconds=c.layer_seconds / factor),
     ):
-        assert decode(MODEL, better, k, hits).seconds <= step.seconds * (1 + 1e-9)
+        assert decode_step(MODEL, better, k, hits).seconds <= step.seconds * (1 + 1e-9)
 
 
 @given(costs, st.integers(1, 9), shares)
-def test_fewer_experts_or_more_hits_make_it_slower(c, k, hits):
-    step = decode(MODEL, c, k, hits)
-    assert step.seconds <= decode(MODEL, c, k + 1, hits).seconds * (1 + 1e-9)
-    assert decode(MODEL, c, k, (1 + hits) / 2).seconds <= step.seconds * (1 + 1e-9)
+def test_fewer_experts_or_more_hits_never_make_a_step_slower(c, k, hits):
+    step = decode_step(MODEL, c, k, hits)
+    assert step.seconds <= decode_step(MODEL, c, k + 1, hits).seconds * (1 + 1e-9)
+    assert decode_step(MODEL, c, k, (1 + hits) / 2).seconds <= step.seconds * (1 + 1e-9)
 
 
 @given(costs, st.integers(1, 10), shares)
-def test_parts_are_not_the_whole(c, k, hits):
-    step = decode(MODEL, c, k, hits)
+def test_parts_of_a_step_add_up(c, k, hits):
+    step = decode_step(MODEL, c, k, hits)
     assert step.launches + step.compute + step.waiting == pytest.approx(step.seconds)
-    # Nothing is faster than its slowest part, nor slower than one after the other.
+    # A step is never faster than its slowest part, nor slower than all parts one after another.
     assert step.seconds >= max(step.reading, step.compute, step.launches) * (1 - 1e-9)
     assert step.seconds <= (step.reading + step.compute + step.launches) * (1 + 1e-9)
 
 
-def test_formula_by_hand():
-    """No misses; then all of them, which are read before (GPU) or while (CPU) they are computed."""
+def test_step_equals_the_formula_by_hand():
+    """Compute steps without misses, and with misses only.
+
+    Experts are read before they are computed on a GPU, and while they are computed on a CPU.
+    """
     c = Costs(10.0, 0.001, 1.0, 1e9)
     one = 7_077_888 / 1e10
     dense = 60 * (0.001 + 65e6 / 1e10) + 572e6 / 1e10
     shared = 7e6 / 1e10
-    assert decode(MODEL, c, 4, 1.0).seconds == pytest.approx(dense + 60 * (shared + 4 * one))
+    assert decode_step(MODEL, c, 4, 1.0).seconds == pytest.approx(dense + 60 * (shared + 4 * one))
     reads = 4 * 7_077_888 / 1e9
-    assert decode(MODEL, c, 4, 0.0).seconds == pytest.approx(dense + 60 * (reads + one))
+    assert decode_step(MODEL, c, 4, 0.0).seconds == pytest.approx(dense + 60 * (reads + one))
     gpu = replace(c, as_they_land=False)
-    assert decode(MODEL, gpu, 4, 0.0).seconds == pytest.approx(dense + 60 * (reads + 4 * one))
+    assert decode_step(MODEL, gpu, 4, 0.0).seconds == pytest.approx(dense + 60 * (reads + 4 * one))
 
 
-def test_mean_over_misses_is_that_of_the_mean():
-    """A layer that misses nothing waits for nothing, so the mean is longer than the mean layer."""
+def test_mean_over_misses_exceeds_the_mean_number_of_misses():
+    """A layer without misses does not wait, so the mean time exceeds that of the mean misses."""
     c = Costs(1.0, 0.0, 1.0, 1e9)
     mean = 60 * (65e6 + max(7e6 + 4 * 7_077_888, 3 * 7_077_888)) / 1e9 + 0.572
-    assert decode(MODEL, c, 4, 0.5).seconds > mean
+    assert decode_step(MODEL, c, 4, 0.5).seconds > mean
 
 
 @pytest.mark.parametrize(
@@ -94,15 +97,17 @@ def test_mean_over_misses_is_that_of_the_mean():
         ("launches", Costs(300, 1e-2, 20.0, 1e4)),
     ],
 )
-def test_bound_is_misnamed(bound, c):
-    assert decode(MODEL, c, 10, 0.6).bound == bound
+def test_bound_names_the_slowest_part(bound, c):
+    assert decode_step(MODEL, c, 10, 0.6).bound == bound
 
 
-def test_batch_shares_nothing():
-    found = routing(REAL, 512)
-    needed = found.union(8, 10, 512)
+def test_batch_shares_experts():
+    needed = find_routing(REAL, 512).union(8, 10, 512)
     assert 10 < needed < 80
-    one, many = decode(MODEL, MAC, 10, 0.6), decode(MODEL, MAC, 10, 0.6, needed=needed, rows=8)
+    one, many = (
+        decode_step(MODEL, MAC, 10, 0.6),
+        decode_step(MODEL, MAC, 10, 0.6, needed=needed, sequences=8),
+    )
     assert one.tokens_per_second < many.tokens_per_second < 8 * one.tokens_per_second
     assert many.read_nbytes < 8 * one.read_nbytes
 
@@ -110,131 +115,137 @@ def test_batch_shares_nothing():
 @pytest.mark.parametrize(
     ("stacks", "rows", "layer", "dense"), [(False, 4, 4, 4), (True, 4, 1.6, 4), (True, 8, 2.4, 5.2)]
 )
-def test_batch_by_hand(stacks, rows, layer, dense):
-    """Rows go over their experts one by one, beside the reads of all. As one array they share
-    most of a layer, and dense weights from eight on."""
+def test_batch_step_equals_the_formula_by_hand(stacks, rows, layer, dense):
+    """Sequences are computed one by one beside the reads of all.
+
+    Stacked as one array they share most of a layer, and from eight sequences on dense weights too.
+    """
     c = Costs(10.0, 1e-3, 2.0, 1000.0, stacks=stacks)
     layers, e = MODEL.layers, MODEL.expert_nbytes
     own = layer * 1e-3 + dense * (MODEL.layer_nbytes + MODEL.shared_nbytes) / 10e9
     own += rows * 10 * e / 10e9
     for hits in (0.0, 1.0):
         reads = 38 * (1 - hits) * e / 2e9
-        step = decode(MODEL, c, 10, hits, needed=38, rows=rows)
+        step = decode_step(MODEL, c, 10, hits, needed=38, sequences=rows)
         head = dense * MODEL.head_nbytes / 10e9
         assert step.seconds == pytest.approx(layers * max(own, reads) + head)
         assert step.compute + step.launches == pytest.approx(layers * own + head)
 
 
-def test_hosts_share_nothing_or_the_network_is_free():
-    one = decode(MODEL, MAC, 10, 0.3)
-    two = decode(MODEL, replace(MAC, hosts=2), 10, 0.3)
+def test_machines_share_the_reads_and_the_network_costs_time():
+    one = decode_step(MODEL, MAC, 10, 0.3)
+    two = decode_step(MODEL, replace(MAC, hosts=2), 10, 0.3)
     assert one.bound == "disk"
     assert two.reading == pytest.approx(one.reading / 2)
     assert 0.5 * one.seconds < two.seconds < one.seconds
     slow = replace(MAC, hosts=2, network_gb_s=0.001, sum_seconds=1e-4)
-    found = decode(replace(MODEL, row_nbytes=4 * 4096), slow, 10, 0.3)
-    assert found.bound == "network"
-    assert found.network == pytest.approx(MODEL.layers * (2e-4 + 11 * 16384 / 1e6))
-    assert found.seconds == pytest.approx(two.seconds + found.network)
+    step = decode_step(replace(MODEL, row_nbytes=4 * 4096), slow, 10, 0.3)
+    assert step.bound == "network"
+    assert step.network == pytest.approx(MODEL.layers * (2e-4 + 11 * 16384 / 1e6))
+    assert step.seconds == pytest.approx(two.seconds + step.network)
 
 
-def test_longer_prompt_is_faster():
-    found, first = routing(REAL, 512), decode(MODEL, MAC, 10, 0.6)
-    settings = {"sweep": 2048, "slots": 66, "first": first}
+def test_longer_prompt_takes_longer():
+    routing, first = find_routing(REAL, 512), decode_step(MODEL, MAC, 10, 0.6)
+    settings = {"pass_tokens": 2048, "slots": 66, "first": first}
     times = [
-        prompt(MODEL, MAC, 10, found, tokens=n, **settings).seconds for n in (1, 100, 2048, 9000)
+        prompt_time(MODEL, MAC, 10, routing, tokens=n, **settings).seconds
+        for n in (1, 100, 2048, 9000)
     ]
     assert times == sorted(times)
-    # The first reads wait for the memory of the slots, where that is slow to come.
-    slow = prompt(MODEL, replace(MAC, fresh_gb_s=0.5), 10, found, tokens=2048, **settings)
+    # The first reads wait for the memory of the slots where its allocation is slow.
+    slow = prompt_time(MODEL, replace(MAC, fresh_gb_s=0.5), 10, routing, tokens=2048, **settings)
     fresh = 60 * 66 * MODEL.expert_nbytes / 0.5e9
-    assert slow.reading - prompt(
-        MODEL, MAC, 10, found, tokens=2048, **settings
+    assert slow.reading - prompt_time(
+        MODEL, MAC, 10, routing, tokens=2048, **settings
     ).reading == pytest.approx(fresh)
-    # A sweep reads each expert once at most.
-    swept = prompt(MODEL, MAC, 10, found, tokens=9000, **settings)
-    assert swept.sweeps == 5
-    assert swept.read_nbytes < 5 * 60 * 512 * MODEL.expert_nbytes
-    assert swept.seconds > swept.reading
+    # A pass reads each expert at most once.
+    passed = prompt_time(MODEL, MAC, 10, routing, tokens=9000, **settings)
+    assert passed.passes == 5
+    assert passed.read_nbytes < 5 * 60 * 512 * MODEL.expert_nbytes
+    assert passed.seconds > passed.reading
 
 
 @pytest.mark.parametrize("experts", [60, 128, 256, 512])
 @given(a=shares, b=shares, k=st.integers(1, 12))
-def test_more_slots_hit_less(experts, a, b, k):
-    found = routing(REAL, experts)
-    low, high = (found.hit_rate(share, k) for share in sorted((a, b)))
+def test_more_slots_never_lower_the_hit_rate(experts, a, b, k):
+    routing = find_routing(REAL, experts)
+    low, high = (routing.hit_rate(share, k) for share in sorted((a, b)))
     assert 0 <= low <= high <= 1
 
 
 @given(st.integers(1, 5000), st.integers(1, 10), st.sampled_from([REAL, UNIFORM]))
-def test_more_tokens_need_fewer_experts(tokens, k, name):
-    found = routing(name, 512)
-    assert k <= found.union(tokens, k, 512) <= found.union(tokens + 1, k, 512) <= 512
+def test_more_tokens_never_need_fewer_experts(tokens, k, name):
+    routing = find_routing(name, 512)
+    assert k <= routing.union(tokens, k, 512) <= routing.union(tokens + 1, k, 512) <= 512
 
 
-def test_points_of_the_data_are_not_met():
+def test_routing_meets_the_points_of_its_data():
     data = json.loads((Path(flashmoe.__file__).parent / "plan/routing.json").read_text())
     for name, source in data["sources"].items():
-        found = routing(name, source["experts"])
+        routing = find_routing(name, source["experts"])
         for k, rates in source["hit_rate"].items():
             for share, rate in zip(source["shares"], rates, strict=True):
-                assert found.hit_rate(share, int(k)) == pytest.approx(rate)
+                assert routing.hit_rate(share, int(k)) == pytest.approx(rate)
         for k, shares in source["union"].items():
             for tokens, share in list(zip(data["tokens"], shares, strict=True))[1:]:
-                union = found.union(tokens, int(k), source["experts"])
+                union = routing.union(tokens, int(k), source["experts"])
                 assert union / source["experts"] == pytest.approx(share, abs=1e-3)
-    # Half way between two K.
-    rates = [routing("Qwen3.5-397B-A17B", 512).hit_rate(0.125, k) for k in (8, 9, 10)]
+    # K=9 lies halfway between two K of the data.
+    rates = [find_routing("Qwen3.5-397B-A17B", 512).hit_rate(0.125, k) for k in (8, 9, 10)]
     assert rates[1] == pytest.approx((rates[0] + rates[2]) / 2)
-    assert routing(UNIFORM, 512).hit_rate(0.3, 10) == 0.3
-    assert routing(REAL, 128).name == "Qwen3-30B-A3B"
+    assert find_routing(UNIFORM, 512).hit_rate(0.3, 10) == 0.3
+    assert find_routing(REAL, 128).name == "Qwen3-30B-A3B"
 
 
-def test_machine_is_nonsense():
+def test_known_machines_have_plausible_figures():
     assert {"m1-max-64gb", "m3-max-48gb", "m4-max-64gb", "m4-max-128gb", "m4-pro-48gb"} < set(
-        machines()
+        known_machines()
     )
     assert {"m3-ultra-256gb", "m3-ultra-512gb", "m5-max-128gb", "m4-16gb", "m4-24gb"} < set(
-        machines()
+        known_machines()
     )
-    for name, found in machines().items():
-        assert name == name.lower() == found.name
-        assert 16 << 30 <= found.memory <= 512 << 30
-        assert 0.6 < found.usable / found.memory < 0.8
-        assert 60 <= found.memory_gb_s <= 1000
-        assert 1 <= found.costs.disk_gb_s <= 20 < found.costs.weights_gb_s < found.memory_gb_s
-        assert 500 < found.costs.prompt_gflops < 20_000
-        assert found.source
-        assert found.assumed
-        assert name in found.describe()
+    for name, machine in known_machines().items():
+        assert name == name.lower() == machine.name
+        assert 16 << 30 <= machine.memory <= 512 << 30
+        assert 0.6 < machine.usable / machine.memory < 0.8
+        assert 60 <= machine.memory_gb_s <= 1000
+        assert 1 <= machine.costs.disk_gb_s <= 20
+        assert 20 < machine.costs.weights_gb_s < machine.memory_gb_s
+        assert 500 < machine.costs.prompt_gflops < 20_000
+        assert machine.source
+        assert machine.assumed
+        assert name in machine.describe()
 
 
-def test_machine_is_not_known():
+def test_unknown_machine_is_refused():
     with pytest.raises(SettingError, match="m3-max-48gb, m3-max-64gb"):
-        machine("cray-1")
-    assert machine(" M3-Max-48GB ").name == "m3-max-48gb"
+        find_machine("cray-1")
+    assert find_machine(" M3-Max-48GB ").name == "m3-max-48gb"
 
 
-def test_geometry_misses_bytes(originals):
-    """Every dense byte but the embedding and the last norm goes through the cores once a token."""
+def test_geometry_counts_every_byte(originals):
+    """Each token uses every dense byte once, except those of the embedding and the last norm."""
     for name in ("one", "three", "plain", "next"):
         checkpoint = Checkpoint.open(originals / name)
-        found = Geometry.of(checkpoint)
-        counted = found.layers * (found.layer_nbytes + found.shared_nbytes) + found.head_nbytes
+        geometry = Geometry.from_checkpoint(checkpoint)
+        counted = geometry.layers * (geometry.layer_nbytes + geometry.shared_nbytes)
+        counted += geometry.head_nbytes
         rest = checkpoint.dense_nbytes - counted
         other = [
             t for t in checkpoint.dense if ".layers." not in t.name and "lm_head" not in t.name
         ]
         assert rest == pytest.approx(sum(t.nbytes for t in other))
-        assert found.expert_nbytes == next(iter(checkpoint.expert_layers.values())).expert_nbytes
-        assert found.expert_layers == (3 if name == "next" else 4)
-        assert found.context_nbytes > 0
+        layer = next(iter(checkpoint.expert_layers.values()))
+        assert geometry.expert_nbytes == layer.expert_nbytes
+        assert geometry.expert_layers == (3 if name == "next" else 4)
+        assert geometry.context_nbytes > 0
 
 
-def test_engine_without_slots_waits_for_its_cache():
-    """The page cache: hits cost too, and nothing overlaps."""
+def test_reads_through_the_page_cache_are_not_overlapped():
+    """Without slots, hits in the page cache cost time too, and reads overlap with nothing."""
     c = replace(MAC, cached_gb_s=32.0, overlap=False, weights_gb_s=inf)
-    step = decode(MODEL, c, 4, 0.5)
+    step = decode_step(MODEL, c, 4, 0.5)
     reads = 60 * 4 * 0.5 * 7_077_888 * (1 / 5.5e9 + 1 / 32e9)
     assert step.reading == pytest.approx(reads)
     assert step.seconds == pytest.approx(0.06 + reads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +13,12 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DownloadError
 from ..files import nearest_existing_parent
 from ..options import EngineOptions
-from ..plan.report import Planned, Source
 from ..plan.routing import REAL
 from ..terminal import format_number, json_option, print_json, print_table
 from .options import engine_options, with_preset
+
+if TYPE_CHECKING:
+    from ..plan.estimate import Source
 
 
 @click.command()
@@ -81,24 +83,34 @@ def plan(
     it is not on this disk, only its headers are fetched, less than 1 MB. This machine is measured
     for some five seconds. The exit code is 1 if the model will not run.
     """
-    from ..plan.machines import machine as known_machine
+    from ..plan.machines import find_machine
 
     if machine == "list":
         _print_machines(as_json=as_json)
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
-    mac = known_machine(machine) if machine else None
+    mac = find_machine(machine) if machine else None
+    from ..plan.estimate import PlanOptions, estimate  # late: MLX
+    from ..plan.report import render_json, render_text
+
     with _opened(model) as (checkpoint, source):
         options = with_preset(options, catalog.model(model))
         asked |= {"memory": options.memory, "experts": options.experts}
-        planned = Planned(model, checkpoint, source, mac, options.activations, asked)
+        result = estimate(
+            model,
+            checkpoint,
+            source,
+            PlanOptions(**asked),
+            machine=mac,
+            activations=options.activations,
+        )
         if as_json:
-            print_json(planned.as_json())
+            print_json(render_json(result))
         else:
-            rows = [{"field": label, "value": text} for label, text in planned.lines()]
+            rows = [{"field": label, "value": text} for label, text in render_text(result)]
             print_table(rows, ("field", "value"), style=_style)
-    click.get_current_context().exit(0 if planned.runs else 1)
+    click.get_current_context().exit(0 if result.runs else 1)
 
 
 def _style(row: Mapping[str, Any]) -> str:
@@ -108,9 +120,9 @@ def _style(row: Mapping[str, Any]) -> str:
 
 
 def _print_machines(*, as_json: bool) -> None:
-    from ..plan.machines import machines
+    from ..plan.machines import known_machines
 
-    known = machines().values()
+    known = known_machines().values()
     if as_json:
         print_json(
             [
@@ -146,6 +158,8 @@ def _opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
         CheckpointError: it cannot be used.
         DownloadError: its headers cannot be fetched.
     """
+    from ..plan.estimate import Source
+
     model = catalog.model(name)
     if model.path is not None:
         path = catalog.find(name)

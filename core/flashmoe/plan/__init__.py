@@ -1,1 +1,1 @@
-"""Predict whether a model runs on a machine, and how fast."""
+"""Predict whether and how fast a model will run, before it is downloaded."""

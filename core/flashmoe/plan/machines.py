@@ -1,5 +1,7 @@
-"""Macs that are known by name, for predictions without the machine. The data is machines.json; what
-nobody measured says so there."""
+"""Macs that predictions can be made for without having the machine.
+
+The data is machines.json, which marks every figure that nobody has measured.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,25 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import SettingError
+from ..terminal import format_number
 from .speed_model import Costs
 
-_SMALL = 36  # GB up to which Metal recommends two thirds
+_SMALL = 36  # GB up to which Metal recommends to use two thirds of the memory
 
 
 @dataclass(frozen=True)
 class Machine:
-    """memory: bytes; usable: those that a process should take. assumed: fields of `costs` and of
-    this that nobody measured there. source: of the SSD's speed."""
+    """A Mac and its speeds.
+
+    Attributes:
+        name: chip and memory, such as "m3-max-48gb".
+        memory: bytes.
+        usable: bytes of memory that a process should use at most.
+        memory_gb_s: memory bandwidth in GB/s.
+        costs: speeds for the speed model.
+        assumed: names of the figures that nobody has measured on this machine.
+        source: source of the SSD's speed.
+    """
 
     name: str
     memory: int
@@ -28,39 +40,41 @@ class Machine:
     source: str
 
     def describe(self) -> str:
+        """Return one line for people."""
         return (
-            f"{self.name}: {self.memory >> 30} GB at {self.memory_gb_s:g} GB/s, SSD "
-            f"{self.costs.disk_gb_s:g} GB/s ({self.source})"
+            f"{self.name}: {self.memory >> 30} GB at {format_number(self.memory_gb_s)} GB/s, SSD "
+            f"{format_number(self.costs.disk_gb_s)} GB/s ({self.source})"
         )
 
 
-def machine(name: str) -> Machine:
-    """
+def find_machine(name: str) -> Machine:
+    """Return the machine of that name; upper and lower case are the same.
+
     Raises:
-        SettingError: it is not known; lists those that are.
+        SettingError: there is none; the text lists the known machines.
     """
-    known = machines()
-    found = known.get(name.strip().lower())
-    if found is None:
+    machines = known_machines()
+    machine = machines.get(name.strip().lower())
+    if machine is None:
         raise SettingError(
-            f"machine {name[:60]!r} is not known. These are: {', '.join(known)}. For this machine, "
-            "leave --machine out: it is measured"
+            f"machine {name[:60]!r} is not known: use one of {', '.join(machines)}, or leave out "
+            "--machine to measure this machine"
         )
-    return found
+    return machine
 
 
 @cache
-def machines() -> dict[str, Machine]:
-    """All of them, by name."""
+def known_machines() -> dict[str, Machine]:
+    """Return all known machines by name."""
     data = json.loads((Path(__file__).parent / "machines.json").read_text())
     return {
-        f"{chip}-{gb}gb": _machine(data, chip, gb)
+        f"{chip}-{gb}gb": _read_machine(data, chip, gb)
         for chip in data["chips"]
         for gb in data["memory_gb"][chip]
     }
 
 
-def _machine(data: dict, chip: str, gb: int) -> Machine:
+def _read_machine(data: dict, chip: str, gb: int) -> Machine:
     entry = data["chips"][chip]
     share = 2 / 3 if gb <= _SMALL else data["working_set"]["value"]
     general = ("weights_share", "flops_share", "working_set", "layer_ms")
@@ -69,7 +83,7 @@ def _machine(data: dict, chip: str, gb: int) -> Machine:
         layer_seconds=data["layer_ms"]["value"] / 1e3,
         disk_gb_s=entry["ssd_gb_s"],
         prompt_gflops=entry["tflops"] * 1e3 * data["flops_share"]["value"],
-        as_they_land=False,  # as the GPU's kernels take them
+        as_they_land=False,  # the GPU backend computes experts after all reads
         stacks=False,
     )
     return Machine(

@@ -1,26 +1,35 @@
-"""What routing is expected to do before a model has run: hit rates of slots, and how many experts
-some tokens need together. The data is routing.json, of real models; see there what it is from."""
+"""Expected routing of a model that has not run yet: hit rates of slots, and unions of experts.
+
+The data (routing.json) was measured with real models; the file says with which.
+"""
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf, log
 from pathlib import Path
 
-#: Names of what `routing` gives, besides the models of routing.json.
+#: Names for `find_routing`, besides the models of routing.json.
 REAL, UNIFORM = "real", "uniform"
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Of one model. Shares are of a layer's experts, 0..1.
+    """How tokens choose experts in one model. Shares are shares of a layer's experts, 0..1.
 
-    what, doubts: for people. experts: of a layer. shares, tokens: where the curves have points.
-    hit_rates, unions: K -> the curve; without any, every expert is as likely as the others.
+    Attributes:
+        name: the model, or UNIFORM.
+        what: description of the data, for people.
+        doubts: what the data does not tell, for people.
+        experts: experts of a layer.
+        shares: the shares of experts in slots at which `hit_rates` has its points.
+        tokens: the numbers of tokens at which `unions` has its points.
+        hit_rates: K -> hit rates. Empty: every expert is as likely as any other.
+        unions: K -> shares of experts that some tokens need together. Empty: the same.
     """
 
     name: str
@@ -29,47 +38,62 @@ class Routing:
     experts: int = 0
     shares: Sequence[float] = ()
     tokens: Sequence[int] = ()
-    hit_rates: dict[int, Sequence[float]] = field(default_factory=dict)
-    unions: dict[int, Sequence[float]] = field(default_factory=dict)
+    hit_rates: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    unions: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def hit_rate(self, share: float, k: int) -> float:
-        """Of the experts that a token needs, the share that is in slots, 0..1.
+        """Return the share, 0..1, of the experts needed by a token that are in slots.
 
-        share: slots / experts of a layer.
+        Args:
+            share: slots of a layer / experts of a layer.
+            k: experts per token.
         """
         if not self.hit_rates:
             return min(1.0, share)
         curves = {k: [0.0, *rates, 1.0] for k, rates in self.hit_rates.items()}
-        return _between(curves, k, [0.0, *self.shares, 1.0], share)
+        return _interpolate(curves, k, [0.0, *self.shares, 1.0], share)
 
     def union(self, tokens: int, k: int, experts: int) -> float:
-        """How many of a layer's experts some tokens need together, K..experts."""
+        """Return how many of a layer's experts some tokens need together, K..experts.
+
+        Args:
+            tokens: number of tokens, 1 or more.
+            k: experts per token.
+            experts: experts of a layer of the model in question.
+        """
         if tokens == 1 or k == experts:
             return float(k)
+        independent: float = tokens
         if self.unions:
-            # As many tokens as these, if each chose alone: so it holds for another K of experts.
+            # The number of tokens that would need as many experts if each chose independently:
+            # in this form the data applies to models with another number of experts.
             near = min(max(k, min(self.unions)), max(self.unions))
-            share = _between(self.unions, k, self.tokens, tokens)
-            tokens = inf if share >= 1 else log(1 - share) / log(1 - near / self.experts)
-        return max(float(k), experts * (1 - (1 - k / experts) ** tokens))
+            share = _interpolate(self.unions, k, self.tokens, tokens)
+            independent = inf if share >= 1 else log(1 - share) / log(1 - near / self.experts)
+        return max(float(k), experts * (1 - (1 - k / experts) ** independent))
 
 
-def routing(name: str, experts: int) -> Routing:
-    """The expected routing of a model with so many experts a layer.
+def find_routing(name: str, experts: int) -> Routing:
+    """Return the expected routing of a model with the given number of experts per layer.
 
-    name: REAL, UNIFORM, or a model of routing.json.
+    Args:
+        name: REAL for the most similar model of routing.json, UNIFORM, or one of its models.
     """
     if name == UNIFORM:
-        return Routing(name, "every expert as likely as the others", "no trained model routes so")
+        return Routing(
+            name, "every expert as likely as any other", "trained models do not route like this"
+        )
     sources = _sources()
     if name == REAL:
-        # What matters most of a model that nobody traced is how finely it is cut into experts.
+        # The most important property of an unknown model is into how many experts it is divided.
         name = min(sources, key=lambda n: abs(log(sources[n].experts / experts)))
     return sources[name]
 
 
-def _between(curves: dict[int, Sequence[float]], k: int, x: Sequence[float], at: float) -> float:
-    """The value at `at`, on straight lines between points and between the K of the curves."""
+def _interpolate(
+    curves: Mapping[int, Sequence[float]], k: int, x: Sequence[float], at: float
+) -> float:
+    """Return the value at `at`, linear between the points and between the K of the curves."""
     known = sorted(curves)
     k = min(max(k, known[0]), known[-1])
     high = known[bisect_left(known, k)]

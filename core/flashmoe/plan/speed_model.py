@@ -1,20 +1,24 @@
-"""How long a decoded token and a prompt take, from a model's bytes and a machine's speeds.
+"""Computes how long decode and prefill take from the bytes of a model and the speeds of a machine.
 
-One layer of one token:
+One layer of one decoded token takes:
 
-    launches + dense + max(shared + experts, reads + one expert)      experts computed as they land
-    launches + dense + max(shared + hits, reads) + misses             (GPU) once all have landed
+    launches + dense + max(shared + experts, reads + one expert)    experts are computed on arrival
+    launches + dense + max(shared + hits, reads) + misses           (GPU) after all have arrived
 
 The reads of missing experts start when the router has chosen, so attention and router (`dense`)
-come before them, and the shared expert and the experts in slots are computed meanwhile. How many of
-a layer's experts miss is drawn: the mean is taken over the binomial distribution of the hit rate,
-because a layer that misses none waits for nothing. A token is all layers and the head.
+come before them, while the shared expert and the experts in slots are computed during the reads.
+How many of a layer's experts miss is random: the result is the mean over the binomial distribution
+given by the hit rate, not the time at the mean number of misses, because a layer without misses
+waits for nothing. A token takes the time of all layers and of the head.
 
-Rows of a batch share their reads alone: each goes over the weights by itself, while the experts of
-others are read. Hosts of a cluster share reads and experts, and wait for the network twice a layer.
+The sequences of a batch share only their reads: each goes over the weights by itself, while experts
+of others are being read. The machines of a cluster share reads and experts, and wait for the
+network twice per layer.
 
-One layer of a prompt: dense, then max(experts, reads), where each expert of the union is read once
-for all tokens of a sweep. Knows no machine and no file.
+One layer of a prefill takes: dense, then max(experts, reads). Each expert that any token of the
+pass needs is read once for the whole pass.
+
+Nothing here accesses a machine or a file.
 """
 
 from __future__ import annotations
@@ -31,12 +35,19 @@ _HEADS = ("lm_head.", "language_model.lm_head.", "model.lm_head.")
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model, as far as speed goes. Bytes are those of the file.
+    """The properties of a model that its speed depends on. Bytes are bytes in the checkpoint.
 
-    layers: all of them; expert_layers: those with experts. layer_nbytes: dense bytes of a layer,
-    shared_nbytes of its shared expert, which layer_nbytes does not hold. weights_per_byte: of an
-    expert. context_nbytes: keys and values that a token reads of each token before it.
-    row_nbytes: of a hidden state between hosts.
+    Attributes:
+        layers: number of all layers.
+        expert_layers: number of layers that have experts.
+        experts: experts of each of these.
+        expert_nbytes: bytes of one expert.
+        layer_nbytes: dense bytes of a layer, without its shared expert.
+        shared_nbytes: bytes of the shared expert of a layer.
+        head_nbytes: bytes of the output head.
+        weights_per_byte: weights that a byte of an expert holds.
+        context_nbytes: bytes of keys and values that a token reads for each token before it.
+        row_nbytes: bytes of a hidden state, as sent between machines.
     """
 
     layers: int
@@ -51,17 +62,18 @@ class Geometry:
     row_nbytes: int = 0
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Geometry:
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Geometry:
+        """Return the geometry of a checkpoint; only its headers are needed."""
         inside = [t for t in checkpoint.dense if ".layers." in t.name]
         shared = sum(t.nbytes for t in inside if ".shared_expert." in t.name)
         head = sum(t.nbytes for t in checkpoint.dense if t.name.startswith(_HEADS))
-        # Tied: the embedding is the head.
+        # With tied weights, the embedding is the head.
         head = head or sum(t.nbytes for t in checkpoint.dense if ".embed_tokens." in f".{t.name}")
-        config, moe = checkpoint.text_config, len(checkpoint.expert_layers)
-        expert = checkpoint.expert_nbytes / checkpoint.num_experts / moe
+        config, moe_layers = checkpoint.text_config, len(checkpoint.expert_layers)
+        expert = checkpoint.expert_nbytes / checkpoint.num_experts / moe_layers
         return cls(
             layers=checkpoint.num_layers,
-            expert_layers=moe,
+            expert_layers=moe_layers,
             experts=checkpoint.num_experts,
             expert_nbytes=expert,
             layer_nbytes=(sum(t.nbytes for t in inside) - shared) / checkpoint.num_layers,
@@ -73,25 +85,29 @@ class Geometry:
         )
 
 
-# What a further row adds to a layer beside arithmetic, as a share of what one row takes; and the
-# time of a product for each of four rows, as a share of that of one alone. Both measured on two
-# cores of AMD EPYC (AVX2): see docs/experiments.md.
-_ROW_OF_LAYER, _ROW_OF_FOUR = 0.2, 0.65
+# What one more sequence of a batch adds to a layer besides arithmetic, as a share of what the first
+# one takes; and the time of a matrix product for each of four sequences, as a share of the time for
+# one alone. Both were measured on two cores of an AMD EPYC (AVX2), see docs/experiments.md.
+_SEQUENCE_OF_LAYER, _SEQUENCE_OF_FOUR = 0.2, 0.65
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The speeds of a machine, or of an engine on it.
+    """The speeds of a machine, or of an engine on it. GB/s are 1e9 bytes per second.
 
-    weights_gb_s: weights through the cores, one token. layer_seconds: what a layer takes where
-    there is nothing to compute: launches, and the host's part. disk_gb_s: experts from the drive,
-    read as decoding reads them. prompt_gflops: arithmetic of many tokens. as_they_land: see above.
-    stacks: whether the rows of a batch are one array, see `flashmoe.ops`.
-    cached_gb_s: experts that the page cache holds, where an engine has no slots of its own.
-    overlap: whether anything is computed while reads are in flight. fresh_gb_s: memory that the
-    system gives, which the first reads into slots wait for. hosts: like this one, which share the
-    experts; network_gb_s and sum_seconds: of the network between them, and until a sum of a few
-    bytes is made.
+    Attributes:
+        weights_gb_s: weights that go through the processor, for one token.
+        layer_seconds: time of a layer that has nothing to compute: launches, and the host's part.
+        disk_gb_s: experts read from the drive, in the way decode reads them.
+        prompt_gflops: arithmetic of a prefill, in 1e9 operations per second.
+        as_they_land: whether experts are computed as they arrive, see the module.
+        stacks: whether the sequences of a batch are one array, see `flashmoe.streaming.compute`.
+        cached_gb_s: experts from the page cache, for engines that have no slots of their own.
+        overlap: whether anything is computed while reads are in flight.
+        fresh_gb_s: memory that the system provides, which the first reads into slots wait for.
+        hosts: number of equal machines that share the experts.
+        network_gb_s: the network between them.
+        sum_seconds: time until all of them have the sum of a few bytes.
     """
 
     weights_gb_s: float
@@ -110,15 +126,22 @@ class Costs:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of decoding. seconds: all of it, which is the sum of launches, compute, network and
-    waiting, unless rows overlap.
+    """The time of one decode step, which gives one token to each sequence of a batch.
 
-    rows: tokens that it decodes, one of each request. needed: experts of a layer. reading: seconds
-    that the drive works. read_nbytes: from the drive. bound: what it would gain most from if that
-    took no time: "disk", "compute", "launches" or "network".
+    Attributes:
+        sequences: sequences in the batch.
+        needed: experts of a layer that the step needs.
+        seconds: the whole step: the sum of launches, compute, network and waiting, except that
+            the parts of different sequences overlap.
+        launches, compute, network: seconds of these parts.
+        waiting: seconds in which computing waits for the drive.
+        reading: seconds in which the drive works.
+        read_nbytes: bytes read from the drive.
+        bound: the part without which the step would be fastest: "disk", "compute", "launches" or
+            "network".
     """
 
-    rows: int
+    sequences: int
     needed: int
     seconds: float
     launches: float
@@ -131,23 +154,31 @@ class Step:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows together."""
-        return self.rows / self.seconds
+        """Decode speed of all sequences together."""
+        return self.sequences / self.seconds
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Reading a prompt, and the first token after it. seconds: all; compute and reading overlap."""
+class PromptTime:
+    """The time of a prefill and of the first token after it.
+
+    Attributes:
+        tokens: tokens of the prompt.
+        passes: passes through the layers.
+        seconds: time until the first token.
+        compute, reading: seconds of computing and of reading, which overlap.
+        read_nbytes: bytes read from the drive.
+    """
 
     tokens: int
-    sweeps: int
+    passes: int
     seconds: float
     compute: float
     reading: float
     read_nbytes: float
 
 
-def decode(
+def decode_step(
     model: Geometry,
     costs: Costs,
     k: int,
@@ -155,38 +186,38 @@ def decode(
     *,
     context: int = 0,
     needed: float | None = None,
-    rows: int = 1,
+    sequences: int = 1,
 ) -> Step:
-    """A step of decoding.
+    """Compute the time of a decode step.
 
     Args:
-        k: experts of a token.
-        hit_rate: of the experts that a step needs in a layer, the share in slots.
+        k: experts per token.
+        hit_rate: share of the experts needed by a step in a layer that are in slots.
         context: tokens before this one.
-        needed: how many those are; None: K, as of one row.
-        rows: tokens that go through together.
+        needed: experts that a step needs in a layer; None: K, as for one sequence.
+        sequences: sequences that are decoded together.
     """
     needed = k if needed is None else max(k, round(needed))
-    keys = context * rows * model.context_nbytes
+    keys = context * sequences * model.context_nbytes
 
     def seconds(costs: Costs) -> float:
         attention = keys / costs.weights_gb_s / 1e9
-        return attention + _seconds(model, costs, k, hit_rate, needed, rows)
+        return attention + _step_seconds(model, costs, k, hit_rate, needed, sequences)
 
     total = seconds(costs)
-    free = {
+    without = {
         "disk": replace(costs, disk_gb_s=inf, cached_gb_s=inf),
         "compute": replace(costs, weights_gb_s=inf, prompt_gflops=inf),
         "launches": replace(costs, layer_seconds=0.0),
         "network": replace(costs, sum_seconds=0.0, network_gb_s=inf),
     }
-    launches = model.layers * _launches(costs, rows)
-    compute = _compute(model, costs, k, rows) + keys / costs.weights_gb_s / 1e9
-    network = model.expert_layers * _network(model, costs, k, rows)
+    launches = model.layers * _launches(costs, sequences)
+    compute = _compute(model, costs, k, sequences) + keys / costs.weights_gb_s / 1e9
+    network = model.expert_layers * _network(model, costs, k, sequences)
     read = model.expert_layers * needed * (1 - hit_rate) * model.expert_nbytes
     cached = model.expert_layers * needed * hit_rate * model.expert_nbytes
     return Step(
-        rows=rows,
+        sequences=sequences,
         needed=needed,
         seconds=total,
         launches=launches,
@@ -195,17 +226,19 @@ def decode(
         waiting=max(0.0, total - launches - compute - network),
         reading=read / costs.disk_gb_s / 1e9 / costs.hosts + cached / costs.cached_gb_s / 1e9,
         read_nbytes=read,
-        bound=min(free, key=lambda name: seconds(free[name])),
+        bound=min(without, key=lambda name: seconds(without[name])),
     )
 
 
-def _seconds(model, costs: Costs, k: int, hit_rate: float, needed: int, rows: int) -> float:
+def _step_seconds(
+    model: Geometry, costs: Costs, k: int, hit_rate: float, needed: int, sequences: int
+) -> float:
     one = model.expert_nbytes / costs.weights_gb_s / 1e9
-    shared = _dense(costs, model.shared_nbytes, rows)
-    before = _launches(costs, rows) + _dense(costs, model.layer_nbytes, rows)
+    shared = _dense(costs, model.shared_nbytes, sequences)
+    before = _launches(costs, sequences) + _dense(costs, model.layer_nbytes, sequences)
     from_disk = model.expert_nbytes / costs.disk_gb_s / 1e9 / costs.hosts
     from_cache = model.expert_nbytes / costs.cached_gb_s / 1e9
-    experts = shared + rows * k * one / costs.hosts
+    experts = shared + sequences * k * one / costs.hosts
     layer = 0.0
     for misses in range(needed + 1):
         hits = needed - misses
@@ -213,8 +246,8 @@ def _seconds(model, costs: Costs, k: int, hit_rate: float, needed: int, rows: in
         reads = misses * from_disk + hits * from_cache
         if not costs.overlap:
             step = before + experts + reads
-        elif rows > 1:
-            # Two halves: one computes while the other's experts are read.
+        elif sequences > 1:
+            # Two halves of the batch: one computes while the experts of the other are read.
             step = max(before + experts, reads)
         elif costs.as_they_land:
             step = before + max(experts, reads + (one if misses else 0.0))
@@ -222,73 +255,86 @@ def _seconds(model, costs: Costs, k: int, hit_rate: float, needed: int, rows: in
             rest = misses * one / costs.hosts
             step = before + max(experts - rest, reads) + rest
         layer += chance * step
-    rest = model.layers - model.expert_layers
+    dense_layers = model.layers - model.expert_layers
     return (
-        model.expert_layers * (layer + _network(model, costs, k, rows))
-        + rest * (before + shared)
-        + _dense(costs, model.head_nbytes, rows)
+        model.expert_layers * (layer + _network(model, costs, k, sequences))
+        + dense_layers * (before + shared)
+        + _dense(costs, model.head_nbytes, sequences)
     )
 
 
 def _network(model: Geometry, costs: Costs, k: int, rows: int) -> float:
-    """Of a layer: rows to the other hosts, and K results of each back, in two sums."""
+    """Return the network time of a layer.
+
+    Rows go to the other machines, and K results of each row come back, in two sums.
+    """
     if costs.hosts == 1:
         return 0.0
     nbytes = rows * (1 + k) * model.row_nbytes
     return 2 * costs.sum_seconds + nbytes / costs.network_gb_s / 1e9
 
 
-def _compute(model: Geometry, costs: Costs, k: int, rows: int) -> float:
+def _compute(model: Geometry, costs: Costs, k: int, sequences: int) -> float:
     dense = model.layers * (model.layer_nbytes + model.shared_nbytes) + model.head_nbytes
     experts = model.expert_layers * k * model.expert_nbytes / costs.hosts
-    return _dense(costs, dense, rows) + rows * experts / costs.weights_gb_s / 1e9
+    return _dense(costs, dense, sequences) + sequences * experts / costs.weights_gb_s / 1e9
 
 
-def _launches(costs: Costs, rows: int) -> float:
-    """Of a layer."""
-    shared = _ROW_OF_LAYER if costs.stacks else 1.0
-    return costs.layer_seconds * (1 + shared * (rows - 1))
+def _launches(costs: Costs, sequences: int) -> float:
+    """Return the time of one layer that has nothing to compute."""
+    each = _SEQUENCE_OF_LAYER if costs.stacks else 1.0
+    return costs.layer_seconds * (1 + each * (sequences - 1))
 
 
-def _dense(costs: Costs, nbytes: float, rows: int) -> float:
-    """Of dense weights: where rows are one array, those of each half are unpacked once for four."""
-    share = _ROW_OF_FOUR if costs.stacks and rows >= 8 else 1.0
-    return share * rows * nbytes / costs.weights_gb_s / 1e9
+def _dense(costs: Costs, nbytes: float, sequences: int) -> float:
+    """Return the time of dense weights.
+
+    Where sequences are one array, each half of the batch unpacks the weights once for four
+    sequences: so from eight sequences on, each takes less time than one alone.
+    """
+    share = _SEQUENCE_OF_FOUR if costs.stacks and sequences >= 8 else 1.0
+    return share * sequences * nbytes / costs.weights_gb_s / 1e9
 
 
 def _weights(model: Geometry, costs: Costs, nbytes: float, rows: float) -> float:
-    """Seconds for some rows times weights of so many bytes: whichever takes longer, the bytes or
-    the arithmetic."""
+    """Return the seconds of `rows` rows times weights of `nbytes` bytes.
+
+    It is the time of the bytes or of the arithmetic, whichever is longer.
+    """
     arithmetic = 2 * rows * nbytes * model.weights_per_byte / costs.prompt_gflops / 1e9
     through = nbytes / costs.weights_gb_s / 1e9
     return through if rows <= 1 else max(through, arithmetic)
 
 
-def prompt(
+def prompt_time(
     model: Geometry,
     costs: Costs,
     k: int,
     routing: Routing,
     *,
     tokens: int,
-    sweep: int,
+    pass_tokens: int,
     slots: int,
     first: Step,
-) -> Prompt:
-    """The time to the first token, with empty slots and without what attention takes of a long
-    context.
+) -> PromptTime:
+    """Compute the time to the first token, starting with empty slots.
+
+    What attention takes in a long context is left out.
 
     Args:
-        tokens: of the prompt, one or more. sweep: how many of them share the reads of experts.
-        slots: of a layer while it is read.
-        first: the step that gives the first token.
+        k: experts per token.
+        routing: expected routing, which tells how many experts the tokens of a pass need.
+        tokens: tokens of the prompt, 1 or more.
+        pass_tokens: tokens that go through the layers in one pass and share the reads of experts.
+        slots: slots of each layer during the prefill.
+        first: the decode step that gives the first token.
     """
     compute = reading = read = seconds = 0.0
-    sweeps = ceil(tokens / sweep)
-    for number in range(sweeps):
-        rows = min(sweep, tokens - number * sweep)
+    passes = ceil(tokens / pass_tokens)
+    for number in range(passes):
+        rows = min(pass_tokens, tokens - number * pass_tokens)
         union = routing.union(rows, k, model.experts)
-        # What an earlier sweep left in the slots.
+        # Experts that an earlier pass left in the slots are not read again.
         missing = union * (1 - (slots / model.experts if number else 0))
         reads = missing * model.expert_nbytes / costs.disk_gb_s / 1e9 / costs.hosts
         if not number:
@@ -303,4 +349,4 @@ def prompt(
         compute += model.layers * dense + model.expert_layers * experts
         reading += model.expert_layers * reads
         read += model.expert_layers * missing * model.expert_nbytes
-    return Prompt(tokens, sweeps, seconds + first.seconds, compute, reading, read)
+    return PromptTime(tokens, passes, seconds + first.seconds, compute, reading, read)
