@@ -9,7 +9,7 @@ from launching import launched
 from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.cache import ArraysCache
 
-from flashmoe.ops.gpu import layers as gpu_layers
+from flashmoe.ops.gpu.layers import recast_layers
 from flashmoe.ops.reference import kernels as reference_kernels
 from flashmoe_metal import kernel
 from flashmoe_metal.gated_delta_step import gated_delta_step, supports
@@ -115,6 +115,13 @@ def module(family: str, dtype: mx.Dtype, *, bits: int | None, mixed: bool = Fals
     return net
 
 
+def recast(net):
+    """Return the version of a net of mlx-lm that uses the kernel."""
+    model = nn.Sequential(net)
+    recast_layers(model)
+    return model.layers[0]
+
+
 def run(net, chunks, x: mx.array) -> tuple[list[np.ndarray], ArraysCache]:
     """Return the outputs of a net for chunks of x of these lengths, and its cache."""
     cache, outs, start = ArraysCache(size=2), [], 0
@@ -133,8 +140,7 @@ def test_steps_equal_mlx_lm(family, bits, mixed):
     chunks = [5, 1, 1, 1, 3, 1]
     x = mx.random.normal((1, sum(chunks), 64), key=mx.random.key(1))
     expected, theirs = run(module(family, mx.float32, bits=bits, mixed=mixed), chunks, x)
-    ours = module(family, mx.float32, bits=bits, mixed=mixed)
-    gpu_layers.prepare(ours)
+    ours = recast(module(family, mx.float32, bits=bits, mixed=mixed))
     assert len(ours.joined) == (2 if bits and mixed else 1)
     with launched() as launches:
         outputs, cache = run(ours, chunks, x)
@@ -157,8 +163,7 @@ def test_bfloat16_is_about_as_exact_as_mlx_lm(family):
     exact.set_dtype(mx.float32)
     expected, _ = run(exact, chunks, x.astype(mx.float32))
     theirs, _ = run(module(family, mx.bfloat16, bits=None), chunks, x)
-    ours = module(family, mx.bfloat16, bits=None)
-    gpu_layers.prepare(ours)
+    ours = recast(module(family, mx.bfloat16, bits=None))
     with launched():
         outputs, _ = run(ours, chunks, x)
 
@@ -170,8 +175,8 @@ def test_bfloat16_is_about_as_exact_as_mlx_lm(family):
 
 @net
 def test_padded_and_batched_calls_do_not_use_the_kernel(family):
-    theirs, ours = (module(family, mx.float32, bits=None) for _ in range(2))
-    gpu_layers.prepare(ours)
+    theirs = module(family, mx.float32, bits=None)
+    ours = recast(module(family, mx.float32, bits=None))
     x = mx.random.normal((2, 4, 64), key=mx.random.key(4))
     mask = mx.array([[False, True, True, True], [True] * 4])
     with launched() as launches:
@@ -196,8 +201,7 @@ def test_padded_and_batched_calls_do_not_use_the_kernel(family):
 
 @net
 def test_cache_of_another_model_raises_without_a_launch(family):
-    net = module(family, mx.float32, bits=None)
-    gpu_layers.prepare(net)
+    net = recast(module(family, mx.float32, bits=None))
     cache = ArraysCache(size=2)
     cache[0], cache[1] = mx.zeros((1, 3, 8)), mx.zeros((1, 1, 8, 8))
     with launched() as launches, pytest.raises(ValueError, match="shape|concatenate"):

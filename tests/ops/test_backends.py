@@ -14,8 +14,8 @@ from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.errors import SettingError
 from flashmoe.models.loading import load_streaming
 from flashmoe.ops import backend as ops
-from flashmoe.ops.gpu import gather
-from flashmoe.ops.reference import experts as reference
+from flashmoe.ops.gpu.gather import BACKEND as GATHER
+from flashmoe.ops.reference.experts import BACKEND as REFERENCE
 from flashmoe.streaming.reader import Reader
 from flashmoe.streaming.slot_memory import SlotMemory
 
@@ -46,9 +46,9 @@ def case(tokens: int, dtype=mx.float32):
     return x, {int(e): np.flatnonzero(chosen == e) for e in np.unique(chosen)}
 
 
-def run(module, slots, x, experts, waves=1) -> np.ndarray:
+def run(backend, slots, x, experts, waves=1) -> np.ndarray:
     """Return the outputs of a backend that computes the experts in this many waves."""
-    work = module.Work(slots, x, TOP_K)
+    work = backend.start(slots, x, TOP_K)
     names = list(experts)
     for wave in range(waves):
         part = {e: experts[e] for e in names[wave::waves]}
@@ -61,11 +61,11 @@ def run(module, slots, x, experts, waves=1) -> np.ndarray:
 def test_cpu_backend_equals_the_reference(layer, tokens):
     if ops.on_gpu():
         pytest.skip("the cpu backend is for the CPU device")
-    from flashmoe.ops.cpu import experts as cpu
+    from flashmoe.ops.cpu.experts import BACKEND as CPU
 
     x, experts = case(tokens)
-    expected = run(reference, filled_slots(layer, on_gpu=False), x, experts)
-    outputs = run(cpu, filled_slots(layer, on_gpu=False), x, experts)
+    expected = run(REFERENCE, filled_slots(layer, on_gpu=False), x, experts)
+    outputs = run(CPU, filled_slots(layer, on_gpu=False), x, experts)
     np.testing.assert_allclose(outputs, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
 
 
@@ -75,16 +75,16 @@ def test_gather_gives_the_same_bits_in_any_number_of_waves(layer, tokens, waves)
     slots = filled_slots(layer, on_gpu=True)
     # MLX's gather_mm supports bfloat16 on GPUs only.
     x, experts = case(tokens, mx.bfloat16 if ops.on_gpu() else mx.float32)
-    whole = run(gather, slots, x, experts)
-    assert (run(gather, slots, x, experts, waves) == whole).all()
+    whole = run(GATHER, slots, x, experts)
+    assert (run(GATHER, slots, x, experts, waves) == whole).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_gather_equals_the_reference(layer, tokens):
     slots = filled_slots(layer, on_gpu=True)
     x, experts = case(tokens)
-    expected = run(reference, slots, x, experts)
-    np.testing.assert_allclose(run(gather, slots, x, experts), expected, rtol=1e-2, atol=1e-2)
+    expected = run(REFERENCE, slots, x, experts)
+    np.testing.assert_allclose(run(GATHER, slots, x, experts), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_unknown_backend_is_refused(monkeypatch):

@@ -142,7 +142,7 @@ def test_layer_with_all_experts_in_their_own_slots_is_fully_resident(toy, load):
         assert switch.load(expert, set())
         assert not switch.fully_resident
     for expert in numbers:
-        switch.landed(expert)
+        switch.wait_for(expert)
     assert switch.fully_resident
     switch.resize(toy.num_experts - 1)
     assert not switch.fully_resident, "an expert has left"

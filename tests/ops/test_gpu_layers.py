@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from launching import launched
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_next
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from toys import FAMILIES, write_toy
 
-from flashmoe.ops.gpu import layers as gpu_layers
 from flashmoe.ops.gpu.joined import join
+from flashmoe.ops.gpu.layers import recast_layers
+from flashmoe.ops.recast import recast
 from flashmoe.ops.reference import kernels as reference_kernels
+from flashmoe.streaming.block import ExpertBlock
 from flashmoe_metal.add_norm import add_norm, supports
 from flashmoe_metal.qk_norm_rope import qk_norm_rope
 
@@ -90,7 +93,7 @@ def test_model_with_gpu_layers_equals_mlx_lm(tmp_path, family, bits):
     path = write_toy(tmp_path / "toy", family, bits=bits)
     tokens = np.random.default_rng(0).integers(0, 160, (1, 10))
     theirs, ours = stock(path), stock(path)
-    gpu_layers.prepare(ours)
+    recast_layers(ours)
     results = []
     for model in (theirs, ours):
         cache = make_prompt_cache(model)
@@ -110,18 +113,20 @@ def test_model_with_gpu_layers_equals_mlx_lm(tmp_path, family, bits):
 
 
 def test_residual_is_added_once(tmp_path):
-    """A block that has `with_residual` adds the residual itself."""
+    """A block that has `fuses_residual` adds the residual itself."""
     path = write_toy(tmp_path / "toy", "qwen3_next", dense_layer=True)
     theirs, ours = stock(path), stock(path)
-    gpu_layers.prepare(ours)
+    recast_layers(ours)
 
-    class Whole(type(ours.layers[0].mlp)):
-        def with_residual(self, x, h):
-            return h + self(x)
+    block = qwen3_next.Qwen3NextSparseMoeBlock
 
-    for layer in ours.layers:
-        if type(layer.mlp) is Whole.__base__:
-            layer.mlp.__class__ = Whole
+    class Whole(ExpertBlock, block):
+        fuses_residual = True
+
+        def run(self, xs, residuals):
+            return (h + block.__call__(self, x) for x, h in zip(xs, residuals, strict=True))
+
+    assert recast(ours, lambda path, module: Whole if type(module) is block else None)
     tokens = mx.array([[1, 2, 3]])
     with launched():
         logits = ours(tokens)
@@ -132,8 +137,8 @@ def test_residual_is_added_once(tmp_path):
 def test_joined_weights_replace_the_separate_ones(tmp_path, family):
     path = write_toy(tmp_path / "toy", family)
     theirs, ours = stock(path), stock(path)
-    gpu_layers.prepare(ours)
-    gpu_layers.prepare(ours)  # changes nothing
+    recast_layers(ours)
+    recast_layers(ours)  # changes nothing
     before, after = (dict(tree_flatten(m.parameters())) for m in (theirs, ours))
     replaced = ("_proj_qkv", "_proj_z", "_proj_b", "_proj_a", "_proj_qkvz", "_proj_ba", "k_proj")
     assert not [name for name in after if any(f"{r}." in name for r in replaced)]
@@ -167,7 +172,7 @@ def test_only_layers_of_one_kind_are_joined():
 @pytest.mark.parametrize("changed", ["rope", "offset", "dtype", "training"])
 def test_unsupported_attention_does_not_use_the_kernel(tmp_path, changed):
     model = stock(write_toy(tmp_path / "toy", "qwen3_moe", layers=1))
-    gpu_layers.prepare(model)
+    recast_layers(model)
     cache = make_prompt_cache(model)
     attention = model.layers[0].self_attn
     mx.eval(model(mx.array([[1, 2]]), cache=cache))
