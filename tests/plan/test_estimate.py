@@ -126,7 +126,7 @@ def test_batch_leaves_fewer_slots_for_its_contexts(toy):
     one, two = (
         split_memory(checkpoint, PlanOptions(memory=tight(checkpoint, 40), batch=n)) for n in (1, 9)
     )
-    expected = 8 * one.keys // one.plan.slot_nbytes
+    expected = 8 * one.context_nbytes // one.plan.slot_nbytes
     assert expected > 4
     assert one.slots - two.slots == pytest.approx(expected, abs=3)
 
