@@ -228,7 +228,7 @@ def test_thinking_budget_ends_the_reasoning_but_not_the_answer(engine):
 
 
 def test_progress_counts_tokens_and_layers_of_the_prompt(engine, monkeypatch):
-    monkeypatch.setattr("flashmoe.models.layerwise.REPORT_SECONDS", 0)
+    monkeypatch.setattr("flashmoe.generation.prompt.REPORT_SECONDS", 0)
     long = " ".join(f"Number {i} is {i * i}." for i in range(150))
     _, events, end = ask(engine, [user(long)], max_tokens=4)
     progress = [e for e in events if isinstance(e, Progress)]

@@ -1,4 +1,4 @@
-"""`flashmoe quantize`, through the real command."""
+"""Test `flashmoe quantize` through the command, with its rounding and calibration."""
 
 import hashlib
 import json
@@ -49,10 +49,10 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def tensors(directory: Path) -> dict[str, mx.array]:
-    found = {}
+    loaded = {}
     for file in directory.glob("model*.safetensors"):
-        found |= mx.load(str(file))
-    return found
+        loaded |= mx.load(str(file))
+    return loaded
 
 
 def same(a: mx.array, b: mx.array) -> bool:
@@ -61,8 +61,8 @@ def same(a: mx.array, b: mx.array) -> bool:
 
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_result_is_not_the_model_that_mlx_lm_loads(tmp_path, family, bits):
-    """Stock mlx-lm in float32 and flashmoe compute the same from it."""
+def test_result_gives_the_same_logits_in_stock_mlx_lm(tmp_path, family, bits):
+    """Compare flashmoe with stock mlx-lm in float32."""
     path = write_toy(tmp_path / "toy", family, bits=bits, shards=2)
     out = tmp_path / "out"
     run(path, out, "--gate-up", 3, "--down", 4, "--dense", 6, "--group-size", 32)
@@ -85,7 +85,7 @@ def test_result_is_not_the_model_that_mlx_lm_loads(tmp_path, family, bits):
 
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_same_bits_are_other_bits(tmp_path, bits, group_size):
+def test_quantizing_to_the_same_bits_changes_no_tensor(tmp_path, bits, group_size):
     sizes = {"moe_intermediate_size": 128, "layers": 4}
     path = write_toy(tmp_path / "toy", bits=bits, group_size=group_size, num_experts=3, **sizes)
     run(path, tmp_path / "out", "--bits", bits, "--group-size", group_size)
@@ -102,7 +102,7 @@ def test_same_bits_are_other_bits(tmp_path, bits, group_size):
     dtype=st.sampled_from(["F32", "F16", "BF16"]),
     kind=st.sampled_from(["normal", "outliers", "constant", "zero", "positive", "one column"]),
 )
-def test_search_is_worse_than_plain_rounding(seed, bits, group_size, dtype, kind):
+def test_search_is_never_worse_than_plain_rounding(seed, bits, group_size, dtype, kind):
     random = np.random.default_rng(seed)
     w = random.standard_normal((3, 256)).astype(np.float32) * np.float32(0.02)
     h = np.square(random.standard_normal(256)).astype(np.float32)
@@ -117,23 +117,23 @@ def test_search_is_worse_than_plain_rounding(seed, bits, group_size, dtype, kind
     elif kind == "one column":
         h[:] = 0
         h[7] = 1
-    found = rounding.search(w, h, bits, group_size, dtype)
+    rounded = rounding.search(w, h, bits, group_size, dtype)
     stored = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[dtype]
-    for values in (found.scales, found.biases):
+    for values in (rounded.scales, rounded.biases):
         assert same(mx.array(values), mx.array(values).astype(stored).astype(mx.float32))
-    packed = (mx.array(a) for a in (found.weight, found.scales, found.biases))
+    packed = (mx.array(a) for a in (rounded.weight, rounded.scales, rounded.biases))
     back = np.array(mx.dequantize(*packed, group_size, bits))
     slack = 1e-12 * float((np.square(w) @ h).sum())
-    assert float((np.square(back - w) @ h).sum()) <= found.error * 1.001 + slack
-    assert found.error <= found.plain
+    assert float((np.square(back - w) @ h).sum()) <= rounded.error * 1.001 + slack
+    assert rounded.error <= rounded.plain
     weight, *both = mx.quantize(mx.array(w), group_size, bits)
     both = (a.astype(stored).astype(mx.float32) for a in both)
     mlx = np.array(mx.dequantize(weight, *both, group_size, bits))
-    # MLX takes codes before it rounds the scale: ours are the nearest for the scale that is kept.
-    assert found.error <= float((np.square(mlx - w) @ h).sum()) * 1.001 + slack
+    # MLX chooses codes before it rounds the scale; the search uses the scale that is stored.
+    assert rounded.error <= float((np.square(mlx - w) @ h).sum()) * 1.001 + slack
 
 
-def test_weights_of_the_error_are_not_used():
+def test_search_weighs_the_error_of_each_column():
     random = np.random.default_rng(0)
     w = random.standard_normal((64, 256)).astype(np.float32)
     h = np.exp(2 * random.standard_normal(256)).astype(np.float32)
@@ -146,8 +146,8 @@ def test_weights_of_the_error_are_not_used():
     assert weighed.error < 0.5 * weighed.plain
 
 
-class Seen:
-    """Stands before the experts of a stock model, and sums what enters them."""
+class InputSums:
+    """Replaces the experts of a layer of a stock model, and sums the squares of their inputs."""
 
     def __init__(self, switch):
         self.switch = switch
@@ -172,28 +172,28 @@ class Seen:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ops", ["cpu", "reference"])
-def test_calibration_sums_something_else(tmp_path, monkeypatch, family, ops):
-    """Held against the stock model, whose experts' inputs are computed with numpy."""
+def test_calibration_sums_equal_those_of_the_stock_model(tmp_path, monkeypatch, family, ops):
+    """Compare with the stock model, whose expert inputs are computed with numpy."""
     monkeypatch.setenv("FLASHMOE_OPS", ops)
     path = write_chat_toy(tmp_path / "toy", family=family)
     text = tmp_path / "text"
     text.write_text(TEXT * 3)
     checkpoint = Checkpoint.open(path)
-    found = calibrate(checkpoint, text, tokens=40)
+    calibration = calibrate(checkpoint, text, tokens=40)
     stock, _ = mlx_lm.utils.load_model(path)
     stock.set_dtype(mx.float32)
     seen = {}
     for i in checkpoint.expert_layers:
-        seen[i] = stock.layers[i].mlp.switch_mlp = Seen(stock.layers[i].mlp.switch_mlp)
+        seen[i] = stock.layers[i].mlp.switch_mlp = InputSums(stock.layers[i].mlp.switch_mlp)
     mx.eval(stock(mx.array([read_tokenizer(checkpoint).encode(TEXT * 3)[:40]])))
-    for i, sums in found.layers.items():
+    for i, sums in calibration.layers.items():
         assert sums.tokens == 40
         np.testing.assert_allclose(sums.hidden, seen[i].hidden, rtol=1e-3, atol=1e-4)
         assert set(np.flatnonzero(sums.counts)) == set(seen[i].down)
         for e, (total, count) in seen[i].down.items():
             assert sums.counts[e] == count
             np.testing.assert_allclose(sums.down[e], total, rtol=1e-3, atol=1e-4)
-            assert found(i, "down", e).mean() == pytest.approx(1, abs=1e-3)
+            assert calibration(i, "down", e).mean() == pytest.approx(1, abs=1e-3)
 
 
 def answer(path: Path) -> str:
@@ -203,20 +203,20 @@ def answer(path: Path) -> str:
         return "".join(e.text for e in events if isinstance(e, Text))
 
 
-def test_demo_at_two_bits_does_not_answer(tmp_path):
+def test_demo_answers_at_two_bits(tmp_path):
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text(TEXT * 8)
     demo = Checkpoint.open(find(DEMO))
-    found = run_json(DEMO, out, "--gate-up", 2, "--down", 4, "--calibrate", text)
-    errors = found["errors"]["gate_up"]
+    report = run_json(DEMO, out, "--gate-up", 2, "--down", 4, "--calibrate", text)
+    errors = report["errors"]["gate_up"]
     assert errors["error"] < 0.8 * errors["plain"]
-    assert found["calibration"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
-    assert found["sizes"]["all"]["after"] < 0.8 * found["sizes"]["all"]["before"]
+    assert report["calibration"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert report["sizes"]["all"]["after"] < 0.8 * report["sizes"]["all"]["before"]
     note = json.loads((out / quantize.NOTE).read_text())
-    assert note == {k: v for k, v in found.items() if k not in ("path", "sizes")}
+    assert note == {k: v for k, v in report.items() if k not in ("path", "sizes")}
     after = Checkpoint.open(out)
     assert after.expert_bits == pytest.approx(8 / 3)
-    assert after.expert_nbytes == sum(found["sizes"][p]["after"] for p in ("gate and up", "down"))
+    assert after.expert_nbytes == sum(report["sizes"][p]["after"] for p in ("gate and up", "down"))
     assert sum(f.stat().st_size for f in out.glob("*.safetensors")) > after.expert_nbytes
     assert not (out / quantize.WORK).exists()
     before = {f.name for f in demo.path.iterdir()}
@@ -224,7 +224,7 @@ def test_demo_at_two_bits_does_not_answer(tmp_path):
     assert len(answer(out).split()) > 5
 
 
-def test_sizes_of_a_dry_run_are_not_those_of_the_files(tmp_path):
+def test_dry_run_gives_the_sizes_of_the_files(tmp_path):
     path = write_toy(tmp_path / "toy", bits=None)
     foreseen = run_json(path, tmp_path / "out", "--bits", 2, "--dry-run")
     assert not (tmp_path / "out").exists()
@@ -244,10 +244,10 @@ method, left = getattr(owner, sys.argv[1]), int(sys.argv[2])
 def killed(*args):
     global left
     left -= 1
-    found = method(*args) if left or sys.argv[1] != "_finish" else None
+    result = method(*args) if left or sys.argv[1] != "_finish" else None
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return found
+    return result
 setattr(owner, sys.argv[1], killed)
 cli.cli(["quantize", *sys.argv[3:]])
 """
@@ -256,7 +256,7 @@ cli.cli(["quantize", *sys.argv[3:]])
 @pytest.mark.parametrize(
     "where", [("write", 100), ("publish", 2), ("_finish", 1)], ids=["shard", "note", "config"]
 )
-def test_killed_run_goes_on_to_other_files(tmp_path, where):
+def test_killed_run_resumes_and_writes_the_same_files(tmp_path, where):
     path = write_toy(tmp_path / "toy", bits=None)
     options = ("--gate-up", "2", "--down", "3", "--shard-size", "100kB")
     run(path, tmp_path / "whole", *options)
@@ -287,11 +287,11 @@ def toy(tmp_path) -> Path:
     return write_toy(tmp_path / "toy", bits=None)
 
 
-def test_source_is_overwritten(toy):
+def test_source_is_not_overwritten(toy):
     assert "the source itself" in run(toy, toy, code=1)
 
 
-def test_directory_with_files_is_filled(toy, tmp_path):
+def test_directory_with_files_is_refused(toy, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert "is not empty" in run(toy, tmp_path / "out", code=1)
@@ -299,14 +299,14 @@ def test_directory_with_files_is_filled(toy, tmp_path):
     assert "not a directory" in run(toy, tmp_path / "out" / "mine", code=1)
 
 
-def test_disk_without_room_is_filled(toy, tmp_path, monkeypatch):
+def test_disk_without_enough_space_is_refused(toy, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "1.0 MB free" in run(toy, tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_disk_that_gets_full_shows_a_traceback(toy, tmp_path):
+def test_run_can_be_repeated_after_the_disk_was_full(toy, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
@@ -320,7 +320,7 @@ def test_disk_that_gets_full_shows_a_traceback(toy, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["scales", "cut"])
-def test_corrupt_source_is_rounded(tmp_path, fault):
+def test_corrupt_source_is_refused(tmp_path, fault):
     path = write_toy(tmp_path / "toy", bits=8, dtype="float32")
     layer = Checkpoint.open(path).expert_layers[2]
     part = next(p for p in layer.parts if (p.projection, p.part) == ("up_proj", "scales"))
@@ -347,12 +347,12 @@ def test_corrupt_source_is_rounded(tmp_path, fault):
         (("--calibrate", "/nowhere"), "cannot read /nowhere"),
     ],
 )
-def test_option_is_not_refused(toy, tmp_path, options, said):
+def test_invalid_option_is_refused(toy, tmp_path, options, said):
     assert said in run(toy, tmp_path / "out", *options, code=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_mxfp4_is_taken_for_affine(tmp_path):
+def test_mxfp4_source_is_refused(tmp_path):
     path = write_toy(tmp_path / "toy", mode="mxfp4")
     assert "only affine is supported" in run(path, tmp_path / "out", code=1)
 
@@ -372,8 +372,8 @@ def peak(*args) -> int:
     return int(done.stdout.split()[-1])
 
 
-def test_memory_grows_with_the_checkpoint(toy, tmp_path):
-    """The layers of a 397B model, 0.4 GB of zeros: they cost as much memory as other weights."""
+def test_memory_does_not_grow_with_the_checkpoint(toy, tmp_path):
+    """Layers of the shapes of a 397B model are 0.4 GB of zeros, which need memory like others."""
     large = tmp_path / "large"
     large.mkdir()
     tensors = list(synth.plan(4, 3, 1024, 4, 64))
