@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from math import floor, isfinite, log10
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -142,7 +142,7 @@ def _view(columns: Sequence[str], right: Collection[str]) -> Table:
 
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
-        justify = "right" if name in right else "left"
+        justify: Literal["left", "right"] = "right" if name in right else "left"
         # The first column names the record, so people copy it: other columns give way first.
         view.add_column(name, justify=justify, no_wrap=not number, overflow="fold")
     return view

@@ -22,8 +22,13 @@ PACKAGES = ("mlx", "mlx-lm", "numba", "llvmlite", "numpy", "llm", "langchain-cor
 BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 
 _PREFIXES = ("FLASHMOE_", "MLX_", "NUMBA_", "GOMP_", "OMP_")
-_NAMES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "OPENBLAS_NUM_THREADS")
-_NAMES += ("CUDA_VISIBLE_DEVICES",)
+_NAMES = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "OPENBLAS_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 

@@ -105,7 +105,7 @@ def calibrate(
     text: Path,
     *,
     tokens: int = TOKENS,
-    memory: str | None = None,
+    memory: str | int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> Importance:
     """Run the model over the first tokens of a text.

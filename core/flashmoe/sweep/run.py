@@ -40,7 +40,7 @@ class Settings:
     tokens: int = 2000
     calls: int = 24
     schemas: int = 12
-    memory: str | None = None
+    memory: str | int | None = None
 
 
 class Sweep:

@@ -1,6 +1,4 @@
-"""Agents of langchain and loops of LangGraph on the demo model."""
-
-import sys
+"""Test agents of LangChain and loops of LangGraph on the demo model."""
 
 import pytest
 from langchain.agents import create_agent
@@ -40,8 +38,8 @@ def kinds(messages):
     return [message.type for message in messages]
 
 
-def test_agent_does_not_use_its_tool():
-    """Unforced: the model chooses the tool and its arguments by itself."""
+def test_agent_uses_its_tool():
+    """The model chooses the tool and its arguments without being forced to."""
     messages = create_agent(model(), [add]).invoke(QUESTION)["messages"]
     assert kinds(messages) == ["human", "ai", "tool", "ai"]
     assert messages[1].tool_calls[0]["args"] == {"a": 17, "b": 25}
@@ -49,10 +47,7 @@ def test_agent_does_not_use_its_tool():
     assert "42" in messages[3].text
 
 
-@pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="asyncio hands callbacks on from Python 3.11 on"
-)
-async def test_agent_does_not_stream():
+async def test_agent_streams():
     agent = create_agent(model(), [add])
     pieces = [
         chunk async for chunk, _ in agent.astream(QUESTION, stream_mode="messages") if chunk.text
@@ -61,7 +56,7 @@ async def test_agent_does_not_stream():
     assert "42" in "".join(p.text for p in pieces if p.type == "AIMessageChunk")
 
 
-def test_graph_does_not_come_back_from_its_tools():
+def test_graph_returns_from_its_tools_to_the_model():
     bound = model().bind_tools([add])
     graph = StateGraph(MessagesState)
     graph.add_node("model", lambda state: {"messages": [bound.invoke(state["messages"])]})
@@ -73,9 +68,11 @@ def test_graph_does_not_come_back_from_its_tools():
     assert kinds(messages) == ["human", "ai", "tool", "ai"]
 
 
-def test_next_turn_reads_the_conversation_again():
-    """Only the last turns are read anew: what the state just before the last answer does not hold.
-    With the state off, all of it is, and the answers are the same."""
+def test_next_turn_prefills_only_new_messages():
+    """Only what the prompt cache entry of the last answer does not hold is prefilled.
+
+    Without the prompt cache the whole conversation is prefilled, and the answers are the same.
+    """
     texts = []
     for prompt_cache in (True, False):
         agent = create_agent(model(prompt_cache=prompt_cache), [add], checkpointer=InMemorySaver())
@@ -93,7 +90,7 @@ def test_next_turn_reads_the_conversation_again():
             if not prompt_cache:
                 assert cached == 0
             elif before:
-                # All but the tail of the prompt before: the header of the assistant's turn.
+                # All of the prompt before is cached, except the header of the assistant's turn.
                 assert cached >= before - 10
             before = usage["input_tokens"]
     assert texts[0] == texts[1]
@@ -106,17 +103,20 @@ class Sum(BaseModel):
 
 
 @pytest.mark.parametrize("strategy", [Sum, ProviderStrategy(Sum), ToolStrategy(Sum)])
-def test_agent_does_not_keep_to_its_format(strategy):
-    """A class alone is taken for ProviderStrategy: the profile says that the model can."""
+def test_agent_keeps_to_its_format(strategy):
+    """A class alone means ProviderStrategy, because the profile says that the model supports it."""
     state = create_agent(model(), [], response_format=strategy).invoke(QUESTION)
     assert isinstance(state["structured_response"], Sum)
     called = any(isinstance(m, ToolMessage) for m in state["messages"])
     assert called == isinstance(strategy, ToolStrategy)
 
 
-def test_agent_with_tools_does_not_keep_to_its_format():
-    """One call, then a document. The demo model, left to itself, calls its tool for ever; so, once
-    it has a result, it may not (tool_choice)."""
+def test_agent_with_tools_keeps_to_its_format():
+    """The agent makes one call and then writes a document.
+
+    The demo model by itself would call its tool for ever, so tool_choice forbids calls as soon as
+    there is a result.
+    """
 
     @wrap_model_call
     def call_once(request, handler):
@@ -132,8 +132,8 @@ def test_agent_with_tools_does_not_keep_to_its_format():
     assert isinstance(state["structured_response"], Sum)
 
 
-def test_error_of_a_tool_ends_the_agent():
-    """What the model makes of it is its own affair; it is told."""
+def test_error_of_a_tool_reaches_the_model():
+    """The result has the status "error"; what the model makes of it is not tested."""
     bound = model().bind_tools([divide], tool_choice="divide")
     called = bound.invoke([HumanMessage("Divide 1 by 0.")])
     called.tool_calls[0]["args"] = {"a": 1, "b": 0}
