@@ -297,17 +297,17 @@ class ChatFlashMoE(BaseChatModel, Options):
             cache=call.prompt_cache,
             **{name: getattr(call, name) for name in REQUEST_OPTIONS},
         )
-        try:
-            check_request(request)
-        except FlashMoEError as e:
-            raise to_langchain_error(e) from e
         settings: dict[str, Any] = {
             "memory": self.memory,
             "io": self.io,
             "activations": self.activations,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
-        return shared(path, **settings), request
+        try:
+            check_request(request)
+            return shared(path, **settings), request
+        except FlashMoEError as e:
+            raise to_langchain_error(e) from e
 
     # Bound models.
 

@@ -251,8 +251,11 @@ def test_response_format_and_tools_work_together(engine):
         ({"tools": [ADD, ADD]}, "two tools are named 'add'"),
         ({"tools": [{"name": "a b"}]}, "without spaces"),
         ({"tools": [3]}, "a tool has the name None"),
-        ({"tools": [{"name": "f", "parameters": {"type": "strng"}}]}, "parameters of tool 'f'"),
-        ({"tools": [{"name": "f", "parameters": {"type": "array"}}]}, "must be an object"),
+        (
+            {"tools": [{"name": "f", "parameters": {"type": "strng"}}]},
+            "the parameter schema of tool 'f'",
+        ),
+        ({"tools": [{"name": "f", "parameters": {"type": "array"}}]}, "must be of type 'object'"),
         ({"thinking_budget": -1}, "thinking_budget=-1"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1"),
         ({"stop": "x"}, "give a tuple"),

@@ -1,5 +1,4 @@
-"""Answers of the demo model through every door of LangChain: the same text, whole, and stopped when
-nobody wants it."""
+"""Test answers of the demo model through every interface of LangChain, and their cancellation."""
 
 import asyncio
 import time
@@ -23,7 +22,7 @@ from langchain_flashmoe import (
     ModelNotFound,
 )
 
-# Longer than any test would wait for: all tokens are as likely, one of thousands ends an answer.
+# All tokens are equally likely, and one of thousands ends an answer, so the answer is very long.
 ENDLESS = {"max_tokens": 3500, "temperature": 100, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
 
 
@@ -36,7 +35,7 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-async def test_doors_lead_to_different_answers():
+async def test_every_interface_gives_the_same_answer():
     made = model()
     text = made.invoke("What is a dog?").text
     assert len(text) > 20
@@ -55,7 +54,7 @@ async def test_doors_lead_to_different_answers():
 QUESTIONS = [f"What is {what}?" for what in ("a dog", "the sun", "bread", "a tree", "rain")] * 4
 
 
-async def test_answers_given_at_once_are_mixed():
+async def test_concurrent_answers_are_not_mixed():
     made = model(max_tokens=12)
     expected = [made.invoke(question).text for question in QUESTIONS[:5]] * 4
     assert len(set(expected)) == 5
@@ -75,38 +74,42 @@ async def test_answers_given_at_once_are_mixed():
     assert [m.text for m in answers] == expected
 
 
-def seconds_of_the_next_answer():
-    start = time.perf_counter()
-    model(max_tokens=2).invoke("Hi")
-    return time.perf_counter() - start
+def nothing_else_is_generated() -> bool:
+    """Return whether no step of a new answer is shared with an older answer that goes on."""
+    return model(max_tokens=2).invoke("Hi").response_metadata["batch"] == 1
 
 
-async def test_cancelled_answer_goes_on():
-    """3,500 tokens would keep the engine busy for half a minute and more."""
+async def until_generating():
+    """Wait until the engine computes an answer."""
+    while not shared(find(DEMO)).running:
+        await asyncio.sleep(0.01)
+
+
+async def test_cancelled_answer_is_not_generated_any_more():
     made = model(**ENDLESS)
     stream = made.stream("Tell me a story.")
     next(stream)
     stream.close()
-    assert seconds_of_the_next_answer() < 10
+    assert nothing_else_is_generated()
 
     stream = made.astream("Tell me a story.")
     await anext(stream)
     await stream.aclose()
-    assert seconds_of_the_next_answer() < 10
+    assert nothing_else_is_generated()
 
     task = asyncio.create_task(made.ainvoke("Tell me a story."))
-    await asyncio.sleep(0.5)
+    await asyncio.wait_for(until_generating(), 120)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert seconds_of_the_next_answer() < 10
+    assert nothing_else_is_generated()
 
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(made.ainvoke("Tell me a story."), 0.5)
-    assert seconds_of_the_next_answer() < 10
+    assert nothing_else_is_generated()
 
 
-async def test_answer_takes_longer_than_its_timeout():
+async def test_answer_beyond_its_timeout_is_cancelled():
     made = model(**ENDLESS, timeout=0.5)
     with pytest.raises(ModelTimeoutError, match="timeout=0.5 seconds.*raise timeout") as raised:
         made.invoke("Tell me a story.")
@@ -116,18 +119,18 @@ async def test_answer_takes_longer_than_its_timeout():
         await made.ainvoke("Tell me a story.")
     with pytest.raises(TimeoutError):
         list(made.stream("Tell me a story."))
-    assert seconds_of_the_next_answer() < 10
+    assert nothing_else_is_generated()
 
 
-def test_timeout_does_not_count_the_queue():
+def test_timeout_includes_the_time_in_the_queue():
     first = model(**ENDLESS).stream("Tell me a story.")
     next(first)
-    with pytest.raises(TimeoutError, match="others may have been before it"):
+    with pytest.raises(TimeoutError, match="other requests may have run before it"):
         model(timeout=0.5, experts=4).invoke("Hi")  # another K waits for the others
     first.close()
 
 
-def test_stop_string_of_the_model_or_the_call_is_ignored():
+def test_stop_strings_of_the_model_and_the_call_are_used():
     text = model().invoke("What is a dog?").text
     first, second = text.split()[3], text.split()[6]
     assert first in model().invoke("What is a dog?").text
@@ -140,24 +143,24 @@ def test_stop_string_of_the_model_or_the_call_is_ignored():
     ):
         assert stopped.text == text[: text.index(first)]
     assert model().invoke("What is a dog?", stop=first).text == of_model.text
-    # Across tokens, and not at a boundary of them.
+    # This string spans several tokens, and neither begins nor ends where one does.
     middle = text[8:19]
     assert model(stop=middle).invoke("What is a dog?").text == text[: text.index(middle)]
 
 
-def test_thought_is_in_the_answer_or_lost():
+def test_reasoning_is_apart_from_the_answer():
     silent = model(max_tokens=300).invoke("What is 3 plus 4?")
     assert "reasoning_content" not in silent.additional_kwargs
     made = model(reasoning=True, max_tokens=300)
     message = made.invoke("What is 3 plus 4?")
-    thought = message.additional_kwargs["reasoning_content"]
-    assert thought
-    assert "<think>" not in message.text + thought
-    assert message.content_blocks[0] == {"type": "reasoning", "reasoning": thought}
+    reasoning = message.additional_kwargs["reasoning_content"]
+    assert reasoning
+    assert "<think>" not in message.text + reasoning
+    assert message.content_blocks[0] == {"type": "reasoning", "reasoning": reasoning}
     count = message.usage_metadata["output_token_details"]["reasoning"]
     assert 0 < count <= message.usage_metadata["output_tokens"]
     chunks = list(made.stream("What is 3 plus 4?"))
-    assert "".join(c.additional_kwargs.get("reasoning_content", "") for c in chunks) == thought
+    assert "".join(c.additional_kwargs.get("reasoning_content", "") for c in chunks) == reasoning
     assert "".join(c.text for c in chunks) == message.text
     v1 = model(reasoning=True, max_tokens=300, output_version="v1").invoke("What is 3 plus 4?")
     assert [block["type"] for block in v1.content] == ["reasoning", "text"]
@@ -165,7 +168,7 @@ def test_thought_is_in_the_answer_or_lost():
     assert short.usage_metadata["output_token_details"]["reasoning"] < count
 
 
-def test_call_cannot_override_the_model():
+def test_call_overrides_the_options_of_the_model():
     made = model()
     assert made.invoke("Hi", max_tokens=3).usage_metadata["output_tokens"] == 3
     pruned = made.invoke("Hi", experts=4)
@@ -176,7 +179,7 @@ def test_call_cannot_override_the_model():
     assert same[0] == same[1] != made.invoke("Tell me.", temperature=1, seed=5).text
 
 
-def test_models_that_differ_by_K_load_twice():
+def test_models_that_differ_by_k_share_an_engine():
     model().invoke("Hi")
     engine = shared(find(DEMO))
     model(experts=4).invoke("Hi")
@@ -205,7 +208,7 @@ class Recorder(BaseCallbackHandler):
         self.end = time.perf_counter()
 
 
-async def test_callbacks_miss_tokens_or_see_them_twice():
+async def test_callbacks_get_every_token_once():
     made = model()
 
     async def drain():
@@ -225,7 +228,7 @@ async def test_callbacks_miss_tokens_or_see_them_twice():
     assert usage.usage_metadata[DEMO] == message.usage_metadata
 
 
-def test_cache_of_answers_confuses_models():
+def test_cache_of_answers_keeps_models_apart():
     cache = InMemoryCache()
     warm = {"temperature": 1, "cache": cache, "max_tokens": 8}
     first = model(**warm).invoke("Tell me.")
@@ -237,7 +240,7 @@ def test_cache_of_answers_confuses_models():
     assert len(cache._cache) == 4
 
 
-def test_limiter_is_not_asked():
+def test_rate_limiter_is_asked():
     limiter = InMemoryRateLimiter(requests_per_second=4, check_every_n_seconds=0.01)
     made = model(max_tokens=1, rate_limiter=limiter)
     start = time.perf_counter()
@@ -256,19 +259,19 @@ def test_limiter_is_not_asked():
         [HumanMessage("<|im_end|> and \U0001f600")],
     ],
 )
-def test_count_differs_from_the_prompt(messages, reasoning, tools):
+def test_count_of_tokens_equals_that_of_the_prompt(messages, reasoning, tools):
     made = model(max_tokens=1, reasoning=reasoning)
     counted = made.get_num_tokens_from_messages(messages, tools=tools)
     bound = made.bind_tools(tools) if tools else made
     assert counted == bound.invoke(messages).usage_metadata["input_tokens"]
 
 
-def test_part_of_a_conversation_cannot_be_counted():
+def test_parts_of_a_conversation_can_be_counted():
     made = model()
     parts = [SystemMessage("Be kind."), HumanMessage("Hi"), AIMessage("Hello"), HumanMessage("1?")]
     counts = [made.get_num_tokens_from_messages(parts[:n]) for n in range(5)]
     assert counts[0] == 0
-    # Answerable ones count the beginning of the answer too.
+    # Conversations that can be answered count the beginning of the answer too.
     assert 0 < counts[1] < counts[3] < counts[2] + 7 < counts[4]
     short, long = "Hello", "Hello there <|im_end|>"
     lengths = [len(made.get_token_ids(text)) for text in (short, long)]
@@ -290,7 +293,7 @@ def test_part_of_a_conversation_cannot_be_counted():
         made.get_num_tokens_from_messages([HumanMessage([{"type": "image"}])])
 
 
-def test_prompt_beyond_the_context_is_cut():
+def test_prompt_beyond_the_context_raises():
     long = "word " * 5000
     with pytest.raises(ContextOverflowError, match="the context of this model is 4096") as raised:
         model().invoke(long)
@@ -299,7 +302,7 @@ def test_prompt_beyond_the_context_is_cut():
         list(model().stream(long))
 
 
-def test_mistake_is_no_error_of_langchain():
+def test_mistakes_raise_errors_of_langchain():
     for wrong, words in (
         (lambda: model().invoke([AIMessage("a")]), "the last message is the assistant's own"),
         (lambda: model().invoke(""), "the prompt is empty"),
@@ -315,7 +318,7 @@ def test_mistake_is_no_error_of_langchain():
         model(io="fast").invoke("Hi")
 
 
-def test_answer_cut_short_is_given_for_whole():
+def test_answer_cut_short_raises_or_is_returned_on_request():
     made = model(max_tokens=5)
     whole = {"type": "json_schema", "schema": {"type": "array", "minItems": 50, "items": {}}}
     with pytest.raises(IncompleteOutput, match="cut short: max_tokens=5") as raised:
@@ -326,7 +329,7 @@ def test_answer_cut_short_is_given_for_whole():
     assert kept.text == raised.value.llm_output
 
 
-async def test_wrappers_of_langchain_do_not_fit():
+async def test_wrappers_of_langchain_work():
     made = model(max_tokens=8)
     text = made.invoke("Hi").text
     broken = ChatFlashMoE(model="not-there")
