@@ -1,4 +1,4 @@
-"""Events to chunks: what is whole stays whole, and what is broken is not mended."""
+"""Test how events become message chunks, and that a broken call does not look like a whole one."""
 
 import json
 
@@ -44,7 +44,7 @@ END = End(
 
 
 def translated(*events):
-    """(the sum of the chunks, the whole message)"""
+    """Return the sum of the chunks, and the whole message."""
     translate = Translator("m")
     chunks = [chunk.message for chunk in map(translate, events) if chunk is not None]
     first, *rest = chunks
@@ -60,7 +60,7 @@ def call(index, arguments, pieces=None, error=None, text="raw"):
     yield ToolCall(index, id, "add", None if error else arguments, text, error)
 
 
-def test_answer_loses_a_part():
+def test_message_has_every_part_of_the_answer():
     events = [
         Progress(1, 2, 3, 4),
         Reasoning("hm"),
@@ -102,14 +102,14 @@ def test_answer_loses_a_part():
         assert metadata["hit_rate"] == 0.75
 
 
-def test_usage_is_in_several_chunks_or_the_last_is_not_marked():
+def test_only_the_last_chunk_has_usage_and_is_marked():
     translate = Translator("m")
     chunks = [translate(e).message for e in (Text("a"), *call(0, {"a": 1})) if translate(e)]
     assert not any(c.usage_metadata or c.response_metadata or c.chunk_position for c in chunks)
     assert translate(END).message.chunk_position == "last"
 
 
-def test_name_or_id_of_a_call_is_in_each_chunk():
+def test_only_the_first_chunk_of_a_call_has_its_name_and_id():
     translate = Translator("m")
     pieces = [translate(e) for e in call(0, {"a": 1}, ['{"a"', ": 1}"])]
     pieces = [p.message.tool_call_chunks[0] for p in pieces if p is not None]
@@ -125,8 +125,8 @@ def test_name_or_id_of_a_call_is_in_each_chunk():
     st.integers(0, 200),
     st.booleans(),
 )
-def test_broken_call_is_mended(arguments, length, ascii):
-    """LangChain completes JSON that is cut short: half a call would look like a whole one."""
+def test_broken_call_is_an_invalid_call(arguments, length, ascii):
+    """LangChain completes JSON that is cut short, so half a call could look like a whole one."""
     cut = json.dumps(arguments, ensure_ascii=ascii)[:length]
     events = [*call(0, {"a": 1}), *call(1, None, [cut], error="cut", text="<function"), END]
     streamed, whole = translated(*events)
@@ -138,7 +138,7 @@ def test_broken_call_is_mended(arguments, length, ascii):
 
 
 @pytest.mark.parametrize("text", ["<function=", "", '{"name": "add"', '{"name": "add"}', "3"])
-def test_call_that_was_never_read_is_lost(text):
+def test_call_that_could_not_be_parsed_keeps_its_text(text):
     streamed, whole = translated(ToolCall(0, "c0", "", None, text, "no name"), END)
     for message in (streamed, whole):
         assert message.tool_calls == []
@@ -146,7 +146,7 @@ def test_call_that_was_never_read_is_lost(text):
     assert whole.invalid_tool_calls[0]["args"] == text
 
 
-def test_answer_cut_short_is_an_answer():
+def test_answer_cut_short_raises_or_is_returned_on_request():
     translate = Translator("m")
     translate(Text('{"a": '))
     error = OutputError("it is cut short")
@@ -163,11 +163,11 @@ def test_answer_cut_short_is_an_answer():
 @pytest.mark.parametrize(
     ("error", "expected"), [(SettingError("x"), InvalidRequest), (ReadError("x"), ModelFailed)]
 )
-def test_error_is_kept_as_an_answer(error, expected):
+def test_other_errors_are_raised_in_any_case(error, expected):
     with pytest.raises(expected, match="x"):
         Translator("m").finish_failed(error, keep=True)
 
 
-def test_answer_without_a_word_is_no_message():
+def test_empty_answer_is_an_empty_message():
     assert translated(END)[1].content == ""
     assert Translator("m").message.content == ""

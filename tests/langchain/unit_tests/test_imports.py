@@ -1,9 +1,9 @@
-"""What the package gives out."""
+"""Test which names the package exports."""
 
 import langchain_flashmoe
 
 
-def test_name_is_missing():
+def test_package_exports_every_name():
     assert sorted(langchain_flashmoe.__all__) == [
         "ChatFlashMoE",
         "ContextOverflow",

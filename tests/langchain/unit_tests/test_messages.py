@@ -1,4 +1,4 @@
-"""LangChain's messages to the engine's; prompts of Qwen's own templates from them."""
+"""Test how LangChain's messages become those of the engine, and prompts of Qwen's templates."""
 
 import pytest
 from langchain_core.messages import (
@@ -49,7 +49,7 @@ def one(message):
         ),
     ],
 )
-def test_message_is_changed(message, expected):
+def test_message_is_translated(message, expected):
     assert one(message) == expected
 
 
@@ -83,7 +83,7 @@ def test_message_is_changed(message, expected):
     ],
     ids=["kwargs", "v1", "anthropic", "content_blocks"],
 )
-def test_thought_or_call_of_an_answer_is_lost(message):
+def test_reasoning_and_calls_of_an_answer_are_kept(message):
     assert one(message) == {
         "role": "assistant",
         "content": "so",
@@ -92,12 +92,12 @@ def test_thought_or_call_of_an_answer_is_lost(message):
     }
 
 
-def test_call_that_could_not_be_read_is_lost():
+def test_invalid_call_is_kept_as_text():
     broken = {"name": "add", "args": "<function=add>", "id": "x", "error": "cut", "type": "x"}
     broken["type"] = "invalid_tool_call"
-    found = one(AIMessage("so", invalid_tool_calls=[broken], tool_calls=[CALL]))
-    assert found["content"] == "so\n<function=add>"
-    assert len(found["tool_calls"]) == 1
+    message = one(AIMessage("so", invalid_tool_calls=[broken], tool_calls=[CALL]))
+    assert message["content"] == "so\n<function=add>"
+    assert len(message["tool_calls"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,20 +111,20 @@ def test_call_that_could_not_be_read_is_lost():
         {"type": "text"},
     ],
 )
-def test_block_that_is_no_text_is_dropped(block):
+def test_block_that_is_not_text_is_refused(block):
     text = {"type": "text", "text": "look"}
     for message in (HumanMessage([text, block]), ToolMessage([block], tool_call_id="c")):
         with pytest.raises(InvalidRequest, match=f"'{block['type']}'.*takes text only"):
             engine_messages([SystemMessage("s"), message])
 
 
-def test_unknown_message_is_dropped():
+def test_unknown_message_is_refused():
     with pytest.raises(InvalidRequest, match="message 1 is a FunctionMessage"):
         engine_messages([HumanMessage("h"), FunctionMessage("3", name="f")])
 
 
-def test_prompt_of_qwen_differs():
-    """Each kind of message through the template of Qwen3.5, whole."""
+def test_qwen_prompt_has_every_message():
+    """The template of Qwen3.5 renders a conversation with every kind of message."""
     made = tokenizer("qwen3_5_think", "demo")
     conversation = [
         SystemMessage("Be kind."),

@@ -1,4 +1,4 @@
-"""What a model may be told, what it says of itself, and what it costs to make one."""
+"""Test the options of a model, its description for LangChain, and that creating it is cheap."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def model(**kwargs):
     return ChatFlashMoE(model=DEMO, **kwargs)
 
 
-def test_making_a_model_loads_one():
+def test_creating_a_model_loads_nothing():
     code = (
         "import sys\n"
         "from langchain_flashmoe import ChatFlashMoE\n"
@@ -30,7 +30,7 @@ def test_making_a_model_loads_one():
 
 
 @pytest.mark.parametrize("name", ["temprature", "top_pp", "base_url"])
-def test_unknown_argument_is_ignored(name):
+def test_unknown_argument_is_refused(name):
     with pytest.raises(ValidationError, match=f"'{name}' is not a known option"):
         model(**{name: 1})
     with pytest.raises(InvalidRequest, match=f"'{name}' is not a known option"):
@@ -39,7 +39,7 @@ def test_unknown_argument_is_ignored(name):
         model().bind_tools([], **{name: 1})
 
 
-def test_misspelt_argument_gets_no_hint():
+def test_misspelt_argument_gets_a_hint():
     with pytest.raises(InvalidRequest, match="did you mean 'temperature'"):
         model().invoke("Hi", temprature=1)
 
@@ -59,20 +59,20 @@ def test_misspelt_argument_gets_no_hint():
         ("temperature", float("nan")),
     ],
 )
-def test_value_out_of_range_is_taken(name, value):
+def test_value_out_of_range_is_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         model(**{name: value})
     with pytest.raises(InvalidRequest, match=name):
         model().invoke("Hi", **{name: value})
 
 
-def test_no_model_is_a_puzzle(monkeypatch):
+def test_missing_model_name_is_explained(monkeypatch):
     monkeypatch.delenv("FLASHMOE_MODEL", raising=False)
     with pytest.raises(ValueError, match="pass model='flashmoe-demo'.*set FLASHMOE_MODEL"):
         ChatFlashMoE()
 
 
-def test_unknown_model_is_found():
+def test_unknown_model_is_refused():
     with pytest.raises(ModelNotFound, match="'not-there' is no model name"):
         ChatFlashMoE(model="not-there").invoke("Hi")
     with pytest.raises(ModelNotFound, match="224 GB. To get it, run"):
@@ -82,7 +82,7 @@ def test_unknown_model_is_found():
     assert ChatFlashMoE(model="not-there").profile is None
 
 
-def test_field_is_not_described():
+def test_every_field_has_a_description():
     own = ChatFlashMoE.model_fields.keys() - ChatFlashMoE.__mro__[1].model_fields.keys()
     assert {"temperature", "experts", "memory", "reasoning", "stop"} <= own
     for name in own:
@@ -105,22 +105,22 @@ def keys(**kwargs):
         {"max_tokens": 5},
     ],
 )
-def test_models_that_answer_differently_share_a_cache_key(kwargs):
+def test_models_that_answer_differently_have_different_cache_keys(kwargs):
     assert keys(**kwargs) != keys()
     assert model(**kwargs)._identifying_params != model()._identifying_params
-    # A call may say what a model says.
+    # A call may set the same options as the model.
     if "stop" not in kwargs:
         assert model()._get_llm_string(**kwargs) == keys(**kwargs)
-    # Stop strings of a call do not hide those of the model.
+    # Stop strings of a call are added to those of the model.
     assert model(**kwargs)._get_llm_string(stop=["y"]) != model()._get_llm_string(stop=["y"])
 
 
-def test_models_that_answer_alike_have_keys_of_their_own():
+def test_models_that_answer_alike_share_a_cache_key():
     for kwargs in ({"memory": "8GB"}, {"prompt_cache": False}, {"timeout": 9}, {"max_retries": 3}):
         assert keys(**kwargs) == keys()
 
 
-def test_changed_checkpoint_keeps_its_key(tmp_path):
+def test_changed_checkpoint_has_another_cache_key(tmp_path):
     for file in find(DEMO).iterdir():
         (tmp_path / file.name).symlink_to(file)
     before = ChatFlashMoE(model=str(tmp_path))._get_llm_string()
@@ -132,7 +132,7 @@ def test_changed_checkpoint_keeps_its_key(tmp_path):
     assert ChatFlashMoE(model=str(tmp_path))._get_llm_string() != before
 
 
-def test_traces_lack_the_parameters():
+def test_traces_have_the_parameters():
     made = model(temperature=0.5, max_tokens=9, stop=["a"])
     assert made._get_ls_params() == {
         "ls_provider": "flashmoe",
@@ -150,7 +150,7 @@ def test_traces_lack_the_parameters():
     assert made.metadata["lc_versions"].keys() >= {"langchain-core", "langchain-flashmoe"}
 
 
-def test_profile_is_not_what_the_model_can_do():
+def test_profile_says_what_the_model_can_do():
     profile = model().profile
     assert profile["max_input_tokens"] == 4096
     able = ("tool_calling", "tool_choice", "tool_call_streaming", "structured_output")
@@ -158,7 +158,7 @@ def test_profile_is_not_what_the_model_can_do():
     assert not any(profile[f"{kind}_inputs"] for kind in ("image", "pdf", "audio", "video"))
 
 
-def test_profile_of_a_bare_template_has_tools(tmp_path):
+def test_profile_of_a_bare_template_has_no_tools(tmp_path):
     for file in find(DEMO).iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)
@@ -169,7 +169,7 @@ def test_profile_of_a_bare_template_has_tools(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The function .load. is in beta")
-def test_dumped_model_is_another():
+def test_dumped_model_is_restored():
     made = model(temperature=0.5, stop=["a"], api_key="secret", experts=4)
     dumped = dumpd(made)
     assert "secret" not in str(dumped)
@@ -177,10 +177,10 @@ def test_dumped_model_is_another():
     assert again._get_llm_string() == made._get_llm_string()
 
 
-def test_one_stop_string_is_its_letters():
+def test_single_stop_string_becomes_a_list():
     assert model(stop="you").stop == ["you"]
 
 
-def test_demo_is_not_what_FLASHMOE_MODEL_names(monkeypatch):
+def test_model_is_named_by_the_environment(monkeypatch):
     monkeypatch.setenv("FLASHMOE_MODEL", str(Path("/not/there")))
     assert ChatFlashMoE().model == "/not/there"

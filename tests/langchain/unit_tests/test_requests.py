@@ -1,4 +1,4 @@
-"""Calls of the model to requests of the engine: nothing that was asked for is lost on the way."""
+"""Test that every option of a call reaches the request or the engine."""
 
 import pytest
 from langchain_core.messages import HumanMessage
@@ -40,17 +40,17 @@ def request(model=None, stop=None, **kwargs):
     return model._request(CallOptions.merge(model, stop, kwargs), [HumanMessage("Hi")])[1]
 
 
-def test_option_is_not_tested():
+def test_every_option_has_a_test_value():
     assert VALUES.keys() == RANGES.keys() | {"experts"}
 
 
 @pytest.mark.parametrize(("name", "value"), VALUES.items())
-def test_option_is_lost(name, value):
+def test_option_reaches_the_request(name, value):
     expected = Request([{"role": "user", "content": "Hi"}], **{name: value})
     assert request(**{name: value}) == expected
     made = ChatFlashMoE(model=DEMO, **{name: value})
     assert request(made) == expected
-    # None: as if it had not been given.
+    # None means that the option was not given.
     assert request(made, **{name: None}) == request()
 
 
@@ -70,13 +70,13 @@ def test_option_is_lost(name, value):
         ),
     ],
 )
-def test_argument_is_lost(kwargs, expected):
+def test_argument_reaches_the_request(kwargs, expected):
     stop = kwargs.pop("stop", None)
     assert request(stop=stop, **kwargs) == Request([{"role": "user", "content": "Hi"}], **expected)
 
 
-def test_name_that_prunes_does_not(tmp_path, monkeypatch):
-    """qwen3.5-397b-flash is the checkpoint with K=4, here as a copy of the demo model."""
+def test_flash_name_prunes_the_model(tmp_path, monkeypatch):
+    """qwen3.5-397b-flash is its checkpoint with K=4; a copy of the demo model takes its place."""
     repo = tmp_path / "Qwen3.5-397B-A17B-4bit"
     repo.mkdir()
     for file in find(DEMO).iterdir():
@@ -90,14 +90,14 @@ def test_name_that_prunes_does_not(tmp_path, monkeypatch):
     assert flash.profile["max_input_tokens"] == 4096
 
 
-def test_answer_of_a_schema_may_be_several_calls():
+def test_answer_of_a_schema_is_exactly_one_call():
     made = ChatFlashMoE(model=DEMO)
     chain = made.with_structured_output(Answer, method="function_calling")
     assert chain.first.kwargs["parallel_tool_calls"] is False
     assert chain.first.kwargs["tool_choice"] == "Answer"
 
 
-def test_setting_of_the_engine_is_lost():
+def test_settings_reach_the_engine():
     settings = {"memory": "1GB", "io": "uncached", "activations": "int8"}
     made = ChatFlashMoE(model=DEMO, **settings)
     engine, _ = made._request(CallOptions.merge(made, None, {}), [HumanMessage("Hi")])

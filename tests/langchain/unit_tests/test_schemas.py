@@ -1,4 +1,4 @@
-"""Schemas in all their forms, and answers held against them."""
+"""Test every form of a schema, and how answers are parsed by them."""
 
 import json
 from typing import Annotated, Optional
@@ -62,7 +62,7 @@ FUNCTION = {
         ({"type": "function", "function": FUNCTION}, "Fn", dict),
     ],
 )
-def test_form_of_a_schema_is_not_known(given, name, makes):
+def test_every_form_of_a_schema_is_accepted(given, name, makes):
     schema = AnswerSchema.from_any(given)
     assert schema.name == name
     assert schema.description == "A person."
@@ -71,29 +71,29 @@ def test_form_of_a_schema_is_not_known(given, name, makes):
     assert schema.tool["function"]["name"] == name
 
 
-def test_constraint_of_a_class_is_lost():
+def test_constraints_of_a_class_are_kept():
     assert AnswerSchema.from_any(New).json_schema["properties"]["name"]["minLength"] == 1
     assert AnswerSchema.from_any(Old).json_schema["properties"]["name"]["minLength"] == 1
 
 
-def test_class_that_holds_itself_is_endless():
+def test_recursive_class_is_accepted():
     assert AnswerSchema.from_any(Tree).json_schema["$ref"].startswith("#/$defs")
     made = AnswerSchema.from_any(Tree).build({"value": 1, "children": [{"value": 2}]})
     assert made.children[0].value == 2
 
 
-def test_schema_without_a_title_has_no_name():
+def test_schema_without_a_title_gets_a_name():
     assert AnswerSchema.from_any({"type": "object"}).name == "answer"
     assert AnswerSchema.from_any({"title": "My schema: one"}).name == "My_schema__one"
 
 
 @pytest.mark.parametrize("given", [3, "text", [1]])
-def test_no_schema_is_one(given):
+def test_value_that_is_not_a_schema_is_refused(given):
     with pytest.raises(InvalidRequest, match="is not a schema"):
         ChatFlashMoE(model=DEMO).with_structured_output(given)
 
 
-def test_bad_arguments_are_found_late():
+def test_bad_arguments_are_refused_at_once():
     model = ChatFlashMoE(model=DEMO)
     with pytest.raises(InvalidRequest, match="method='magic' is not"):
         model.with_structured_output(New, method="magic")
@@ -113,7 +113,7 @@ def parser(from_call=False, schema=New):
     )
 
 
-def test_answer_is_not_parsed():
+def test_answer_is_parsed():
     assert parser().parse_result(answer('{"name": "Ann", "age": 3}')) == New(name="Ann", age=3)
     assert parser().parse('{"name": "Ann"}') == New(name="Ann")
     call = {"name": "New", "args": {"name": "Ann"}, "id": "c"}
@@ -124,7 +124,7 @@ def test_answer_is_not_parsed():
 @pytest.mark.parametrize(
     "text", ['{"name": "An', '{"name": "Ann"', "", "Ann", '{"name": ""}', '{"age": 3}', "NaN"]
 )
-def test_answer_that_is_none_is_parsed(text):
+def test_invalid_answer_is_refused(text):
     whole = AIMessageChunk(
         text, chunk_position="last", response_metadata={"finish_reason": "length"}
     )
@@ -133,7 +133,7 @@ def test_answer_that_is_none_is_parsed(text):
             parser().parse_result([ChatGeneration(message=whole)], partial=partial)
 
 
-def test_broken_call_is_none():
+def test_broken_or_missing_call_is_refused():
     broken = {"name": "New", "args": "<", "id": "c", "error": "it was cut"}
     with pytest.raises(OutputParserException, match="it was cut"):
         parser(True).parse_result(answer(invalid_tool_calls=[broken]))
@@ -141,19 +141,19 @@ def test_broken_call_is_none():
         parser(True).parse_result(answer("I am sorry"))
 
 
-def test_stream_is_parsed_at_its_end_only():
+def test_stream_is_parsed_while_it_grows():
     text = json.dumps({"name": "Ann", "age": 31})
     chunks = [AIMessageChunk(letter) for letter in text]
     chunks[-1].chunk_position = "last"
-    found = list(parser(schema=New.model_json_schema()).transform(iter(chunks)))
-    assert found[0] == {}
-    assert {"name": "A"} in found
-    assert found[-1] == {"name": "Ann", "age": 31}
+    results = list(parser(schema=New.model_json_schema()).transform(iter(chunks)))
+    assert results[0] == {}
+    assert {"name": "A"} in results
+    assert results[-1] == {"name": "Ann", "age": 31}
     assert list(parser().transform(iter(chunks)))[-1] == New(name="Ann", age=31)
 
 
-def test_stream_that_ends_early_is_whole():
+def test_stream_that_ends_early_is_refused():
     chunks = [AIMessageChunk('{"name": "Ann", "age": 3'), AIMessageChunk("", chunk_position="last")]
-    found = parser(schema=New.model_json_schema()).transform(iter(chunks))
+    results = parser(schema=New.model_json_schema()).transform(iter(chunks))
     with pytest.raises(OutputParserException, match="no valid answer"):
-        list(found)
+        list(results)

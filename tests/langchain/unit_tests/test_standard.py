@@ -1,4 +1,4 @@
-"""LangChain's own unit tests of a chat model."""
+"""Run LangChain's own unit tests of a chat model."""
 
 import importlib
 
@@ -11,8 +11,11 @@ from langchain_flashmoe import ChatFlashMoE
 
 @pytest.fixture(autouse=True)
 def loadable(monkeypatch):
-    """LangChain loads only classes of its own list, in which no package of others is. Users
-    name the class, `load(dumped, allowed_objects=[ChatFlashMoE], ...)`; the suite cannot."""
+    """Allow LangChain to load ChatFlashMoE.
+
+    LangChain loads only the classes of a list that has no classes of other packages. Users name the
+    class in `load(dumped, allowed_objects=[ChatFlashMoE], ...)`, which the suite cannot do.
+    """
     load = importlib.import_module("langchain_core.load.load")
     known = load._get_default_allowed_class_paths("all")
     ours = {tuple(ChatFlashMoE.lc_id())}

@@ -1,4 +1,4 @@
-"""Tools, choices and formats in all the forms that LangChain and OpenAI have for them."""
+"""Test tools, tool choices and response formats in every form of LangChain and OpenAI."""
 
 from typing import Annotated
 
@@ -54,18 +54,18 @@ DEFINITION = {"name": "add", "description": "Add two numbers.", "parameters": SC
     ],
 )
 @pytest.mark.parametrize("strict", [None, False, True])
-def test_form_of_a_tool_is_not_known(given, name, strict):
-    (found,) = openai_tools([given], strict)
-    assert found["type"] == "function"
-    function = found["function"]
+def test_every_form_of_a_tool_is_accepted(given, name, strict):
+    (definition,) = openai_tools([given], strict)
+    assert definition["type"] == "function"
+    function = definition["function"]
     assert function["name"] == name
     assert function["description"].startswith("Add two numbers.")
     assert function["parameters"]["properties"]["a"]["type"] == "integer"
     assert function.keys() == {"name", "description", "parameters"}
-    assert openai_tools([found]) == [found]
+    assert openai_tools([definition]) == [definition]
 
 
-def test_tool_of_a_server_is_taken():
+def test_tool_of_a_server_is_refused():
     with pytest.raises(InvalidRequest, match="'web_search' runs on a server"):
         openai_tools([{"type": "web_search"}])
     with pytest.raises(InvalidRequest, match="cannot be used as a tool"):
@@ -93,18 +93,18 @@ TOOLS = openai_tools([add, Add, {"name": "any", "parameters": SCHEMA}])
         ({"type": "auto"}, "auto"),
     ],
 )
-def test_tool_choice_is_misread(choice, expected):
+def test_tool_choice_is_translated(choice, expected):
     assert engine_tool_choice(choice, TOOLS) == expected
 
 
-def test_any_is_no_choice():
+def test_any_means_required():
     assert engine_tool_choice("any", TOOLS[:2]) == "required"
 
 
 @pytest.mark.parametrize(
     "choice", ["sub", {"type": "function", "function": {"name": "sub"}}, 3, {}]
 )
-def test_unknown_choice_is_taken(choice):
+def test_unknown_choice_is_refused(choice):
     with pytest.raises(InvalidRequest, match="the tools are add, Add"):
         ChatFlashMoE(model=DEMO).bind_tools([add, Add], tool_choice=choice)
     with pytest.raises(ValueError, match="the tools are none"):
@@ -127,13 +127,13 @@ def test_unknown_choice_is_taken(choice):
         (Add, {"type": "json_schema", "schema": Add.model_json_schema()}),
     ],
 )
-def test_format_is_misread(given, expected):
+def test_response_format_is_translated(given, expected):
     assert engine_response_format(given) == expected
 
 
 @pytest.mark.parametrize(
     "given", [{"type": "json_schema"}, {"type": "json_schema", "json_schema": 3}]
 )
-def test_format_without_a_schema_is_taken(given):
+def test_response_format_without_a_schema_is_refused(given):
     with pytest.raises(InvalidRequest, match="has no schema"):
         engine_response_format(given)
