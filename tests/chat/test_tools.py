@@ -3,9 +3,8 @@
 import pytest
 from tool_call_texts import TOOLS, coder, read
 
-from flashmoe.chat import tools as tools_module
 from flashmoe.chat.tool_parsers import CoderCallParser
-from flashmoe.chat.tools import check_tool_choice, read_tools
+from flashmoe.chat.tools import call_error, check_tool_choice, read_tools
 from flashmoe.errors import SettingError
 
 
@@ -70,10 +69,8 @@ def test_parameters_behind_a_reference_are_resolved():
     tools = read_tools([{"name": "f", "parameters": {"$ref": "#/$defs/Args", "$defs": defs}}])
     assert tools["f"].parameters["properties"] == {"a": {"$ref": "#/$defs/A"}}
     assert read(CoderCallParser, [coder("f", {"a": 3})], tools) == ("f", {"a": 3})
-    assert tools_module.call_error("f", {"a": 3}, tools) is None
-    assert "'x' is not of type 'integer' (at ['a']" in tools_module.call_error(
-        "f", {"a": "x"}, tools
-    )
+    assert call_error("f", {"a": 3}, tools) is None
+    assert "'x' is not of type 'integer' (at ['a']" in call_error("f", {"a": "x"}, tools)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..events import Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
-from . import tools as tools_module
 from .special_tokens import SpecialTokens
 from .tool_parsers import TOOL_PARSERS, MalformedCall, ToolCallParser
-from .tools import Tool
+from .tools import Tool, call_error
 
 
 class OutputParser:
@@ -186,7 +185,7 @@ class _CallEvents:
         if error is None:
             try:
                 name, parsed, rest = self._parser.finish()
-                error = tools_module.call_error(name, parsed, self._tools)
+                error = call_error(name, parsed, self._tools)
                 arguments = None if error else parsed
                 yield from self._start()
                 if rest:

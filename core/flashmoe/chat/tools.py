@@ -18,7 +18,7 @@ class Tool:
 
     Attributes:
         parameters: the JSON schema of the arguments, an object without a reference at its top.
-        definition: the whole definition, as chat templates take it.
+        definition: the complete definition, in the form that chat templates take.
     """
 
     name: str
