@@ -39,14 +39,14 @@ def toy(request, tmp_path_factory):
 @pytest.fixture
 def load(toy):
     """A function that loads the toy with this number of slots, by default as few as possible."""
-    made = []
+    loaded = []
 
     def load(slots=None):
-        made.append(load_streaming(toy, slots=slots or toy.top_k + 2))
-        return made[-1]
+        loaded.append(load_streaming(toy, slots=slots or toy.top_k + 2))
+        return loaded[-1]
 
     yield load
-    for model in made:
+    for model in loaded:
         model.close()
 
 

@@ -39,11 +39,11 @@ def answer(model, chunks, limit, keep=(), cache=None):
         kept |= {first + i: s.state for i, s in enumerate(swept) if s.state is not None}
         lengths += [len(s.chunk.tokens) for s in swept]
     assert sum(lengths) == sum(map(len, chunks))
-    logits_ = [np.array(model.logits(swept[-1].hidden).astype(mx.float32))]
+    outputs = [np.array(model.logits(swept[-1].hidden).astype(mx.float32))]
     for _ in range(4):
-        new = model.next_logits([int(logits_[-1].argmax())], cache)
-        logits_.append(np.array(new.astype(mx.float32)))
-    return logits_, kept
+        new = model.next_logits([int(outputs[-1].argmax())], cache)
+        outputs.append(np.array(new.astype(mx.float32)))
+    return outputs, kept
 
 
 @pytest.mark.parametrize("slots", [5, 7, 11])
@@ -63,9 +63,9 @@ def test_layerwise_prefill_equals_prefill_chunk_by_chunk(path, slots):
     np.testing.assert_allclose(ours[0][0], whole, atol=0.1 if ops.on_gpu() else 1e-5, rtol=0)
     ours_resident, _ = answer(resident, chunks, 10**9)
     for limit in (1, 41, 60, 10**9):
-        logits_, _ = answer(model, chunks, limit)
-        assert same(logits_, ours)
-        assert same(logits_, ours_resident)
+        outputs, _ = answer(model, chunks, limit)
+        assert same(outputs, ours)
+        assert same(outputs, ours_resident)
     model.close()
 
 

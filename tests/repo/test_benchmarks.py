@@ -212,8 +212,10 @@ def test_medians_are_taken_over_rounds():
 def test_gguf_experts_have_the_bytes_of_the_mlx_ones():
     """Each expert of the GGUF file has as many bytes as in the MLX one."""
     experts = [t for t in synth.plan(4, 6, 32, 4, 64) if "switch_mlp" in t.name]
-    twins = [t for t in synth_gguf.plan(4, 6, 32) if "_exps" in t.name]
-    assert sum(t.nbytes for t in experts) == sum(t.nbytes for t in twins) == 4 * 6 * 7_077_888
+    gguf_experts = [t for t in synth_gguf.plan(4, 6, 32) if "_exps" in t.name]
+    assert (
+        sum(t.nbytes for t in experts) == sum(t.nbytes for t in gguf_experts) == 4 * 6 * 7_077_888
+    )
 
 
 def test_gguf_file_can_be_read(tmp_path, monkeypatch):

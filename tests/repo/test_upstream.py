@@ -132,7 +132,7 @@ def test_mlx_can_clear_streams():
     [qwen3_5.DecoderLayer, qwen3_next.Qwen3NextDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer],
 )
 def test_decoder_layers_are_unchanged(layer):
-    """flashmoe.ops.gpu.layers repeats the layer's forward pass with a sum and a norm in one kernel."""
+    """flashmoe.ops.gpu.layers repeats the forward pass with a sum and a norm in one kernel."""
     text = source(layer)
     for line in ("self.input_layernorm(x), mask, cache)", "h = x + r", "out = h + "):
         assert line in text, f"mlx-lm changed {layer.__name__}: {line!r} is gone"

@@ -129,15 +129,15 @@ def test_directory_raises_read_error(reader, tmp_path):
 
 
 def test_missing_file_raises_read_error_until_it_is_back(reader, tmp_path):
-    gone = tmp_path / "model-00009.safetensors"
-    text = error_of(reader, request(gone, 0, bytearray(4)))
+    missing = tmp_path / "model-00009.safetensors"
+    text = error_of(reader, request(missing, 0, bytearray(4)))
     assert text == (
-        f"expert 517 of layer 3 needs bytes 0..4 of model-00009.safetensors, but {gone} is "
+        f"expert 517 of layer 3 needs bytes 0..4 of model-00009.safetensors, but {missing} is "
         "missing: put the file back, or download the model again"
     )
-    gone.write_bytes(b"back")
+    missing.write_bytes(b"back")
     buffer = bytearray(4)
-    reader.submit([request(gone, 0, buffer)]).wait()
+    reader.submit([request(missing, 0, buffer)]).wait()
     assert buffer == b"back"
 
 
