@@ -19,14 +19,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import flashmoe
 from flashmoe.catalog import DEMO, find
-from flashmoe.sweep.documents import QUESTIONS, Document, own_answers
-from flashmoe.sweep.fidelity import differences
+from flashmoe.sweep.documents import QUESTIONS, EvalDocument, sample_answers
+from flashmoe.sweep.fidelity import token_differences
 
 #: Those of the figures in the README.
 ASKED = QUESTIONS[:12]
 
 
-def forced(model, texts: list[Document]) -> np.ndarray:
+def forced(model, texts: list[EvalDocument]) -> np.ndarray:
     """Logits (tokens of all answers, vocabulary), each row given what is before its token."""
     rows = []
     for text in texts:
@@ -47,11 +47,11 @@ def main() -> None:
     found, texts = {}, None
     for activations in ("float32", "int8"):
         model, tokenizer = flashmoe.load(find(args.model), activations=activations)
-        texts = texts or own_answers(model, tokenizer, ASKED, most=args.tokens)
+        texts = texts or sample_answers(model, tokenizer, ASKED, max_tokens=args.tokens)
         found[activations] = forced(model, texts)
         model.close()
     tokens = np.array([token for text in texts for token in text.predicted])
-    nll, excess, kl, same = differences(found["float32"], found["int8"], tokens).T
+    nll, excess, kl, same = token_differences(found["float32"], found["int8"], tokens).T
     means = {"float32": (nll - excess).mean(), "int8": nll.mean()}
     result = {
         "tokens": len(tokens),

@@ -28,8 +28,8 @@ from flashmoe.quantize import writer as quantize
 from flashmoe.quantize.calibration import calibrate
 from flashmoe.quantize.recipe import SHARD_NBYTES, Recipe, make_plan
 from flashmoe.quantize.rounding import Rounded
-from flashmoe.sweep.documents import own_answers
-from flashmoe.sweep.fidelity import compare, keep_exact
+from flashmoe.sweep.documents import sample_answers
+from flashmoe.sweep.fidelity import compare_with_exact, save_exact_logits
 
 
 def plain(w, importance, bits, group_size, dtype) -> Rounded:
@@ -51,25 +51,26 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory()
     exact = Path(scratch.name, "exact")
     model, tokenizer = flashmoe.load(path)
-    found = own_answers(model, tokenizer, ASKED, most=args.tokens)
+    found = sample_answers(model, tokenizer, ASKED, max_tokens=args.tokens)
     texts = found[1::2]
-    keep_exact(model, texts, exact)
+    save_exact_logits(model, texts, exact)
     model.close()
     plan = make_plan(Checkpoint.open(path), Recipe(args.gate_up, args.down))
     for name in ("plain", "search", "calibrated"):
         with tempfile.TemporaryDirectory() as out:
-            run = quantize.Run(plan, Path(out, "model"), {})
+            run = quantize.Quantizer(plan, Path(out, "model"), {})
             if name == "calibrated":
                 text = Path(out, "text")
                 text.write_text("\n".join(tokenizer.decode(d.tokens) for d in found[::2]))
                 run.importance = calibrate(plan.checkpoint, text)
-            quantize.begin(plan, run.directory, quantize.fingerprint(plan, SHARD_NBYTES, None))
+            settings = quantize.run_settings(plan, SHARD_NBYTES, None)
+            quantize.prepare_directory(plan, run.directory, settings)
             with mock.patch.object(
-                quantize, "search", plain if name == "plain" else quantize.search
+                quantize, "round_weights", plain if name == "plain" else quantize.round_weights
             ):
-                run.run()
+                run.write()
             version, _ = flashmoe.load(run.directory)
-            rounded = compare(version, texts, exact)
+            rounded = compare_with_exact(version, texts, exact)
             version.close()
         result = {
             "version": name,

@@ -117,7 +117,7 @@ def test_search_is_never_worse_than_plain_rounding(seed, bits, group_size, dtype
     elif kind == "one column":
         h[:] = 0
         h[7] = 1
-    rounded = rounding.search(w, h, bits, group_size, dtype)
+    rounded = rounding.round_weights(w, h, bits, group_size, dtype)
     stored = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[dtype]
     for values in (rounded.scales, rounded.biases):
         assert same(mx.array(values), mx.array(values).astype(stored).astype(mx.float32))
@@ -138,8 +138,8 @@ def test_search_weighs_the_error_of_each_column():
     w = random.standard_normal((64, 256)).astype(np.float32)
     h = np.exp(2 * random.standard_normal(256)).astype(np.float32)
     h /= h.mean()
-    weighed = rounding.search(w, h, 2, 64, "BF16")
-    flat = rounding.search(w, np.ones_like(h), 2, 64, "BF16")
+    weighed = rounding.round_weights(w, h, 2, 64, "BF16")
+    flat = rounding.round_weights(w, np.ones_like(h), 2, 64, "BF16")
     packed = (mx.array(a) for a in (flat.weight, flat.scales, flat.biases))
     error = float((np.square(np.array(mx.dequantize(*packed, 64, 2)) - w) @ h).sum())
     assert weighed.error < 0.8 * error
@@ -239,7 +239,7 @@ import os, signal, sys
 from flashmoe import cli
 from flashmoe.checkpoint.safetensors_writer import ShardWriter
 from flashmoe.quantize import writer as quantize
-owner = {"write": ShardWriter, "publish": ShardWriter, "_finish": quantize.Run}[sys.argv[1]]
+owner = {"write": ShardWriter, "publish": ShardWriter, "_finish": quantize.Quantizer}[sys.argv[1]]
 method, left = getattr(owner, sys.argv[1]), int(sys.argv[2])
 def killed(*args):
     global left
@@ -333,7 +333,7 @@ def test_corrupt_source_is_refused(tmp_path, fault):
     said = run(path, tmp_path / "out", code=1)
     if fault == "scales":
         assert f"{layer.prefix}.up_proj" in said
-        assert "expert 3 has weights that are no finite" in said
+        assert "expert 3 has weights that are not finite" in said
     assert not list(tmp_path.glob("out/model*.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""What counts as a good call or document."""
+"""Test which calls and documents of a model count as passed."""
 
 import json
 from dataclasses import astuple
@@ -13,14 +13,21 @@ from flashmoe.chat.tools import read_tools
 from flashmoe.engine import Engine
 from flashmoe.events import ToolCall
 from flashmoe.sweep import pass_rates
-from flashmoe.sweep.pass_rates import Rate, call_tasks, judge_call, judge_json, rate, schema_tasks
+from flashmoe.sweep.pass_rates import (
+    Rate,
+    call_tasks,
+    judge_call,
+    judge_json,
+    measure_rate,
+    schema_tasks,
+)
 
 ADD = next(t for t in call_tasks() if t.tool == "add")
 RIGHT = {"a": ADD.values["a"], "b": ADD.values["b"]}
 
 
-def judged(text: str) -> str:
-    """What an answer is worth, read as the engine reads it."""
+def verdict_of(text: str) -> str:
+    """Return the verdict about an answer that is parsed as the engine parses it."""
     reply = OutputParser(TOKENIZER, SPECIAL_TOKENS, read_tools(list(ADD.tools)), (), False)
     events = [e for t in tokens_of(text) for e in reply.feed(t)] + [*reply.finish("it ended")]
     return judge_call(ADD, [e for e in events if isinstance(e, ToolCall)])
@@ -31,7 +38,7 @@ def call(name: str, arguments: dict) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "worth"),
+    ("text", "verdict"),
     [
         (call("add", RIGHT), "right"),
         ("I will.\n" + call("add", RIGHT), "right"),
@@ -46,12 +53,12 @@ def call(name: str, arguments: dict) -> str:
         ("It is 42.", "wrong"),
     ],
 )
-def test_call_is_worth_something_else(text, worth):
-    assert judged(text) == worth
+def test_calls_are_judged(text, verdict):
+    assert verdict_of(text) == verdict
 
 
 @pytest.mark.parametrize(
-    ("text", "worth"),
+    ("text", "verdict"),
     [
         ('{"name": "Rex", "age": 3}', "passed"),
         ('{"name": "Rex", "age": "3"}', "wrong"),
@@ -61,11 +68,11 @@ def test_call_is_worth_something_else(text, worth):
         ("", "wrong"),
     ],
 )
-def test_document_is_worth_something_else(text, worth):
-    assert judge_json(schema_tasks()[0], text) == worth
+def test_documents_are_judged(text, verdict):
+    assert judge_json(schema_tasks()[0], text) == verdict
 
 
-def test_tasks_cannot_be_solved():
+def test_tasks_are_distinct_and_can_be_solved():
     tasks = call_tasks()
     assert len({t.messages[0]["content"] for t in tasks}) == len(tasks) == 120
     assert len({t.tool for t in tasks[:6]}) == 6
@@ -83,26 +90,26 @@ def test_tasks_cannot_be_solved():
         schemas.check_schema(task.schema, "it")
 
 
-def test_demo_is_asked_for_nothing(engine):
-    """Greedily, so always the same."""
-    told = []
+def test_rate_counts_what_the_demo_passes(engine):
+    """Greedy decoding gives the same answers each time."""
+    progress = []
     tasks = call_tasks()[:2]
-    found = rate(engine, tasks, experts=10, constrain=True, advance=told.append)
-    assert told == [1, 1]
-    assert found == Rate(asked=2, passed=2, right=2, cut=0)
-    free = rate(engine, schema_tasks()[:1], experts=10, constrain=False)
+    constrained = measure_rate(engine, tasks, experts=10, constrain=True, advance=progress.append)
+    assert progress == [1, 1]
+    assert constrained == Rate(asked=2, passed=2, right=2, cut=0)
+    free = measure_rate(engine, schema_tasks()[:1], experts=10, constrain=False)
     assert free == Rate(asked=1, passed=0, right=None, cut=0)
 
 
-def test_nonsense_passes(tmp_path, monkeypatch):
-    """Of a model of random weights: nothing without the grammar, and what it finishes with it."""
+def test_random_model_passes_nothing_without_the_grammar(tmp_path, monkeypatch):
+    """With the grammar, a model of random weights passes whatever it finishes."""
     monkeypatch.setattr(pass_rates, "MAX_TOKENS", 90)
     with Engine(write_chat_toy(tmp_path / "toy"), slots=7, prompt_store=0) as engine:
         tasks = schema_tasks()[:2]
-        held = rate(engine, tasks, experts=3, constrain=True)
+        held = measure_rate(engine, tasks, experts=3, constrain=True)
         assert held.passed + held.cut == 2
         monkeypatch.setattr(pass_rates, "MAX_TOKENS", 20)
-        free = rate(engine, tasks, experts=3, constrain=False)
+        free = measure_rate(engine, tasks, experts=3, constrain=False)
         assert astuple(free)[:3] == (2, 0, None)
-        calls = rate(engine, call_tasks()[:2], experts=3, constrain=False)
+        calls = measure_rate(engine, call_tasks()[:2], experts=3, constrain=False)
         assert (calls.passed, calls.right, calls.cut) == (0, 0, 2)

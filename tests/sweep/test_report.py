@@ -1,13 +1,16 @@
-"""The report and the plot of a sweep, from points whose answer is known."""
+"""Test the report and the plot of a sweep with points whose results are known."""
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from flashmoe.sweep.plot import svg
+from flashmoe.errors import SettingError
+from flashmoe.sweep.plot import check_plot_file, draw, write_plot
 from flashmoe.sweep.report import columns, report, rows, summary
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,33 +33,33 @@ POINTS = [
 ]
 
 
-def names(found: list[dict]) -> list[tuple]:
-    return [(f["version"], f["experts"]) for f in found]
+def names(points: list[dict]) -> list[tuple]:
+    return [(p["version"], p["experts"]) for p in points]
 
 
-def test_another_point_is_where_to_stop():
-    found = report("toy", POINTS, 0.05)
-    # own K=4 and K=1 are both larger and worse than one of fewer bits.
-    assert names(found["best"]) == [("own", 10), ("2", 10), ("2", 4), ("2", 1)]
-    assert names([found["stop"]]) == [("2", 4)]
-    # Two standard errors count: 0.045 + 0.002 is too much, 0.03 + 0.04 too.
+def test_stop_is_the_smallest_point_within_the_threshold():
+    result = report("toy", POINTS, 0.05)
+    # K=4 and K=1 of the own version are both larger and worse than a point of fewer bits.
+    assert names(result["best"]) == [("own", 10), ("2", 10), ("2", 4), ("2", 1)]
+    assert names([result["stop"]]) == [("2", 4)]
+    # Two standard errors are added: 0.045 + 0.002 exceeds the threshold, as does 0.03 + 0.04.
     assert names([report("toy", POINTS, 0.0465)["stop"]]) == [("own", 10)]
     assert names([report("toy", POINTS, 0.08)["stop"]]) == [("2", 4)]
     assert names([report("toy", POINTS, 2)["stop"]]) == [("2", 1)]
-    assert "stop at 2, K=4: 9.5 MB a token, KL 0.0450 ± 0.0010" in summary(found)[0]
-    assert "at most 0.05 nats" in summary(found)[0]
+    assert "stop at 2, K=4: 9.5 MB per token, KL 0.0450 ± 0.0010" in summary(result)[0]
+    assert "at most 0.05 nats" in summary(result)[0]
 
 
-def test_equal_points_hide_each_other():
+def test_equal_points_are_both_among_the_best():
     twins = [point("own", 10, 20, 0.0), point("2", 10, 20, 0.0)]
     assert len(report("toy", twins, 0.1)["best"]) == 2
 
 
-def test_row_is_missing_or_wrong():
-    found = report("toy", POINTS, 0.05)
-    assert columns(found)[-1] == ""
-    assert not any("calls" in c or "tok/s" in c for c in columns(found))
-    shown = rows(found)
+def test_every_point_has_a_row():
+    result = report("toy", POINTS, 0.05)
+    assert columns(result)[-1] == ""
+    assert not any("calls" in c or "tokens/s" in c for c in columns(result))
+    shown = rows(result)
     assert [(r["version"], r["K"]) for r in shown] == [
         (p["version"], str(p["experts"])) for p in POINTS
     ]
@@ -64,8 +67,8 @@ def test_row_is_missing_or_wrong():
     assert shown[1] == {
         "version": "own",
         "K": "4",
-        "a token": "13.0 MB",
-        "of experts": "8.0 MB",
+        "bytes/token": "13.0 MB",
+        "expert bytes": "8.0 MB",
         "KL": "0.0600 ± 0.0010",
         "perplexity": "2.700",
         "same top": "90.0%",
@@ -73,7 +76,7 @@ def test_row_is_missing_or_wrong():
     }
 
 
-def test_rates_are_not_shown():
+def test_rates_and_speed_are_shown():
     passed = {"asked": 6, "passed": 5, "right": 4, "cut": 1}
     none = {"asked": 6, "passed": 0, "right": 0, "cut": 0}
     json_rate = {"asked": 3, "passed": 3, "right": None, "cut": 0}
@@ -83,31 +86,31 @@ def test_rates_are_not_shown():
         "schemas": {"grammar": json_rate, "free": json_rate},
         "speed": speed,
     }
-    found = report("toy", [point("own", 10, 20, 0.0, **more), *POINTS[1:]], 0.05, whole=False)
-    (first, second, *_) = rows(found)
+    result = report("toy", [point("own", 10, 20, 0.0, **more), *POINTS[1:]], 0.05, whole=False)
+    (first, second, *_) = rows(result)
     assert first["calls, grammar"] == "4 / 5 of 6"
     assert first["JSON, free"] == "3 of 3"
-    assert (first["tok/s"], first["read a token"]) == ("12.3", "2.0 MB")
-    assert set(columns(found)) == set(first)
-    assert "tok/s" not in second
-    said = "\n".join(summary(found))
-    assert "calls without a grammar: the exact model passes none" in said
-    assert said.count("passes none") == 1
-    assert "ended before it was whole" in said
+    assert (first["tokens/s"], first["read/token"]) == ("12.3", "2.0 MB")
+    assert set(columns(result)) == set(first)
+    assert "tokens/s" not in second
+    text = "\n".join(summary(result))
+    assert "calls without a grammar: the exact model passes none" in text
+    assert text.count("passes none") == 1
+    assert "stopped before all points were measured" in text
 
 
-def test_nothing_was_finished():
-    found = report("toy", [], 0.05, whole=False)
-    assert (found["stop"], found["best"], rows(found)) == (None, [], [])
-    assert summary(found) == ["the sweep was ended before it was whole"]
+def test_report_without_points_is_empty():
+    result = report("toy", [], 0.05, whole=False)
+    assert (result["stop"], result["best"], rows(result)) == (None, [], [])
+    assert summary(result) == ["the sweep was stopped before all points were measured"]
 
 
-def drawn(points: list[dict], threshold: float = 0.05, name: str = "toy") -> ET.Element:
-    return ET.fromstring(svg(report(name, points, threshold)))
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def texts(root: ET.Element) -> list[str]:
-    return [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+def svg_texts(file: Path) -> list[str]:
+    """Return the texts of a plot, which is written as SVG."""
+    return [e.text for e in ET.parse(file).iter(f"{SVG}text")]
 
 
 @pytest.mark.parametrize(
@@ -121,43 +124,70 @@ def texts(root: ET.Element) -> list[str]:
         [point(str(i), 10, 4_250 + i, 10.0**-i) for i in range(9)],
     ],
 )
-def test_plot_leaves_the_page(points):
-    root = drawn(points)
-    width, height = map(float, root.get("viewBox").split()[2:])
-    places = re.findall(
-        r'(?:x|cx)="([\d.-]+)" (?:y|cy)="([\d.-]+)"', svg(report("t", points, 0.05))
-    )
-    assert len(places) > len(points)
-    for x, y in places:
-        assert 0 <= float(x) <= max(width, 1100)
-        assert 0 <= float(y) <= height
-    for p in points:
-        assert str(p["experts"]) in texts(root)
+def test_plot_labels_every_point(points, tmp_path):
+    write_plot(report("toy", points, 0.05), tmp_path / "plot.svg")
+    texts = svg_texts(tmp_path / "plot.svg")
+    labels = Counter(str(p["experts"]) for p in points)
+    assert all(texts.count(k) >= count for k, count in labels.items())
+    assert all(not re.search(r"\de[+-]?\d", text) for text in texts)
+    assert {"0", "threshold 0.05", "toy: each point is one K"} <= set(texts)
 
 
-def test_plot_has_other_points():
-    root = drawn(POINTS)
-    said = texts(root)
-    assert {"own", "2 bits", "threshold 0.05", "MB that a token needs"} <= set(said)
-    lines = [e.get("d") for e in root.iter("{http://www.w3.org/2000/svg}path") if e.get("stroke")]
-    (own, two) = [d for d in lines if d.count("L") == 2]
-    # More bytes to the right, a higher KL further up; 0 lies on the axis.
-    for line in (own, two):
-        places = [tuple(map(float, p.split())) for p in line[1:].split("L")]
-        assert places == sorted(places)
-        assert [y for _, y in places] == sorted(y for _, y in places)
-    assert own.endswith(" 404.0")
-    circles = [e for e in root.iter("{http://www.w3.org/2000/svg}circle") if e.get("class")]
-    assert len(circles) == 1
+def test_plot_shows_the_points():
+    figure = draw(report("toy", POINTS, 0.05))
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "MB that a token needs"
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["own", "2 bits"]
+    own, two = (container.lines[0] for container in axes.containers)
+    assert own.get_xdata().tolist() == [7e6, 13e6, 25e6]
+    assert two.get_ydata().tolist() == [1.2, 0.045, 0.03]
+    # A KL of 0 has no place on a logarithmic axis: it is at the lower end, whose label is 0.
+    zero = axes.get_ylim()[0]
+    assert own.get_ydata().tolist() == [1.5, 0.06, zero]
+    assert axes.get_yticks()[0] == zero
+    assert axes.get_yticklabels()[0].get_text() == "0"
+    (stop,) = [line for line in axes.lines if line.get_gid() == "stop"]
+    assert (stop.get_xdata(), stop.get_ydata()) == ([9.5e6], [0.045])
 
 
-def test_name_breaks_the_plot():
-    assert any("<&>" in text for text in texts(drawn(POINTS, name="<&>")))
+def test_name_is_escaped_in_the_plot(tmp_path):
+    write_plot(report("<&> $x$", POINTS, 0.05), tmp_path / "plot.svg")
+    assert any("<&> $x$" in text for text in svg_texts(tmp_path / "plot.svg"))
 
 
-def test_plot_of_the_docs_is_old():
-    """It is drawn from the numbers beside it."""
-    found = json.loads((DOCS / "plots" / "sweep.json").read_text())
-    assert found["whole"]
-    assert svg(found) == (DOCS / "plots" / "sweep.svg").read_text()
-    assert report(found["model"], found["points"], found["threshold"]) == found
+@pytest.mark.parametrize(
+    ("name", "start"), [("p.svg", b"<?xml"), ("p.png", b"\x89PNG"), ("p.PDF", b"%PDF")]
+)
+def test_plot_has_the_format_of_its_suffix(tmp_path, name, start):
+    for file in (tmp_path / name, tmp_path / f"again-{name}"):
+        write_plot(report("toy", POINTS, 0.05), file)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"again-{name}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("plot", "use .svg, .png or .pdf"),
+        ("plot.txt", "use .svg, .png or .pdf"),
+        ("none/plot.svg", "there is no directory"),
+    ],
+)
+def test_unusable_plot_file_is_refused(tmp_path, name, text):
+    with pytest.raises(SettingError, match=text):
+        check_plot_file(tmp_path / name)
+
+
+def test_missing_matplotlib_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(SettingError, match=r'pip install "llm-flashmoe\[plot\]"'):
+        check_plot_file(tmp_path / "plot.svg")
+
+
+def test_plot_of_the_docs_is_up_to_date(tmp_path):
+    """The plot is drawn from the numbers in the JSON file beside it."""
+    result = json.loads((DOCS / "plots" / "sweep.json").read_text())
+    assert result["whole"]
+    write_plot(result, tmp_path / "plot.svg")
+    assert svg_texts(tmp_path / "plot.svg") == svg_texts(DOCS / "plots" / "sweep.svg")
+    assert report(result["model"], result["points"], result["threshold"]) == result

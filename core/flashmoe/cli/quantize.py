@@ -12,7 +12,7 @@ from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
 from ..options import EngineOptions
-from ..quantize.recipe import SHARD_NBYTES, Plan, Recipe, make_plan
+from ..quantize.recipe import QuantizePlan, Recipe, make_plan
 from ..sizes import format_size, parse_size
 from ..terminal import json_option, print_json, print_remark, print_table, progress_bar
 from .options import engine_options
@@ -36,9 +36,15 @@ def _dense_bits(context: click.Context, option: click.Parameter, value: str) -> 
     "--bits", metavar="N", type=int, help="Round all three matrices of an expert to N bits."
 )
 @click.option(
-    "--gate-up", metavar="N", type=int, show_default="2", help="Round gate and up to N bits."
+    "--gate-up",
+    metavar="N",
+    type=int,
+    show_default="as --bits, or 2",
+    help="Round gate and up to N bits.",
 )
-@click.option("--down", metavar="N", type=int, show_default="4", help="Round down to N bits.")
+@click.option(
+    "--down", metavar="N", type=int, show_default="as --bits, or 4", help="Round down to N bits."
+)
 @click.option(
     "--dense",
     metavar="N|keep",
@@ -72,7 +78,11 @@ def _dense_bits(context: click.Context, option: click.Parameter, value: str) -> 
 )
 @engine_options("memory", memory="With --calibrate: limit the peak memory of the process.")
 @click.option(
-    "--shard-size", metavar="SIZE", show_default="5GB", help="Split the weights at this size."
+    "--shard-size",
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Write weights to files of this size.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the sizes, but write nothing.")
 @json_option
@@ -82,7 +92,7 @@ def quantize(
     text: Path | None,
     tokens: int,
     options: EngineOptions,
-    shard_size: str | None,
+    shard_size: str,
     dry_run: bool,
     as_json: bool,
     **bits: int | None,
@@ -92,13 +102,13 @@ def quantize(
     SOURCE is a name (see `flashmoe list`) or the directory of an MLX checkpoint, at best in bf16.
     The copy is written to DIRECTORY. Run the same command again to resume an interrupted one.
     """
-    shard_nbytes = SHARD_NBYTES if shard_size is None else parse_size(shard_size)
+    shard_nbytes = parse_size(shard_size)
     plan = make_plan(Checkpoint.open(catalog.find(source)), _recipe(**bits), shard_nbytes)
     from ..quantize import writer  # late: numba and MLX
 
     sizes = _sizes(plan)
     if dry_run:
-        writer.check_room(plan, directory)
+        writer.check_free_space(plan, directory)
     if dry_run and as_json:
         print_json(sizes)
     if not as_json:
@@ -125,7 +135,7 @@ def _recipe(bits: int | None, gate_up: int | None, down: int | None, **others: A
     )
 
 
-def _sizes(plan: Plan) -> dict[str, dict[str, int]]:
+def _sizes(plan: QuantizePlan) -> dict[str, dict[str, int]]:
     """Return bytes before and after, by kind of weights."""
     roles: dict[str, tuple[str, ...]] = {
         "gate and up": ("gate_up",),
@@ -165,7 +175,7 @@ def _print_errors(errors: dict[str, dict[str, float]]) -> None:
 
 
 def _write(
-    plan: Plan,
+    plan: QuantizePlan,
     directory: Path,
     text: tuple[Path, int, str | int | None] | None,
     shard_nbytes: int,
@@ -179,22 +189,25 @@ def _write(
     from ..quantize.calibration import describe
 
     calibration = None if text is None else describe(text[0], text[1])
-    writer.begin(plan, directory, writer.fingerprint(plan, shard_nbytes, calibration))
+    settings = writer.run_settings(plan, shard_nbytes, calibration)
+    writer.prepare_directory(plan, directory, settings)
     note = {
         "source": plan.checkpoint.path.absolute().name,
         "recipe": asdict(plan.recipe),
         "calibration": calibration,
     }
-    run = writer.Run(plan, directory, note)
+    quantizer = writer.Quantizer(plan, directory, note)
     if text is not None:
-        run.importance = _importance(plan, directory / writer.WORK / "importance.npz", *text)
-    with progress_bar("rounding", sum(part.work for part in plan.parts)) as run.advance:
-        return run.run()
+        quantizer.importance = _importance(plan, directory / writer.WORK / "importance.npz", *text)
+    with progress_bar("rounding", plan.work_units) as quantizer.advance:
+        return quantizer.write()
 
 
-def _importance(plan: Plan, file: Path, text: Path, tokens: int, memory: str | int | None) -> Any:
+def _importance(
+    plan: QuantizePlan, file: Path, text: Path, tokens: int, memory: str | int | None
+) -> Any:
     """Return the importance of weights, from the file if an interrupted run has written it."""
-    from ..quantize.calibration import Importance, calibrate
+    from ..quantize.calibration import ColumnImportance, calibrate
 
     if not file.is_file():
         layers = len(plan.checkpoint.expert_layers)
@@ -203,4 +216,4 @@ def _importance(plan: Plan, file: Path, text: Path, tokens: int, memory: str | i
                 plan.checkpoint, text, tokens=tokens, memory=memory, advance=advance
             )
         importance.save(file)
-    return Importance.load(file)
+    return ColumnImportance.load(file)

@@ -93,7 +93,7 @@ EXPERTS = (8, 6, 5, 4, 3, 2, 1)
     "--plot",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a plot as SVG.",
+    help='Draw a plot, as .svg, .png or .pdf. Needs matplotlib: pip install "llm-flashmoe[plot]".',
 )
 @json_option
 def sweep(
@@ -121,8 +121,10 @@ def sweep(
     checkpoint = Checkpoint.open(catalog.find(model))
     versions = read_versions([v.strip() for v in bits.split(",")], checkpoint)
     asked = Settings(experts=_experts(experts, checkpoint), memory=options.memory, **settings)
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise SettingError(f"there is no directory {plot.parent}: give --plot a file in one")
+    if plot is not None:
+        from ..sweep.plot import check_plot_file
+
+        check_plot_file(plot)
     with ExitStack() as stack:
         keep = work is not None
         if work is None:
@@ -151,15 +153,12 @@ def _experts(text: str | None, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _show(name: str, run: Sweep, threshold: float, plot: Path | None, *, as_json: bool) -> None:
-    from ..sweep.plot import svg
+    from ..sweep.plot import write_plot
     from ..sweep.report import columns, report, rows, summary
 
     results = report(name, run.points(), threshold, whole=run.whole)
     if results["points"] and plot is not None:
-        try:
-            plot.write_text(svg(results), encoding="utf-8")
-        except OSError as e:
-            raise SettingError(f"cannot write {plot}: {e.strerror}") from e
+        write_plot(results, plot)
     if as_json:
         print_json(results)
         return

@@ -1,1 +1,1 @@
-"""Write a checkpoint with fewer bits."""
+"""Write checkpoints with fewer bits per weight."""

@@ -1,9 +1,9 @@
-"""Measures how large the inputs of each expert's columns are, on a text.
+"""Measures on a text how large the inputs of each column of the experts are.
 
-The source model reads the text through flashmoe's own streaming, layer by layer. Two things are
-summed: the squares of what enters the experts of a layer (gate and up have the same input), and the
-squares of what enters each expert's down projection. A column whose inputs are large costs more
-when its weights are rounded; `rounding` weighs errors by these means.
+The source model processes the text through flashmoe's own streaming, layer by layer. Two sums are
+taken: of the squares of the inputs of a layer's experts (gate and up have the same input), and of
+the squares of the inputs of each expert's down projection. A column with large inputs costs more
+when its weights are rounded: `rounding` weights errors by these means.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,19 +24,26 @@ if TYPE_CHECKING:
     from ..models.qwen_moe import StreamingMoE
     from ..streaming.compute import Backend
 
-#: Tokens that are read of a text, unless more are asked for.
-TOKENS = 4096
+#: Default number of tokens of the text that are used.
+CALIBRATION_TOKENS = 4096
 
-#: An expert's own mean counts as much as its layer's when so many tokens came to it.
-TRUST = 32
+#: Number of tokens of an expert at which its own mean counts as much as that of its layer.
+PRIOR_TOKENS = 32
 
-#: Part of the mean that each column counts at least: the text did not say all.
+#: Minimum importance of a column relative to the mean: a text does not show every use of a model.
 FLOOR = 0.01
 
 
 @dataclass
 class LayerSums:
-    """hidden (hidden,): over all tokens; down (experts, intermediate): over each expert's own."""
+    """Sums of squared inputs of the experts of one layer.
+
+    Attributes:
+        hidden: float32 (hidden,), over all tokens.
+        tokens: number of tokens.
+        down: float32 (experts, intermediate), over the tokens of each expert.
+        counts: int64 (experts,), the tokens of each expert.
+    """
 
     hidden: np.ndarray
     tokens: int
@@ -45,58 +52,77 @@ class LayerSums:
 
     @classmethod
     def zeros(cls, experts: int, hidden: int, intermediate: int) -> LayerSums:
+        """Return sums over no tokens."""
         down = np.zeros((experts, intermediate), np.float32)
         return cls(np.zeros(hidden, np.float32), 0, down, np.zeros(experts, np.int64))
 
     def importance(self, role: str, expert: int) -> np.ndarray:
-        """Of each column, 1 on the average."""
+        """Return the importance of each column of a matrix; the mean is 1.
+
+        Args:
+            role: "gate_up" or "down".
+        """
         if role == "gate_up":
-            return _normed(self.hidden / max(self.tokens, 1))
+            return _normalized(self.hidden / max(self.tokens, 1))
         layer = self.down.sum(axis=0) / max(self.counts.sum(), 1)
-        return _normed((self.down[expert] + TRUST * layer) / (self.counts[expert] + TRUST))
+        down = self.down[expert] + PRIOR_TOKENS * layer
+        return _normalized(down / (self.counts[expert] + PRIOR_TOKENS))
 
 
-def _normed(mean: np.ndarray) -> np.ndarray:
+def _normalized(mean: np.ndarray) -> np.ndarray:
     average = float(mean.mean())
     if not average > 0:
         return np.ones_like(mean, np.float32)
     return (mean / average + FLOOR).astype(np.float32) / np.float32(1 + FLOOR)
 
 
-class Importance:
-    """What a calibration found, by layer; on disk as one file."""
+class ColumnImportance:
+    """The result of a calibration, by layer. It can be saved as one file."""
 
     def __init__(self, layers: dict[int, LayerSums]):
         self.layers = layers
 
     def __call__(self, layer: int, role: str, expert: int) -> np.ndarray:
+        """Return the importance of each column of an expert's matrix."""
         return self.layers[layer].importance(role, expert)
 
     def save(self, file: Path) -> None:
-        arrays = {}
+        """Write the file, replacing an older one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        arrays: dict[str, Any] = {}
         for layer, sums in self.layers.items():
-            found = (sums.hidden, np.array(sums.tokens), sums.down, sums.counts)
-            arrays |= {f"{layer}.{i}": value for i, value in enumerate(found)}
+            values = (sums.hidden, np.array(sums.tokens), sums.down, sums.counts)
+            arrays |= {f"{layer}.{i}": value for i, value in enumerate(values)}
         with replacing(file) as partial, open(partial, "wb") as f:
             np.savez(f, **arrays)
 
     @classmethod
-    def load(cls, file: Path) -> Importance:
-        with np.load(file, allow_pickle=False) as found:
-            layers = {int(name.partition(".")[0]) for name in found}
-            sums = {n: [found[f"{n}.{i}"] for i in range(4)] for n in sorted(layers)}
+    def load(cls, file: Path) -> ColumnImportance:
+        """Read a file that `save` wrote."""
+        with np.load(file, allow_pickle=False) as arrays:
+            layers = {int(name.partition(".")[0]) for name in arrays}
+            sums = {n: [arrays[f"{n}.{i}"] for i in range(4)] for n in sorted(layers)}
         return cls({n: LayerSums(h, int(t), d, c) for n, (h, t, d, c) in sums.items()})
 
 
 def describe(text: Path, tokens: int) -> dict:
-    """What makes a calibration the same as another."""
+    """Return what identifies a calibration: the hash of the text, and the number of tokens.
+
+    Raises:
+        SettingError: the file cannot be read, or is not UTF-8 text.
+    """
     try:
         data = text.read_bytes()
         data.decode("utf-8")
     except OSError as e:
-        raise SettingError(f"cannot read {text}: {e.strerror}") from e
+        raise SettingError(
+            f"cannot read {text} ({e.strerror}): pass another file to --calibrate"
+        ) from e
     except UnicodeDecodeError as e:
-        raise SettingError(f"{text} is no UTF-8 text: give one for --calibrate") from e
+        raise SettingError(f"{text} is not UTF-8 text: pass another file to --calibrate") from e
     return {"sha256": hashlib.sha256(data).hexdigest(), "tokens": tokens}
 
 
@@ -104,18 +130,21 @@ def calibrate(
     checkpoint: Checkpoint,
     text: Path,
     *,
-    tokens: int = TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     memory: str | int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
-) -> Importance:
-    """Run the model over the first tokens of a text.
+) -> ColumnImportance:
+    """Run the model on the first tokens of a text and return the importance of its columns.
 
     Args:
-        memory: see `flashmoe.models.loading.plan_memory`.
-        advance: told of each layer that was entered.
+        text: a UTF-8 file.
+        tokens: maximum number of tokens.
+        memory: limit for the memory of the process, see `flashmoe.options.LoadOptions`.
+        advance: called with 1 for each layer that is started.
 
     Raises:
-        SettingError: the text is empty. And what `flashmoe.models.loading.load` raises.
+        SettingError: the text is empty, the tokenizer does not fit the model, or activations are
+            not finite. Also everything that `flashmoe.models.loading.load_streaming` raises.
     """
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
@@ -128,9 +157,12 @@ def calibrate(
     limit = min(tokens, checkpoint.max_context)
     ids = tokenizer.encode(text.read_text(encoding="utf-8"))[:limit]
     if not ids:
-        raise SettingError(f"{text} holds no text: give one for --calibrate")
+        raise SettingError(f"{text} is empty: pass another file to --calibrate")
     if (highest := max(ids)) >= checkpoint.text_config["vocab_size"]:
-        raise SettingError(f"the tokenizer of {checkpoint.path} gives {highest}: it is another's")
+        raise SettingError(
+            f"the tokenizer of {checkpoint.path} gives the token {highest}, which the model does "
+            "not have: it belongs to another model, download this one again"
+        )
     observer = _SumObserver(checkpoint)
     model = load_streaming(checkpoint, memory=memory, backend=_observed_backend(observer))
     observer.model = model
@@ -144,12 +176,15 @@ def calibrate(
         model.close()
     for layer in observer.layers.values():
         if not (np.isfinite(layer.hidden).all() and np.isfinite(layer.down).all()):
-            raise SettingError(f"{checkpoint.path} gives no finite numbers for {text}")
-    return Importance(observer.layers)
+            raise SettingError(
+                f"{checkpoint.path} computes values that are not finite numbers on {text}: try "
+                "another text, or download the model again"
+            )
+    return ColumnImportance(observer.layers)
 
 
 class _SumObserver:
-    """Adds what enters the experts of a model to sums, one for each MoE layer."""
+    """Adds the squared inputs of the experts of a model to sums, one for each MoE layer."""
 
     def __init__(self, checkpoint: Checkpoint):
         config = checkpoint.text_config

@@ -1,5 +1,7 @@
-"""What a quantisation does to each tensor of a checkpoint, and how large it makes them. No data is
-read here and MLX is not imported."""
+"""Decides what a quantisation does to each tensor of a checkpoint, and how large the result is.
+
+Only the headers of the checkpoint are used: no weights are read, and MLX is not imported.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,31 @@ from ..checkpoint.safetensors_header import EXPERT_TENSOR, Tensor
 from ..checkpoint.safetensors_writer import TensorSpec
 from ..errors import SettingError
 
-#: Bytes of a shard, as mlx-lm writes them.
+#: Bytes of a shard, the same as mlx-lm's.
 SHARD_NBYTES = 5 * 10**9
 
-#: Their rounding would change which experts are picked, and they are a thousandth of the bytes.
+#: Routers are not rounded: that would change which experts are chosen, and they are a thousandth of
+#: the bytes.
 _ROUTERS = ("gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bits of each part; dense is None where dense weights stay as they are. group_size None: 64,
-    or 32 where rows are no multiple of 64.
+    """The bits that each kind of weights gets.
 
-    The default keeps `down` finer than gate and up, and all that is dense as it is: of models
-    rounded to 2 bits throughout it is told that their JSON broke, and of such mixes that it holds.
+    The default gives `down` more bits than gate and up, and leaves all dense weights as they are.
+    Users of other engines report broken JSON where all experts were rounded plainly to 2 bits, and
+    none where down kept more bits; docs/pruning.md has what was measured here.
+
+    Attributes:
+        gate_up: bits of the gate and up matrices of experts.
+        down: bits of the down matrices of experts.
+        dense: bits of dense weights; None leaves them as they are.
+        group_size: weights that share a scale and a bias; None: 64, or 32 for matrices whose rows
+            are not a multiple of 64.
+
+    Raises:
+        SettingError: a value is not supported; the text lists those that are.
     """
 
     gate_up: int = 2
@@ -36,7 +49,7 @@ class Recipe:
     dense: int | None = None
     group_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, allowed in (
             ("gate-up", self.gate_up, BITS),
             ("down", self.down, BITS),
@@ -45,17 +58,23 @@ class Recipe:
         ):
             if value not in allowed:
                 raise SettingError(
-                    f"{name}={value!r} is not one of {', '.join(map(str, filter(None, allowed)))}: "
-                    "experts are affine here; mxfp4, mxfp8 and nvfp4 have no kernels in flashmoe"
+                    f"{name}={value!r} is not supported: use one of "
+                    f"{', '.join(map(str, filter(None, allowed)))}. Only affine quantisation can "
+                    "be written: flashmoe has no kernels for mxfp4, mxfp8 and nvfp4"
                 )
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor to copy, or a matrix to round: its tensors in the source, by part.
+class TensorPlan:
+    """What is done to a tensor: it is copied, or it is a matrix that is rounded.
 
-    role is "gate_up", "down" or "dense"; layer that of experts. old is None where the source is not
-    quantised, new where the part is copied.
+    Attributes:
+        path: name of the module, without ".weight".
+        role: "gate_up", "down", "dense", or "other" for tensors that flashmoe does not use.
+        sources: tensors of the source by part: weight, and for quantised matrices scales, biases.
+        layer: layer of an expert matrix; None for all other tensors.
+        old: quantisation of the source; None if it is not quantised.
+        new: quantisation to round to; None if the tensor is copied.
     """
 
     path: str
@@ -67,12 +86,13 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix, in weights: (experts, out, in) or (out, in)."""
+        """The shape of the matrix in weights: (experts, out, in) or (out, in)."""
         *rows, width = self.sources["weight"].shape
         return (*rows, width * 32 // self.old.bits if self.old else width)
 
     @property
     def targets(self) -> list[TensorSpec]:
+        """The tensors that are written."""
         if self.new is None:
             return [TensorSpec(t.name, t.dtype, t.shape) for t in self.sources.values()]
         *rows, width = self.shape
@@ -86,54 +106,77 @@ class Part:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that are written."""
         return sum(t.nbytes for t in self.targets)
 
     @property
-    def work(self) -> int:
-        """Weights to round, or bytes to copy: what the progress counts."""
+    def work_units(self) -> int:
+        """The amount of work that progress is reported in: weights to round, or bytes to copy."""
         return math.prod(self.shape) if self.new else self.nbytes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """shards: their parts by file name; config: the new config.json."""
+class QuantizePlan:
+    """What a quantisation writes.
+
+    Attributes:
+        checkpoint: the source.
+        recipe: the bits asked for.
+        shards: name of each file to write -> its tensors.
+        config: the content of the new config.json.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
-    shards: dict[str, list[Part]]
+    shards: dict[str, list[TensorPlan]]
     config: dict
 
     @property
-    def parts(self) -> Iterator[Part]:
-        return (part for parts in self.shards.values() for part in parts)
+    def tensors(self) -> Iterator[TensorPlan]:
+        """The tensors of all shards."""
+        return (tensor for tensors in self.shards.values() for tensor in tensors)
+
+    @property
+    def work_units(self) -> int:
+        """The work of all tensors, see `TensorPlan.work_units`."""
+        return sum(tensor.work_units for tensor in self.tensors)
 
     def nbytes(self, *roles: str) -> tuple[int, int]:
-        """(before, after), of some roles or of all."""
-        chosen = [p for p in self.parts if not roles or p.role in roles]
-        before = sum(t.nbytes for p in chosen for t in p.sources.values())
-        return before, sum(p.nbytes for p in chosen)
+        """Return the bytes (before, after) of tensors with these roles, or of all tensors."""
+        chosen = [t for t in self.tensors if not roles or t.role in roles]
+        before = sum(source.nbytes for t in chosen for source in t.sources.values())
+        return before, sum(t.nbytes for t in chosen)
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_nbytes: int = SHARD_NBYTES) -> Plan:
-    """Raises SettingError where the recipe does not fit the rows of the experts."""
-    parts = [_choose(part, recipe) for part in _parts(checkpoint)]
-    shards: list[list[Part]] = [[]]
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, shard_nbytes: int = SHARD_NBYTES
+) -> QuantizePlan:
+    """Plan the quantisation of a checkpoint.
+
+    Args:
+        shard_nbytes: maximum bytes of a file; a tensor that is larger gets a file of its own.
+
+    Raises:
+        SettingError: the group size does not divide the rows of the experts.
+    """
+    tensors = [_with_new_bits(tensor, recipe) for tensor in _tensors(checkpoint)]
+    shards: list[list[TensorPlan]] = [[]]
     size = 0
-    for part in parts:
-        if shards[-1] and size + part.nbytes > shard_nbytes:
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > shard_nbytes:
             shards.append([])
             size = 0
-        shards[-1].append(part)
-        size += part.nbytes
+        shards[-1].append(tensor)
+        size += tensor.nbytes
     count = len(shards)
     names = {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
     if count == 1:
-        names = {"model.safetensors": shards[0]}  # as mlx-lm names it
-    return Plan(checkpoint, recipe, names, _config(checkpoint, recipe, parts))
+        names = {"model.safetensors": shards[0]}  # the name that mlx-lm gives a single file
+    return QuantizePlan(checkpoint, recipe, names, _new_config(checkpoint, recipe, tensors))
 
 
-def _parts(checkpoint: Checkpoint) -> Iterator[Part]:
-    """All parts, in the order in which the source holds their weights."""
+def _tensors(checkpoint: Checkpoint) -> Iterator[TensorPlan]:
+    """Yield all tensors, still to be copied, in the order of their weights in the source."""
     experts = {
         f"{x.prefix}.{name}": (x.layer, "down" if name == "down_proj" else "gate_up", old)
         for x in checkpoint.expert_layers.values()
@@ -146,76 +189,87 @@ def _parts(checkpoint: Checkpoint) -> Iterator[Part]:
         layer, role, old = experts.get(path, (None, "dense", None))
         packed = f"{path}.scales" in tensors
         if packed and part in ("scales", "biases"):
-            continue  # with their weight
+            continue  # planned together with their weight
         names = PARTS if packed and part == "weight" else (part,)
         sources = {p: tensors[f"{path}.{p}"] for p in names if f"{path}.{p}" in tensors}
         if layer is None and name in dense and packed:
             old = _dense_quantization(path, sources, quantization)
         if layer is None and (name not in dense or EXPERT_TENSOR.fullmatch(name)):
-            role = "other"  # a vision tower, or what guesses ahead
-        yield Part(path, role, sources, layer, old)
+            role = "other"  # a vision tower, or layers that predict several tokens
+        yield TensorPlan(path, role, sources, layer, old)
 
 
-def _dense_quantization(path: str, sources: dict, config: dict) -> Quantization | None:
-    """None where config.json does not say it: mlx-lm takes the width from the model then."""
-    named = config.get(path)
-    settings = named if isinstance(named, dict) else config
-    found = Quantization(settings["bits"], settings["group_size"])
+def _dense_quantization(
+    path: str, sources: dict[str, Tensor], quantization: dict | None
+) -> Quantization | None:
+    """Return the quantisation of a dense matrix; None if config.json does not have its true bits.
+
+    In that case mlx-lm takes the width of the matrix from the model.
+    """
+    if quantization is None:
+        return None
+    named = quantization.get(path)
+    settings = named if isinstance(named, dict) else quantization
+    old = Quantization(settings["bits"], settings["group_size"])
     words, groups = (sources[p].shape[-1] for p in ("weight", "scales"))
-    return found if words * 32 == groups * found.group_size * found.bits else None
+    return old if words * 32 == groups * old.group_size * old.bits else None
 
 
-def _choose(part: Part, recipe: Recipe) -> Part:
-    bits = {"gate_up": recipe.gate_up, "down": recipe.down, "dense": recipe.dense}.get(part.role)
-    if bits is None or (part.role == "dense" and not _may_round(part)):
-        return part
-    group_size = _group_size(part, recipe.group_size)
+def _with_new_bits(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
+    """Return the tensor with its new quantisation if the recipe rounds it."""
+    roles = {"gate_up": recipe.gate_up, "down": recipe.down, "dense": recipe.dense}
+    bits = roles.get(tensor.role)
+    if bits is None or (tensor.role == "dense" and not _may_round(tensor)):
+        return tensor
+    group_size = _group_size(tensor, recipe.group_size)
     if group_size is None:
-        return part
+        return tensor
     new = Quantization(bits, group_size)
-    # Nothing is gained by rounding what is as small already.
-    if part.old is not None and _cost(part.old) <= _cost(new):
-        return part
-    return replace(part, new=new)
+    # Rounding gains nothing if the tensor is that small already.
+    if tensor.old is not None and _bits_per_weight(tensor.old) <= _bits_per_weight(new):
+        return tensor
+    return replace(tensor, new=new)
 
 
-def _cost(q: Quantization) -> float:
-    """Bits of a weight, with its share of a scale and a bias of 16 bits each."""
-    return q.bits + 32 / q.group_size
+def _bits_per_weight(quantization: Quantization) -> float:
+    """Return the bits of a weight, with its share of a scale and a bias of 16 bits each."""
+    return quantization.bits + 32 / quantization.group_size
 
 
-def _may_round(part: Part) -> bool:
-    """Whether mlx-lm has a linear layer or an embedding there, which is no router."""
-    weight = part.sources.get("weight")
-    if weight is None or len(weight.shape) != 2 or part.path.rpartition(".")[2] in _ROUTERS:
+def _may_round(tensor: TensorPlan) -> bool:
+    """Return whether mlx-lm has a linear layer or an embedding here that is not a router."""
+    weight = tensor.sources.get("weight")
+    if weight is None or len(weight.shape) != 2 or tensor.path.rpartition(".")[2] in _ROUTERS:
         return False
-    if "norm" in part.path:
+    if "norm" in tensor.path:
         return False
-    return part.old is not None or weight.dtype in FLOATS
+    return tensor.old is not None or weight.dtype in FLOATS
 
 
-def _group_size(part: Part, asked: int | None) -> int | None:
-    width = part.shape[-1]
-    found = next((g for g in ((asked,) if asked else (64, 32)) if width % g == 0), None)
-    if found is None and part.role != "dense":
+def _group_size(tensor: TensorPlan, asked: int | None) -> int | None:
+    """Return the group size for a matrix; None if a dense matrix has to stay as it is."""
+    width = tensor.shape[-1]
+    sizes = (asked,) if asked else (64, 32)
+    group_size = next((size for size in sizes if width % size == 0), None)
+    if group_size is None and tensor.role != "dense":
         raise SettingError(
-            f"{part.path} has rows of {width} weights, no multiple of the group size "
-            f"{asked or 32}: give a --group-size of {', '.join(map(str, GROUP_SIZES))} that "
+            f"{tensor.path} has rows of {width} weights, which is not a multiple of the group size "
+            f"{asked or 32}: choose a --group-size of {', '.join(map(str, GROUP_SIZES))} that "
             f"divides {width}"
         )
-    return found
+    return group_size
 
 
-def _config(checkpoint: Checkpoint, recipe: Recipe, parts: list[Part]) -> dict:
-    """config.json with an entry for each rounded path, as mlx-lm writes those of mixed models."""
+def _new_config(checkpoint: Checkpoint, recipe: Recipe, tensors: list[TensorPlan]) -> dict:
+    """Return config.json with an entry for each rounded path, as mlx-lm writes mixed models."""
     config = copy.deepcopy(checkpoint.config)
-    changed = [p for p in parts if p.new]
-    if not changed:
+    rounded = {t.path: t.new for t in tensors if t.new is not None}
+    if not rounded:
         return config
-    default = {"group_size": changed[0].new.group_size, "bits": recipe.gate_up, "mode": "affine"}
+    first = next(iter(rounded.values()))
+    default = {"group_size": first.group_size, "bits": recipe.gate_up, "mode": "affine"}
     quantization = config.get("quantization") or default
-    for part in changed:
-        new = part.new
-        quantization[part.path] = {"group_size": new.group_size, "bits": new.bits, "mode": "affine"}
+    for path, new in rounded.items():
+        quantization[path] = {"group_size": new.group_size, "bits": new.bits, "mode": "affine"}
     config["quantization"] = config["quantization_config"] = quantization
     return config

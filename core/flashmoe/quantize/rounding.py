@@ -1,19 +1,22 @@
-"""Rounds weights to few bits: for each group, the scale and bias that cost the least.
+"""Rounds weights to few bits: finds for each group the scale and bias that cost the least.
 
-A group of a row is stored as codes q, whole numbers in 0..2**bits - 1, and reads back as
-scale * q + bias. Plain rounding spreads the codes from the least weight to the largest, so one
-outlier makes the steps of all its neighbours coarse. What a rounded weight costs is its error
-squared, times how large the inputs are that it meets: the importance of its column.
+A group of weights in a row is stored as codes q, integers in 0..2**bits - 1, and is read as
+scale * q + bias. Plain rounding spreads the codes from the smallest weight to the largest, so one
+outlier makes the steps of all its neighbours coarse. The cost of a rounded weight is the square of
+its error times the importance of its column: how large the inputs are that it is multiplied with.
 
-The search, for each group alone:
+The search treats each group on its own:
 
-1. Pull both ends of the range towards the mean by several fractions, each pair of ends a try.
-2. Round to that range. With the codes fixed, the error is a quadratic in scale and bias, so the
-   best two are a weighted line fit of the weights over their codes, in closed form. The sums of
-   that fit also tell the error it leaves, so a try is one pass over the group.
-3. Take the best try, round scale and bias to the dtype that they are stored in, round the weights
-   to the nearest code again, fit again, and so on while the error falls.
-4. Plain rounding as MLX does it takes part, so no group is worse than that.
+1. Both ends of the range are pulled towards the mean by several fractions. Each pair of ends is one
+   try.
+2. The weights are rounded to that range. With fixed codes, the cost is a quadratic function of
+   scale and bias, so the best two follow in closed form: a weighted line fit of the weights over
+   their codes. The sums of the fit also give its remaining cost, so a try is one pass over the
+   group.
+3. From the best try on, scale and bias are rounded to the dtype that they are stored in, the
+   weights are rounded to the nearest codes again, and the line is fitted again, as long as the cost
+   falls.
+4. Plain rounding in the way of MLX is one of the candidates, so no group is worse than with it.
 
 The idea is that of llama.cpp's importance matrices and of "least squares after clipping" in the
 literature: fit the scale to the codes instead of to the extremes, weighted by squared inputs.
@@ -28,9 +31,9 @@ from numba import njit, prange
 
 from ..ops.cpu.matvec import launching
 
-#: Fractions by which an end of the range is pulled in, by bits. With half as many again the error
-#: falls by a thousandth and the time doubles. Steps are fine enough already where there are more
-#: bits: there only the line fit is left.
+#: Fractions by which an end of the range is pulled in, by bits. With half as many fractions more,
+#: the error falls by a thousandth and the time doubles. With more bits than these, the steps are
+#: fine enough and only the line fit is done.
 PULLS = {
     2: (0.0, 0.15, 0.3, 0.45),
     3: (0.0, 0.1, 0.2, 0.3),
@@ -38,7 +41,7 @@ PULLS = {
     5: (0.0, 0.05, 0.1),
 }
 
-#: Line fits after the best try, at most.
+#: Maximum number of line fits after the best try.
 FITS = 6
 
 _F32, _F16, _BF16 = range(3)
@@ -46,9 +49,14 @@ _KINDS = {"F32": _F32, "F16": _F16, "BF16": _BF16}
 
 
 class Rounded(NamedTuple):
-    """weight (rows, cols * bits / 32) uint32; scales, biases (rows, groups) float32, which the
-    dtype asked for holds exactly; error, plain: sums of importance * error squared, of this and of
-    plain rounding."""
+    """Rounded weights.
+
+    Attributes:
+        weight: uint32 (rows, cols * bits / 32), the packed codes.
+        scales, biases: float32 (rows, groups), values that the requested dtype represents exactly.
+        error: sum of importance * error squared.
+        plain: the same sum for plain rounding.
+    """
 
     weight: np.ndarray
     scales: np.ndarray
@@ -57,10 +65,16 @@ class Rounded(NamedTuple):
     plain: float
 
 
-def search(
+def round_weights(
     w: np.ndarray, importance: np.ndarray, bits: int, group_size: int, dtype: str
 ) -> Rounded:
-    """Round w (rows, cols) float32 with importance (cols,). dtype: that of scales and biases."""
+    """Round a matrix.
+
+    Args:
+        w: float32 (rows, cols).
+        importance: (cols,), the importance of each column.
+        dtype: safetensors dtype that scales and biases will be stored in.
+    """
     rows, cols = w.shape
     weight = np.empty((rows, cols * bits // 32), np.uint32)
     scales = np.empty((rows, cols // group_size), np.float32)
@@ -70,21 +84,24 @@ def search(
     importance = np.ascontiguousarray(importance, np.float32)
     kind = _KINDS[dtype]
     with launching:
-        _rows(w, importance, bits, group_size, kind, pulls, weight, scales, biases, errors)
+        _round_rows(w, importance, bits, group_size, kind, pulls, weight, scales, biases, errors)
     error, plain = errors.sum(axis=0).tolist()
     return Rounded(weight, scales, biases, error, plain)
 
 
-def weighed(w: np.ndarray, importance: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Sums over all weights of importance * square: of w - other, and of w."""
+def weighted_squares(
+    w: np.ndarray, importance: np.ndarray, other: np.ndarray
+) -> tuple[float, float]:
+    """Return two sums of importance * square over all weights: of w - other, and of w."""
     sums = np.empty((len(w), 2), np.float64)
     with launching:
-        _weigh(w, np.ascontiguousarray(importance, np.float32), other, sums)
-    return tuple(sums.sum(axis=0).tolist())
+        _weighted_squares(w, np.ascontiguousarray(importance, np.float32), other, sums)
+    error, energy = sums.sum(axis=0).tolist()
+    return error, energy
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _weigh(w, h, other, sums):
+def _weighted_squares(w, h, other, sums):
     for row in prange(w.shape[0]):
         error = energy = np.float32(0)
         for i in range(w.shape[1]):
@@ -95,7 +112,7 @@ def _weigh(w, h, other, sums):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _rows(w, importance, bits, size, kind, pulls, weight, scales, biases, errors):
+def _round_rows(w, importance, bits, size, kind, pulls, weight, scales, biases, errors):
     top = np.float32(2**bits - 1)
     for row in prange(w.shape[0]):
         codes = np.empty(w.shape[1], np.uint32)
@@ -104,7 +121,7 @@ def _rows(w, importance, bits, size, kind, pulls, weight, scales, biases, errors
             part = slice(group * size, (group + 1) * size)
             x, h = w[row, part], importance[part]
             scale, bias, plain = _plain(x, h, top, kind)
-            best, scale, bias = _better(x, h, top, kind, pulls, scale, bias, plain)
+            best, scale, bias = _search(x, h, top, kind, pulls, scale, bias, plain)
             _encode(x, scale, bias, top, codes[part])
             scales[row, group], biases[row, group] = scale, bias
             errors[row, 0] += best
@@ -114,7 +131,7 @@ def _rows(w, importance, bits, size, kind, pulls, weight, scales, biases, errors
 
 @njit(cache=True, nogil=True)
 def _plain(x, h, top, kind):
-    """(scale, bias, error) of MLX's rounding: one end of the range and 0 are kept exactly."""
+    """Return (scale, bias, error) of MLX's rounding: one end of the range and 0 are exact."""
     low, high = x.min(), x.max()
     scale = max((high - low) / top, np.float32(1e-7))
     edge = high
@@ -131,8 +148,8 @@ def _plain(x, h, top, kind):
 
 
 @njit(cache=True, nogil=True)
-def _better(x, h, top, kind, pulls, scale, bias, plain):
-    """(error, scale, bias) of the best found, plain rounding's among them."""
+def _search(x, h, top, kind, pulls, scale, bias, plain):
+    """Return (error, scale, bias) of the best candidate, plain rounding included."""
     mean = x.mean()
     low, high = x.min() - mean, x.max() - mean
     least, s, b = np.float32(np.inf), np.float32(0), np.float32(0)
@@ -141,9 +158,9 @@ def _better(x, h, top, kind, pulls, scale, bias, plain):
             start = low * (1 - pull_low)
             step = (high * (1 - pull_high) - start) / top
             if step > 0:
-                found = _fit(x, h, top, mean, step, start + mean)
-                if found[0] < least:
-                    least, s, b = found
+                fit = _fit(x, h, top, mean, step, start + mean)
+                if fit[0] < least:
+                    least, s, b = fit
     best = plain
     for _ in range(FITS):
         if s == 0:
@@ -159,13 +176,16 @@ def _better(x, h, top, kind, pulls, scale, bias, plain):
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _fit(x, h, top, mean, scale, bias):
-    """(error, scale, bias) of the line through the weights over their codes. scale is 0 where all
-    codes that count are one."""
+    """Return (error, scale, bias) of the line through the weights over their codes.
+
+    The scale is 0 if all codes that have any importance are the same.
+    """
     one, zero = np.float32(1), np.float32(0)
     inverse, middle = one / scale, top / np.float32(2)
     sh = sq = sqq = sx = sqx = sxx = zero
     for i in range(x.size):
-        # Both about their middles: sums of float32 that then subtract keep their digits.
+        # Codes and weights are relative to their middles, so that the differences of float32 sums
+        # below keep their digits.
         q = min(max((x[i] - bias) * inverse + np.float32(0.5), zero), top)
         q = np.float32(np.int32(q)) - middle
         y = x[i] - mean
@@ -206,7 +226,7 @@ def _encode(x, scale, bias, top, codes):
 
 @njit(cache=True, nogil=True)
 def _pack(codes, bits, words):
-    """A row as a stream of bits, the lowest first, in little-endian words."""
+    """Pack a row of codes as a stream of bits, lowest first, into little-endian words."""
     held, count, at = np.uint64(0), 0, 0
     for code in codes:
         held |= np.uint64(code) << np.uint64(count)
@@ -220,7 +240,7 @@ def _pack(codes, bits, words):
 
 @njit(cache=True, nogil=True)
 def _stored(value, kind):
-    """The nearest float of the dtype in which scales and biases are kept."""
+    """Return the nearest float of the dtype that scales and biases are stored in."""
     value = np.float32(value)
     if kind == _F32:
         return value

@@ -1,4 +1,4 @@
-"""Blocks of rows of a checkpoint's matrices, read from files as float32."""
+"""Reads blocks of rows of a checkpoint's matrices as float32, and converts dtypes."""
 
 from __future__ import annotations
 
@@ -11,62 +11,99 @@ from ..checkpoint.config import Quantization
 from ..checkpoint.safetensors_header import Tensor
 from ..checkpoint.safetensors_writer import ShardWriter
 from ..errors import CheckpointError
-from .recipe import Part
+from .recipe import TensorPlan
 
 
 def read_bytes(fd: int, tensor: Tensor, start: int, nbytes: int) -> bytes:
+    """Read bytes of a tensor, from `start` in it.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends too early.
+    """
     try:
         data = os.pread(fd, nbytes, tensor.start + start)
     except OSError as e:
         raise CheckpointError(
-            f"cannot read bytes {tensor.start + start} and on of {tensor.file}: {e.strerror}"
+            f"cannot read {tensor.file} from byte {tensor.start + start} on: {e.strerror}; check "
+            "the disk, or download the model again"
         ) from e
     if len(data) != nbytes:
-        raise CheckpointError(f"{tensor.file} ends inside {tensor.name}: download it again")
+        raise CheckpointError(f"{tensor.file} ends inside {tensor.name}: download the model again")
     return data
 
 
-def read_weights(part: Part, fds: dict[str, int], row: int, rows: int) -> np.ndarray:
-    """(rows, width) float32 from row `row` on, the rows of all experts counted as one list."""
-    found = {}
-    for name, tensor in part.sources.items():
-        each = tensor.nbytes // math.prod(tensor.shape[:-1])
-        data = read_bytes(fds[name], tensor, row * each, rows * each)
-        found[name] = widen(data, tensor.dtype).reshape(rows, -1)
-    return found["weight"] if part.old is None else _unpacked(*found.values(), part.old)
+def read_weights(tensor: TensorPlan, fds: dict[str, int], row: int, rows: int) -> np.ndarray:
+    """Read rows of a matrix of the source as float32.
+
+    Args:
+        fds: open files by part of the tensor.
+        row: first row; the rows of all experts are numbered through.
+        rows: number of rows.
+
+    Returns:
+        float32 (rows, width).
+    """
+    parts = {}
+    for name, source in tensor.sources.items():
+        row_nbytes = source.nbytes // math.prod(source.shape[:-1])
+        data = read_bytes(fds[name], source, row * row_nbytes, rows * row_nbytes)
+        parts[name] = widen(data, source.dtype).reshape(rows, -1)
+    if tensor.old is None:
+        return parts["weight"]
+    return _dequantize(parts["weight"], parts["scales"], parts["biases"], tensor.old)
 
 
-def _unpacked(weight, scales, biases, quantization: Quantization) -> np.ndarray:
+def _dequantize(
+    weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, quantization: Quantization
+) -> np.ndarray:
     import mlx.core as mx
 
-    # The float32 of it, also where a model computes in 16 bits.
+    # From float32 scales, so the result is float32 even if the model computes in 16 bits.
     with mx.stream(mx.cpu):
-        arrays = (mx.array(a) for a in (weight, scales, biases))
-        made = mx.dequantize(*arrays, quantization.group_size, quantization.bits)
-        return np.array(made)
+        weights = mx.dequantize(
+            mx.array(weight),
+            mx.array(scales),
+            mx.array(biases),
+            quantization.group_size,
+            quantization.bits,
+        )
+        return np.array(weights)
 
 
 def widen(data: bytes, dtype: str) -> np.ndarray:
-    """Floats of a safetensors dtype as float32, or U32 as it is."""
+    """Convert floats of a safetensors dtype to float32; U32 stays as it is."""
     if dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    kind = {"U32": np.uint32, "F32": np.float32, "F16": np.float16}[dtype]
-    found = np.frombuffer(data, kind)
-    return found.astype(np.float32) if dtype == "F16" else found
+    values = np.frombuffer(data, {"U32": np.uint32, "F32": np.float32, "F16": np.float16}[dtype])
+    return values.astype(np.float32) if dtype == "F16" else values
 
 
 def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 that the dtype holds exactly, in that dtype."""
+    """Convert float32 to a safetensors dtype that represents these values exactly."""
     if dtype == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(np.float16 if dtype == "F16" else np.float32)
 
 
-def read_back(part: Part, out: ShardWriter, row: int, rows: int) -> np.ndarray:
-    """Weights as MLX unpacks them from the file under way."""
-    found = []
-    for target in part.targets:
-        each = target.nbytes // math.prod(target.shape[:-1])
-        data = out.read(target.name, row * each, rows * each)
-        found.append(widen(data, target.dtype).reshape(rows, -1))
-    return _unpacked(*found, part.new)
+def read_back(
+    tensor: TensorPlan, quantization: Quantization, out: ShardWriter, row: int, rows: int
+) -> np.ndarray:
+    """Read rows that were written, and dequantise them with MLX.
+
+    Args:
+        tensor: a tensor that is rounded.
+        quantization: its new quantisation.
+        out: the file that is being written.
+        row: first row; the rows of all experts are numbered through.
+        rows: number of rows.
+
+    Returns:
+        float32 (rows, width).
+    """
+    parts = []
+    for target in tensor.targets:
+        row_nbytes = target.nbytes // math.prod(target.shape[:-1])
+        data = out.read(target.name, row * row_nbytes, rows * row_nbytes)
+        parts.append(widen(data, target.dtype).reshape(rows, -1))
+    weight, scales, biases = parts
+    return _dequantize(weight, scales, biases, quantization)

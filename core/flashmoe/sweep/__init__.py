@@ -1,1 +1,1 @@
-"""Measure what pruning and fewer bits cost in quality."""
+"""Measure what pruning the router and fewer bits cost in quality: `flashmoe sweep`."""

@@ -1,7 +1,7 @@
-"""The text that versions of a model are compared on: a file, or what the exact model answers.
+"""The text that versions of a model are compared on: a file, or answers of the exact model.
 
-Documents know nothing of each other. Each is short enough to be one piece of a prompt, so that all
-of them go through a layer together.
+Documents are independent of each other. Each is short enough to be one piece of a prompt, so that
+all of them go through a layer together.
 """
 
 from __future__ import annotations
@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import SettingError
 
-#: Tokens of a window of a file that are predicted, and of an answer at most.
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..models.qwen_moe import StreamingMoE
+
+#: Predicted tokens of each window of a file.
 WINDOW = 256
+#: Maximum tokens of an answer.
 ANSWER = 128
 
 QUESTIONS = [f"Tell me a short story about {x}." for x in ("a cat", "the sea", "rain", "bread")] + [
@@ -41,67 +48,80 @@ QUESTIONS = [f"Tell me a short story about {x}." for x in ("a cat", "the sea", "
 
 
 @dataclass(frozen=True)
-class Document:
-    """tokens; those from number `first` on are predicted, each from all before it."""
+class EvalDocument:
+    """A text that models are evaluated on.
+
+    Attributes:
+        tokens: all tokens.
+        first: index of the first token that is predicted. Each token from there on is predicted
+            from all tokens before it.
+    """
 
     tokens: list[int]
     first: int
 
     @property
     def predicted(self) -> list[int]:
+        """The tokens that are predicted."""
         return self.tokens[self.first :]
 
 
-def own_answers(
-    model,
-    tokenizer,
+def sample_answers(
+    model: StreamingMoE,
+    tokenizer: TokenizerWrapper,
     questions: Sequence[str] = QUESTIONS,
     *,
-    most: int = ANSWER,
+    max_tokens: int = ANSWER,
     total: int | None = None,
     seed: int = 1,
     advance: Callable[[int], None] = lambda tokens: None,
-) -> list[Document]:
-    """What a model answers, sampled at temperature 1, so that the text is as likely as it says.
+) -> list[EvalDocument]:
+    """Let a model answer questions, sampled at temperature 1.
+
+    At that temperature each token occurs with the probability that the model gives it.
 
     Args:
-        model, tokenizer: as from `flashmoe.load`.
-        most: tokens of an answer.
-        total: tokens of all answers, exactly; the questions are asked again until there are as
-            many. None: each question once.
-        advance: told of tokens that were generated.
+        model, tokenizer: from `flashmoe.load`.
+        max_tokens: maximum tokens of an answer.
+        total: exact number of tokens of all answers together; the questions are repeated until it
+            is reached. None: each question is asked once.
+        advance: called with the number of tokens that were generated.
     """
     import mlx.core as mx
     import mlx_lm
     from mlx_lm.sample_utils import make_sampler
 
     mx.random.seed(seed)
-    found: list[Document] = []
+    documents: list[EvalDocument] = []
     left = total
     while left is None or left > 0:
         for question in questions:
             message = [{"role": "user", "content": question}]
             prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)
-            count = most if left is None else min(most, left)
+            limit = max_tokens if left is None else min(max_tokens, left)
             steps = mlx_lm.stream_generate(
-                model, tokenizer, prompt, max_tokens=count, sampler=make_sampler(temp=1.0)
+                model, tokenizer, prompt, max_tokens=limit, sampler=make_sampler(temp=1.0)
             )
             answer = []
             for step in steps:
                 answer.append(step.token)
                 advance(1)
-            found.append(Document([*prompt, *answer], len(prompt)))
+            documents.append(EvalDocument([*prompt, *answer], len(prompt)))
             if left is not None:
                 left -= len(answer)
                 if left == 0:
                     break
         if left is None:
             break
-    return found
+    return documents
 
 
-def windows(file: Path, tokenizer, total: int) -> list[Document]:
-    """The first tokens of a text, in windows that each begin anew; `total` of them are predicted.
+def split_file(file: Path, tokenizer: TokenizerWrapper, total: int) -> list[EvalDocument]:
+    """Split the beginning of a text into windows, each of which starts without context.
+
+    Args:
+        file: a UTF-8 text.
+        total: number of tokens that are predicted in all windows together.
 
     Raises:
         SettingError: the file cannot be read, or is too short.
@@ -109,21 +129,22 @@ def windows(file: Path, tokenizer, total: int) -> list[Document]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as e:
-        raise SettingError(f"cannot read {file}: {e.strerror}") from e
+        raise SettingError(f"cannot read {file} ({e.strerror}): pass another file to --text") from e
     except UnicodeDecodeError as e:
-        raise SettingError(f"{file} is no UTF-8 text: give one for --text") from e
+        raise SettingError(f"{file} is not UTF-8 text: pass another file to --text") from e
     ids = tokenizer.encode(text)
-    found = []
+    documents = []
+    left = total
     for start in range(0, len(ids), WINDOW + 1):
-        window = ids[start : start + WINDOW + 1][: total + 1]
-        if len(window) > 1 and total > 0:
-            found.append(Document(window, 1))
-            total -= len(window) - 1
-    if total > 0:
-        there = sum(len(d.predicted) for d in found)
-        way_out = f"a longer one, or --tokens {there}" if there else "another one"
+        window = ids[start : start + WINDOW + 1][: left + 1]
+        if len(window) > 1 and left > 0:
+            documents.append(EvalDocument(window, 1))
+            left -= len(window) - 1
+    if left > 0:
+        available = total - left
+        way_out = f"use a longer one, or --tokens {available}" if available else "use another one"
         raise SettingError(
-            f"{file} has {len(ids)} tokens, of which {there} can be predicted, and "
-            f"{there + total} are asked for: give {way_out}"
+            f"{file} has {len(ids)} tokens, of which {available} can be predicted, and {total} are "
+            f"needed: {way_out}"
         )
-    return found
+    return documents

@@ -1,8 +1,8 @@
-"""How many tool calls and JSON answers are good, with the grammar and without it.
+"""Measures how many tool calls and JSON answers are correct, with and without the grammar.
 
-The questions are data (pass_rates.json): tools with two ways to ask for each, and shapes of JSON.
-An answer is greedy, so that a version of a model always gives the same one. Each request of a
-group has the same tools in front, which are read once.
+The questions are data (pass_rates.json): tools with two ways to ask for each, and JSON schemas.
+Answers are greedy, so that a version of a model always gives the same answer. All requests of a
+group begin with the same tools, which are prefilled only once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..chat import json_schema as schemas
 from ..engine import Engine
 from ..errors import OutputError
-from ..events import Text, ToolCall
+from ..events import End, Text, ToolCall
 from ..requests import Request
 
 MAX_TOKENS = 200
@@ -23,9 +24,14 @@ MAX_TOKENS = 200
 
 @dataclass(frozen=True)
 class Task:
-    """A request, and what passes: a call of `tool`, or JSON, that fits `schema`.
+    """A question and what counts as a correct answer.
 
-    values: arguments that the question gives, which a right call has.
+    Attributes:
+        messages: the conversation that asks.
+        schema: JSON schema of the arguments of the call, or of the answer.
+        tools: tools of the request.
+        tool: name of the tool to call; None: the answer is to be JSON.
+        values: arguments that the question asks for, which a right call must have.
     """
 
     messages: list[dict]
@@ -37,8 +43,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Rate:
-    """Of `asked`: passed, as their schema asks; right: calls that also have the values of the
-    question, None for JSON; cut: cut short at MAX_TOKENS."""
+    """Numbers of answers.
+
+    Attributes:
+        asked: all answers.
+        passed: answers that satisfy their schema.
+        right: calls that also have the values of the question; None for JSON.
+        cut: answers that were cut short at MAX_TOKENS.
+    """
 
     asked: int
     passed: int
@@ -47,10 +59,10 @@ class Rate:
 
 
 def call_tasks() -> list[Task]:
-    """All tool calls that can be asked for; any first part of them has all tools alike."""
+    """Return all tasks that ask for a tool call. Any first part of them treats all tools alike."""
     data = _data()
     tools = [(group, tool) for group in data["groups"] for tool in group]
-    found = []
+    tasks = []
     for number in range(len(data["values"]["city"])):
         for way in (0, 1):
             for group, tool in tools:
@@ -63,12 +75,12 @@ def call_tasks() -> list[Task]:
                 definitions = tuple(
                     {k: t[k] for k in ("name", "description", "parameters")} for t in group
                 )
-                found.append(Task(_user(ask), tool["parameters"], definitions, tool["name"], given))
-    return found
+                tasks.append(Task(_user(ask), tool["parameters"], definitions, tool["name"], given))
+    return tasks
 
 
 def schema_tasks() -> list[Task]:
-    """All JSON documents that can be asked for; any first part of them has all shapes alike."""
+    """Return all tasks that ask for JSON. Any first part of them treats all schemas alike."""
     data = _data()
     return [
         Task(
@@ -80,7 +92,7 @@ def schema_tasks() -> list[Task]:
     ]
 
 
-def rate(
+def measure_rate(
     engine: Engine,
     tasks: list[Task],
     *,
@@ -88,7 +100,13 @@ def rate(
     constrain: bool,
     advance: Callable[[int], None] = lambda answers: None,
 ) -> Rate:
-    """Ask for all of them with the router pruned to its top `experts`."""
+    """Ask an engine all tasks and count the correct answers.
+
+    Args:
+        experts: K of the requests.
+        constrain: whether the grammar is enforced.
+        advance: called with 1 after each answer.
+    """
     outcomes = []
     for task in tasks:
         outcomes.append(_outcome(engine, task, experts, constrain=constrain))
@@ -116,8 +134,9 @@ def _outcome(engine: Engine, task: Task, experts: int, *, constrain: bool) -> st
     try:
         *events, end = engine.stream(request)
     except OutputError as e:
-        # JSON without a grammar fails here too: it was held against its schema.
+        # JSON without a grammar ends here too: the engine validates it against its schema.
         return "cut" if e.end is not None and e.end.generated_tokens >= MAX_TOKENS else "wrong"
+    assert isinstance(end, End), "the last event of every answer"
     if end.finish_reason == "length":
         return "cut"
     if task.tool:
@@ -126,8 +145,12 @@ def _outcome(engine: Engine, task: Task, experts: int, *, constrain: bool) -> st
 
 
 def judge_call(task: Task, calls: list[ToolCall]) -> str:
-    """Passed: each call is of the right tool and fits it, and there is one; right: the first one
-    also has the values that were asked for."""
+    """Judge the calls of an answer.
+
+    Returns:
+        "wrong", "passed" if there is at least one call and all are of the right tool and satisfy
+        its schema, or "right" if the first one also has the values of the question.
+    """
     good = calls and all(
         c.name == task.tool
         and c.error is None
@@ -136,12 +159,14 @@ def judge_call(task: Task, calls: list[ToolCall]) -> str:
     )
     if not good:
         return "wrong"
-    given = {name: _plain(calls[0].arguments.get(name)) for name in task.values}
-    same = given == {name: _plain(value) for name, value in task.values.items()}
+    arguments, values = calls[0].arguments or {}, task.values or {}
+    given = {name: _plain(arguments.get(name)) for name in values}
+    same = given == {name: _plain(value) for name, value in values.items()}
     return "right" if same else "passed"
 
 
 def judge_json(task: Task, text: str) -> str:
+    """Return "passed" if a text is JSON that satisfies the schema, else "wrong"."""
     try:
         value = schemas.loads(text)
     except (ValueError, RecursionError):
@@ -149,7 +174,7 @@ def judge_json(task: Task, text: str) -> str:
     return "passed" if schemas.validation_error(value, task.schema) is None else "wrong"
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return value.strip().casefold() if isinstance(value, str) else value
 
 

@@ -1,149 +1,182 @@
-"""The plot of a sweep: KL against bytes a token. An SVG for light pages and for dark ones."""
+"""Draws the results of a sweep with matplotlib: KL divergence against bytes per token."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from html import escape
+from math import ceil, floor, log10
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
 
+from ..errors import SettingError
+from ..terminal import format_number
 from .report import token_nbytes
 
-WIDTH, HEIGHT = 760, 460
-LEFT, RIGHT, TOP, BOTTOM = 76, 730, 56, 404
-#: Between the lowest tick and the axis, on which lies what is 0, or LEAST and rounding alone.
-ZERO = 28
-LEAST = 1e-9
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Of Okabe and Ito, lightened or darkened to be read on white and on black.
-_COLOURS = ("#2f86c9", "#d9730d", "#1a9c75", "#b558a8", "#a68a00", "#7d7d7d")
-_STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #333 }
-.axis { stroke: #333; fill: none } .grid { stroke: #888; stroke-opacity: .25 }
-.stop { stroke: #c0392b; stroke-dasharray: 5 4; fill: none } .note { fill: #c0392b }
-@media (prefers-color-scheme: dark) {
- text { fill: #ddd } .axis { stroke: #ddd } .stop { stroke: #ff7b6b } .note { fill: #ff7b6b }
-}
-"""
+#: The smallest KL that is more than rounding; smaller ones are drawn as 0.
+LEAST_KL = 1e-9
 
+# Okabe and Ito's colours, which colour-blind people can tell apart, darkened to be read on white;
+# and shapes, for eyes that tell no colours apart.
+_COLOURS = ("#2f86c9", "#d9730d", "#1a9c75", "#b558a8", "#a68a00", "#6d6d6d")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_STOP_COLOUR = "#c0392b"
 
-def svg(found: dict) -> str:
-    """The plot of what `flashmoe.sweep.report.report` gave; one line a version."""
-    scale = _Scale(found)
-    lines: dict[str, list[dict]] = {}
-    for point in found["points"]:
-        lines.setdefault(point["version"], []).append(point)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>{escape(found['model'])}: KL against bytes a token</title>",
-        f"<style>{_STYLE}</style>",
-        *_axes(scale, found["model"]),
-        *_threshold(scale, found["threshold"]),
-    ]
-    for number, (version, points) in enumerate(lines.items()):
-        points.sort(key=token_nbytes)
-        parts += _line(scale, number, points, found["stop"])
-        parts += _legend(number, version)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+# Text stays text in an SVG, and equal results give an equal file.
+_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "flashmoe", "font.size": 10}
 
 
-class _Scale:
-    """From bytes and nats to places. KL is logarithmic, with a row for 0 below."""
+def check_plot_file(file: Path) -> None:
+    """Check that a plot can be written, before the sweep takes its time.
 
-    def __init__(self, found: dict):
-        sizes = [token_nbytes(p) for p in found["points"]]
-        kls = [p["fidelity"]["kl"] for p in found["points"]] + [found["threshold"]]
-        kls = [kl for kl in kls if kl > LEAST] or [1.0]
-        self.top = 1.25 * max(kls)
-        powers = range(math.floor(math.log10(min(kls))), math.ceil(math.log10(self.top)) + 1)
-        marks = (1, 2, 5) if len(powers) < 5 else (1,)
-        ticks = [mark * 10.0**power for power in powers for mark in marks]
-        below = max(t for t in ticks if t <= min(kls))
-        self.kls = [t for t in ticks if below <= t <= self.top]
-        span = max(sizes) - min(sizes) or max(sizes)
-        power = 10 ** math.floor(math.log10(span))
-        step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if span <= 7 * s * power)
-        first, last = min(sizes) // step, -(-max(sizes) // step)
-        self.sizes = [i * step for i in range(round(first), round(max(last, first + 1)) + 1)]
-        units = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
-        self.unit, self.unit_name = next(u for u in units if self.sizes[-1] >= u[0])
-
-    def x(self, nbytes: float) -> float:
-        first, last = self.sizes[0], self.sizes[-1]
-        return LEFT + (RIGHT - LEFT) * (nbytes - first) / (last - first)
-
-    def y(self, kl: float) -> float:
-        if kl < self.kls[0]:
-            return BOTTOM
-        share = math.log(kl / self.kls[0]) / math.log(self.top / self.kls[0])
-        return BOTTOM - ZERO - (BOTTOM - ZERO - TOP) * min(share, 1.0)
+    Raises:
+        SettingError: matplotlib is not installed, the directory does not exist, or the format is
+            not supported.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as e:
+        raise SettingError(
+            '--plot needs matplotlib: install it with pip install "llm-flashmoe[plot]"'
+        ) from e
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in formats:
+        raise SettingError(
+            f"--plot {file} has a format that is not supported: use .svg, .png or .pdf"
+        )
+    if not file.absolute().parent.is_dir():
+        raise SettingError(
+            f"there is no directory {file.parent}: choose a file in another one for --plot"
+        )
 
 
-def _axes(scale: _Scale, model: str) -> Iterator[str]:
-    for kl in scale.kls:
-        yield f'<path class="grid" d="M{LEFT} {scale.y(kl):.1f}H{RIGHT}"/>'
-        yield _text(LEFT - 8, scale.y(kl) + 4, f"{kl:g}", "end")
-    yield _text(LEFT - 8, BOTTOM + 4, "0", "end")
-    for nbytes in scale.sizes:
-        yield f'<path class="grid" d="M{scale.x(nbytes):.1f} {TOP}V{BOTTOM}"/>'
-        yield _text(scale.x(nbytes), BOTTOM + 20, f"{nbytes / scale.unit:g}", "middle")
-    yield f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>'
-    middle = (LEFT + RIGHT) / 2
-    yield _text(middle, BOTTOM + 42, f"{scale.unit_name} that a token needs", "middle")
-    yield (
-        f'<text transform="translate(20 {(TOP + BOTTOM) / 2:g}) rotate(-90)" text-anchor="middle">'
-        "KL from the exact model, nats a token</text>"
+def write_plot(results: dict, file: Path) -> None:
+    """Draw the results and write the plot in the format that the suffix of the file names.
+
+    Args:
+        results: from `flashmoe.sweep.report.report`, with at least one point.
+
+    Raises:
+        SettingError: the file cannot be written; also see `check_plot_file`.
+    """
+    check_plot_file(file)
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure = draw(results)
+        # A date would make equal results different files; only an SVG and a PDF have one.
+        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        metadata = dates.get(file.suffix.lower())
+        try:
+            figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
+        except OSError as e:
+            raise SettingError(
+                f"cannot write {file} ({e.strerror}): choose another file for --plot"
+            ) from e
+
+
+def draw(results: dict) -> Figure:
+    """Return the plot: a line for each version with a point for each K, and the threshold."""
+    from matplotlib.figure import Figure
+
+    points, threshold = results["points"], results["threshold"]
+    figure = Figure(figsize=(8.2, 5))
+    axes = figure.add_subplot()
+    zero = _scale_kl(axes, [p["fidelity"]["kl"] for p in points] + [threshold])
+    unit, unit_name = _unit(max(map(token_nbytes, points)))
+    axes.xaxis.set_major_formatter(lambda nbytes, _: format_number(nbytes / unit, 6))
+    versions: dict[str, list[dict]] = {}
+    for point in points:
+        versions.setdefault(point["version"], []).append(point)
+    # The labels of the smaller versions are below their lines, so that they meet fewer other lines.
+    by_size = sorted(versions, key=lambda v: mean(map(token_nbytes, versions[v])))
+    for number, (version, line) in enumerate(versions.items()):
+        _draw_version(axes, number, line, zero, below=by_size.index(version) < len(by_size) // 2)
+    _draw_stop(axes, results, zero)
+    axes.set_xlabel(f"{unit_name} that a token needs")
+    axes.set_ylabel("KL from the exact model, nats per token")
+    axes.set_title(_plain(f"{results['model']}: each point is one K"), loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False)
+    return figure
+
+
+def _scale_kl(axes: Axes, kls: list[float]) -> float:
+    """Make the y axis logarithmic with a place for 0 at its lower end, and return that place."""
+    positive = [kl for kl in kls if kl > LEAST_KL] or [1.0]
+    least, top = min(positive), 1.6 * max(positive)
+    first, last = floor(log10(least)), ceil(log10(top))
+    marks = (1, 2, 5) if last - first < 4 else (1,)
+    ticks = [mark * 10.0**power for power in range(first, last + 1) for mark in marks]
+    ticks = [t for t in ticks if max(t for t in ticks if t <= least) <= t <= top]
+    zero = ticks[0] / (2 if len(marks) > 1 else 3)
+    axes.set_yscale("log")
+    axes.set_ylim(zero, top)
+    axes.set_yticks([zero, *ticks], ["0", *map(format_number, ticks)])
+    axes.minorticks_off()
+    return zero
+
+
+def _unit(nbytes: int) -> tuple[int, str]:
+    units = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
+    return next(unit for unit in units if nbytes >= unit[0])
+
+
+def _draw_version(axes: Axes, number: int, points: list[dict], zero: float, *, below: bool) -> None:
+    version = points[0]["version"]
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    points = sorted(points, key=token_nbytes)
+    sizes = [token_nbytes(p) for p in points]
+    kls = [max(p["fidelity"]["kl"], zero) for p in points]
+    shown = version if len(version) <= 20 else f"...{version[-17:]}"
+    axes.errorbar(
+        sizes,
+        kls,
+        yerr=[p["fidelity"]["kl_error"] or 0.0 for p in points],
+        color=colour,
+        marker=marker,
+        linewidth=1.6,
+        clip_on=False,
+        label=_plain(shown if version == "own" else f"{shown} bits"),
     )
-    yield _text(LEFT, 22, f"{model}: each point is one K", "start")
+    for point, size, kl in zip(points, sizes, kls, strict=True):
+        # In the colour of the line: lines come close to each other where K is small.
+        axes.annotate(
+            str(point["experts"]),
+            (size, kl),
+            (-5, -4) if below else (5, 4),
+            textcoords="offset points",
+            ha="right" if below else "left",
+            va="top" if below else "bottom",
+            color=colour,
+            fontsize=9,
+        )
 
 
-def _threshold(scale: _Scale, threshold: float) -> Iterator[str]:
+def _draw_stop(axes: Axes, results: dict, zero: float) -> None:
+    """Draw the threshold, and a circle around the point to stop at."""
+    threshold, stop = results["threshold"], results["stop"]
+    for point in results["points"]:
+        if {"version": point["version"], "experts": point["experts"]} == stop:
+            kl = max(point["fidelity"]["kl"], zero)
+            circle = {"markersize": 15, "fillstyle": "none", "clip_on": False, "gid": "stop"}
+            axes.plot(token_nbytes(point), kl, "o", color=_STOP_COLOUR, **circle)
     if threshold > 0:
-        y = scale.y(threshold)
-        yield f'<path class="stop" d="M{LEFT} {y:.1f}H{RIGHT}"/>'
-        yield _text(RIGHT, y - 5, f"threshold {threshold:g}", "end", "note")
+        axes.axhline(threshold, color=_STOP_COLOUR, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"threshold {format_number(threshold)}",
+            (1, threshold),
+            (-2, 3),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            color=_STOP_COLOUR,
+        )
 
 
-def _line(scale: _Scale, number: int, points: list[dict], stop: dict | None) -> Iterator[str]:
-    colour = _COLOURS[number % len(_COLOURS)]
-    places = [(scale.x(token_nbytes(p)), scale.y(p["fidelity"]["kl"])) for p in points]
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    yield f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-    for (x, y), point in zip(places, points, strict=True):
-        fit, k = point["fidelity"], point["experts"]
-        if error := fit["kl_error"]:
-            low, high = (scale.y(fit["kl"] + side * error) for side in (-1, 1))
-            yield f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>'
-        yield _marker(number, x, y, colour)
-        if stop == {"version": point["version"], "experts": k}:
-            yield f'<circle class="stop" cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
-        # In its colour: lines come close to each other where K is small.
-        yield _text(x + 7, y - 7, str(k), "start", fill=colour)
-
-
-def _marker(number: int, x: float, y: float, colour: str) -> str:
-    """Shapes too, for eyes that tell no colours apart."""
-    corners = {
-        1: ((-4, -4), (4, -4), (4, 4), (-4, 4)),
-        2: ((0, -5), (5, 4), (-5, 4)),
-        3: ((0, -6), (6, 0), (0, 6), (-6, 0)),
-        4: ((0, 5), (5, -4), (-5, -4)),
-    }.get(number % len(_COLOURS))
-    if corners is None:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>'
-    path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
-    return f'<polygon points="{path}" fill="{colour}"/>'
-
-
-def _legend(number: int, version: str) -> Iterator[str]:
-    x = LEFT + 8 + 110 * number
-    yield _marker(number, x, 40, _COLOURS[number % len(_COLOURS)])
-    shown = version if len(version) <= 14 else f"...{version[-11:]}"
-    yield _text(x + 10, 44, shown if version == "own" else f"{shown} bits", "start")
-
-
-def _text(
-    x: float, y: float, words: str, anchor: str, style: str = "", fill: str | None = None
-) -> str:
-    kind = f' class="{style}"' if style else ""
-    kind += f' style="fill: {fill}"' if fill else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(words)}</text>'
+def _plain(text: str) -> str:
+    """Escape a name for matplotlib, to which $ starts a formula."""
+    return text.replace("$", r"\$")

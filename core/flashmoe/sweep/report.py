@@ -1,17 +1,35 @@
-"""What a sweep found, as plain data and as rows of a table. No point is ever left out."""
+"""The results of a sweep as plain data, as rows of a table and as sentences.
+
+No point is ever left out.
+"""
 
 from __future__ import annotations
 
-from ..sizes import format_size
+from typing import Any
 
-COLUMNS = ("version", "K", "a token", "of experts", "KL", "perplexity", "same top")
+from ..sizes import format_size
+from ..terminal import format_number
+
+COLUMNS = ("version", "K", "bytes/token", "expert bytes", "KL", "perplexity", "same top")
 _RATES = (("calls", "calls"), ("schemas", "JSON"))
 _KINDS = (("grammar", "grammar"), ("free", "free"))
 
 
-def report(name: str, points: list[dict], threshold: float, *, whole: bool = True) -> dict:
-    """Everything. best: points than which no other has both fewer bytes a token and a lower KL
-    (Pareto). stop: the fewest bytes whose KL, with two standard errors, is at most the threshold.
+def report(
+    name: str, points: list[dict], threshold: float, *, whole: bool = True
+) -> dict[str, Any]:
+    """Return the results of a sweep as JSON data.
+
+    Args:
+        name: the model.
+        points: the measured points, from `flashmoe.sweep.run.Sweep.points`.
+        threshold: KL divergence in nats per token that is acceptable.
+        whole: whether all points were measured.
+
+    Returns:
+        The arguments and two results: "best", the points for which no other point has both fewer
+        bytes per token and a lower KL (Pareto), and "stop", the point with the fewest bytes whose
+        KL plus two standard errors is at most the threshold, or None.
     """
     best = [
         p
@@ -31,64 +49,65 @@ def report(name: str, points: list[dict], threshold: float, *, whole: bool = Tru
 
 
 def token_nbytes(point: dict) -> int:
-    """Bytes that a token needs, of dense weights and of experts."""
+    """Return the bytes that a token needs, dense weights and experts together."""
     return point["size"]["dense_bytes"] + point["size"]["expert_bytes"]
 
 
 def upper_kl(point: dict) -> float:
-    """KL with two standard errors, where they are known."""
+    """Return the KL of a point plus two standard errors, if the error is known."""
     return point["fidelity"]["kl"] + 2 * (point["fidelity"]["kl_error"] or 0.0)
 
 
-def columns(found: dict) -> list[str]:
-    """Those of `rows`: only what was measured."""
+def columns(results: dict) -> list[str]:
+    """Return the names of the columns of `rows`; parts that were not measured have none."""
     names = list(COLUMNS)
     for part, label in _RATES:
-        if any(part in p for p in found["points"]):
+        if any(part in p for p in results["points"]):
             names += [f"{label}, {kind}" for _, kind in _KINDS]
-    if any("speed" in p for p in found["points"]):
-        names += ["tok/s", "read a token"]
+    if any("speed" in p for p in results["points"]):
+        names += ["tokens/s", "read/token"]
     return [*names, ""]
 
 
-def rows(found: dict) -> list[dict]:
-    """A row for each point, of texts by column."""
-    return [_row(point, found) for point in found["points"]]
+def rows(results: dict) -> list[dict]:
+    """Return a row for each point: texts by column name."""
+    return [_row(point, results) for point in results["points"]]
 
 
-def summary(found: dict) -> list[str]:
-    """Where to stop, and what the columns do not say, in sentences."""
+def summary(results: dict) -> list[str]:
+    """Return sentences about where to stop and about what the columns do not tell."""
     lines = []
-    points = {_key_of(p): p for p in found["points"]}
-    if (stop := found["stop"]) is not None:
+    points = {_key_of(p): p for p in results["points"]}
+    if (stop := results["stop"]) is not None:
         point = points[tuple(stop.values())]
         fit = point["fidelity"]
         lines.append(
             f"stop at {stop['version']}, K={stop['experts']}: "
-            f"{format_size(token_nbytes(point))} a token, "
-            f"KL {_plus_minus(fit['kl'], fit['kl_error'])}. It has the fewest bytes whose KL, with "
-            f"two standard errors, is at most {found['threshold']:g} nats (--threshold)"
+            f"{format_size(token_nbytes(point))} per token, "
+            f"KL {_plus_minus(fit['kl'], fit['kl_error'])}. This is the point with the fewest "
+            "bytes whose KL plus two standard errors is at most "
+            f"{format_number(results['threshold'])} nats (--threshold)"
         )
-    exact = found["points"][0] if found["points"] else {}
+    exact = results["points"][0] if results["points"] else {}
     for part, label in _RATES:
         for kind, words in (("grammar", "with the grammar"), ("free", "without a grammar")):
             if part in exact and exact[part][kind]["passed"] == 0:
                 lines.append(
-                    f"{label} {words}: the exact model passes none, so this column says nothing "
-                    "of what pruning or bits cost"
+                    f"{label} {words}: the exact model passes none, so this column does not show "
+                    "what pruning or bits cost"
                 )
-    if not found["whole"]:
-        lines.append("the sweep was ended before it was whole")
+    if not results["whole"]:
+        lines.append("the sweep was stopped before all points were measured")
     return lines
 
 
-def _row(point: dict, found: dict) -> dict:
+def _row(point: dict, results: dict) -> dict:
     fit, size = point["fidelity"], point["size"]
     row = {
         "version": point["version"],
         "K": str(point["experts"]),
-        "a token": format_size(token_nbytes(point)),
-        "of experts": format_size(size["expert_bytes"]),
+        "bytes/token": format_size(token_nbytes(point)),
+        "expert bytes": format_size(size["expert_bytes"]),
         "KL": _plus_minus(fit["kl"], fit["kl_error"]),
         "perplexity": f"{fit['perplexity']:.3f}",
         "same top": f"{fit['same_top']:.1%}",
@@ -98,16 +117,17 @@ def _row(point: dict, found: dict) -> dict:
             if part in point:
                 row[f"{label}, {name}"] = _rate(point[part][kind])
     if speed := point.get("speed"):
-        row["tok/s"] = f"{speed['tokens_per_second']:.1f}"
-        row["read a token"] = format_size(speed["read_bytes"])
-    marks = ["best"] * (_key(point) in found["best"]) + ["stop"] * (_key(point) == found["stop"])
+        row["tokens/s"] = f"{speed['tokens_per_second']:.1f}"
+        row["read/token"] = format_size(speed["read_bytes"])
+    key = _key(point)
+    marks = ["best"] * (key in results["best"]) + ["stop"] * (key == results["stop"])
     return row | {"": ", ".join(marks)}
 
 
-def _rate(found: dict) -> str:
-    """Right and passed calls, or passed documents, of those asked for."""
-    right = "" if found["right"] is None else f"{found['right']} / "
-    return f"{right}{found['passed']} of {found['asked']}"
+def _rate(rate: dict) -> str:
+    """Return "right / passed of asked" for calls and "passed of asked" for JSON."""
+    right = "" if rate["right"] is None else f"{rate['right']} / "
+    return f"{right}{rate['passed']} of {rate['asked']}"
 
 
 def _plus_minus(value: float, error: float | None) -> str:

@@ -1,5 +1,8 @@
-"""The versions of a model that a sweep compares: its own bits, fewer ones made by `quantize`, or
-other checkpoints of the same model."""
+"""The versions of a model that a sweep compares.
+
+A version is the checkpoint itself, a copy with fewer bits that `flashmoe.quantize` writes, or
+another checkpoint of the same model.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 from ..catalog import find
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
-from ..quantize.recipe import SHARD_NBYTES, Plan, Recipe, make_plan
+from ..quantize.recipe import SHARD_NBYTES, QuantizePlan, Recipe, make_plan
 
 OWN = "own"
 _RECIPE = re.compile(r"\d+(/\d+){0,2}")
@@ -23,68 +26,80 @@ _SAME = ("vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "num_e
 
 @dataclass(frozen=True)
 class Version:
-    """name: as it was asked for. checkpoint: where it is on disk already; plan: how it is made."""
+    """A version of a model: either `checkpoint` or `plan` is set.
+
+    Attributes:
+        name: the version as the user named it.
+        checkpoint: the checkpoint, if it is on the disk already.
+        plan: what `write` writes, if not.
+    """
 
     name: str
     checkpoint: Checkpoint | None = None
-    plan: Plan | None = None
+    plan: QuantizePlan | None = None
 
     @property
     def key(self) -> str:
-        """The name, and for another checkpoint what its files are."""
-        if self.plan is not None or self.name == OWN:
+        """The name under which results are stored. For another checkpoint it has its files too."""
+        if self.checkpoint is None or self.name == OWN:
             return self.name
         return f"{self.name}@{self.checkpoint.files_identity[:12]}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes to write."""
+        """Bytes that `write` writes."""
         return 0 if self.plan is None else self.plan.nbytes()[1]
 
-    def make(
+    def write(
         self, directory: Path, advance: Callable[[int], None] = lambda done: None
     ) -> Checkpoint:
-        """Write the checkpoint to the directory, unless it is there.
+        """Write the version to a directory unless it is on the disk already, and return it.
+
+        Args:
+            advance: called with the amount of work done, in work units of the plan.
 
         Raises:
-            QuantizeError: there is no room, or something else is there.
+            QuantizeError: the disk has too little space, or the directory holds something else.
         """
-        from ..quantize import writer as quantize  # late: numba
+        if self.plan is None:
+            assert self.checkpoint is not None, "a version has a plan or a checkpoint"
+            return self.checkpoint
+        from ..quantize import writer  # late: numba
 
-        # config.json comes last: with it the version is whole.
+        # config.json is written last: where it exists, the version is complete.
         if not (directory / "config.json").is_file():
-            settings = quantize.fingerprint(self.plan, SHARD_NBYTES, None)
-            quantize.begin(self.plan, directory, settings)
-            source = self.plan.checkpoint.path.absolute().name
+            settings = writer.run_settings(self.plan, SHARD_NBYTES, None)
+            writer.prepare_directory(self.plan, directory, settings)
             note = {
-                "source": source,
+                "source": self.plan.checkpoint.path.absolute().name,
                 "recipe": asdict(self.plan.recipe),
                 "calibration": None,
             }
-            quantize.Run(self.plan, directory, note, advance).run()
+            writer.Quantizer(self.plan, directory, note, advance).write()
         return Checkpoint.open(directory)
 
     def discard(self, directory: Path) -> None:
-        """Remove what `make` wrote."""
+        """Remove what `write` has written."""
         if self.plan is not None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def read_versions(names: list[str], source: Checkpoint) -> list[Version]:
-    """The versions that are asked for, each once, the source's own bits first.
+    """Return the named versions without duplicates, the source's own bits first.
 
     Args:
-        names: "own"; bits of an expert's three matrices, as 3; of gate and up, and of down, as
-            2/4; of dense weights too, as 2/4/6; else the name or directory of a checkpoint.
+        names: "own" for the source itself; "3" for the bits of all three matrices of an expert;
+            "2/4" for gate and up, and down; "2/4/6" for dense weights too; anything else is the
+            name or the directory of a checkpoint.
 
     Raises:
-        SettingError: bits that are not fewer than the source's, or another model.
+        SettingError: bits that are not fewer than the source's, or a checkpoint of another model.
     """
-    found = {}
+    versions: dict[str, Version] = {}
     for name in dict.fromkeys(names):
         version = _version(name, source)
-        found.setdefault(version.name, version)
-    return sorted(found.values(), key=lambda v: v.name != OWN)
+        versions.setdefault(version.name, version)
+    return sorted(versions.values(), key=lambda v: v.name != OWN)
 
 
 def _version(name: str, source: Checkpoint) -> Version:
@@ -101,8 +116,8 @@ def _version(name: str, source: Checkpoint) -> Version:
     if after >= before:
         own = "/".join(map(str, sorted(_all_bits(source))))
         raise SettingError(
-            f"--bits {name} has no matrix of an expert with fewer bits than {source.path} has "
-            f"({own}): give fewer, or {OWN}"
+            f"--bits {name} would not make the experts of {source.path} smaller, which have {own} "
+            f"bits: use fewer bits, or {OWN}"
         )
     return Version(name, plan=plan)
 
@@ -120,7 +135,7 @@ def _same_model(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Checkp
         ours, theirs = (c.text_config[field] for c in (source, checkpoint))
         if ours != theirs:
             raise SettingError(
-                f"{name} has {field} {theirs}, and {source.path} has {ours}: give another version "
-                "of the same model, or bits such as 3 or 2/4"
+                f"{name} has {field} {theirs}, but {source.path} has {ours}: use a version of the "
+                "same model, or bits such as 3 or 2/4"
             )
     return checkpoint
