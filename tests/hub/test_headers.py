@@ -1,6 +1,7 @@
-"""`flashmoe plan` of a model that is not here: headers by ranges, from a server of the hub's
-protocol. Each command is a process of its own, since huggingface_hub reads HF_ENDPOINT when it is
-imported."""
+"""Test `flashmoe plan` of a model on the hub, of which it fetches the headers alone.
+
+Each command is a process of its own, because huggingface_hub reads HF_ENDPOINT on import.
+"""
 
 import json
 import os
@@ -45,7 +46,7 @@ def plan(tmp_path, monkeypatch):
     def run(hub, *args, code=0, **env) -> str:
         command = [str(Path(sys.executable).parent / "flashmoe"), "plan", *map(str, args or PLAN)]
         env = os.environ | hub.environ | env
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert not list((tmp_path / "TMPDIR").iterdir())  # cleaned up
@@ -58,23 +59,23 @@ def copied(toy, tmp_path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "changed"))
 
 
-def test_headers_say_less_than_the_files(plan, hub, toy):
-    found = json.loads(plan(hub))
+def test_plan_from_headers_equals_that_of_the_files(plan, hub, toy):
+    report = json.loads(plan(hub))
     local = Checkpoint.open(toy)
-    assert found["bytes"] == sum(f.stat().st_size for f in toy.glob("*.safetensors"))
-    assert found["to_fetch"] == sum(f.stat().st_size for f in toy.iterdir())
-    assert found["free"] > 0
-    assert (found["repo"], found["commit"]) == ("owner/toy", COMMIT)
-    assert (found["experts"], found["trained_k"]) == (local.num_experts, local.top_k)
-    assert found["memory"]["plan"]["dense"] == local.dense_nbytes
+    assert report["bytes"] == sum(f.stat().st_size for f in toy.glob("*.safetensors"))
+    assert report["to_fetch"] == sum(f.stat().st_size for f in toy.iterdir())
+    assert report["free"] > 0
+    assert (report["repo"], report["commit"]) == ("owner/toy", COMMIT)
+    assert (report["experts"], report["trained_k"]) == (local.num_experts, local.top_k)
+    assert report["memory"]["plan"]["dense"] == local.dense_nbytes
     slot = sum(x.expert_nbytes for x in local.expert_layers.values())
-    assert found["memory"]["plan"]["slot_nbytes"] == slot
+    assert report["memory"]["plan"]["slot_nbytes"] == slot
 
 
-def test_weights_are_fetched(plan):
+def test_weights_are_not_fetched(plan):
     with Hub(find(DEMO)) as hub:
-        found = json.loads(plan(hub))
-    assert found["bytes"] > 29e6
+        report = json.loads(plan(hub))
+    assert report["bytes"] > 29e6
     assert hub.sent < 400_000
     assert {name for name, _ in hub.requests} == {
         "config.json",
@@ -83,7 +84,7 @@ def test_weights_are_fetched(plan):
     }
 
 
-def test_header_longer_than_the_first_range_is_cut(plan, toy, tmp_path):
+def test_long_header_is_fetched_in_two_ranges(plan, toy, tmp_path):
     long = copied(toy, tmp_path)
     content = (long / SHARD).read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
@@ -94,7 +95,7 @@ def test_header_longer_than_the_first_range_is_cut(plan, toy, tmp_path):
     assert [first for name, first in hub.requests if name == SHARD] == [0, 1 << 14]
 
 
-def test_server_without_ranges_sends_it_all(plan):
+def test_server_without_ranges_is_refused_at_once(plan):
     with Hub(find(DEMO)) as hub:
         hub.faults["model.safetensors"] = Fault(no_ranges=True, pause=0.02)
         text = plan(hub, code=1)
@@ -110,17 +111,17 @@ def test_server_without_ranges_sends_it_all(plan):
         ({"api": Fault(status=429, headers={"Retry-After": "999"})}, "wait 999 s"),
     ],
 )
-def test_fault_is_not_explained(plan, hub, faults, says):
+def test_fault_is_explained(plan, hub, faults, says):
     hub.faults |= faults
     assert says in plan(hub, code=1)
 
 
-def test_cut_connection_ends_it(plan, hub):
+def test_header_is_fetched_again_after_a_cut_connection(plan, hub):
     hub.faults[SHARD] = Fault(stop=500, times=1)
     assert json.loads(plan(hub))["runs"]
 
 
-def test_header_of_gigabytes_is_fetched(plan, toy, tmp_path):
+def test_header_of_gigabytes_is_refused(plan, toy, tmp_path):
     bad = copied(toy, tmp_path)
     content = (bad / SHARD).read_bytes()
     (bad / SHARD).write_bytes((1 << 40).to_bytes(8, "little") + content[8:])
@@ -130,18 +131,18 @@ def test_header_of_gigabytes_is_fetched(plan, toy, tmp_path):
         assert "wants 1.1 TB of headers" in plan(hub, code=1)
 
 
-def test_listing_lies_about_a_size(plan, hub):
+def test_wrong_size_in_the_listing_is_refused(plan, hub):
     hub.claimed[SHARD] = 10**9
     assert "has 1000000000 bytes, but its last tensor ends at" in plan(hub, code=1)
 
 
-def test_gated_repository_gives_its_headers(plan, hub):
+def test_gated_repository_needs_a_token(plan, hub):
     hub.needs_token = True
     assert "is gated" in plan(hub, code=1)
     assert json.loads(plan(hub, HF_TOKEN=TOKEN))["runs"]
 
 
-def test_offline_asks_the_network(plan, hub):
+def test_offline_mode_is_respected(plan, hub):
     text = plan(hub, code=1, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set" in text
     assert "not on this disk" in text
