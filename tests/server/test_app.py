@@ -105,7 +105,9 @@ def slow_steps(toy, monkeypatch):
 
 def long_answers(engine) -> list:
     """Begin as many long answers as fit into the batch."""
-    requests = [Request(messages(f"Long {i}."), max_tokens=3000, temperature=0) for i in range(4)]
+    # The toy model writes far more than a thousand tokens after each of these prompts.
+    prompts = ("A story.", "Hello", "Long 0.", "Long 1.")
+    requests = [Request(messages(p), max_tokens=3000, temperature=0) for p in prompts]
     answers = [engine.stream(request) for request in requests]
     until(lambda: engine.running == 4)
     return answers
