@@ -16,6 +16,9 @@ from .sizes import parse_size
 #: Bytes of prompt cache files on disk, unless another limit is given.
 PROMPT_STORE_NBYTES = 4 * 10**9
 
+#: The highest `depth`: each read in flight takes a thread.
+MAX_DEPTH = 256
+
 #: The values of `activations`; `flashmoe.ops.activations` says what they mean.
 ACTIVATIONS = ("float32", "int8")
 
@@ -34,8 +37,8 @@ class LoadOptions:
         slots: expert slots per layer, instead of as many as fit into `memory`.
         experts: K, the number of experts per token. None: the K that the model was trained with. A
             smaller K prunes the router and is not exact.
-        depth: how many reads may be in flight at the drive. None: what `flashmoe bench disk`
-            measured for this drive, or 8.
+        depth: how many reads may be in flight at the drive, at most `MAX_DEPTH`. None: what
+            `flashmoe bench disk` measured for this drive, or 8.
         io: how experts are read, one of `IO_MODES`. None: what `flashmoe bench disk` measured for
             this drive, or a default for the platform. Where all experts fit into slots the default
             is "buffered", so that the next process finds them in the page cache.
@@ -66,6 +69,11 @@ class LoadOptions:
         _check_count("slots", self.slots, "a number of experts per layer")
         _check_count("experts", self.experts, "a number of experts per token")
         _check_count("depth", self.depth, "a number of reads in flight")
+        if self.depth is not None and self.depth > MAX_DEPTH:
+            raise SettingError(
+                f"depth={self.depth} is out of range: each read in flight takes a thread, so depth "
+                f"must be between 1 and {MAX_DEPTH}"
+            )
         _check_choice("io", self.io, IO_MODES)
         _check_choice("activations", self.activations, ACTIVATIONS)
         _ = self.prompt_cache_nbytes

@@ -32,7 +32,13 @@ class Commands(click.Group):
 @click.group(cls=Commands)
 @click.version_option(package_name="llm-flashmoe")
 def cli() -> None:
-    """Run Mixture-of-Experts models that are larger than memory."""
+    """Run Mixture-of-Experts models that are larger than memory.
+
+    Try it with the bundled demo model:
+
+    \b
+        flashmoe run flashmoe-demo "What is bread?"
+    """
 
 
 for command in (*models.COMMANDS, download, plan, quantize, sweep, bench, doctor, serve, run):

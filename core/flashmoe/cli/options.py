@@ -50,7 +50,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "batch": {
         "metavar": "N",
         "type": int,
-        "show_default": "16",
+        "show_default": "16, or fewer if memory is short",
         "help": "Answer at most this many requests together.",
     },
     "cluster": {

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     "--context",
     metavar="TOKENS",
     type=int,
-    show_default="8192",
+    show_default="8192, or the model's limit",
     help="Keep memory for a conversation of this length.",
 )
 @click.option(
     "--prompt",
     metavar="TOKENS",
     type=int,
-    show_default="1000",
+    show_default="1000, or the model's limit",
     help="Predict the time to the first token for a prompt of this length.",
 )
 @engine_options("memory", "experts", "activations")
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     metavar="GB/S",
     default=1.0,
     show_default=True,
-    help="Assume this speed between them.",
+    help="Assume this speed of the network between the N machines.",
 )
 @click.option(
     "--machine",

@@ -23,6 +23,7 @@ from .options import engine_options, with_preset
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen at this address.")
 @click.option(
     "--port",
+    metavar="PORT",
     type=click.IntRange(0, 65535),
     default=8080,
     show_default=True,
