@@ -24,9 +24,6 @@ _COLOURS = ("#2f86c9", "#d9730d", "#1a9c75", "#b558a8", "#a68a00", "#6d6d6d")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _STOP_COLOUR = "#c0392b"
 
-# Text stays text in an SVG, and equal results give an equal file.
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "flashmoe", "font.size": 10}
-
 
 def check_plot_file(file: Path) -> None:
     """Check that a plot can be written, before the sweep takes its time.
@@ -64,7 +61,8 @@ def write_plot(results: dict, file: Path) -> None:
     check_plot_file(file)
     from matplotlib import rc_context
 
-    with rc_context(_STYLE):
+    # Text stays text in an SVG, and equal results give equal files.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "flashmoe"}):
         figure = draw(results)
         # A date would make equal results different files; only an SVG and a PDF have one.
         dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -162,8 +160,16 @@ def _draw_stop(axes: Axes, results: dict, zero: float) -> None:
     for point in results["points"]:
         if {"version": point["version"], "experts": point["experts"]} == stop:
             kl = max(point["fidelity"]["kl"], zero)
-            circle = {"markersize": 15, "fillstyle": "none", "clip_on": False, "gid": "stop"}
-            axes.plot(token_nbytes(point), kl, "o", color=_STOP_COLOUR, **circle)
+            axes.plot(
+                token_nbytes(point),
+                kl,
+                marker="o",
+                markersize=15,
+                fillstyle="none",
+                color=_STOP_COLOUR,
+                clip_on=False,
+                gid="stop",
+            )
     if threshold > 0:
         axes.axhline(threshold, color=_STOP_COLOUR, linestyle="--", linewidth=1)
         axes.annotate(
