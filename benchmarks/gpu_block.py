@@ -9,8 +9,8 @@ import numpy as np
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
-from flashmoe_metal.down import Shared, down
-from flashmoe_metal.gate_up import gate_up
+from flashmoe_metal.down import DownInputs, SharedExpertInputs, down
+from flashmoe_metal.gate_up import GateUpInputs, gate_up
 from flashmoe_metal.matrix import Matrix
 
 HIDDEN, EXPERT, SLOTS, CHAIN = 4096, 1024, 64, 240
@@ -39,12 +39,12 @@ class Block:
         mx.eval([m.arrays for m in self.shared])
 
     def ours(self, x, slots, scores, logits=None):
+        gate, up, last = self.shared
         with_shared = logits is not None
-        h, *shared_h = gate_up(
-            x, slots, self.gate, self.up, self.shared[:2] if with_shared else None
-        )
-        shared = Shared(*shared_h, self.shared[2], logits) if with_shared else None
-        return down(h, slots, scores, self.down, x.dtype, shared=shared)
+        shared = (gate, up) if with_shared else None
+        h, *shared_h = gate_up(GateUpInputs(x, slots, self.gate, self.up, shared))
+        own = SharedExpertInputs(*shared_h, last, logits) if with_shared else None
+        return down(DownInputs(h, slots, scores, self.down, x.dtype, own))
 
     def stock(self, x, slots, scores, logits=None):
         """As mlx-lm's blocks compute it: many pairs are sorted by their experts."""

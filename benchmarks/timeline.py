@@ -3,9 +3,9 @@
     python benchmarks/timeline.py /tmp/synth --limit 4GB --memory 3.2GB --io direct \\
         --plot docs/plots/timeline.svg
 
-Records spans from outside: `StreamingSwitchGLU.start`, `Call.finish`, the ops' `Work.run`,
-`Reader.submit`, `Pending.wait` and the jobs of the reader's threads are wrapped, which costs some
-microseconds each; nothing of the engine changes. What the main thread does:
+Records spans from outside: `StreamingSwitchGLU.start`, `ExpertCall.finish` and `_run`,
+`Reader.submit`, `PendingRead.wait` and the jobs of the reader's threads are wrapped, which costs
+some microseconds each; nothing of the engine changes. What the main thread does:
 
     dense      attention, GatedDeltaNet, router, shared expert, head: all outside of what follows
     experts    the routed experts through the cores
@@ -57,19 +57,23 @@ class Recorder:
         self._threads = {threading.get_ident(): 0}
 
     @contextmanager
-    def recording(self, ops):
-        """ops: the module of flashmoe.ops that computes."""
+    def recording(self, backend):
+        """backend: the one that computes."""
         from flashmoe.streaming import reader
         from flashmoe.streaming import switch_glu as switch
 
         # On a GPU what an expert block launches is lazy: its time is that of the next `start`.
-        fused = hasattr(ops, "FewRows")
-        work, run = (ops.FewRows, "combined") if fused else (switch.Call, "_run")
+        if backend.name == "fused":
+            from flashmoe.ops.gpu.fused import FewTokensWork
+
+            computing = FewTokensWork, "combined_with", "experts"
+        else:
+            computing = switch.ExpertCall, "_run", "experts"
         kept = []
         for owner, name, kind in (
             (switch.StreamingSwitchGLU, "start", "start"),
-            (switch.Call, "finish", "slots"),
-            (work, run, "experts"),
+            (switch.ExpertCall, "finish", "slots"),
+            computing,
             (reader.Reader, "submit", "slots"),
             (reader.PendingRead, "wait", "waiting"),
             (reader._Pool, "run", "read"),

@@ -1,1 +1,4 @@
-"""GPU kernels of the expert block, one text for Metal and CUDA. Knows nothing of models."""
+"""GPU kernels for the layers of Mixture-of-Experts models: one text for Metal and CUDA.
+
+The package knows arrays and matrices, but no models: `flashmoe.ops.gpu` calls it.
+"""

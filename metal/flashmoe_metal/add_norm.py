@@ -1,4 +1,4 @@
-"""The sum of a layer's input and its attention, and the RMS norm of the sum, in one launch."""
+"""Add attention to a layer's input and compute the RMS norm of the sum, in one launch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import mlx.core as mx
 
 from .kernel import Kernel
 
-#: Of more rows, MLX's own two launches read and write faster.
-MOST_ROWS = 16
+#: With more rows than this, MLX's own two launches read and write faster.
+MAX_ROWS = 16
 
 _kernel = Kernel("add_norm", inputs=("x", "r", "weight", "eps"), outputs=("h", "normed"))
 
 
 def supports(x: mx.array, r: mx.array, weight: mx.array) -> bool:
-    """Whether the kernel takes them: a few rows, and one dtype."""
+    """Return whether the kernel takes these arrays: a few rows, all of one dtype."""
     width = x.shape[-1]
     return (
-        x.size <= MOST_ROWS * width
+        x.size <= MAX_ROWS * width
         and x.shape == r.shape
         and x.dtype == r.dtype == weight.dtype
         and width <= 16384
@@ -24,14 +24,15 @@ def supports(x: mx.array, r: mx.array, weight: mx.array) -> bool:
 
 
 def add_norm(x: mx.array, r: mx.array, weight: mx.array, eps: mx.array) -> list[mx.array]:
-    """h = x + r and the norm of h times weight, as `mx.fast.rms_norm` rounds it.
+    """Return h = x + r and the norm of h times weight, rounded as `mx.fast.rms_norm` rounds it.
 
     Args:
-        x, r: (..., D). weight: (D,). All of one dtype.
-        eps: (1,) float32.
+        x, r: (..., D), of one dtype.
+        weight: (D,), of the same dtype.
+        eps: (1,) float32, added to the mean of squares.
 
     Returns:
-        h and normed, each (..., D).
+        h and the normed h, each (..., D).
     """
     width = x.shape[-1]
     simds = min(-(-width // 128), 32)

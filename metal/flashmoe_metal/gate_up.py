@@ -1,16 +1,34 @@
-"""The first half of an expert: gate, up and SwiGLU."""
+"""Compute the first half of experts: gate, up and SwiGLU."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from .kernel import Kernel
 from .matrix import Matrix, lanes
 
-#: Rows of each matrix that a team of lanes takes, and simdgroups of a threadgroup: measured.
+#: Rows of each matrix of a team of lanes, and simdgroups of a threadgroup; both as measured.
 ROWS, SIMDS = 1, 4
+
+
+class GateUpInputs(NamedTuple):
+    """What a call of `gate_up` reads.
+
+    Attributes:
+        x: (..., in) of bf16, f16 or f32.
+        slots: (..., top_k) uint32, the slots of each token's experts in the stacks.
+        gate, up: stacks of (out, in).
+        shared: gate and up of the shared expert, (shared out, in) each; None without one.
+    """
+
+    x: mx.array
+    slots: mx.array
+    gate: Matrix
+    up: Matrix
+    shared: tuple[Matrix, Matrix] | None = None
 
 
 @cache
@@ -23,37 +41,26 @@ def _kernel(shared: bool) -> Kernel:
     return Kernel("gate_up", inputs, outputs, ["rows.h"], SHARED=shared)
 
 
-def gate_up(
-    x: mx.array,
-    slots: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    shared: tuple[Matrix, Matrix] | None = None,
-) -> list[mx.array]:
-    """silu(gate(x)) * up(x) of each token's experts, and of the shared one, in one launch.
-
-    Args:
-        x: (..., in) of bf16, f16 or f32, rows of them.
-        slots: (..., top_k) uint32, where each token's experts lie in the stacks.
-        gate, up: stacks of (out, in).
-        shared: gate and up (shared out, in) of the shared expert.
+def gate_up(inputs: GateUpInputs) -> list[mx.array]:
+    """Return silu(gate(x)) * up(x) of each token's experts and of the shared one, in one launch.
 
     Returns:
-        (rows * top_k, out) float32, and (rows, shared out) float32 if there is a shared one.
+        (tokens * top_k, out) float32, and (tokens, shared out) float32 with a shared expert.
     """
+    x, slots, gate, up, shared = inputs
     top_k = slots.shape[-1]
     rows = slots.size // top_k
     team = lanes(gate.columns)
-    inputs, outs, template = [x, slots, *gate.arrays, *up.arrays], [gate.rows], []
+    arrays, outs, template = [x, slots, *gate.arrays, *up.arrays], [gate.rows], []
     shapes = [(rows * top_k, gate.rows)]
     if shared is not None:
-        inputs += [*shared[0].arrays, *shared[1].arrays]
+        arrays += [*shared[0].arrays, *shared[1].arrays]
         outs.append(shared[0].rows)
         shapes.append((rows, shared[0].rows))
         template = [("SHARED_OUT", shared[0].rows), *shared[0].template("SHARED_")]
     groups = -(-max(outs) // (ROWS * 32 // team * SIMDS))
     return _kernel(shared is not None)(
-        inputs=inputs,
+        inputs=arrays,
         template=[
             ("T", x.dtype),
             ("IN", gate.columns),

@@ -1,31 +1,60 @@
-"""One token of GatedDeltaNet in one launch: convolution, recurrence and gated norm of all heads."""
+"""Run one token through GatedDeltaNet in one launch, from its projections to the gated norm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from .kernel import Kernel
 
-#: Floats of a state that a simdgroup holds in registers, 32 a lane, and how many simdgroups a
-#: threadgroup has. More threads of so many registers are more than an M-series core has, or an SM.
+#: Floats of a state that a simdgroup holds in registers, 32 a lane, and the most simdgroups of a
+#: threadgroup: neither a core of an M-series GPU nor an SM can run more threads with that many
+#: registers.
 _HELD, _MOST_SIMDGROUPS = 1024, 16
+
+
+class GatedDeltaInputs(NamedTuple):
+    """The arrays that one step reads, for Hk key heads and Hv value heads.
+
+    Attributes:
+        qkv, z, b, a: (1, 1, ...), of one dtype: the queries, keys and values of all heads (conv_dim
+            of them), the gates (Hv * Dv), and two numbers of each head (Hv, Hv). They may be one
+            array: see `starts` of `gated_delta_step`.
+        conv_state: (1, taps - 1, conv_dim), of the dtype of qkv.
+        conv_weight: (conv_dim, taps, 1).
+        a_log, dt_bias: (Hv,).
+        norm_weight: (Dv,).
+        eps: (2,) float32: what the norm adds to the mean of squares, and what is added to the sum
+            of squares of a query or key.
+        state: (1, Hv, Dv, Dk) float32.
+    """
+
+    qkv: mx.array
+    z: mx.array
+    b: mx.array
+    a: mx.array
+    conv_state: mx.array
+    conv_weight: mx.array
+    a_log: mx.array
+    dt_bias: mx.array
+    norm_weight: mx.array
+    eps: mx.array
+    state: mx.array
+
 
 _kernel = Kernel(
     "gated_delta_step",
-    inputs=(
-        *("qkv", "z", "b", "a", "conv_state", "conv_weight", "a_log", "dt_bias"),
-        *("norm_weight", "eps", "state"),
-    ),
+    inputs=GatedDeltaInputs._fields,
     outputs=("out", "new_conv", "new_state"),
 )
 
 
 def supports(*, taps: int, value_heads: int, key_heads: int, rows: int, width: int) -> bool:
-    """Whether the kernel takes heads whose states are (rows, width).
+    """Return whether the kernel takes heads whose states are (rows, width).
 
-    A state lies in the registers of one threadgroup, and is read four columns at a time.
+    A state is held in the registers of one threadgroup, and is read four columns at a time.
     """
     return (
         taps > 1
@@ -37,64 +66,43 @@ def supports(*, taps: int, value_heads: int, key_heads: int, rows: int, width: i
 
 
 def simdgroups(rows: int, width: int) -> int:
-    """How many simdgroups take the state of a head, each four rows of it at a time."""
+    """Return how many simdgroups share the state of a head; each takes four rows at a time."""
     passes = _HELD // (4 * -(-width // 32) * 32)
     return -(-rows // (4 * passes))
 
 
 def gated_delta_step(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    conv_weight: mx.array,
-    a_log: mx.array,
-    dt_bias: mx.array,
-    norm_weight: mx.array,
-    eps: mx.array,
-    state: mx.array,
-    *,
-    key_heads: int,
-    at: Sequence[int] = (0, 0, 0, 0),
+    inputs: GatedDeltaInputs, *, key_heads: int, starts: Sequence[int] = (0, 0, 0, 0)
 ) -> list[mx.array]:
-    """One token, from its projections to what the output projection takes.
+    """Return what one token adds: the input of the output projection, and the new states.
 
     Args:
-        qkv, z, b, a: (1, 1, ...), of one dtype. They may be one array: `at` says where the
-            queries, keys and values of all heads (conv_dim of them), the gates (Hv * Dv), and the
-            two numbers of each head begin in theirs.
-        conv_state: (1, taps - 1, conv_dim), of their dtype.
-        conv_weight: (conv_dim, taps, 1). a_log, dt_bias: (Hv,). norm_weight: (Dv,).
-        eps: (2,) float32: what the norm adds to the mean of squares, and what is added to the sum
-            of squares of a query or key.
-        state: (1, Hv, Dv, Dk) float32.
+        key_heads: Hk.
+        starts: the positions in qkv, z, b and a at which their values begin.
 
     Returns:
-        out (1, 1, Hv * Dv), conv_state and state after it.
+        out (1, 1, Hv * Dv), conv_state and state after the token.
     """
-    _, heads, rows, width = state.shape
+    _, heads, rows, width = inputs.state.shape
+    dtype = inputs.qkv.dtype
     simds = simdgroups(rows, width)
     return _kernel(
-        inputs=[
-            *(qkv, z, b, a, conv_state, conv_weight, a_log, dt_bias),
-            *(norm_weight, eps, state),
-        ],
+        inputs=inputs,
         template=[
-            ("T", qkv.dtype),
+            ("T", dtype),
             ("HK", key_heads),
             ("HV", heads),
             ("DK", width),
             ("DV", rows),
-            ("TAPS", conv_weight.shape[1]),
-            ("QKV_AT", at[0]),
-            ("Z_AT", at[1]),
-            ("B_AT", at[2]),
-            ("A_AT", at[3]),
+            ("TAPS", inputs.conv_weight.shape[1]),
+            ("QKV_AT", starts[0]),
+            ("Z_AT", starts[1]),
+            ("B_AT", starts[2]),
+            ("A_AT", starts[3]),
             ("SIMDS", simds),
         ],
         grid=(heads * simds * 32, 1, 1),
         threadgroup=(simds * 32, 1, 1),
-        output_shapes=[(1, 1, heads * rows), conv_state.shape, state.shape],
-        output_dtypes=[qkv.dtype, qkv.dtype, mx.float32],
+        output_shapes=[(1, 1, heads * rows), inputs.conv_state.shape, inputs.state.shape],
+        output_dtypes=[dtype, dtype, mx.float32],
     )

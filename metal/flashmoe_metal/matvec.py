@@ -1,4 +1,4 @@
-"""Products of one matrix with a few rows."""
+"""Multiply one matrix by a few rows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import mlx.core as mx
 from .kernel import Kernel
 from .matrix import Matrix, lanes
 
-#: Rows that a team of lanes takes, and simdgroups of a threadgroup: measured.
+#: Matrix rows of a team of lanes, and simdgroups of a threadgroup; both as measured.
 ROWS, SIMDS = 2, 4
 
 _kernel = Kernel("matvec", ["x", "w", "s", "b"], ["y"], ["rows.h"])
 
 
 def matvec(x: mx.array, matrix: Matrix) -> mx.array:
-    """x @ matrix.T. x: (..., in) of bf16, f16 or f32; matrix: (out, in) -> (..., out)."""
+    """Return x @ matrix.T.
+
+    Args:
+        x: (..., in) of bf16, f16 or f32.
+        matrix: (out, in).
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
     rows = x.size // matrix.columns
     team = lanes(matrix.columns)
     groups = -(-matrix.rows // (ROWS * 32 // team * SIMDS))

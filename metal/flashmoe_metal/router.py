@@ -1,4 +1,4 @@
-"""The router's choice, from its logits."""
+"""Choose the experts of each token from the router's logits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ def router(
     experts: int,
     normalise: bool,
     mailbox: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
-    """softmax, top-k and the weights of the chosen experts, in one launch.
+) -> list[mx.array]:
+    """Compute softmax, top-k and the weights of the chosen experts, in one launch.
 
     Args:
-        logits: (..., at least experts); further columns are not looked at.
+        logits: (..., at least `experts`); further columns are ignored.
         top_k: 1..experts.
+        experts: the number of experts.
         normalise: divide the weights by their sum.
-        mailbox: (1,) uint64, an address of page-locked memory where the indices are written as
-            well, on a GPU with memory of its own: there a look at an array costs the host more than
-            the whole block. 0 is none.
+        mailbox: (1,) uint64, an address of page-locked memory where the indices are written too,
+            for a GPU with memory of its own: there a look at an array costs the host more than the
+            whole block. Address 0 writes nothing, and so does None.
 
     Returns:
-        indices (..., top_k) uint32 and scores (..., top_k) float32, ascending; of equal
-        probabilities, the lower index first.
+        Indices (..., top_k) uint32 and scores (..., top_k) float32, ascending; of equal
+        probabilities, the lower index comes first.
     """
     *lead, stride = logits.shape
     return _kernel(

@@ -9,8 +9,15 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe.ops.reference import kernels as reference_kernels
-from flashmoe_metal.down import Shared, combine, down
-from flashmoe_metal.gate_up import gate_up
+from flashmoe_metal.down import (
+    CombineInputs,
+    DownInputs,
+    SharedExpertInputs,
+    SharedExpertTerm,
+    combine,
+    down,
+)
+from flashmoe_metal.gate_up import GateUpInputs, gate_up
 from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.matvec import matvec
 from flashmoe_metal.router import router
@@ -178,15 +185,15 @@ def gate_up_problem(case: Case, seed: int = 0) -> Problem:
         random.matrix(case.kind, case.slots, case.out, case.columns) for _ in range(2)
     )
     results = [_glu(gate_w[pairs], up_w[pairs], np.repeat(numpy(x), case.top_k, axis=0))]
-    arguments = [x, slots, gate, up]
+    inputs = GateUpInputs(x, slots, gate, up)
     if case.shared:
         (gate, gate_w), (up, up_w) = (
             random.matrix(case.shared, case.shared_size, case.columns) for _ in range(2)
         )
-        arguments.append((gate, up))
+        inputs = inputs._replace(shared=(gate, up))
         results.append(_glu(gate_w, up_w, numpy(x)))
     exact, errors = map(list, zip(*results, strict=True))
-    return Problem("gate_up", arguments, exact, errors, [mx.float32] * len(exact))
+    return Problem("gate_up", [inputs], exact, errors, [mx.float32] * len(exact))
 
 
 def _glu(gate: np.ndarray, up: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,18 +211,18 @@ def down_problem(case: Case, seed: int = 0) -> Problem:
     h = random.normal(case.rows * case.top_k, case.columns)
     matrix, weights = random.matrix(case.kind, case.slots, case.out, case.columns)
     terms = dot(weights[np.array(slots).reshape(-1)], numpy(h))
-    options, shared_term = {}, None
+    own, shared_term = None, None
     if case.shared:
         shared, shared_weights = random.matrix(case.shared, case.out, case.shared_size)
         shared_h = random.normal(case.rows, case.shared_size)
         gate = random.normal(case.rows, 3, dtype=case.gate)
-        options["shared"] = Shared(shared_h, shared, gate, 1)
+        own = SharedExpertInputs(shared_h, shared, gate, 1)
         shared_term = *dot(shared_weights, numpy(shared_h)), gate
-    options["residual"] = _residual(random, case)
+    residual = _residual(random, case)
     terms = [x.reshape(case.rows, case.top_k, -1) for x in terms]
-    exact, error = _sum(*terms, numpy(scores), shared_term, options["residual"])
-    arguments = [h, slots, scores, matrix, case.dtype]
-    return Problem("down", arguments, [exact], [error], [case.dtype], options)
+    exact, error = _sum(*terms, numpy(scores), shared_term, residual)
+    inputs = DownInputs(h, slots, scores, matrix, case.dtype, own, residual)
+    return Problem("down", [inputs], [exact], [error], [case.dtype])
 
 
 def combine_problem(case: Case, seed: int = 0) -> Problem:
@@ -225,18 +232,18 @@ def combine_problem(case: Case, seed: int = 0) -> Problem:
     terms = random.normal(case.rows * case.top_k + 3, case.out)
     places = random.rng.permutation(len(terms))[:-3].astype(np.uint32)
     places = places.reshape(case.rows, case.top_k)
-    options, shared_term = {}, None
+    own, shared_term = None, None
     if case.shared:
         shared, gate = (
             random.normal(case.rows, case.out),
             random.normal(case.rows, 3, dtype=case.gate),
         )
-        options |= {"shared": shared, "gate": gate, "column": 1}
+        own = SharedExpertTerm(shared, gate, 1)
         shared_term = numpy(shared), 0, gate
-    options["residual"] = _residual(random, case)
-    exact, error = _sum(numpy(terms)[places], 0, numpy(scores), shared_term, options["residual"])
-    arguments = [terms, mx.array(places), scores, case.dtype]
-    return Problem("combine", arguments, [exact], [error], [case.dtype], options)
+    residual = _residual(random, case)
+    exact, error = _sum(numpy(terms)[places], 0, numpy(scores), shared_term, residual)
+    inputs = CombineInputs(terms, mx.array(places), scores, case.dtype, own, residual)
+    return Problem("combine", [inputs], [exact], [error], [case.dtype])
 
 
 def _residual(random: Random, case: Case) -> mx.array | None:

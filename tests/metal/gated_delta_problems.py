@@ -3,6 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_metal.gated_delta_step import GatedDeltaInputs
+
 #: (key heads, value heads, width, rows, taps)
 SHAPES = {
     "plain": (2, 4, 32, 32, 4),
@@ -15,8 +17,8 @@ SHAPES = {
 EPSILON = {mx.float32: 1e-6, mx.bfloat16: 2**-8, mx.float16: 2**-11}
 
 
-def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], dict]:
-    """Return the positional and keyword arguments of a call, whose projections are one array."""
+def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[GatedDeltaInputs, dict]:
+    """Return the inputs and keyword arguments of a call, whose projections are one array."""
     key_heads, heads, width, rows, taps = shape
     channels = 2 * key_heads * width + heads * rows
     keys = iter(mx.random.split(mx.random.key(seed), 8))
@@ -25,7 +27,7 @@ def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], 
         return (mx.random.normal(shape, key=next(keys)) * scale).astype(to)
 
     projected = normal(1, 1, channels + heads * rows + 2 * heads)
-    arguments = [
+    inputs = GatedDeltaInputs(
         *[projected] * 4,
         normal(1, taps - 1, channels),
         normal(channels, taps, 1, scale=taps**-0.5),
@@ -34,16 +36,16 @@ def case(shape: tuple, dtype: mx.Dtype, seed: int = 0) -> tuple[list[mx.array], 
         1 + normal(rows, scale=0.1),
         mx.array([1e-3, 1e-2]),
         normal(1, heads, rows, width, scale=0.3, to=mx.float32),
-    ]
+    )
     b = channels + heads * rows
-    return arguments, {"key_heads": key_heads, "at": (0, channels, b, b + heads)}
+    return inputs, {"key_heads": key_heads, "starts": (0, channels, b, b + heads)}
 
 
-def in_float64(arguments: list[mx.array], *, key_heads: int, at: tuple) -> list[np.ndarray]:
+def in_float64(inputs: GatedDeltaInputs, *, key_heads: int, starts: tuple) -> list[np.ndarray]:
     """Return the outputs by the definition, head by head: (out, conv state, state)."""
-    arrays = [np.array(x.astype(mx.float32)).astype(np.float64) for x in arguments]
+    arrays = [np.array(x.astype(mx.float32)).astype(np.float64) for x in inputs]
     *projected, conv_state, conv_weight, a_log, dt_bias, norm, eps, state = arrays
-    qkv, z, b, a = (x[0, 0, start:] for x, start in zip(projected, at, strict=True))
+    qkv, z, b, a = (x[0, 0, start:] for x, start in zip(projected, starts, strict=True))
     heads, rows, width = state.shape[1:]
     channels = conv_state.shape[-1]
     seen = np.concatenate([conv_state[0], qkv[None, :channels]])
@@ -73,11 +75,11 @@ def numpy(arrays) -> list[np.ndarray]:
     return [np.array(x.astype(mx.float32)) for x in arrays]
 
 
-def check(outputs: list[mx.array], arguments: list[mx.array], **rest):
+def check(outputs: list[mx.array], inputs: GatedDeltaInputs, **rest):
     """Assert that the outputs of a call are those of the definition, up to rounding."""
-    dtype = arguments[0].dtype
+    dtype = inputs.qkv.dtype
     assert [x.dtype for x in outputs] == [dtype, dtype, mx.float32]
-    expected = in_float64(arguments, **rest)
+    expected = in_float64(inputs, **rest)
     for x, y, eps in zip(numpy(outputs), expected, (EPSILON[dtype], 0, 1e-6), strict=True):
         assert x.shape == y.shape
         np.testing.assert_allclose(x, y, rtol=eps, atol=4 * max(eps, 1e-6) * np.abs(y).mean())

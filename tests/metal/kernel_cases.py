@@ -20,7 +20,7 @@ from expert_problems import (
 from flashmoe_metal.add_norm import add_norm
 from flashmoe_metal.gated_delta_step import gated_delta_step
 from flashmoe_metal.kernel import launched_by
-from flashmoe_metal.qk_norm_rope import qk_norm_rope
+from flashmoe_metal.qk_norm_rope import HeadLayout, QkInputs, qk_norm_rope
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 #: Sizes of slots, scores and gates that are small enough for MLX to pass them as constants.
@@ -68,14 +68,14 @@ def rotation(dtype: mx.Dtype):
     gated = dtype == BF16
     queries, keys = mx.ones((1, 1, 32 if gated else 16), dtype), mx.ones((1, 1, 8), dtype)
     weight, eps, rope = mx.ones(8, dtype), mx.array([1e-6, 1e-6]), mx.array([20.0, 1.0])
-    counts = {"heads": 2, "key_heads": 1, "rotated": 4, "gated": gated}
-    return qk_norm_rope(queries, keys, weight, weight, eps, rope, mx.array([3]), **counts)
+    inputs = QkInputs(queries, keys, weight, weight, eps, rope, mx.array([3]))
+    return qk_norm_rope(inputs, HeadLayout(heads=2, key_heads=1, rotated=4, gated=gated))
 
 
 def step(dtype: mx.Dtype):
     shape = "one_head" if dtype == BF16 else "few_rows"
-    arguments, rest = gated_delta_problems.case(gated_delta_problems.SHAPES[shape], dtype)
-    return gated_delta_step(*arguments, **rest)
+    inputs, rest = gated_delta_problems.case(gated_delta_problems.SHAPES[shape], dtype)
+    return gated_delta_step(inputs, **rest)
 
 
 def launches(call) -> list[tuple]:

@@ -23,7 +23,7 @@ def launched(seed: int = 0):
     def launch(k: kernel.Kernel, **call):
         launches.append(k.name)
         if on_gpu:
-            return k.on_gpu(**call)
+            return k.launch_with_mlx(**call)
         import msl_cpu
 
         return msl_cpu.launcher(seed=seed)(k, **call)

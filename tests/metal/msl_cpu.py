@@ -32,7 +32,7 @@ def launcher(*, seed: int = 0, flags: Sequence[str] = ()):
     """Return a launcher for `flashmoe_metal.kernel.launched_by`, which computes at once."""
 
     def launch(kernel, **call) -> list[mx.array]:
-        built = kernel.made("metal", call["inputs"])
+        built = kernel.built_for("metal", call["inputs"])
         return run(built, title=kernel.name, seed=seed, flags=flags, **call)
 
     return launch

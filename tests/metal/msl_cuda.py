@@ -105,7 +105,7 @@ def unit(
     for name, x in zip(kernel.inputs, inputs, strict=True):
         parameters.append(f"const {_type(x.dtype)}* {name}")
         for what, declared in (("shape", "Shape"), ("strides", "Strides"), ("ndim", "int")):
-            if x.ndim and f"{name}_{what}" in kernel.bare:
+            if x.ndim and f"{name}_{what}" in kernel.source_without_comments:
                 parameters.append(f"const __grid_constant__ {declared} {name}_{what}")
     for name, dtype in zip(kernel.outputs, output_dtypes, strict=True):
         parameters.append(f"{_type(dtype)}* {name}")
@@ -114,7 +114,8 @@ def unit(
     return (
         f"{PRELUDE}{kernel.header('cuda')}"
         "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
-        f"__global__ void {_name(kernel)}(\n{signature}) {{\n{constants}\n{kernel.bare}\n}}\n\n"
+        f"__global__ void {_name(kernel)}(\n{signature}) {{\n{constants}\n"
+        f"{kernel.source_without_comments}\n}}\n\n"
         "} // namespace mlx::core::cu\n"
     )
 

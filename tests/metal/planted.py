@@ -19,7 +19,7 @@ from flashmoe_metal import kernel
 @contextmanager
 def planted(file: str, old: str, new: str, *, seed: int = 0, flags: tuple[str, ...] = ()):
     """Let the stand-in launch kernels in whose text `old` is replaced with `new`."""
-    text = kernel.text
+    text = kernel.read_text
 
     def changed(path: str) -> str:
         return text(path).replace(old, new) if path == f"kernels/{file}" else text(path)
@@ -30,7 +30,7 @@ def planted(file: str, old: str, new: str, *, seed: int = 0, flags: tuple[str, .
         return msl_cpu.launcher(seed=seed, flags=flags)(other, **call)
 
     assert old in text(f"kernels/{file}"), old
-    with mock.patch.object(kernel, "text", changed), kernel.launched_by(launch):
+    with mock.patch.object(kernel, "read_text", changed), kernel.launched_by(launch):
         yield
 
 

@@ -17,7 +17,7 @@ from expert_problems import (
 from launching import launched
 
 from flashmoe_metal import kernel
-from flashmoe_metal.down import combine, down
+from flashmoe_metal.down import CombineInputs, DownInputs, SharedExpertTerm, combine, down
 from flashmoe_metal.matrix import Matrix, lanes
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
@@ -120,23 +120,25 @@ def test_combine_equals_float64_within_rounding(case, how, on_device):
 )
 def test_down_equals_combine_of_separate_terms_bit_for_bit(case, on_device):
     problem = down_problem(case)
-    h, slots, scores, matrix, dtype = problem.arguments
+    (inputs,) = problem.arguments
+    h, slots, scores, matrix, dtype, shared, residual, _ = inputs
     order = np.random.default_rng(1).permutation(slots.size)
     pairs = mx.array(order)
     ones = mx.ones((slots.size, 1))
-    terms = down(h[pairs], slots.reshape(-1, 1)[pairs], ones, matrix, F32)
+    terms = down(DownInputs(h[pairs], slots.reshape(-1, 1)[pairs], ones, matrix, F32))
     places = mx.array(np.argsort(order).astype(np.uint32)).reshape(slots.shape)
-    options = {"residual": problem.options["residual"]}
-    if shared := problem.options.get("shared"):
+    term = None
+    if shared:
         own = shared.down
         weight, *rest = (x[None] for x in own.arrays)
         stack = Matrix(weight, *rest, own.bits, own.group_size) if own.bits < 16 else Matrix(weight)
         rows = case.rows
         slots, ones = mx.zeros((rows, 1), mx.uint32), mx.ones((rows, 1))
-        term = down(shared.h, slots, ones, stack, F32, team=lanes(matrix.columns))
-        options |= {"shared": term, "gate": shared.gate, "column": shared.column}
-    combined = combine(terms, places, scores, dtype, **options)
-    assert mx.array_equal(combined, down(*problem.arguments, **problem.options))
+        team = lanes(matrix.columns)
+        values = down(DownInputs(shared.h, slots, ones, stack, F32, team=team))
+        term = SharedExpertTerm(values, shared.gate, shared.column)
+    combined = combine(CombineInputs(terms, places, scores, dtype, term, residual))
+    assert mx.array_equal(combined, down(inputs))
 
 
 @pytest.mark.skipif(kernel.available(), reason="a GPU chooses the order")

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import ArraysCache
 from flashmoe.ops.gpu.layers import recast_layers
 from flashmoe.ops.reference import kernels as reference_kernels
 from flashmoe_metal import kernel
-from flashmoe_metal.gated_delta_step import gated_delta_step, supports
+from flashmoe_metal.gated_delta_step import GatedDeltaInputs, gated_delta_step, supports
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 
@@ -23,34 +23,35 @@ net = pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("how", ["kernel", "reference"])
 def test_step_equals_float64_within_rounding(shape, dtype, how):
-    arguments, rest = case(shape, dtype)
+    inputs, rest = case(shape, dtype)
     with launched():
         implementation = gated_delta_step if how == "kernel" else reference_kernels.gated_delta_step
-        outputs = implementation(*arguments, **rest)
-    check(outputs, arguments, **rest)
+        outputs = implementation(inputs, **rest)
+    check(outputs, inputs, **rest)
 
 
 @pytest.mark.skipif(kernel.available(), reason="a GPU chooses the order")
 def test_result_does_not_depend_on_the_order_of_lanes():
     for shape in (SHAPES["plain"], SHAPES["three_to_one"]):
-        arguments, rest = case(shape, mx.bfloat16)
+        inputs, rest = case(shape, mx.bfloat16)
         results = []
         for seed in (0, 1, 2):
             with launched(seed=seed):
-                results.append(numpy(gated_delta_step(*arguments, **rest)))
+                results.append(numpy(gated_delta_step(inputs, **rest)))
         for other in results[1:]:
             for x, y in zip(other, results[0], strict=True):
                 np.testing.assert_array_equal(x, y)
 
 
 def test_separate_projections_give_the_result_of_joined_ones():
-    arguments, rest = case(SHAPES["three_to_one"], mx.float32)
+    inputs, rest = case(SHAPES["three_to_one"], mx.float32)
     sizes = [132, 60, 3, 3]
-    assert sum(sizes) == arguments[0].shape[-1]
-    parts = [arguments[0][..., s : s + n] for s, n in zip(rest["at"], sizes, strict=True)]
+    assert sum(sizes) == inputs.qkv.shape[-1]
+    pieces = zip(rest["starts"], sizes, strict=True)
+    parts = GatedDeltaInputs(*(inputs.qkv[..., s : s + n] for s, n in pieces), *inputs[4:])
     with launched():
-        joined = numpy(gated_delta_step(*arguments, **rest))
-        separate = numpy(gated_delta_step(*parts, *arguments[4:], key_heads=1))
+        joined = numpy(gated_delta_step(inputs, **rest))
+        separate = numpy(gated_delta_step(parts, key_heads=1))
     for x, y in zip(separate, joined, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -58,12 +59,12 @@ def test_separate_projections_give_the_result_of_joined_ones():
 @pytest.mark.parametrize("extreme", [-200.0, -20.0, 20.0, 200.0])
 def test_extreme_gates_do_not_overflow(extreme):
     """Their exponential is 0 or infinite in float32."""
-    arguments, rest = case(SHAPES["plain"], mx.float32)
-    arguments[:4] = [x * extreme for x in arguments[:4]]
+    inputs, rest = case(SHAPES["plain"], mx.float32)
+    inputs = GatedDeltaInputs(*(x * extreme for x in inputs[:4]), *inputs[4:])
     with launched():
-        outputs = numpy(gated_delta_step(*arguments, **rest))
+        outputs = numpy(gated_delta_step(inputs, **rest))
     with np.errstate(over="ignore"):
-        expected = in_float64(arguments, **rest)
+        expected = in_float64(inputs, **rest)
     for x, y in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).mean())
 

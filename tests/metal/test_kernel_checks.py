@@ -17,7 +17,7 @@ CASES = [pytest.param(call, id=name) for name, call in cases()]
 @pytest.mark.parametrize("call", CASES)
 def test_address_spaces_are_right(call):
     for kernel, arguments in launches(call):
-        built = kernel.made("metal", arguments["inputs"])
+        built = kernel.built_for("metal", arguments["inputs"])
         assert not msl_spaces.errors(built, title=kernel.name, **arguments)
 
 
@@ -44,5 +44,5 @@ def test_each_variant_of_down_has_its_own_cuda_name(monkeypatch):
         ((kernel, arguments),) = launches(down_problem(Case(**case)).call)
         # A new kernel, which has not been built for this back end yet.
         fresh = Kernel("down", kernel.inputs, ["y"], kernel.helpers, **kernel.defines)
-        names.add(fresh.made("cuda", arguments["inputs"]))
+        names.add(fresh.built_for("cuda", arguments["inputs"]))
     assert len(names) == len(cases)

@@ -175,10 +175,10 @@ def test_ignored_places_in_combine_are_noticed():
 
 @pytest.mark.parametrize("after", ["\n\n// Eight lanes", "\n\nfloat squares"])
 def test_missing_barrier_in_gated_delta_step_is_noticed(after):
-    arguments, rest = gated_delta_problems.case(gated_delta_problems.SHAPES["plain"], mx.float32)
+    inputs, rest = gated_delta_problems.case(gated_delta_problems.SHAPES["plain"], mx.float32)
 
     def check():
-        gated_delta_problems.check(gated_delta_step(*arguments, **rest), arguments, **rest)
+        gated_delta_problems.check(gated_delta_step(inputs, **rest), inputs, **rest)
 
     assert_noticed(check, "gated_delta_step.metal", BARRIER + after, after)
 

@@ -134,7 +134,7 @@ def test_clang_reports_a_device_pointer_to_constant_memory():
 def clang_errors(call) -> str:
     """Return the errors that Clang reports about the one kernel that a call launches."""
     ((kernel, arguments),) = launches(call)
-    built = kernel.made("metal", arguments["inputs"])
+    built = kernel.built_for("metal", arguments["inputs"])
     return msl_spaces.errors(built, title=kernel.name, **arguments)
 
 

@@ -15,8 +15,8 @@ from flashmoe.models.layerwise import prefill
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import load_resident, logits, same
 from flashmoe.ops import backend as ops
-from flashmoe.ops.gpu import compiled_step as steps
-from flashmoe.ops.gpu.fused import MOST_ROWS
+from flashmoe.ops.gpu import compiled_step
+from flashmoe.ops.gpu.fused import MAX_TOKENS
 from flashmoe.streaming.switch_glu import StreamingSwitchGLU
 from flashmoe_metal import kernel
 
@@ -164,7 +164,7 @@ def test_compiled_step_of_another_top_k_is_not_reused(toy, resident, load, monke
     def k_of(f):
         return [block.top_k for block in getattr(f, "args", ())]
 
-    monkeypatch.setattr(steps, "compiled", frozen)
+    monkeypatch.setattr(compiled_step, "compiled", frozen)
     model = load()
     load_all_experts(model)
     for k in (*range(1, toy.top_k + 1), *range(1, toy.top_k + 1)):
@@ -227,7 +227,7 @@ def test_cpu_backend_is_refused_where_kernels_run(monkeypatch):
 @one_toy
 def test_kernels_run_for_few_tokens_only(load, launches):
     model = load()
-    for tokens, few in ((MOST_ROWS, True), (MOST_ROWS + 1, False)):
+    for tokens, few in ((MAX_TOKENS, True), (MAX_TOKENS + 1, False)):
         launches.clear()
         mx.eval(model(mx.array([random_tokens(tokens)])))
         of_blocks = {"router", "gate_up", "down"} & set(launches)

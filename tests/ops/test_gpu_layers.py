@@ -13,13 +13,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from toys import FAMILIES, write_toy
 
-from flashmoe.ops.gpu.joined import join
+from flashmoe.ops.gpu.joined import join_layers
 from flashmoe.ops.gpu.layers import recast_layers
 from flashmoe.ops.recast import recast
 from flashmoe.ops.reference import kernels as reference_kernels
 from flashmoe.streaming.block import ExpertBlock
 from flashmoe_metal.add_norm import add_norm, supports
-from flashmoe_metal.qk_norm_rope import qk_norm_rope
+from flashmoe_metal.qk_norm_rope import HeadLayout, QkInputs, qk_norm_rope
 
 #: The largest relative distance between neighbouring numbers of a type.
 SPACING = {mx.float32: 1e-6, mx.bfloat16: 2**-7, mx.float16: 2**-10}
@@ -57,11 +57,11 @@ def test_qk_norm_rope_equals_its_reference(dtype, gated, width, rotated, offset,
     both = mx.random.normal((1, 1, sum(sizes) + 5)).astype(dtype)
     weights = [mx.random.normal((width,)).astype(dtype) for _ in range(2)]
     eps, rope = mx.array([1e-6, 1e-5]), mx.array([np.log2(1e7), scale])
-    arguments = both, both, *weights, eps, rope, mx.array([offset], mx.int32)
-    counts = {"heads": heads, "key_heads": key_heads, "rotated": rotated, "gated": gated}
+    inputs = QkInputs(both, both, *weights, eps, rope, mx.array([offset], mx.int32))
+    layout = HeadLayout(heads, key_heads, rotated, gated, starts=(5, 5 + sizes[0]))
     with launched():
-        outputs = qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
-    expected = reference_kernels.qk_norm_rope(*arguments, **counts, at=(5, 5 + sizes[0]))
+        outputs = qk_norm_rope(inputs, layout)
+    expected = reference_kernels.qk_norm_rope(inputs, layout)
     # The error of an angle grows with the position, of which a float has only so many digits.
     angle = 1e-7 * offset * 4
     for x, y in list(zip(outputs, expected, strict=True))[: 2 + gated]:
@@ -162,11 +162,11 @@ def test_only_layers_of_one_kind_are_joined():
     ):
         expected = [layer(x) for layer in layers]
         mx.eval(expected)
-        joined, parts = join(layers)
+        joined, slices = join_layers(layers)
         assert len(joined) == products
         outputs = [layer(x) for layer in joined]
-        for part, y in zip(parts, expected, strict=True):
-            np.testing.assert_allclose(numpy(part.of(outputs)), numpy(y), atol=1e-5)
+        for part, y in zip(slices, expected, strict=True):
+            np.testing.assert_allclose(numpy(part.select_from(outputs)), numpy(y), atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", ["rope", "offset", "dtype", "training"])
@@ -188,7 +188,7 @@ def test_unsupported_attention_does_not_use_the_kernel(tmp_path, changed):
     with launched() as launches:
         if changed == "offset":
             # Only the cache of a batch can advance such an offset.
-            assert not attention.is_step(x, x.dtype, cache[0])
+            assert not attention.can_use_kernel(x, x.dtype, cache[0])
         else:
             mx.eval(attention(x, None, cache[0]))
     assert set(launches) <= {"matvec"}

@@ -18,15 +18,15 @@ from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.router import router
 
 from ..ops.gpu.block import KernelBlock
-from ..ops.gpu.fused import MOST_ROWS, SharedExpert
-from ..ops.gpu.joined import Joined, matrix_of
+from ..ops.gpu.fused import MAX_TOKENS, SharedExpert
+from ..ops.gpu.joined import JoinedProjections, matrix_of
 from ..ops.recast import recast
 from ..streaming.block import StartedCall
 from ..streaming.device_copy import Mailbox
 from .qwen_moe import RoutedBlock, SharedExpertBlock, route
 
 
-class _FusedBlock(Joined, KernelBlock):
+class _FusedBlock(JoinedProjections, KernelBlock):
     """A block whose parts are the router's logits and those of the shared expert's gate."""
 
     num_experts: int
@@ -37,7 +37,7 @@ class _FusedBlock(Joined, KernelBlock):
 
     def gate(self, x: mx.array) -> mx.array:
         """Return the router's logits, as mlx-lm's forward asks for them."""
-        return self._parts[0].of(self.products(x))
+        return self._slices[0].select_from(self.project(x))
 
     def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
@@ -46,7 +46,7 @@ class _FusedBlock(Joined, KernelBlock):
         return self._few(xs, residuals) if all(few) else self._mixed(xs, residuals, few)
 
     def _is_few(self, x: mx.array) -> bool:
-        return x.size <= MOST_ROWS * x.shape[-1] and self._matrices is not None
+        return x.size <= MAX_TOKENS * x.shape[-1] and self._matrices is not None
 
     def _few(self, xs, residuals) -> Iterator[mx.array]:
         rows = [_rows(x) for x in xs]
@@ -93,7 +93,7 @@ class _FusedBlock(Joined, KernelBlock):
         return self._matrices is not None
 
     def choose_experts(self, x: mx.array) -> list[mx.array]:
-        products = self.products(x)
+        products = self.project(x)
         logits = products[0]
         choice = router(
             logits,
@@ -106,7 +106,7 @@ class _FusedBlock(Joined, KernelBlock):
 
     @cached_property
     def _mailbox(self) -> Mailbox | None:
-        return self.switch_mlp.mailbox(MOST_ROWS * self.num_experts)
+        return self.switch_mlp.mailbox(MAX_TOKENS * self.num_experts)
 
     def _look(self, indices: mx.array) -> np.ndarray:
         """Copy the router's choice from the mailbox."""
@@ -153,13 +153,13 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):  # type: ignore[misc]
 
     def shared_expert_gate(self, x: mx.array) -> mx.array:  # type: ignore[override]
         """Return the logit of the shared expert's gate, as mlx-lm's forward asks for it."""
-        return self._parts[1].of(self.products(x))
+        return self._slices[1].select_from(self.project(x))
 
     def shared(self, x: mx.array) -> mx.array:
         return SharedExpertBlock.shared(self, x)
 
     def _extra(self, products, residual) -> dict[str, Any]:
-        part = self._parts[1]
+        part = self._slices[1]
         assert self._matrices is not None, "the kernels cannot read the shared expert"
         gate, up, down = self._matrices
         shared = SharedExpert(gate, up, down, products[part.product], part.start)

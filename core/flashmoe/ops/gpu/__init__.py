@@ -1,1 +1,1 @@
-"""Layers on a GPU, by flashmoe's own kernels or by MLX's."""
+"""Compute layers on a GPU, with flashmoe's own kernels or MLX's."""

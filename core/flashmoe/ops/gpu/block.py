@@ -1,4 +1,7 @@
-"""Define the MoE block that flashmoe's GPU kernels compute, as the layers around it use it."""
+"""Define the interface of MoE blocks that flashmoe's GPU kernels compute.
+
+`flashmoe.models.fused_blocks` implements it; the decoder layers of this package call it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class KernelBlock(ExpertBlock):
 
     @property
     def fits_kernels(self) -> bool:
-        """Whether one token can go through `choose_experts` and one of the two sums."""
+        """Whether the kernels can compute the block, so that a token can take these methods."""
         raise NotImplementedError
 
     def choose_experts(self, x: mx.array) -> list[mx.array]:
@@ -30,10 +33,15 @@ class KernelBlock(ExpertBlock):
     def resident_sum(
         self, x: mx.array, routed: list[mx.array], residual: mx.array | None
     ) -> mx.array:
-        """Apply the block to tokens x, (..., hidden), when its layer is fully resident; lazy.
+        """Apply the block to tokens when its layer is fully resident; lazy.
 
         Args:
+            x: (..., hidden).
             routed: what `choose_experts` returned for x.
+            residual: (..., hidden), added to the result, or None.
+
+        Returns:
+            (..., hidden).
         """
         raise NotImplementedError
 
@@ -43,5 +51,14 @@ class KernelBlock(ExpertBlock):
         routed: Sequence[list[mx.array]],
         residuals: Sequence[mx.array | None],
     ) -> Iterator[mx.array]:
-        """Apply the block to each of several inputs of tokens, whatever experts are resident."""
+        """Apply the block to each of several inputs, and load the experts that are not resident.
+
+        Args:
+            xs: (tokens, hidden) each.
+            routed: what `choose_experts` returned for each.
+            residuals: what is added to each result, or None.
+
+        Returns:
+            The result of each input in turn, (tokens, hidden).
+        """
         raise NotImplementedError

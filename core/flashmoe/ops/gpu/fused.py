@@ -1,7 +1,7 @@
 """Compute experts on a GPU with flashmoe's own kernels: two launches for all experts of few tokens.
 
-The kernels take up to MOST_ROWS tokens, as decoding has; more go through MLX's `gather_qmm`. The
-choice depends on the shape of a call alone, so no bit depends on what is resident.
+The kernels take up to MAX_TOKENS tokens, as decoding has; more go through MLX's `gather_qmm`. The
+choice depends on the shape of a call alone, so no bit depends on which experts are resident.
 """
 
 from __future__ import annotations
@@ -14,8 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flashmoe_metal.down import Shared, combine, down
-from flashmoe_metal.gate_up import gate_up
+from flashmoe_metal.down import (
+    CombineInputs,
+    DownInputs,
+    SharedExpertInputs,
+    SharedExpertTerm,
+    combine,
+    down,
+)
+from flashmoe_metal.gate_up import GateUpInputs, gate_up
 from flashmoe_metal.matrix import Matrix, lanes
 
 from ...streaming.compute import ExpertWork
@@ -23,17 +30,17 @@ from ...streaming.slot_memory import SlotMemory
 from . import layers
 from .gather import GatherBackend
 
-#: MLX hands launches to the GPU in batches, and ends one when it has seen so many MB of inputs, or
-#: so many launches. Whole stacks of experts count, so each launch would be a batch of its own.
+#: MLX hands launches to the GPU in batches, and ends a batch at these limits: MB of inputs, and
+#: launches. Whole stacks of experts count, so by default each launch would be a batch of its own.
 SETTINGS = {"MLX_MAX_MB_PER_BUFFER": "1000000"}
 if mx.cuda.is_available():
-    # The GPU waits until a batch is built, and few launches of ours are much work.
+    # The GPU waits until a batch is built, and a few of flashmoe's launches are much work already.
     SETTINGS["MLX_MAX_OPS_PER_BUFFER"] = "20"
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
 #: The most tokens that the kernels take.
-MOST_ROWS = 16
+MAX_TOKENS = 16
 
 
 class FusedBackend(GatherBackend):
@@ -44,19 +51,19 @@ class FusedBackend(GatherBackend):
     def start(
         self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
     ) -> ExpertWork:
-        if x.size <= MOST_ROWS * x.shape[-1] and self.has_kernels(slots):
-            return FewRowsWork(slots, x, top_k)
+        if x.size <= MAX_TOKENS * x.shape[-1] and self.has_kernels(slots):
+            return FewTokensWork(slots, x, top_k)
         return super().start(slots, x, top_k)
 
     def start_resident(self, slots: SlotMemory, x: mx.array, indices: mx.array) -> ExpertWork:
-        work = FewRowsWork(slots, x, indices.shape[-1])
-        work.run_chosen(indices)
+        work = FewTokensWork(slots, x, indices.shape[-1])
+        work.run_slots(indices)
         return work
 
     def add_and_norm(
         self, layer: nn.Module, x: mx.array, attended: mx.array
     ) -> tuple[mx.array, mx.array]:
-        if isinstance(layer, layers.StepLayer):
+        if isinstance(layer, layers.FusedDecoderLayer):
             return layer.sum_and_norm(x, attended)
         return super().add_and_norm(layer, x, attended)
 
@@ -70,7 +77,7 @@ class FusedBackend(GatherBackend):
 def expert_matrices(slots: SlotMemory) -> list[Matrix] | None:
     """Return the stacks of gate, up and down as the kernels take them.
 
-    None when the kernels cannot read one of them.
+    None where the kernels cannot read one of them.
     """
     if "matrices" not in slots.views:
         projections = ("gate_proj", "up_proj", "down_proj")
@@ -91,7 +98,9 @@ class SharedExpert:
 
     Attributes:
         gate, up, down: its matrices.
-        logits: (tokens, any), whose column `column` is its own gate, before the sigmoid.
+        logits: (tokens, any), of which one column is the shared expert's own gate, before the
+            sigmoid.
+        column: that column.
     """
 
     gate: Matrix
@@ -101,12 +110,12 @@ class SharedExpert:
     column: int = 0
 
 
-class FewRowsWork(ExpertWork):
-    """The experts of one layer applied to at most MOST_ROWS tokens.
+class FewTokensWork(ExpertWork):
+    """The experts of one layer applied to at most MAX_TOKENS tokens.
 
     When all experts of the call are resident at once, nothing is computed before `combined`.
-    Otherwise each pair is computed while its expert is resident, and the sum comes from those: the
-    same bits, in more launches.
+    Otherwise each pair is computed while its expert is resident, and the sum comes from those
+    terms: the same bits, in more launches.
     """
 
     lazy = True
@@ -118,27 +127,30 @@ class FewRowsWork(ExpertWork):
         self._x = x
         self._shape = (x.size // x.shape[-1], top_k)
         self._slots: mx.array | None = None  # of all pairs, when they can be read at once
-        self._held: dict[int, np.ndarray] = {}  # run, and not computed yet
+        self._waiting: dict[int, np.ndarray] = {}  # given to `run`, and not computed yet
         self._pairs: list[np.ndarray] = []
         self._terms: list[mx.array] = []  # of the pairs, (pairs, hidden) float32
 
     def run(self, experts: Mapping[int, np.ndarray]) -> None:
-        self._held |= experts
+        self._waiting |= experts
 
-    def run_chosen(self, slots: mx.array) -> None:
-        """Compute all pairs at once, with `combined` alone. slots: (..., top_k)."""
+    def run_slots(self, slots: mx.array) -> None:
+        """Compute all pairs at once, when `combined` is called; no other result can be had.
+
+        slots: (..., top_k).
+        """
         self._slots = slots
 
     def stop_reading(self) -> None:
-        if self._held:
-            pairs, slots = self._take_held()
+        if self._waiting:
+            pairs, slots = self._take_waiting()
             self._pairs.append(pairs)
-            self._terms.append(self._apart(pairs, slots))
+            self._terms.append(self._compute_terms(pairs, slots))
             mx.eval(self._terms)
 
     def result(self) -> mx.array:
         """Return each pair's result, (tokens, top_k, hidden), in the dtype of x."""
-        terms, places = self._all_apart()
+        terms, places = self._all_terms()
         y = terms[places.reshape(-1)].astype(self._x.dtype)
         return y.reshape(*self._shape, -1)
 
@@ -155,7 +167,7 @@ class FewRowsWork(ExpertWork):
         """Return the weighted sum of the experts, of the shared expert and of the residual.
 
         Args:
-            scores: (..., top_k) where the slots of `run_chosen` have that shape; otherwise
+            scores: (..., top_k) where the slots of `run_slots` have that shape; otherwise
                 (tokens, top_k).
             residual: (..., hidden).
 
@@ -164,59 +176,54 @@ class FewRowsWork(ExpertWork):
         """
         scores = scores.astype(mx.float32)
         if not self._terms and self._slots is None:
-            pairs, slots = self._take_held()
+            pairs, slots = self._take_waiting()
             self._slots = mx.array(slots[np.argsort(pairs)].reshape(self._shape))
         if self._slots is None:
-            return self._sum_of_apart(scores, shared, residual)
-        h, *shared_h = gate_up(
-            self._x, self._slots, self._gate, self._up, shared and (shared.gate, shared.up)
-        )
-        return down(
-            h,
-            self._slots,
-            scores,
-            self._down,
-            self._x.dtype,
-            shared=shared and Shared(*shared_h, shared.down, shared.logits, shared.column),
-            residual=residual,
-        )
+            return self._combine_terms(scores, shared, residual)
+        dtype = self._x.dtype
+        inputs = self._x, self._slots, self._gate, self._up
+        if shared is None:
+            (h,) = gate_up(GateUpInputs(*inputs))
+            return down(DownInputs(h, self._slots, scores, self._down, dtype, None, residual))
+        h, shared_h = gate_up(GateUpInputs(*inputs, (shared.gate, shared.up)))
+        own = SharedExpertInputs(shared_h, shared.down, shared.logits, shared.column)
+        return down(DownInputs(h, self._slots, scores, self._down, dtype, own, residual))
 
-    def _sum_of_apart(self, scores, shared, residual) -> mx.array:
-        terms, places = self._all_apart()
-        return combine(
-            terms,
-            places,
-            scores,
-            self._x.dtype,
-            shared=shared and self._shared_apart(shared),
-            gate=shared and shared.logits,
-            column=shared.column if shared else 0,
-            residual=residual,
-        )
+    def _combine_terms(
+        self, scores: mx.array, shared: SharedExpert | None, residual: mx.array | None
+    ) -> mx.array:
+        terms, places = self._all_terms()
+        own = None
+        if shared is not None:
+            values = self._compute_shared_term(shared)
+            own = SharedExpertTerm(values, shared.logits, shared.column)
+        return combine(CombineInputs(terms, places, scores, self._x.dtype, own, residual))
 
-    def _all_apart(self) -> tuple[mx.array, mx.array]:
-        """All pairs' results, and where those of each token are: (tokens, top_k)."""
+    def _all_terms(self) -> tuple[mx.array, mx.array]:
+        """Return the terms of all pairs, and where those of each token are: (tokens, top_k)."""
         self.stop_reading()
         places = np.argsort(np.concatenate(self._pairs)).astype(np.uint32)
         return mx.concatenate(self._terms), mx.array(places.reshape(self._shape))
 
-    def _take_held(self) -> tuple[np.ndarray, np.ndarray]:
-        held, self._held = self._held, {}
-        slots = np.repeat(np.fromiter(held, np.uint32), [p.size for p in held.values()])
-        return np.concatenate(list(held.values())), slots
+    def _take_waiting(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pairs that wait to be computed, and the slot of each."""
+        waiting, self._waiting = self._waiting, {}
+        slots = np.repeat(np.fromiter(waiting, np.uint32), [p.size for p in waiting.values()])
+        return np.concatenate(list(waiting.values())), slots
 
-    def _apart(self, pairs: np.ndarray, slots: np.ndarray) -> mx.array:
+    def _compute_terms(self, pairs: np.ndarray, slots: np.ndarray) -> mx.array:
+        """Return the result of each pair, (pairs, hidden) float32."""
         x = self._x[mx.array(pairs // self._shape[1])]
-        slots = mx.array(slots)[:, None]
-        (h,) = gate_up(x, slots, self._gate, self._up)
-        return down(h, slots, mx.ones(slots.shape), self._down, mx.float32)
+        at = mx.array(slots)[:, None]
+        (h,) = gate_up(GateUpInputs(x, at, self._gate, self._up))
+        return down(DownInputs(h, at, mx.ones(at.shape), self._down, mx.float32))
 
-    def _shared_apart(self, shared: SharedExpert) -> mx.array:
-        """The shared expert's result, before its gate: (tokens, hidden) float32."""
-        slots = mx.zeros((self._shape[0], 1), mx.uint32)
-        (h,) = gate_up(self._x, slots, shared.gate, shared.up)
+    def _compute_shared_term(self, shared: SharedExpert) -> mx.array:
+        """Return the shared expert's result before its gate, (tokens, hidden) float32."""
+        at = mx.zeros((self._shape[0], 1), mx.uint32)
+        (h,) = gate_up(GateUpInputs(self._x, at, shared.gate, shared.up))
         team = lanes(self._down.columns)
-        return down(h, slots, mx.ones(slots.shape), shared.down, mx.float32, team=team)
+        return down(DownInputs(h, at, mx.ones(at.shape), shared.down, mx.float32, team=team))
 
 
 BACKEND = FusedBackend()

@@ -8,44 +8,50 @@ subclasses of theirs. Everything but one token without padding goes through mlx-
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 
-from flashmoe_metal import add_norm, kernel, matvec
+from flashmoe_metal import kernel
+from flashmoe_metal.add_norm import add_norm, supports
 from flashmoe_metal.matrix import Matrix
+from flashmoe_metal.matvec import matvec
 
 from ...streaming.block import ExpertBlock
 from ..recast import recast
 from .attention import Attention, NextAttention
-from .compiled_step import Steps, steps_of
-from .joined import Joined, matrix_of
+from .compiled_step import CompiledStep, compile_step
+from .joined import JoinedProjections, matrix_of
 from .linear_attention import GatedDeltaNet, NextGatedDeltaNet
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """One row by our kernel. On Metal MLX's own is left, which nobody has measured against it."""
+    """A quantised layer that multiplies one row by flashmoe's kernel, and more by MLX's.
+
+    On Metal MLX's own layer is left, which nobody has measured against the kernel.
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.size != x.shape[-1] or self._matrix is None or not kernel.available():
             return super().__call__(x)
-        return matvec.matvec(x, self._matrix)
+        return matvec(x, self._matrix)
 
     @cached_property
     def _matrix(self) -> Matrix | None:
         return matrix_of(self)
 
 
-class StepLayer(nn.Module):
-    """mlx-lm's decoder layer, with its sum and norm in one launch.
+class FusedDecoderLayer(nn.Module):
+    """A decoder layer with its sum and norm in one launch: a mixin before mlx-lm's class.
 
     The last sum is left to the MoE block where the block has a launch for it.
     """
 
-    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
-        if self._steps is not None and mask is None and self._steps.can_run(x, cache):
-            return self._steps(x, cache)
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if self._step is not None and mask is None and self._step.can_run(x, cache):
+            return self._step(x, cache)
         h, normed = self.sum_and_norm(x, self.attention(self.input_layernorm(x), mask, cache))
         block = self.mlp
         if isinstance(block, ExpertBlock) and block.fuses_residual:
@@ -54,34 +60,39 @@ class StepLayer(nn.Module):
 
     @property
     def attention(self) -> nn.Module:
+        """The attention or GatedDeltaNet of the layer."""
         return self.linear_attn if getattr(self, "is_linear", False) else self.self_attn
 
-    def sum_and_norm(self, x: mx.array, r: mx.array) -> tuple[mx.array, mx.array]:
-        """Return x + r, and its norm."""
+    def sum_and_norm(self, x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+        """Return x + attended, and its norm.
+
+        x, attended: (..., hidden).
+        """
         norm = self.post_attention_layernorm
-        if kernel.available() and not self.training and add_norm.supports(x, r, norm.weight):
-            return tuple(add_norm.add_norm(x, r, norm.weight, self._eps))
-        return x + r, norm(x + r)
+        if kernel.available() and not self.training and supports(x, attended, norm.weight):
+            h, normed = add_norm(x, attended, norm.weight, self._eps)
+            return h, normed
+        return x + attended, norm(x + attended)
 
     @cached_property
-    def _steps(self) -> Steps | None:
-        return steps_of(self)
+    def _step(self) -> CompiledStep | None:
+        return compile_step(self)
 
     @cached_property
     def _eps(self) -> mx.array:
         return mx.array([self.post_attention_layernorm.eps])
 
 
-class DecoderLayer(StepLayer, qwen3_5.DecoderLayer):
-    pass
+class DecoderLayer(FusedDecoderLayer, qwen3_5.DecoderLayer):
+    """The decoder layer of qwen3_5."""
 
 
-class NextDecoderLayer(StepLayer, qwen3_next.Qwen3NextDecoderLayer):
-    pass
+class NextDecoderLayer(FusedDecoderLayer, qwen3_next.Qwen3NextDecoderLayer):
+    """The decoder layer of qwen3_next."""
 
 
-class MoeDecoderLayer(StepLayer, qwen3_moe.Qwen3MoeDecoderLayer):
-    pass
+class MoeDecoderLayer(FusedDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
+    """The decoder layer of qwen3_moe."""
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -98,7 +109,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 def recast_layers(model: nn.Module) -> None:
     """Replace the layers of a loaded model, evaluated or not, by those of this package."""
     for module in recast(model, lambda path, module: _CLASSES.get(type(module))):
-        if isinstance(module, Joined):
+        if isinstance(module, JoinedProjections):
             module.join_projections()
     if not mx.metal.is_available():
         # Last, because only plain layers are joined.

@@ -1,7 +1,8 @@
-"""What the kernels compute, in plain MLX.
+"""Define in plain MLX what each kernel of `flashmoe_metal` computes: its twin.
 
-The twins of GatedDeltaNet's step and of the experts' kernels compute in float32 and round what they
-return; mlx-lm's modules round in between too. The others round where MLX does.
+A twin has the name, inputs and results of its kernel. The twins of GatedDeltaNet's step and of the
+experts' kernels compute in float32 and round what they return; mlx-lm's modules round in between
+too. The others round where MLX does.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from flashmoe_metal.down import Shared
+from flashmoe_metal.down import CombineInputs, DownInputs, SharedExpertTerm
+from flashmoe_metal.gate_up import GateUpInputs
+from flashmoe_metal.gated_delta_step import GatedDeltaInputs
 from flashmoe_metal.matrix import Matrix
+from flashmoe_metal.qk_norm_rope import HeadLayout, QkInputs
 
 
 def _silu(x: mx.array) -> mx.array:
@@ -19,27 +23,15 @@ def _silu(x: mx.array) -> mx.array:
 
 
 def gated_delta_step(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    conv_weight: mx.array,
-    a_log: mx.array,
-    dt_bias: mx.array,
-    norm_weight: mx.array,
-    eps: mx.array,
-    state: mx.array,
-    *,
-    key_heads: int,
-    at: Sequence[int] = (0, 0, 0, 0),
+    inputs: GatedDeltaInputs, *, key_heads: int, starts: Sequence[int] = (0, 0, 0, 0)
 ) -> list[mx.array]:
-    """The arguments and results of `flashmoe_metal.gated_delta_step.gated_delta_step`."""
+    """Compute what `flashmoe_metal.gated_delta_step.gated_delta_step` does."""
+    *projections, conv_state, conv_weight, a_log, dt_bias, norm_weight, eps, state = inputs
     _, heads, rows, width = state.shape
     channels = conv_state.shape[-1]
-    dtype = qkv.dtype
+    dtype = inputs.qkv.dtype
     lengths = (channels, heads * rows, heads, heads)
-    parts = zip((qkv, z, b, a), at, lengths, strict=True)
+    parts = zip(projections, starts, lengths, strict=True)
     qkv, z, b, a = (x[0, 0, start : start + n].astype(mx.float32) for x, start, n in parts)
 
     seen = mx.concatenate([conv_state[0].astype(mx.float32), qkv[None]])  # (taps, channels)
@@ -63,57 +55,59 @@ def gated_delta_step(
 
 
 def add_norm(x: mx.array, r: mx.array, weight: mx.array, eps: mx.array) -> list[mx.array]:
-    """The arguments and results of `flashmoe_metal.add_norm.add_norm`."""
+    """Compute what `flashmoe_metal.add_norm.add_norm` does."""
     h = x + r
-    return [h, mx.fast.rms_norm(h, weight, eps.item())]
+    return [h, mx.fast.rms_norm(h, weight, _number(eps))]
 
 
-def qk_norm_rope(
-    queries: mx.array,
-    keys: mx.array,
-    q_weight: mx.array,
-    k_weight: mx.array,
-    eps: mx.array,
-    rope: mx.array,
-    offset: mx.array,
-    *,
-    heads: int,
-    key_heads: int,
-    rotated: int,
-    gated: bool,
-    at: tuple[int, int] = (0, 0),
-) -> list[mx.array]:
-    """The arguments and results of `flashmoe_metal.qk_norm_rope.qk_norm_rope`."""
-    width = q_weight.shape[0]
+def _number(x: mx.array) -> float:
+    """Return the only element of a real array."""
+    value = x.item()
+    assert not isinstance(value, complex), "the array is of real numbers"
+    return value
+
+
+def qk_norm_rope(inputs: QkInputs, layout: HeadLayout) -> list[mx.array]:
+    """Compute what `flashmoe_metal.qk_norm_rope.qk_norm_rope` does."""
+    heads, key_heads, rotated, gated, starts = layout
+    width = inputs.q_weight.shape[0]
     kinds = 2 if gated else 1
-    queries = queries[0, 0, at[0] :][: heads * kinds * width].reshape(1, heads, kinds, width)
-    keys = keys[0, 0, at[1] :][: key_heads * width].reshape(1, key_heads, 1, width)
-    base, scale = 2 ** rope[0].item(), rope[1].item()
+    queries = inputs.queries[0, 0, starts[0] :][: heads * kinds * width]
+    queries = queries.reshape(1, heads, kinds, width)
+    keys = inputs.keys[0, 0, starts[1] :][: key_heads * width].reshape(1, key_heads, 1, width)
+    base, scale = 2 ** _number(inputs.rope[0]), _number(inputs.rope[1])
+    offset = int(_number(inputs.offset))
 
-    def turned(x, weight, eps):
-        x = mx.fast.rms_norm(x, weight, eps.item())
-        return mx.fast.rope(
-            x, rotated, traditional=False, base=base, scale=scale, offset=offset.item()
-        )
+    def rotate(x: mx.array, weight: mx.array, eps: mx.array) -> mx.array:
+        x = mx.fast.rms_norm(x, weight, _number(eps))
+        return mx.fast.rope(x, rotated, traditional=False, base=base, scale=scale, offset=offset)
 
-    gates = mx.sigmoid(queries[:, :, 1]).reshape(1, 1, -1) if gated else mx.zeros(1, queries.dtype)
-    return [turned(queries[:, :, :1], q_weight, eps[0]), turned(keys, k_weight, eps[1]), gates]
+    return [
+        rotate(queries[:, :, :1], inputs.q_weight, inputs.eps[0]),
+        rotate(keys, inputs.k_weight, inputs.eps[1]),
+        mx.sigmoid(queries[:, :, 1]).reshape(1, 1, -1) if gated else mx.zeros(1, queries.dtype),
+    ]
 
 
-def router(
-    logits: mx.array, top_k: int, *, experts: int, normalise: bool
-) -> tuple[mx.array, mx.array]:
-    """The arguments and results of `flashmoe_metal.router.router`."""
-    chances = mx.softmax(logits[..., :experts], axis=-1, precise=True)
-    indices = mx.argsort(chances, axis=-1)[..., -top_k:]
-    scores = mx.take_along_axis(chances, indices, axis=-1).astype(mx.float32)
+def router(logits: mx.array, top_k: int, *, experts: int, normalise: bool) -> list[mx.array]:
+    """Compute what `flashmoe_metal.router.router` does."""
+    probabilities = mx.softmax(logits[..., :experts], axis=-1, precise=True)
+    indices = mx.argsort(probabilities, axis=-1)[..., -top_k:]
+    scores = mx.take_along_axis(probabilities, indices, axis=-1).astype(mx.float32)
     if normalise:
         scores = scores / scores.sum(axis=-1, keepdims=True)
-    return indices, scores
+    return [indices, scores]
 
 
 def _products(matrix: Matrix, x: mx.array, slots: mx.array | None = None) -> mx.array:
-    """Of each row of x (..., in) with a matrix, or with that of its slot (...)."""
+    """Multiply each row of x, (..., in), by a matrix, or by the matrix in its slot of a stack.
+
+    Args:
+        slots: (...); None where `matrix` is no stack.
+
+    Returns:
+        (..., out) float32.
+    """
     parts = matrix.arrays if slots is None else [part[slots] for part in matrix.arrays]
     if matrix.bits < 16:
         weight, scales, biases = parts
@@ -126,18 +120,13 @@ def _products(matrix: Matrix, x: mx.array, slots: mx.array | None = None) -> mx.
 
 
 def matvec(x: mx.array, matrix: Matrix) -> mx.array:
-    """The arguments and results of `flashmoe_metal.matvec.matvec`."""
+    """Compute what `flashmoe_metal.matvec.matvec` does."""
     return _products(matrix, x).astype(x.dtype)
 
 
-def gate_up(
-    x: mx.array,
-    slots: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    shared: tuple[Matrix, Matrix] | None = None,
-) -> list[mx.array]:
-    """The arguments and results of `flashmoe_metal.gate_up.gate_up`."""
+def gate_up(inputs: GateUpInputs) -> list[mx.array]:
+    """Compute what `flashmoe_metal.gate_up.gate_up` does."""
+    x, slots, gate, up, shared = inputs
     pairs = slots.reshape(-1)
     x = x.reshape(-1, x.shape[-1])
     repeated = mx.repeat(x, slots.shape[-1], axis=0)
@@ -147,42 +136,25 @@ def gate_up(
     return [h, _silu(_products(shared[0], x)) * _products(shared[1], x)]
 
 
-def down(
-    h: mx.array,
-    slots: mx.array,
-    scores: mx.array,
-    matrix: Matrix,
-    dtype: mx.Dtype,
-    *,
-    shared: Shared | None = None,
-    residual: mx.array | None = None,
-    team: int | None = None,
-) -> mx.array:
-    """The arguments and results of `flashmoe_metal.down.down`. team: it has no such order."""
-    own = {}
+def down(inputs: DownInputs) -> mx.array:
+    """Compute what `flashmoe_metal.down.down` does, whatever `team` is."""
+    h, slots, scores, matrix, dtype, shared, residual, _ = inputs
+    term = None
     if shared is not None:
-        products = _products(shared.down, shared.h)
-        own = {"shared": products, "gate": shared.gate, "column": shared.column}
+        values = _products(shared.down, shared.h)
+        term = SharedExpertTerm(values, shared.gate, shared.column)
     places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
     terms = _products(matrix, h, slots.reshape(-1))
-    return combine(terms, places, scores, dtype, **own, residual=residual)
+    return combine(CombineInputs(terms, places, scores, dtype, term, residual))
 
 
-def combine(
-    terms: mx.array,
-    places: mx.array,
-    scores: mx.array,
-    dtype: mx.Dtype,
-    *,
-    shared: mx.array | None = None,
-    gate: mx.array | None = None,
-    column: int = 0,
-    residual: mx.array | None = None,
-) -> mx.array:
-    """The arguments and results of `flashmoe_metal.down.combine`."""
+def combine(inputs: CombineInputs) -> mx.array:
+    """Compute what `flashmoe_metal.down.combine` does."""
+    terms, places, scores, dtype, shared, residual = inputs
     y = (terms[places] * scores[..., None]).sum(axis=-2)
     if shared is not None:
-        y = y + mx.sigmoid(gate[..., column, None].astype(mx.float32)) * shared.reshape(y.shape)
+        gate = mx.sigmoid(shared.gate[..., shared.column, None].astype(mx.float32))
+        y = y + gate * shared.values.reshape(y.shape)
     if residual is not None:
         y = y + residual.astype(mx.float32)
     return y.astype(dtype)
