@@ -146,7 +146,9 @@ class Cluster:
         """Make a loaded model ask all machines for its experts."""
         model.remote_bytes = lambda: self.remote_bytes
         for index, block in model.blocks.items():
-            block.switch_mlp = ClusterSwitch(block.switch_mlp, self, index)
+            switch = block.switch_mlp
+            assert isinstance(switch, StreamingSwitchGLU), "the model was just loaded"
+            block.switch_mlp = ClusterSwitch(switch, self, index)
 
     @property
     def owned(self) -> np.ndarray:

@@ -53,4 +53,5 @@ class Sampler:
         logits = mask(logits)
         # MLX's random state is one for all answers of a thread.
         mx.random.seed(self._seeds.getrandbits(64))
-        return int(self._sampler(logits - mx.logsumexp(logits, keepdims=True)).item())
+        token: Any = self._sampler(logits - mx.logsumexp(logits, keepdims=True)).item()
+        return token

@@ -278,7 +278,8 @@ class StreamingMoE(nn.Module):
     @property
     def text(self) -> nn.Module:
         """mlx-lm's language model, which qwen3_5_moe nests."""
-        return getattr(self, "language_model", self)
+        model: Any = getattr(self, "language_model", self)
+        return model
 
     @property
     def blocks(self) -> dict[int, ExpertBlock]:

@@ -161,7 +161,8 @@ class Direct(Uncached):
         end = wanted.size - tail
         first = [blocks[:BLOCK]] if head else []
         last = [blocks[BLOCK : 2 * BLOCK]] if tail else []
-        got = os.preadv(fd, [*first, memoryview(wanted[head:end]), *last], start - skip)
+        middle: Any = wanted[head:end]  # numpy's stubs know it as a buffer from Python 3.12 on
+        got = os.preadv(fd, [*first, middle, *last], start - skip)
         done = max(0, min(got - skip, wanted.size))
         np.copyto(wanted[:head], bounce[skip : skip + head])
         if done > end:
