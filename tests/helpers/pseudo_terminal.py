@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from pathlib import Path
-
-import pexpect
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -23,18 +26,30 @@ def show(
         code: the exit status that it must end with.
         variables: environment variables.
     """
-    child = pexpect.spawn(
-        str(Path(sys.executable).parent / program),
-        list(map(str, args)),
-        dimensions=(50, columns),
-        encoding="utf-8",
-        timeout=120,
-        env=os.environ | {"TERM": "xterm"} | variables,
-    )
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == code, child.before
-    return child.before
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = os.environ | {"TERM": "xterm"} | variables
+    for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them
+        environment.pop(name, None)
+    command = [str(Path(sys.executable).parent / program), *map(str, args)]
+    try:
+        # pty.fork would fork a process that may have threads.
+        child = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        )
+        os.close(theirs)
+        shown = b"".join(iter(lambda: _read(ours), b"")).decode()
+        assert child.wait(timeout=10) == code, shown
+    finally:
+        os.close(ours)
+    return shown
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 10000)
+    except OSError:  # on Linux the end of a terminal is an error
+        return b""
 
 
 def lines(shown: str) -> Sequence[str]:
