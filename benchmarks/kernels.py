@@ -25,7 +25,7 @@ import numba
 import numpy as np
 
 from flashmoe.ops.cpu import gemm
-from flashmoe.ops.cpu import matvec as kernels
+from flashmoe.ops.cpu.matvec import Packed, dequantize, gate_up, matvec
 
 HIDDEN, EXPERT, DENSE = 4096, 1024, 12288  # Qwen3.5-397B-A17B
 GROUP = 64
@@ -40,18 +40,18 @@ def read(array):
     return total
 
 
-def stack(pool: np.ndarray, height: int, width: int, bits: int = 4) -> kernels.Packed:
+def stack(pool: np.ndarray, height: int, width: int, bits: int = 4) -> Packed:
     """As many matrices as the pool of bytes holds; their scales are zero, their bits its noise."""
     row = width * bits // 8
     slots = pool.size // (height * row)
     weight = pool[: slots * height * row].reshape(slots, height, row)
     if bits == 16:
-        return kernels.Packed(weight, None, None, bits, 0, "bfloat16")
+        return Packed(weight, None, None, bits, 0, "bfloat16")
     scales = np.zeros((slots, height, width // GROUP), np.uint16)
-    return kernels.Packed(weight, scales, scales.copy(), bits, GROUP, "bfloat16")
+    return Packed(weight, scales, scales.copy(), bits, GROUP, "bfloat16")
 
 
-def size(w: kernels.Packed) -> int:
+def size(w: Packed) -> int:
     """Bytes of one matrix."""
     parts = (w.weight, w.scales, w.biases)
     return sum(part[0].nbytes for part in parts if part is not None)
@@ -69,9 +69,9 @@ def decode(stacks, pairs: int):
         slots = (np.arange(pairs) + first) % w.shape[0]
         first += pairs
         if len(stacks) == 2:
-            kernels.gate_up(*stacks, slots, x, rows, out)
+            gate_up(*stacks, slots, x, rows, out)
         else:
-            kernels.matvec(w, slots, x, rows, out)
+            matvec(w, slots, x, rows, out)
 
     return call, pairs * sum(map(size, stacks))
 
@@ -98,10 +98,10 @@ def multiply(way: str, w, x, out):
         if way == "unpacked":
             gemm.product(w, slot, x, out)
         elif way == "BLAS":
-            kernels.dequantize(w, slot, tile)
+            dequantize(w, slot, tile)
             np.matmul(x, tile.T, out=out)
         else:
-            kernels.matvec(w, np.full(len(x), slot), x, rows, out)
+            matvec(w, np.full(len(x), slot), x, rows, out)
 
     return call
 
@@ -131,7 +131,7 @@ def main(gib: float, rounds: int) -> None:
         if rounded[0].rounds_x:
             calls[f"{name} int8"] = decode(rounded, pairs)
     tile = np.empty((EXPERT, HIDDEN), np.float32)
-    calls["dequantize 4-bit"] = lambda: kernels.dequantize(up, 0, tile), size(up)
+    calls["dequantize 4-bit"] = lambda: dequantize(up, 0, tile), size(up)
 
     prefill, blas = {}, {}
     for rows in (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 40, 64, 128, 512):

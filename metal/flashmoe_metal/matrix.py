@@ -55,8 +55,10 @@ class Matrix:
             return f"weights of {self.bits} bits are not one of {', '.join(map(str, BITS))}"
         if self.group_size not in GROUP_SIZES:
             return f"groups of {self.group_size} are not one of {', '.join(map(str, GROUP_SIZES))}"
-        if self.scales.dtype not in _FLOATS or self.biases is None:
-            return f"scales of {self.scales.dtype} and no biases are not those of affine weights"
+        if self.scales.dtype not in _FLOATS:
+            return f"scales of {self.scales.dtype} are not floats, as those of affine weights are"
+        if self.biases is None:
+            return "there are no biases, as affine weights have them"
         if self.columns % CHUNK or self.columns % self.group_size:
             return f"{self.columns} columns are not a multiple of {max(CHUNK, self.group_size)}"
         # MLX makes fewer than 8 scales a constant, for which the kernels have no pointer.

@@ -153,8 +153,9 @@ def test_many_rows_and_few_rows_compute_the_same_mlp():
     gate, up = (quantised((2, 96, 256), 4, 64, "bfloat16", seed=s)[0] for s in (0, 1))
     down, _ = quantised((2, 256, 96), 4, 32, "bfloat16", seed=2)
     x = normal(30, 256)
-    few = swiglu.few_rows(gate, up, down, np.ones(30, np.int64), x, np.arange(30))
-    many = swiglu.many_rows(gate, up, down, 1, x)
+    matrices = swiglu.MlpMatrices(gate, up, down)
+    few = swiglu.few_rows(matrices, np.ones(30, np.int64), x, np.arange(30))
+    many = swiglu.many_rows(matrices, 1, x)
     np.testing.assert_allclose(many, few, rtol=1e-3, atol=1e-3 * np.abs(few).max())
 
 

@@ -77,7 +77,7 @@ def test_integer_sums_are_exact(bits, group_size):
 
 def kernel_result(how, w, x):
     """Return x @ w[0].T by the kernel of one instruction."""
-    weight, scales, biases, _, _, n = w.place
+    weight, scales, biases, _, _, n = w.location
     out = np.full((len(x), w.shape[1]), np.nan, np.float32)
     kernel = int8.dot_kernel(w.bits, w.group_size, w.dtype, how).ctypes
     for row, to in zip(int8.quantised(x, w.bits, w.group_size), out, strict=True):

@@ -1,1 +1,1 @@
-"""The maths of a layer, once for each device."""
+"""Compute the layers of a model, with one backend for each kind of device."""

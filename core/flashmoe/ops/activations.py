@@ -1,4 +1,4 @@
-"""Check how activations meet packed weights in the products of decode.
+"""Check the setting `activations`: how decoding multiplies activations by packed weights.
 
     float32   exact, the default
     int8      each group of a row is rounded to 8 bits, so that the CPU's integer instructions
@@ -18,7 +18,7 @@ def check_activations(activations: str, backend: Backend) -> None:
     """Check that a backend computes with these activations, one of `flashmoe.options.ACTIVATIONS`.
 
     Raises:
-        SettingError: it does not; the text says what to do.
+        SettingError: the backend does not compute with them.
     """
     if activations not in backend.activations:
         raise SettingError(

@@ -12,7 +12,7 @@ from flashmoe_metal import kernel
 from ..errors import SettingError
 from ..streaming.compute import Backend
 
-#: The environment variable that selects a backend by its name, to find faults.
+#: The environment variable that selects a backend by its name, which helps to find faults.
 ENV = "FLASHMOE_OPS"
 
 _MODULES = {
@@ -25,7 +25,7 @@ NAMES = tuple(_MODULES)
 
 
 def on_gpu() -> bool:
-    """Return whether MLX computes on a GPU (Metal or CUDA), or something stands in for one."""
+    """Return whether MLX computes on a GPU (Metal or CUDA), or a test stands in for one."""
     return mx.default_device() == mx.gpu or kernel.available()
 
 
@@ -37,15 +37,18 @@ def pick(name: str | None = None) -> Backend:
     """
     name = name or os.environ.get(ENV) or _fastest()
     if name not in NAMES:
-        raise SettingError(f"{ENV}={name!r} is not one of {', '.join(NAMES)}")
+        raise SettingError(f"{ENV}={name!r} is not one of {', '.join(NAMES)}: unset or change it")
     if not _runs(name):
         device = "gpu" if on_gpu() else "cpu"
-        raise SettingError(f"{ENV}={name!r} does not run on MLX's {device} device; unset it")
+        raise SettingError(
+            f"{ENV}={name!r} does not run on MLX's {device} device: unset it, or set it to one of "
+            f"{', '.join(other for other in NAMES if _runs(other))}"
+        )
     return import_module(_MODULES[name], __package__).BACKEND
 
 
 def missing() -> dict[str, str]:
-    """Return the backends that do not run on this device, each with the reason."""
+    """Return the backends that do not run on this device, and what each of them needs."""
     reasons = {
         "fused": "needs a GPU and MLX's Metal or CUDA back end",
         "gather": "needs a GPU",

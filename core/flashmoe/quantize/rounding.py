@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from ..ops.cpu.matvec import launching
+from ..ops.cpu.matvec import launch_lock
 
 #: Fractions by which an end of the range is pulled in, by bits. With half as many fractions more,
 #: the error falls by a thousandth and the time doubles. With more bits than these, the steps are
@@ -83,7 +83,7 @@ def round_weights(
     pulls = np.array(PULLS.get(bits, (0.0,)), np.float32)
     importance = np.ascontiguousarray(importance, np.float32)
     kind = _KINDS[dtype]
-    with launching:
+    with launch_lock:
         _round_rows(w, importance, bits, group_size, kind, pulls, weight, scales, biases, errors)
     error, plain = errors.sum(axis=0).tolist()
     return Rounded(weight, scales, biases, error, plain)
@@ -94,7 +94,7 @@ def weighted_squares(
 ) -> tuple[float, float]:
     """Return two sums of importance * square over all weights: of w - other, and of w."""
     sums = np.empty((len(w), 2), np.float64)
-    with launching:
+    with launch_lock:
         _weighted_squares(w, np.ascontiguousarray(importance, np.float32), other, sums)
     error, energy = sums.sum(axis=0).tolist()
     return error, energy

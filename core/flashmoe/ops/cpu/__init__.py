@@ -1,1 +1,1 @@
-"""Layers on the CPU, as numba kernels."""
+"""Compute layers on the CPU with numba kernels."""

@@ -19,13 +19,15 @@ from ...streaming.compute import Backend, ExpertObserver, ExpertWork
 from ...streaming.slot_memory import SlotMemory
 from ..arrays import to_numpy
 from ..recast import recast
-from . import attention, gemm, layers, linear_attention, swiglu
-from .matvec import Packed, launching
+from . import attention, gemm, layers, linear_attention
+from .matvec import Packed, launch_lock
+from .swiglu import MlpMatrices, few_rows, many_rows
 
-#: Pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
+#: The most pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
 PAIRS_AT_ONCE = 512
 
-# Rounded activations must not change which experts are picked more than the hidden state does.
+# These layers keep float32 activations: rounding them would change the choice of experts more than
+# rounding elsewhere does by way of the hidden state.
 _ROUTERS = ("gate", "shared_expert_gate")
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -40,17 +42,18 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     qwen3_next.Qwen3NextGatedDeltaNet: linear_attention.NextGatedDeltaNet,
 }
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-Part: TypeAlias = "tuple[CpuWork, np.ndarray]"
+#: Pairs of one expert in the work that they belong to.
+WorkPairs: TypeAlias = "tuple[CpuWork, np.ndarray]"
 
 
 class CpuBackend(Backend):
-    """Numba kernels in float32, or with activations rounded to int8.
+    """Computes with numba kernels in float32, or with activations rounded to int8.
 
     Args:
-        observer: is told what enters the experts. They are then computed one by one.
+        observer: an object that is told what enters the experts, which are then computed one by
+            one; None for no one.
     """
 
     name = "cpu"
@@ -73,7 +76,7 @@ class CpuBackend(Backend):
     ) -> None:
         """Do `run` of several works of one layer, each with its own experts.
 
-        A slot is multiplied by the rows of all works that want it: no bit of a pair depends on
+        A slot is multiplied by the rows of all works that need it: no bit of a pair depends on
         which other pairs there are, see `swiglu`.
         """
         if self._observer is not None:
@@ -85,7 +88,7 @@ class CpuBackend(Backend):
         return _weighted_sum(to_numpy(y)[0].reshape(-1, y.shape[-1]), scores)
 
     def set_dtypes(self, model: nn.Module) -> None:
-        """Convert what is not quantised to float32."""
+        """Convert the arrays of all layers that are not quantised to float32."""
         for module in model.modules():
             if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
                 continue  # the kernels widen their scales exactly
@@ -110,13 +113,22 @@ class CpuBackend(Backend):
 
 
 class CpuWork(ExpertWork):
-    """The experts of one layer applied to the tokens of one input, into one numpy array."""
+    """The experts of one layer applied to the tokens of one input, into one numpy array.
+
+    Args:
+        slots: the memory of the layer's experts.
+        x: (tokens, hidden).
+        top_k: choices of a token.
+        separate: each token belongs to a sequence of its own, see `Backend.start`.
+    """
 
     def __init__(self, slots: SlotMemory, x: mx.array, top_k: int, separate: bool = False):
         (self.x,) = to_numpy(x)
         self.top_k = top_k
         self._separate = separate
-        self.matrices = [packed(slots, projection) for projection in _PROJECTIONS]
+        self.matrices = MlpMatrices(
+            packed(slots, "gate_proj"), packed(slots, "up_proj"), packed(slots, "down_proj")
+        )
         self.y = np.empty((x.shape[0] * top_k, x.shape[1]), np.float32)
 
     def run(self, experts: Mapping[int, np.ndarray]) -> None:
@@ -124,7 +136,7 @@ class CpuWork(ExpertWork):
 
     def is_few(self, pairs: np.ndarray) -> bool:
         """Return whether the pairs of one expert are computed one by one."""
-        return self._separate or pairs.size <= swiglu.few(self.matrices)
+        return self._separate or pairs.size <= self.matrices.few
 
     def rows(self, pairs: np.ndarray) -> np.ndarray:
         """Return x of the pairs, (pairs, hidden)."""
@@ -143,7 +155,7 @@ class CpuWork(ExpertWork):
 
 
 class _ObservedWork(CpuWork):
-    """The same, expert by expert, so that an observer sees what enters each `down`."""
+    """A `CpuWork` that goes expert by expert, so that an observer sees what enters each `down`."""
 
     def __init__(self, slots: SlotMemory, x: mx.array, top_k: int, observer: ExpertObserver):
         super().__init__(slots, x, top_k)
@@ -164,7 +176,7 @@ class _ObservedWork(CpuWork):
 
 
 def packed(slots: SlotMemory, projection: str) -> Packed:
-    """Return the stack of one projection as the kernels take it."""
+    """Return the stack of one projection of a layer's experts, as the kernels take it."""
     key = f"packed {projection}"
     if key not in slots.views:
         slots.views[key] = _pack(slots, projection)
@@ -197,8 +209,9 @@ def _pack(slots: SlotMemory, projection: str) -> Packed:
 
 
 def _run_together(works: Sequence[CpuWork], experts: Sequence[Mapping[int, np.ndarray]]) -> None:
+    """Do `run` of several works of one layer: see `CpuBackend.run_all`."""
     few: list[tuple[int, CpuWork, np.ndarray]] = []
-    many: dict[int, list[Part]] = {}
+    many: dict[int, list[WorkPairs]] = {}
     for work, mine in zip(works, experts, strict=True):
         for slot, pairs in mine.items():
             if work.is_few(pairs):
@@ -210,18 +223,21 @@ def _run_together(works: Sequence[CpuWork], experts: Sequence[Mapping[int, np.nd
         sizes = [pairs.size for _, _, pairs in group]
         slots = np.repeat([slot for slot, _, _ in group], sizes)
         x = np.concatenate([work.rows(pairs) for _, work, pairs in group])
-        y = swiglu.few_rows(*works[0].matrices, slots, x, np.arange(len(x)))
+        y = few_rows(works[0].matrices, slots, x, np.arange(len(x)))
         _distribute(y, [(work, pairs) for _, work, pairs in group])
     for slot, parts in many.items():
         for group in _groups_of_pairs(PAIRS_AT_ONCE, parts):
             x = np.concatenate([work.rows(pairs) for work, pairs in group])
-            _distribute(swiglu.many_rows(*works[0].matrices, slot, x), group)
+            _distribute(many_rows(works[0].matrices, slot, x), group)
 
 
 def _groups_of_pairs(limit: int, parts: Sequence[tuple]) -> Iterator[Sequence[tuple]]:
     """Yield neighbours that have at most `limit` pairs together, or one part that has more.
 
-    It bounds the memory. The pairs are the last item of each part.
+    This bounds the memory of a call.
+
+    Args:
+        parts: tuples whose last item is an array of pairs.
     """
     group: list[tuple] = []
     for part in parts:
@@ -233,8 +249,8 @@ def _groups_of_pairs(limit: int, parts: Sequence[tuple]) -> Iterator[Sequence[tu
         yield group
 
 
-def _distribute(y: np.ndarray, parts: Sequence[Part]) -> None:
-    """Copy the rows of y, (pairs, hidden), to the works whose pairs they are."""
+def _distribute(y: np.ndarray, parts: Sequence[WorkPairs]) -> None:
+    """Copy the rows of y, (pairs, hidden), to the works that they belong to."""
     start = 0
     for work, pairs in parts:
         work.y[pairs] = y[start : start + pairs.size]
@@ -242,15 +258,17 @@ def _distribute(y: np.ndarray, parts: Sequence[Part]) -> None:
 
 
 def _weighted_sum(y: np.ndarray, scores: mx.array) -> mx.array:
+    """Return the sum over each token's choices: y (pairs, hidden) -> (tokens, hidden) float32."""
     out = np.empty((scores.shape[0], y.shape[1]), np.float32)
-    with launching:
-        _sum_choices(y, *to_numpy(scores), out)
+    (weights,) = to_numpy(scores)
+    with launch_lock:
+        _sum_choices(y, weights, out)
     return mx.array(out)
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _sum_choices(y, scores, out):
-    """out (T, D) = the sum over k, in their order, of scores (T, K) * y (T * K, D)."""
+    """Set out (T, D) to the sum over k, in ascending order, of scores (T, K) * y (T * K, D)."""
     tokens, top_k = scores.shape
     for t in prange(tokens):
         out[t] = 0

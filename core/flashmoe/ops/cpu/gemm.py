@@ -1,14 +1,16 @@
-"""Products of many rows of x with one packed matrix, which is unpacked once for all of them.
+"""Multiply many rows of x by one packed matrix, which is unpacked once for all of them.
 
 A task takes some matrix rows. It unpacks a piece of them, `_DEPTH` inputs, into memory that stays
-in the CPU's second cache, multiplies all rows of x by it, and goes on to the next piece. The
+in the CPU's second-level cache, multiplies all rows of x by it, and goes on to the next piece. The
 product keeps a tile of sums in registers, each a vector along the inputs: so nothing is transposed.
 
-(matrix row, row of x) is summed in one fixed order in every tile: the lanes of one vector over a
-piece, then across its lanes, then piece after piece. So the bits of a result depend on its two rows
-alone: not on how many rows a call has or in which order, on threads, or on the slot. They differ
-from those of `kernels.matvec`.
+The product of a matrix row and a row of x is summed in one fixed order in every tile: the lanes of
+one vector over a piece, then across its lanes, then piece after piece. So the bits of a result
+depend on its two rows alone: not on how many rows a call has or in which order, on threads, or on
+the slot. They differ from those of `matvec.matvec`.
 """
+
+from __future__ import annotations
 
 from functools import cache
 
@@ -21,25 +23,29 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .llvm import F32, I64, SIZES, add_product, load, pointer, shuffle, zeros
-from .matvec import Packed, address, aligned, call, check, launching, matvec
+from .matvec import Packed, address, aligned, call_kernel, check_array, launch_lock, matvec
 
 _DEPTH = 1024  # inputs of a piece: whole groups
-_ROW = _DEPTH + 16  # values from one row of a piece to the next: not all of one set of a cache
+_ROW = _DEPTH + 16  # values from one row of a piece to the next, so that not all use one cache set
 _BLOCK = 16  # matrix rows of a task
-_LANES = 16  # inputs are padded to so many: the widest vector of `_lanes`
-_CHUNK = 48  # rows of x whose piece stays in the second cache while a block's rows pass
+_LANES = 16  # inputs are padded to a multiple of this: the widest vector of `_lanes`
+_CHUNK = 48  # rows of x whose piece stays in the second-level cache while a block's rows pass
 _HIGH, _WIDE = 3, 4  # rows of x and matrix rows of a tile: its sums fill the 16 registers of AVX2
 
 
 @cache
 def _lanes() -> int:
-    """Of the vector of a sum. The features are part of the key of numba's cache on disk."""
+    """Return how many lanes the vector of a sum has on this CPU.
+
+    The CPU's features are part of the key of numba's cache on disk, so a kernel that was compiled
+    for another CPU is not loaded.
+    """
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return 16 if "+avx512f" in features.split(",") else 8
 
 
 def _sums(builder, totals):
-    """Of four vectors: the sum of the lanes of each, as one vector."""
+    """Sum the lanes of each of four vectors; return the four sums as one vector."""
     while totals[0].type.count > 8:
         half = totals[0].type.count // 2
         low, high = range(half), range(half, 2 * half)
@@ -61,7 +67,10 @@ def _sums(builder, totals):
 
 @intrinsic(prefer_literal=True)
 def _tile(typingctx, high, width, w, x, out, depth):
-    """Add to a tile of out: `high` rows of x times _WIDE matrix rows, over `depth` inputs."""
+    """Add the product of `high` rows of x and _WIDE matrix rows, over `depth` inputs, to out.
+
+    w, x and out are addresses.
+    """
     high_, width_ = high.literal_value, width.literal_value
 
     def codegen(context, builder, signature, args):
@@ -91,10 +100,14 @@ def _tile(typingctx, high, width, w, x, out, depth):
 
 @cache
 def product_kernel(width: int) -> CFunc:
-    """Add to out (rows, _BLOCK) the product of a piece of x and a piece of a block of matrix rows.
+    """Return the kernel that multiplies a piece of x by a piece of a block of matrix rows.
 
-    Arguments, all int64: w, x, out (addresses), height (matrix rows), rows (of x), depth (inputs).
-    Rows of w and x are _ROW values apart. width: see `_lanes`.
+    It adds the product to out, (rows, _BLOCK). Its arguments, all int64: w, x, out (addresses),
+    height (matrix rows), rows (of x), depth (inputs), and one that it ignores. Rows of w and x are
+    _ROW values apart.
+
+    Args:
+        width: lanes of a vector, see `_lanes`.
     """
 
     @cfunc(types.void(*[types.int64] * 7), cache=True)
@@ -120,10 +133,17 @@ def product_kernel(width: int) -> CFunc:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _launch(multiply, first, second, line, x, width, rows, height, scratch, out):
-    """out (rows, height) = x @ first.T or, where second has a kernel, its silu * (x @ second.T).
+    """Set out to x @ first.T or, where second has a kernel, to silu(x @ first.T) * (x @ second.T).
 
-    multiply: address of `product_kernel`. first, second: see `_operand`. line: of the stack, where
-    the matrix begins. x: address of `_pieces`. width: inputs. scratch: (threads, values).
+    Args:
+        multiply: the address of the `product_kernel`.
+        first, second: operands, see `_operand`.
+        line: the row of the stack at which the matrix begins.
+        x: the address of what `_pieces` returned.
+        width: the inputs of a row.
+        rows, height: the rows of x, and of the matrix.
+        scratch: (threads, values) float32.
+        out: (rows, height) float32.
     """
     blocks = (height + _BLOCK - 1) // _BLOCK
     size = rows * _BLOCK
@@ -144,14 +164,14 @@ def _launch(multiply, first, second, line, x, width, rows, height, scratch, out)
                     at = line + start + i
                     to, skip = piece + i * (4 * _ROW), at * s_row + part * s_step
                     from_ = w + at * w_row + part * w_step
-                    call(kernel, from_, scales + skip, biases + skip, 0, 1, todo, to)
+                    call_kernel(kernel, from_, scales + skip, biases + skip, 0, 1, todo, to)
                 inputs = min(_DEPTH, width - part * _DEPTH)
                 depth = (inputs + _LANES - 1) // _LANES * _LANES
                 for i in range(count if inputs < depth else 0):
                     end = 2 * size + i * _ROW
                     mine[end + inputs : end + depth] = 0  # an old nan here would meet a zero of x
                 xs, to = x + part * rows * (4 * _ROW), base + 4 * which * size
-                call(multiply, piece, xs, to, count, rows, depth, 0)
+                call_kernel(multiply, piece, xs, to, count, rows, depth, 0)
         for r in range(rows):
             for i in range(count):
                 value = mine[r * _BLOCK + i]
@@ -161,11 +181,11 @@ def _launch(multiply, first, second, line, x, width, rows, height, scratch, out)
                 out[r, start + i] = value
 
 
-_NONE = (0,) * 10  # no second operand
+_NONE: tuple[int, ...] = (0,) * 10  # no second operand
 
 
 def _pieces(x: np.ndarray) -> np.ndarray:
-    """x (R, in) as (pieces, R, _ROW); after the last input, zeros up to a whole vector."""
+    """Return x (R, in) as (pieces, R, _ROW), padded with zeros to a whole vector of inputs."""
     count, width = x.shape
     out = aligned(-(-width // _DEPTH), count, _ROW)
     for i, piece in enumerate(out):
@@ -177,23 +197,32 @@ def _pieces(x: np.ndarray) -> np.ndarray:
 
 
 def _operand(w: Packed) -> tuple[int, ...]:
-    """(kernel, *place; weight bytes, scale bytes, groups or inputs of a piece); see Packed."""
+    """Return a matrix as `_launch` takes it.
+
+    Returns:
+        The kernel that unpacks, `Packed.location`, and the weight bytes, scale bytes and groups (or
+        inputs, when unquantised) of a piece.
+    """
     step, scales = _DEPTH, 0
     if w.group_size:
         step //= w.group_size
         scales = step * SIZES[w.dtype]
-    return w.kernel("unpack"), *w.place, _DEPTH * w.bits // 8, scales, step
+    return w.kernel("unpack"), *w.location, _DEPTH * w.bits // 8, scales, step
 
 
 def product(w: Packed, slot: int, x: np.ndarray, out: np.ndarray, up: Packed | None = None) -> None:
-    """out = x @ W[slot].T; with up, silu(x @ W[slot].T) * (x @ up[slot].T). In float32.
+    """Set out to x @ W[slot].T, or with `up` to silu(x @ W[slot].T) * (x @ up[slot].T).
 
-    x: (R, in) float32. out: (R, out) float32. silu(g) = g * sigmoid(g). The formats of w and up may
-    differ. Errors as in `kernels.matvec`.
+    silu(g) = g * sigmoid(g). The formats of w and up may differ. Errors are those of
+    `matvec.matvec`.
+
+    Args:
+        x: (R, in) float32.
+        out: (R, out) float32.
     """
     for matrix in (w,) if up is None else (w, up):
-        check("x", x, np.float32, (len(x), matrix.shape[2]))
-        check("out", out, np.float32, (len(x), matrix.shape[1]))
+        check_array("x", x, np.float32, (len(x), matrix.shape[2]))
+        check_array("out", out, np.float32, (len(x), matrix.shape[1]))
         if not 0 <= slot < matrix.shape[0]:
             raise IndexError(f"slot {slot} of {matrix.shape[0]}")
     rows, height = out.shape
@@ -201,16 +230,20 @@ def product(w: Packed, slot: int, x: np.ndarray, out: np.ndarray, up: Packed | N
     second = _NONE if up is None else _operand(up)
     line, pieces = slot * height, _pieces(x)
     # For each thread: sums of both products, and a piece of the matrix rows.
-    scratch = aligned(config.NUMBA_NUM_THREADS, 2 * rows * _BLOCK + _BLOCK * _ROW)
+    threads: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set at run time
+    scratch = aligned(threads, 2 * rows * _BLOCK + _BLOCK * _ROW)
     at, shape = (line, address(pieces)), (x.shape[1], rows, height)
-    with launching:
+    with launch_lock:
         _launch(multiply, first, second, *at, *shape, scratch, out)
 
 
 def matmul(w: Packed, slot: int, x: np.ndarray, out: np.ndarray, tokens: int | None = None) -> None:
-    """out = x @ W[slot].T: as `product`; up to `w.matvec_rows` rows as `kernels.matvec`.
+    """Set out to x @ W[slot].T, by `matvec` for few rows and by `product` for more.
 
-    tokens: rows of a sequence, by default all. Each sequence is computed as if it were alone.
+    Args:
+        x, out: see `product`.
+        tokens: the rows of one sequence, by default all rows. Each sequence is computed as if it
+            were alone: by `matvec` if it has at most `w.matvec_rows` rows.
     """
     count = len(x)
     if (count if tokens is None else tokens) <= w.matvec_rows:

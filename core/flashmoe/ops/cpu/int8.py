@@ -1,4 +1,4 @@
-"""Products of packed matrices with x rounded to int8: integer arithmetic inside each group.
+"""Multiply packed matrices by x rounded to int8, with integer arithmetic inside each group.
 
 A group of x becomes int8 times one float32 scale, by the group size of the matrix. With
 w = scale * q + bias, a group then adds
@@ -6,11 +6,13 @@ w = scale * q + bias, a group then adds
     scale * x_scale * sum(q * x_q)  +  bias * x_scale * sum(x_q)
 
 and the first sum is one of integers: CPUs multiply and add 32 bytes or more at once, while float32
-has to widen each value first. The second sum is of the rounded x, too: so the error of a value
-meets w, which is near zero on average, and not q, which is not.
+has to widen each value first. The second sum is of the rounded x too: so the error of a value is
+multiplied by w, which is near zero on average, and not by q, which is not.
 
-The sum of a group is exact, whatever instruction computes it: all give the same bits.
+The sum of a group is exact, whichever instruction computes it: all give the same bits.
 """
+
+from __future__ import annotations
 
 from functools import cache, reduce
 
@@ -43,9 +45,9 @@ from .llvm import (
 
 _CHUNK = 32  # bytes of weights in a vector; a group may have fewer
 _STEP = 4  # groups whose scales are widened together
-_TINY = 1e-36  # a group without a larger value is zero: 127 / it must be finite
+_TINY = 1e-36  # a group without a larger value counts as zero, since 127 / value must be finite
 
-# By the bytes of a vector: bytes to sums of two, and those to sums of four.
+# Bytes of a vector -> the instructions that make sums of two products, and sums of four of those.
 _AVX2 = {
     16: ("llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
     32: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
@@ -53,14 +55,14 @@ _AVX2 = {
 
 
 def supports(bits: int, group_size: int) -> bool:
-    """Whether values lie whole in bytes, and groups fill a vector of 16 bytes."""
+    """Return whether no value of a format crosses bytes, and groups fill a vector of 16 bytes."""
     return bits in (2, 4, 8) and bits * group_size >= 128
 
 
 def fastest(features: str) -> str:
-    """How a CPU multiplies int8: "vnni", "avx2", "dotprod", or "plain" for none of them.
+    """Return how a CPU multiplies int8: "vnni", "avx2", "dotprod", or "plain" for none of them.
 
-    features: as LLVM lists them, "+avx2,-avx512vnni".
+    features: the CPU's features as LLVM lists them, such as "+avx2,-avx512vnni".
     """
     has = set(features.split(","))
     if "+avxvnni" in has or {"+avx512vnni", "+avx512vl"} <= has:
@@ -70,17 +72,17 @@ def fastest(features: str) -> str:
 
 @cache
 def instruction() -> str:
-    """`fastest` of the features that numba compiles for.
+    """Return the `fastest` way for the features that numba compiles for.
 
-    They are part of the key of numba's cache on disk, and so is the name: a kernel for one CPU is
-    never run on another.
+    The features are part of the key of numba's cache on disk, and so is the name that this returns:
+    a kernel for one CPU is never run on another.
     """
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return fastest(features)
 
 
 def _layout(bits: int, group_size: int) -> tuple[int, int]:
-    """(bytes of weights in a vector, vectors in a group)"""
+    """Return the bytes of weights in a vector, and the vectors in a group."""
     nbytes = bits * group_size // 8
     return min(nbytes, _CHUNK), max(1, nbytes // _CHUNK)
 
@@ -95,12 +97,17 @@ def _fill(element, count, value):
 
 
 def _quantise(builder, form, x, out, scale_at, sum_at):
-    """Round the group of float32 at x. See `quantised`."""
+    """Emit the rounding of the group of float32 at x, see `quantised`.
+
+    Args:
+        form: (bits, group_size).
+        out, scale_at, sum_at: addresses of the values, of the scale and of scale * sum.
+    """
     bits, count = form
     chunk, chunks = _layout(bits, count)
     ints, reals = ir.VectorType(I32, count), ir.VectorType(F32, count)
     values = load(builder, x, F32, count)
-    # As integers: there nan is above all.
+    # Compared as integers, among which nan is the largest.
     size = builder.and_(builder.bitcast(values, ints), _fill(I32, count, 0x7FFFFFFF))
     largest = _call(builder, f"llvm.vector.reduce.umax.v{count}i32", I32, size)
     largest = builder.bitcast(largest, F32)
@@ -129,9 +136,11 @@ def _quantise(builder, form, x, out, scale_at, sum_at):
 
 
 def _sum_of_four(builder, how, pairs):
-    """Sums of four neighbours of q * x over all pairs of vectors: a vector of int32.
+    """Emit the sums of four neighbours of q * x over all pairs of vectors; return int32 lanes.
 
-    pairs: (q, x), vectors of 16 or 32 bytes: q of 0..15, x of -127..127; 8 pairs at most.
+    Args:
+        how: see `fastest`.
+        pairs: at most 8 (q, x), vectors of 16 or 32 bytes: q of 0..15, x of -127..127.
     """
     count = pairs[0][0].type.count
     if how == "dotprod" and count == 32:  # its registers have 16 bytes
@@ -142,7 +151,7 @@ def _sum_of_four(builder, how, pairs):
         return builder.shuffle_vector(*halves, constants(range(8)))
     total = _fill(I32, count // 4, 0)
     if how == "avx2":
-        # 8 pairs of 2 * 15 * 127 fit 16 bits.
+        # The sum of 8 pairs of 2 * 15 * 127 fits 16 bits.
         words, ones = ir.VectorType(I16, count // 2), _fill(I16, count // 2, 1)
         to_two, to_four = _AVX2[count]
         twos = [_call(builder, to_two, words, q, x) for q, x in pairs]
@@ -165,7 +174,12 @@ def _sum_of_four(builder, how, pairs):
 
 
 def emit_dot(builder, form, w, scales, biases, x, n, out):
-    """The product of a matrix row of n groups and a row of `quantised`. Arguments: int64 values."""
+    """Emit the product of a matrix row of n groups and a row of `quantised`.
+
+    Args:
+        form: (bits, group_size, dtype, how), see `fastest`.
+        w, scales, biases, x, n, out: int64 values; all but n are addresses.
+    """
     bits, group_size, dtype, how = form
     chunk, chunks = _layout(bits, group_size)
     lanes = chunk // 4
@@ -173,7 +187,7 @@ def emit_dot(builder, form, w, scales, biases, x, n, out):
     x_sums = builder.add(x_scales, builder.mul(n, I64(4)))
 
     def group_sum(group):
-        """sum(q * x_q) of a group, in `lanes` parts, as float32."""
+        """Return sum(q * x_q) of a group, in `lanes` parts, as float32."""
         at = offset(builder, w, group, chunk * chunks)
         x_at = offset(builder, x, group, group_size)
         low, high = [], []
@@ -185,7 +199,7 @@ def emit_dot(builder, form, w, scales, biases, x, n, out):
                 mask = _fill(I8, chunk, (1 << min(bits, 4)) - 1)
                 low.append((builder.and_(moved, mask), value))
                 x_at = builder.add(x_at, I64(chunk))
-            if bits == 8:  # two halves, each as 4 bits are: sums of two whole products overflow
+            if bits == 8:  # in halves of 4 bits, because sums of two whole products overflow
                 high.append((builder.lshr(q, _fill(I8, chunk, 4)), value))
             at = builder.add(at, I64(chunk))
         total = _sum_of_four(builder, how, low)
@@ -260,12 +274,16 @@ def _quantiser(bits: int, group_size: int) -> CFunc:
 
 
 def quantised(x: np.ndarray, bits: int, group_size: int) -> np.ndarray:
-    """Rows of x in int8, as the kernels of matrices of this format read them.
+    """Round rows of x to int8, as the kernels of matrices of this format read them.
 
-    x: (R, in) float32, C-contiguous, of whole groups. Returns (R, ...) uint8. Of a row: the values
-    in the order in which they meet the weights of a vector, lowest bits first; for each group the
-    scale, largest / 127, in float32; and for each group scale * sum of the values. A group with an
-    infinity or nan has a scale that makes every product of it nan.
+    Args:
+        x: (R, in) float32, C-contiguous, of whole groups.
+
+    Returns:
+        (R, ...) uint8. A row holds the values in the order in which the weights of a vector are
+        multiplied by them, lowest bits first; then for each group the scale, largest / 127, in
+        float32; then for each group scale * sum of the values, in float32. A group with an infinity
+        or nan has a scale that makes every product of it nan.
     """
     count, width = x.shape
     n = width // group_size
@@ -280,7 +298,10 @@ def quantised(x: np.ndarray, bits: int, group_size: int) -> np.ndarray:
 
 @cache
 def dot_kernel(bits: int, group_size: int, dtype: str, how: str) -> CFunc:
-    """As `unpack.block_kernel` of "dot", for x as `quantised` gives it. how: see `fastest`."""
+    """Return the "dot" kernel of `unpack.block_kernel` for x as `quantised` returns it.
+
+    how: see `fastest`.
+    """
     weight_bytes = bits * group_size // 8
     scale_bytes = SIZES[dtype]
 

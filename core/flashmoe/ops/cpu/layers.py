@@ -1,10 +1,11 @@
-"""mlx's linear layers and mlx-lm's MLP on the CPU, in float32, by the numba kernels or BLAS.
+"""Compute linear layers and MLPs on the CPU, in float32, with the numba kernels or BLAS.
 
-Instances become one of these classes in place (`module.__class__ = ...`): they keep their weights
+The modules of a loaded model are replaced by these subclasses of theirs: they keep their weights
 under mlx-lm's names, and only their forward changes. A kernel needs evaluated arrays, so each call
-is a synchronisation with MLX: about 0.05 ms.
+is a synchronisation with MLX, which takes about 0.05 ms.
 
-x is (..., tokens, in): each sequence gets the bits that it has alone, however many there are.
+Inputs are (..., tokens, in): each sequence gets the bits that it has alone, however many sequences
+there are.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ from mlx_lm.models import qwen3_moe, qwen3_next
 
 from ..arrays import to_numpy
 from . import gemm
-from . import swiglu as glu
 from .matvec import Packed
+from .swiglu import MlpMatrices, few_rows, many_rows
 
-#: Logits of more than one row are left lazy, in tiles of so many vocabulary rows (see Head).
+#: Logits of more than one token are left lazy, in tiles of this many vocabulary rows (see Head).
 HEAD_TILE = 8192
 
 _NAMES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float32"}
 
 
 class Linear(nn.Linear):
-    """By BLAS: MLX's own product on x86 is scalar."""
+    """An unquantised layer that multiplies by BLAS: MLX's own product on x86 is scalar."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return _projected(self, x)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
+    """A quantised layer that multiplies by the numba kernels.
+
+    Attributes:
+        activations: see `Packed`.
+    """
+
     activations = "float32"
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -40,23 +47,28 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 
 class Head(QuantizedLinear):
-    """The output projection. mlx-lm asks for the logits of a whole prefill chunk and drops them.
+    """The output projection, whose logits of more than one token are computed when they are read.
 
-    One token is computed at once. More are left lazy, so that logits which nobody reads cost
-    nothing: a chunk of 512 tokens times a vocabulary of 248,320 would be half a gigabyte.
+    mlx-lm asks for the logits of a whole prefill chunk and drops them. They are left lazy, so that
+    logits which nobody reads cost nothing: a chunk of 512 tokens times a vocabulary of 248,320
+    would be half a gigabyte. One token is computed at once.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) if tokens_of(x) == 1 else lazy_matmul(self, x)
+        return super().__call__(x) if sequence_length(x) == 1 else lazy_matmul(self, x)
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """In float32, or by the kernels as a tied head."""
+    """A quantised embedding that dequantises in float32, and uses the kernels as a tied head.
+
+    Attributes:
+        activations: see `Packed`.
+    """
 
     activations = "float32"
 
     def __call__(self, x: mx.array) -> mx.array:
-        # mlx would dequantise, and so round, in the dtype of the scales.
+        # MLX's own embedding dequantises, and so rounds, in the dtype of the scales.
         return mx.dequantize(
             self["weight"][x],
             self["scales"][x].astype(mx.float32),
@@ -66,46 +78,47 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         )
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return _projected(self, x) if tokens_of(x) == 1 else lazy_matmul(self, x)
+        return _projected(self, x) if sequence_length(x) == 1 else lazy_matmul(self, x)
 
 
-class _MLP:
-    """gate, up and down in one go, when all three are quantised."""
+class _MLP(nn.Module):
+    """An MLP that computes gate, up and down in one call, where all three are quantised."""
 
     def __call__(self, x: mx.array) -> mx.array:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if not all(isinstance(layer, QuantizedLinear) for layer in layers):
-            return super().__call__(x)
-        matrices = [packed(layer) for layer in layers]
+            return super().__call__(x)  # type: ignore[misc]  # of the class behind this one
+        gate, up, down = layers
+        matrices = MlpMatrices(packed(gate), packed(up), packed(down))
         rows = to_numpy(x)[0].reshape(-1, x.shape[-1])
         count = rows.shape[0]
-        if tokens_of(x) <= glu.few(matrices):
-            y = glu.few_rows(*matrices, np.zeros(count, np.int64), rows, np.arange(count))
+        if sequence_length(x) <= matrices.few:
+            y = few_rows(matrices, np.zeros(count, np.int64), rows, np.arange(count))
         else:
-            y = glu.many_rows(*matrices, 0, rows)
+            y = many_rows(matrices, 0, rows)
         return mx.array(y.reshape(x.shape))
 
 
 class NextMLP(_MLP, qwen3_next.Qwen3NextMLP):
-    pass
+    """The MLP of qwen3_next and qwen3_5."""
 
 
 class MLP(_MLP, qwen3_moe.MLP):
-    pass
+    """The MLP of qwen3_moe."""
 
 
-def tokens_of(x: mx.array) -> int:
-    """Of each sequence of x (..., tokens, in)."""
+def sequence_length(x: mx.array) -> int:
+    """Return the tokens of each sequence of x, (..., tokens, in)."""
     return x.shape[-2] if x.ndim > 1 else 1
 
 
 def _projected(layer: nn.Module, x: mx.array) -> mx.array:
     rows = to_numpy(x)[0].reshape(-1, x.shape[-1])
-    return mx.array(project(layer, rows, tokens_of(x)).reshape(*x.shape[:-1], -1))
+    return mx.array(project(layer, rows, sequence_length(x)).reshape(*x.shape[:-1], -1))
 
 
 def packed(layer: nn.Module) -> Packed:
-    """The matrix of a quantised layer for the kernels, as a stack of one."""
+    """Return the matrix of a quantised layer for the kernels, as a stack of one."""
     if not hasattr(layer, "_packed"):
         parts = {n: mx.contiguous(layer[n]) for n in ("weight", "scales", "biases")}
         dtype = _NAMES[parts["scales"].dtype]
@@ -113,15 +126,22 @@ def packed(layer: nn.Module) -> Packed:
         for name in ("scales", "biases"):
             views[name] = parts[name] if dtype == "float32" else parts[name].view(mx.uint16)
         mx.eval(views)
-        arrays = [np.array(v, copy=False)[None] for v in views.values()]
-        layer._packed = Packed(*arrays, layer.bits, layer.group_size, dtype, layer.activations)
+        weight, scales, biases = (np.array(v, copy=False)[None] for v in views.values())
+        layer._packed = Packed(
+            weight, scales, biases, layer.bits, layer.group_size, dtype, layer.activations
+        )
     return layer._packed
 
 
 def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
-    """A linear layer applied to rows, in numpy. x: (R, in) float32 -> (R, out) float32.
+    """Apply a linear layer to rows, in numpy.
 
-    tokens: rows of a sequence.
+    Args:
+        x: (R, in) float32.
+        tokens: the rows of one sequence.
+
+    Returns:
+        (R, out) float32.
     """
     if isinstance(layer, nn.Linear):
         # BLAS rounds by the number of rows: one product for each sequence.
@@ -135,7 +155,10 @@ def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def lazy_matmul(layer: nn.Module, x: mx.array) -> mx.array:
-    """x @ W.T in float32, unevaluated, in tiles of output rows that bound the memory it takes."""
+    """Return x @ W.T in float32, unevaluated.
+
+    It is computed in tiles of output rows, which bounds the memory that it takes.
+    """
     tiles = []
     for start in range(0, layer["weight"].shape[0], HEAD_TILE):
         rows = slice(start, start + HEAD_TILE)

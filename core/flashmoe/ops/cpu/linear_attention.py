@@ -1,16 +1,18 @@
-"""GatedDeltaNet on the CPU: convolution, recurrence and gated norm of all tokens in one launch.
+"""Compute GatedDeltaNet on the CPU: convolution, recurrence and norm of all tokens in one launch.
 
-mlx-lm's CPU route is a Python loop over tokens of operations on whole states: 3.6 ms a token and
-layer for 64 heads of 128 x 128, and 1.6 ms around it. All of it is local to a head, so each
-thread takes heads, and each row of a state stays in the cache while the tokens pass over it.
+On the CPU mlx-lm runs a Python loop over tokens of operations on whole states: 3.6 ms a token and
+layer for 64 heads of 128 x 128, and 1.6 ms around it. Everything is local to a head, so each
+thread takes heads, and each row of a state stays in the CPU's cache while the tokens pass over it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_next
@@ -18,12 +20,15 @@ from numba import njit, prange
 
 from ..arrays import to_numpy
 from .layers import project
-from .matvec import launching
+from .matvec import launch_lock
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _convolve(x, w, channel, out):
-    """out (T, D) = silu of the causal convolution of D channels from `channel` on."""
+    """Set out (T, D) to silu of the causal convolution of D channels of x from `channel` on.
+
+    x: (taps - 1 + T, channels), w: (channels, taps).
+    """
     taps = w.shape[1]
     for t in range(out.shape[0]):
         for d in range(out.shape[1]):
@@ -35,7 +40,7 @@ def _convolve(x, w, channel, out):
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _normalise(x, eps, factor):
-    """Each row of x (T, D) divided by the root of its mean square, times factor."""
+    """Divide each row of x, (T, D), by the root of its mean square plus eps; multiply by factor."""
     for t in range(x.shape[0]):
         total = np.float32(0)
         for d in range(x.shape[1]):
@@ -46,12 +51,27 @@ def _normalise(x, eps, factor):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, before, after, out):
-    """All tokens of a sequence: state before (H, Dv, Dk) to state after, and out (T, H, Dv).
+def _run_heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, before, after, out):
+    """Take all T tokens of one sequence through the H heads of a layer.
 
-    x: (taps - 1 + T, channels), queries, keys and values of all heads in turn; w: (channels, taps);
-    a, b: (T, H); z: (T, H, Dv); decay: exp(A_log), and dt_bias: (H,); norm: (Dv,).
-    No value depends on another head, so the split over threads changes no bit.
+    No value depends on another head, so the split over threads changes no bit. The arguments are
+    plain arrays, since numba takes much longer to find the type of a named tuple.
+
+    Args:
+        x: (taps - 1 + T, channels), the convolution's inputs: queries, keys and values of all heads
+            in turn.
+        w: (channels, taps), the weights of the convolution.
+        a, b: (T, H), the numbers that determine the decay and the share of what is new.
+        z: (T, H, Dv), the gates of the output.
+        decay: (H,), exp(A_log).
+        dt_bias: (H,).
+        norm: (Dv,), the weights of the norm.
+        eps: what the norm adds to the mean of squares.
+        qk_eps: what is added to the mean of squares of a query or key.
+        key_heads: heads of queries and keys, which several heads of values share.
+        before: (H, Dv, Dk), the state before the tokens.
+        after: (H, Dv, Dk), set to the state after them.
+        out: (T, H, Dv), set to the result.
     """
     tokens, heads, rows = z.shape
     width = before.shape[2]
@@ -96,12 +116,12 @@ def _heads(x, w, a, b, z, decay, dt_bias, norm, eps, qk_eps, key_heads, before, 
                 out[t, head, d] = v[t, d] * norm[d] * gate
 
 
-class _GatedDeltaNet:
-    """A forward for batches without padding, which go through mlx-lm's own."""
+class _GatedDeltaNet(nn.Module):
+    """A GatedDeltaNet that computes batches without padding in numpy, and others by mlx-lm."""
 
-    def __call__(self, inputs: mx.array, mask=None, cache=None) -> mx.array:
+    def __call__(self, inputs: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if mask is not None or (cache is not None and cache.lengths is not None):
-            return super().__call__(inputs, mask, cache)
+            return super().__call__(inputs, mask, cache)  # type: ignore[misc]  # of the next class
         batch, tokens, _ = inputs.shape
         rows = to_numpy(inputs)[0].reshape(batch * tokens, -1)
         parts = [p.reshape(batch, tokens, -1) for p in self._project(rows, tokens)]
@@ -109,10 +129,15 @@ class _GatedDeltaNet:
         y = project(self.out_proj, out.reshape(batch * tokens, -1), tokens)
         return mx.array(y.reshape(inputs.shape))
 
-    def attend_sequences(self, inputs: mx.array, caches: Sequence) -> mx.array:
-        """A token of each of several sequences, with the bits that it has alone.
+    def attend_sequences(self, inputs: mx.array, caches: Sequence[Any]) -> mx.array:
+        """Compute one token of each of several sequences, with the bits that each has alone.
 
-        inputs: (R, 1, hidden) -> (R, 1, hidden). caches: of each.
+        Args:
+            inputs: (sequences, 1, hidden).
+            caches: the cache of each sequence.
+
+        Returns:
+            (sequences, 1, hidden).
         """
         parts = self._project(to_numpy(inputs)[0].reshape(len(caches), -1), 1)
         outs = [
@@ -122,8 +147,22 @@ class _GatedDeltaNet:
         y = project(self.out_proj, np.concatenate(outs).reshape(len(caches), -1), 1)
         return mx.array(y.reshape(inputs.shape))
 
-    def _recur(self, parts: Sequence[np.ndarray], cache) -> np.ndarray:
-        """What comes between the projections. parts: (B, T, ...) each -> (B, T, H, Dv)."""
+    def _project(self, x: np.ndarray, tokens: int) -> list[np.ndarray]:
+        """Return the projections of rows x: queries, keys and values of all heads; z; b; a.
+
+        tokens: the rows of one sequence.
+        """
+        raise NotImplementedError
+
+    def _recur(self, parts: Sequence[np.ndarray], cache: Any) -> np.ndarray:
+        """Compute what comes between the projections, and update the cache.
+
+        Args:
+            parts: what `_project` returned, (B, T, ...) each.
+
+        Returns:
+            (B, T, H, Dv).
+        """
         mixed, z, b, a = parts
         batch, tokens = z.shape[:2]
         keep = self.conv_kernel_size - 1
@@ -136,7 +175,7 @@ class _GatedDeltaNet:
             (state,) = to_numpy(cache[1])
         else:
             state = np.zeros((batch, *self._state_shape), np.float32)
-        # Another array: those of MLX never change, and a snapshot of the cache may hold this one.
+        # A new array: MLX's arrays must not change, and a snapshot of the cache may hold this one.
         after = np.empty_like(state)
         w, decay, dt_bias, norm = self._weights
         z = z.reshape(batch, tokens, self.num_v_heads, self.head_v_dim)
@@ -145,17 +184,17 @@ class _GatedDeltaNet:
         if (before.shape, state.shape) != expected:
             raise ValueError(
                 f"the prompt cache is of another model: it has states {before.shape} and "
-                f"{state.shape}, and this layer {expected[0]} and {expected[1]}"
+                f"{state.shape}, and this layer has {expected[0]} and {expected[1]}"
             )
         eps = np.float32(self.norm.eps)
-        # Added to the mean of squares. mlx-lm 0.31 adds it unscaled, newer ones to the sum.
+        # Added to the mean of squares. mlx-lm 0.31 adds 1e-6 to the mean, newer ones to the sum.
         scaled = hasattr(mlx_lm_gated_delta, "normalize_qk")
         qk_eps = np.float32(1e-6 / self.head_k_dim if scaled else 1e-6)
         for i in range(batch):
             sequence = x[i], w, a[i], b[i], z[i]
             weights = decay, dt_bias, norm, eps, qk_eps, self.num_k_heads
-            with launching:
-                _heads(*sequence, *weights, state[i], after[i], out[i])
+            with launch_lock:
+                _run_heads(*sequence, *weights, state[i], after[i], out[i])
         if cache is not None:
             cache[0] = mx.array(x[:, -keep:])
             cache[1] = mx.array(after)
@@ -164,7 +203,7 @@ class _GatedDeltaNet:
 
     @cached_property
     def _weights(self) -> list[np.ndarray]:
-        """Taps (channels, taps), decay (H,), dt_bias (H,) and norm (Dv,) as `_heads` has them."""
+        """The arguments w, decay, dt_bias and norm of `_run_heads`."""
         return to_numpy(
             self.conv1d.weight.squeeze(-1), mx.exp(self.A_log), self.dt_bias, self.norm.weight
         )
@@ -175,15 +214,17 @@ class _GatedDeltaNet:
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):
+    """The GatedDeltaNet of qwen3_5."""
+
     def _project(self, x: np.ndarray, tokens: int) -> list[np.ndarray]:
-        """Rows to (queries | keys | values, z, b, a)."""
         layers = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         return [project(layer, x, tokens) for layer in layers]
 
 
 class NextGatedDeltaNet(_GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
+    """The GatedDeltaNet of qwen3_next, whose projections interleave their parts by key head."""
+
     def _project(self, x: np.ndarray, tokens: int) -> list[np.ndarray]:
-        """Rows to (queries | keys | values, z, b, a). This family interleaves them by key head."""
         count, heads = x.shape[0], self.num_k_heads
         width, share = self.head_k_dim, self.num_v_heads // heads
         qkvz = project(self.in_proj_qkvz, x, tokens).reshape(count, heads, -1)

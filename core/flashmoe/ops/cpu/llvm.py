@@ -1,6 +1,7 @@
-"""LLVM vectors: what the kernels that are written in them share.
+"""Emit LLVM vector code: the parts that all kernels written in it share.
 
-LLVM splits a vector where the CPU's registers are narrower. An address is an int64.
+The functions add instructions to an LLVM `builder` and return LLVM values. LLVM splits a vector
+where the CPU's registers are narrower. An address is an int64.
 """
 
 from functools import reduce
@@ -8,33 +9,39 @@ from functools import reduce
 from llvmlite import ir
 from numba.core import cgutils
 
-#: Bytes of a stored value.
+#: Bytes of a stored value of each dtype.
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F32 = ir.FloatType()
 
-_AHEAD = 2048  # bytes; the CPU's own prefetch stops at each page: this gave 1.4 times the speed
+# Bytes between an address and what is prefetched for it. The CPU's own prefetch stops at each page:
+# this made the products 1.4 times as fast.
+_AHEAD = 2048
 
 
 def constants(values):
+    """Return a constant vector of int32."""
     return ir.Constant(ir.VectorType(I32, len(values)), [int(v) for v in values])
 
 
 def pointer(builder, address, element, count):
+    """Return an address as a pointer to a vector of `count` elements of an LLVM type."""
     return builder.inttoptr(address, ir.VectorType(element, count).as_pointer())
 
 
 def load(builder, address, element, count):
+    """Load a vector of `count` elements of an LLVM type; the address need not be aligned."""
     return builder.load(pointer(builder, address, element, count), align=1)
 
 
 def offset(builder, address, index, size):
+    """Return the address of element `index` of an array whose elements have `size` bytes."""
     return builder.add(address, builder.mul(index, I64(size)))
 
 
 def floats(builder, address, count, dtype):
-    """`count` stored values from an address on, widened exactly to float32."""
+    """Load `count` stored values of a dtype, widened exactly to float32."""
     if dtype == "float32":
         return load(builder, address, F32, count)
     ints, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
@@ -58,22 +65,26 @@ def floats(builder, address, count, dtype):
 
 
 def add_product(builder, total, a, b):
-    """total + a * b, one instruction where the CPU has it. Nothing else may be reordered."""
+    """Return total + a * b, in one instruction where the CPU has it; a * b if total is None.
+
+    Only this contraction is allowed: nothing else may be reordered.
+    """
     product = builder.fmul(a, b, flags=("contract",))
     return product if total is None else builder.fadd(total, product, flags=("contract",))
 
 
 def shuffle(builder, a, b, lanes):
-    """Lane i of the result is lane lanes[i] of a, followed by those of b."""
+    """Return a vector whose lane i is lane lanes[i] of a and b, one after the other."""
     return builder.shuffle_vector(a, b, constants(lanes))
 
 
 def spread(builder, vector, lanes):
-    """Lane i of the result is lane lanes[i] of the vector."""
+    """Return a vector whose lane i is lane lanes[i] of the given one."""
     return shuffle(builder, vector, vector, lanes)
 
 
 def prefetch(builder, address):
+    """Prefetch the cache line that is _AHEAD bytes after an address."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
@@ -82,13 +93,13 @@ def prefetch(builder, address):
 
 
 def zeros(builder, count):
-    """A zeroed vector sum. LLVM keeps it in registers."""
+    """Return the address of a new vector sum of `count` zeros. LLVM keeps it in registers."""
     zero = ir.Constant(ir.VectorType(F32, count), [0.0] * count)
     return cgutils.alloca_once_value(builder, zero)
 
 
 def store_sum(builder, totals, out):
-    """Store one float32: the sum of all lanes of vector sums made by `zeros`."""
+    """Store one float32 at `out`: the sum of all lanes of the vector sums, made by `zeros`."""
     sums = []
     for total in map(builder.load, totals):
         kind = ir.FunctionType(F32, [F32, total.type])

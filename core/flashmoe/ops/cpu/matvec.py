@@ -1,18 +1,21 @@
-"""Matrix products on the CPU with matrices as they lie in an MLX checkpoint; numpy in and out.
+"""Multiply few rows by matrices as they are stored in an MLX checkpoint, on the CPU, in numpy.
 
-Here each row of x meets the packed weights; `gemm` multiplies many rows by one matrix.
+Here each row of x is multiplied by the packed weights; `gemm` unpacks one matrix for many rows.
 
-The result of a row does not depend by a single bit on the number of threads, on the other pairs of
-the call, or on the slot: each (matrix row, row of x) is summed in one fixed order by one thread.
+No bit of a row's result depends on the number of threads, on the other pairs of the call, or on the
+slot: each product of a matrix row and a row of x is summed in one fixed order by one thread.
 
 Weights are read without the GIL, so reader threads go on meanwhile.
 """
+
+from __future__ import annotations
 
 import os
 import threading
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -25,42 +28,48 @@ from .multi_row import BLOCK, rows_kernel, rows_scratch
 from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
 
 # GNU OpenMP's threads spin for about 10 ms after a launch, which takes the CPU from reader threads.
-# Asleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one
-# expert ran at a third of its speed on a virtual machine. So many rounds, about 0.4 ms, bridge the
-# launches of a layer but not a read. OpenMP looks at this when numba first launches.
+# If they sleep at once (OMP_WAIT_POLICY=passive), they wake so late that a call of one expert ran
+# at a third of its speed on a virtual machine. This many rounds, about 0.4 ms, bridge the launches
+# of a layer but not a read. OpenMP reads the variable when numba first launches.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-#: Held by each parallel launch: numba's portable threading layer dies of two at one time.
-launching = threading.Lock()
+#: Held by each parallel launch: numba's portable threading layer crashes if two run at one time.
+launch_lock = threading.Lock()
 
-#: Up to so many rows of x for one matrix, `matvec` is faster than `gemm.product`, which unpacks the
-#: weights once for all rows.
+#: The most rows of x for one matrix for which `matvec` is faster than `gemm.product`, which unpacks
+#: the weights once for all rows.
 MATVEC_ROWS = 2
 
-#: Up to so many rows are rounded to int8, where that is asked for: more are a prompt. Integers
-#: would be faster for any number of them.
+#: The most rows that are rounded to int8, where that is asked for: more rows belong to a prompt.
+#: Integers would be faster for any number of rows.
 INT8_ROWS = 20
 
-_MANY = 4  # rows of x that one unpacking of the weights serves
+_MANY = 4  # rows of x for which the weights are unpacked once
 _SCRATCH = rows_scratch(_MANY)
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A stack of matrices as they lie in an MLX checkpoint, seen by numpy.
+    """A stack of S matrices (out, in) as they are stored in an MLX checkpoint, seen by numpy.
 
-    weight: (S, out, row_bytes) uint8. Affine: MLX's little-endian bit stream, `bits` for each
-        value along `in`. Unquantised: the raw bytes of bf16, f16 or f32 values.
-    scales, biases: (S, out, in // group_size) uint16 (raw bits of bf16 or f16) or float32; None
-        when unquantised.
-    bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32. group_size: 32, 64, 128, or 0 when unquantised.
-    dtype: of scales and biases, or of the weights: "bfloat16", "float16" or "float32".
-    activations: "float32", or "int8": products of up to INT8_ROWS rows round x, where
-        `int8.supports` the format.
+    A quantised value is scale * q + bias. All arrays are C-contiguous. Keep the object: it holds
+    what each call needs of these arrays.
 
-    value = scale * q + bias. All arrays are C-contiguous. Raises ValueError otherwise.
-    Keep the object: it holds what each call needs of these arrays.
+    Attributes:
+        weight: (S, out, row_bytes) uint8. Affine: MLX's little-endian bit stream, `bits` for each
+            value along `in`. Unquantised: the raw bytes of bf16, f16 or f32 values.
+        scales, biases: (S, out, in // group_size) uint16 (raw bits of bf16 or f16) or float32; None
+            when unquantised.
+        bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32.
+        group_size: 32, 64, 128, or 0 when unquantised.
+        dtype: the dtype of scales and biases, or of unquantised weights: "bfloat16", "float16" or
+            "float32".
+        activations: "float32", or "int8": products of up to INT8_ROWS rows round x, where
+            `int8.supports` the format.
+
+    Raises:
+        ValueError: there is no kernel for the format, or an array does not fit it.
     """
 
     weight: np.ndarray
@@ -78,17 +87,17 @@ class Packed:
                 f"no CPU kernel for {self.bits} bits, group size {self.group_size}, {self.dtype}"
             )
         slots, height, width = self.shape
-        check("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
+        check_array("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
         stored = np.float32 if self.dtype == "float32" else np.uint16
         for name in ("scales", "biases") if affine else ():
             shape = slots, height, width // self.group_size
-            check(name, getattr(self, name), stored, shape)
+            check_array(name, getattr(self, name), stored, shape)
             if width % self.group_size:
                 raise ValueError(f"{width} inputs are not whole groups of {self.group_size}")
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """(S, out, in)"""
+        """The number of matrices and the size of each: (S, out, in)."""
         slots, height, row_bytes = self.weight.shape
         return slots, height, row_bytes * 8 // self.bits
 
@@ -99,12 +108,16 @@ class Packed:
 
     @property
     def matvec_rows(self) -> int:
-        """Up to so many rows of x for one matrix go through `matvec`."""
+        """The most rows of x for one matrix that go through `matvec`."""
         return INT8_ROWS if self.rounds_x else MATVEC_ROWS
 
     @cached_property
-    def place(self) -> tuple[int, ...]:
-        """(weight, scales, biases: addresses; weight, scale bytes of a row; groups or inputs)"""
+    def location(self) -> tuple[int, ...]:
+        """Where the kernels find the matrices, six numbers.
+
+        The addresses of weight, scales and biases; the bytes of a row's weights, and of its scales;
+        the groups of a row, or its inputs when unquantised.
+        """
         parts = map(address, (self.weight, self.scales, self.biases))
         n, scale_row = self.shape[2], 0
         if self.group_size:
@@ -113,47 +126,64 @@ class Packed:
         return *parts, self.weight.shape[2], scale_row, n
 
     @property
-    def reads(self) -> tuple[int, int, bool]:
-        """What the order of x in memory depends on."""
+    def x_order(self) -> tuple[int, int, bool]:
+        """What the order of x in memory depends on: see `_arranged`."""
         return self.bits, self.group_size, self.rounds_x
 
     def kernel(self, op: str) -> int:
-        """Address of a kernel for this format. See `block_kernel`."""
+        """Return the address of the kernel for this format and `op`, see `block_kernel`."""
         if op == "dot" and self.rounds_x:
             how = int8.instruction()
-            return int8.dot_kernel(self.bits, self.group_size, self.dtype, how).address
-        return block_kernel(op, self.bits, self.group_size, self.dtype).address
+            kernel = int8.dot_kernel(self.bits, self.group_size, self.dtype, how)
+        else:
+            kernel = block_kernel(op, self.bits, self.group_size, self.dtype)
+        return kernel.address  # type: ignore[return-value]  # numba compiled it when it was made
 
     @property
     def many_kernel(self) -> int:
-        """Address of the kernel for _MANY rows of x that are not rounded."""
-        return rows_kernel(_MANY, self.bits, self.group_size, self.dtype).address
+        """The address of the kernel for _MANY rows of x that are not rounded."""
+        kernel = rows_kernel(_MANY, self.bits, self.group_size, self.dtype)
+        return kernel.address  # type: ignore[return-value]  # numba compiled it when it was made
 
 
 def address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.__array_interface__["data"][0]
+    """Return the address of an array's first element, 0 for None."""
+    if array is None:
+        return 0
+    interface: Any = array.__array_interface__
+    return interface["data"][0]
 
 
 def aligned(*shape: int) -> np.ndarray:
-    """New float32 from a line of 64 bytes on: a vector load that crosses lines costs two."""
+    """Return a new float32 array that begins at a cache line of 64 bytes; its values are undefined.
+
+    A vector load that crosses cache lines costs two.
+    """
     size = prod(shape)
     raw = np.empty(size + 16, np.float32)
     start = -address(raw) % 64 // 4
     return raw[start : start + size].reshape(shape)
 
 
-def check(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the kernels, which know addresses only, can use this array."""
+def check_array(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+    """Check that the kernels, which know addresses only, can use an array.
+
+    Raises:
+        ValueError: the array has another dtype or shape, or is not C-contiguous.
+    """
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(
-            f"{name} is {array.dtype} {array.shape} with strides {array.strides}; "
-            f"needed: C-contiguous {np.dtype(dtype)} {shape}"
+            f"{name} is {array.dtype} {array.shape} with strides {array.strides}: it must be "
+            f"C-contiguous {np.dtype(dtype)} {shape}"
         )
 
 
 @intrinsic
-def call(typingctx, kernel, w, scales, biases, x, height, n, out):
-    """Call the kernel at an address. So `_launch`, slow to compile, is compiled once for all."""
+def call_kernel(typingctx, kernel, w, scales, biases, x, height, n, out):
+    """Call the kernel at the address `kernel`, see `block_kernel` for its arguments.
+
+    By addresses, `_launch`, which is slow to compile, is compiled once for all kernels.
+    """
 
     def codegen(context, builder, signature, args):
         word = ir.IntType(64)
@@ -166,7 +196,7 @@ def call(typingctx, kernel, w, scales, biases, x, height, n, out):
 
 @njit(cache=True, nogil=True)
 def _gated(gate, up):
-    """silu(gate) * up"""
+    """Return silu(gate) * up."""
     return gate / (np.float32(1) + np.exp(-gate)) * up
 
 
@@ -174,11 +204,19 @@ def _gated(gate, up):
 def _launch(first, second, slots, rows, tiles, limits, height, out, row):
     """Run a kernel over (tile of pairs, block of matrix rows), shared out among the threads.
 
-    first, second: (kernel, that of _MANY rows, *place, x, bytes of a row of x); see Packed. Where
-    second has a kernel, out = silu(first) * second.
-    tiles: see `_tiles`. Those of one slot take a block one after the other: it is read once.
-    limits: how many slots and rows of x there are. Returns the first pair outside them, or -1.
-    height: matrix rows. Row r's result for pair p starts at out[(p * height + r) * row].
+    Tiles of one slot take a block one after the other, so that its weights are read once.
+
+    Args:
+        first, second: operands, see `_operand`. Where second has a kernel, the result is
+            silu(first) * second.
+        slots, rows: (P,), the slot and the row of x of each pair.
+        tiles: see `_tiles`.
+        limits: how many slots and rows of x there are.
+        height: the rows of a matrix.
+        out: float32. The result of matrix row r for pair p starts at out[(p * height + r) * row].
+
+    Returns:
+        The first pair outside of `limits`, in which case nothing is computed; otherwise -1.
     """
     for p in range(len(slots)):
         if not (0 <= slots[p] < limits[0] and 0 <= rows[p] < limits[1]):
@@ -199,20 +237,21 @@ def _launch(first, second, slots, rows, tiles, limits, height, out, row):
         at2, skip2 = w2 + line * w_row2, line * s_row2
         if pairs == 1:
             to = (p * height + start) * row
-            call(kernel, at, scales + skip, biases + skip, xs[p], count, n, base + 4 * to)
+            call_kernel(kernel, at, scales + skip, biases + skip, xs[p], count, n, base + 4 * to)
             if kernel2 != 0:
                 up = np.empty(BLOCK, np.float32)
                 into = up.ctypes.data
-                call(kernel2, at2, scales2 + skip2, biases2 + skip2, xs2[p], count, n2, into)
+                s_at, b_at = scales2 + skip2, biases2 + skip2
+                call_kernel(kernel2, at2, s_at, b_at, xs2[p], count, n2, into)
                 for i in range(count):
                     out[to + i] = _gated(out[to + i], up[i])
             continue
         one, two = np.empty(_SCRATCH, np.float32), np.empty(_SCRATCH, np.float32)
         from_, into = xs[p:].ctypes.data, one.ctypes.data
-        call(wide, at, scales + skip, biases + skip, from_, count, n, into)
+        call_kernel(wide, at, scales + skip, biases + skip, from_, count, n, into)
         if kernel2 != 0:
             from_, into = xs2[p:].ctypes.data, two.ctypes.data
-            call(wide2, at2, scales2 + skip2, biases2 + skip2, from_, count, n2, into)
+            call_kernel(wide2, at2, scales2 + skip2, biases2 + skip2, from_, count, n2, into)
         for i in range(pairs):
             to = (p + i) * height + start
             for j in range(count):
@@ -221,57 +260,79 @@ def _launch(first, second, slots, rows, tiles, limits, height, out, row):
     return -1
 
 
-_NONE = (0,) * 10  # no second operand
+_NONE: tuple[int, ...] = (0,) * 10  # no second operand
 
 
 @cache
-def _apart(count: int) -> np.ndarray:
-    """The tiles of pairs that are taken one by one, each a run of its own."""
+def _single_tiles(count: int) -> np.ndarray:
+    """Return the tiles of pairs that are computed one by one, each a run of its own."""
     first = np.arange(count)
     return np.stack([first, np.ones_like(first), first, np.ones_like(first)], axis=1)
 
 
 def _tiles(slots: np.ndarray, many: int) -> np.ndarray:
-    """How pairs are taken together, (T, 4): the first of `many` neighbours of one slot, or one; how
-    many they are; the first tile of that slot's run, and how many tiles the run has."""
+    """Divide pairs into tiles: `many` neighbours of one slot, or one pair where fewer are left.
+
+    Returns:
+        (T, 4): the first pair of a tile; how many pairs it has; the first tile of the run, which
+        has the neighbouring pairs of one slot; and how many tiles the run has.
+    """
     if many == 1 or len(slots) < many or not (slots[1:] == slots[:-1]).any():
-        return _apart(len(slots))
-    found = []
+        return _single_tiles(len(slots))
+    tiles: list[tuple[int, int, int, int]] = []
     begin = 0
     for end in [*np.flatnonzero(np.diff(slots)) + 1, len(slots)]:
         whole = (end - begin) // many * many
         firsts = [*range(begin, begin + whole, many), *range(begin + whole, end)]
-        run = len(found), len(firsts)
-        found += [(p, many if p < begin + whole else 1, *run) for p in firsts]
+        run = len(tiles), len(firsts)
+        tiles += [(p, many if p < begin + whole else 1, *run) for p in firsts]
         begin = end
-    return np.array(found)
+    return np.array(tiles)
 
 
 def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
-    """x (R, in) as the kernels of w read it: (R, ...)."""
+    """Return the rows of x, (R, in), in the order in which the kernels of w read them: (R, ...)."""
     if not w.group_size:
         return x
     if w.rounds_x:
         return int8.quantised(x, w.bits, w.group_size)
-    index, factor, sums = arrangement(w.bits, w.group_size, w.scales.shape[2])
+    index, factor, sums = arrangement(w.bits, w.group_size, w.shape[2] // w.group_size)
     out = aligned(len(x), index.size)
     arrange(x, index, factor, sums, out)
     return out
 
 
 def _operand(w: Packed, xs: np.ndarray, wide: bool) -> tuple[int, ...]:
-    """As `_launch` takes it. xs: arranged. wide: whether there are tiles of _MANY rows, for which a
-    kernel is compiled."""
+    """Return a matrix and its x as `_launch` takes them.
+
+    It is a plain tuple, since numba takes much longer to find the type of a named one.
+
+    Args:
+        xs: what `_arranged` returned.
+        wide: whether there are tiles of _MANY rows, for which a kernel is compiled.
+
+    Returns:
+        The kernel of one row, that of _MANY rows, `Packed.location`, the address of xs, and the
+        bytes of a row of xs.
+    """
     many = w.many_kernel if wide else 0
-    return w.kernel("dot"), many, *w.place, address(xs), xs.strides[0]
+    return w.kernel("dot"), many, *w.location, address(xs), xs.strides[0]
 
 
-def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
+def _multiply_pairs(
+    gate: Packed,
+    up: Packed | None,
+    slots: np.ndarray,
+    x: np.ndarray,
+    rows: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Compute `gate_up`, or `matvec` where up is None."""
     for w in (gate,) if up is None else (gate, up):
-        check("x", x, np.float32, (len(x), w.shape[2]))
-        check("out", out, np.float32, (slots.size, w.shape[1]))
-    check("slots", slots, np.int64, (slots.size,))
-    check("rows", rows, np.int64, (slots.size,))
+        check_array("x", x, np.float32, (len(x), w.shape[2]))
+        check_array("out", out, np.float32, (slots.size, w.shape[1]))
+    check_array("slots", slots, np.int64, (slots.size,))
+    check_array("rows", rows, np.int64, (slots.size,))
     if len(x) > slots.size:  # arrange only the rows that are used
         used, rows = np.unique(rows, return_inverse=True)
         for row in used[(used < 0) | (used >= len(x))]:
@@ -282,11 +343,11 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
     xs = _arranged(gate, x)
     first, second = _operand(gate, xs, wide), _NONE
     if up is not None:
-        ys = xs if up.reads == gate.reads else _arranged(up, x)
+        ys = xs if up.x_order == gate.x_order else _arranged(up, x)
         second = _operand(up, ys, wide)
     height = out.shape[1]
     limits = min(w.shape[0] for w in (gate, up or gate)), len(x)
-    with launching:
+    with launch_lock:
         bad = _launch(first, second, slots, rows, tiles, limits, height, out.reshape(-1), 1)
     if bad >= 0:
         raise IndexError(
@@ -295,12 +356,18 @@ def _pairs(gate: Packed, up: Packed | None, slots, x, rows, out) -> None:
 
 
 def matvec(w: Packed, slots: np.ndarray, x: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """out[p] = W[slots[p]] @ x[rows[p]].
+    """Set out[p] to W[slots[p]] @ x[rows[p]] for each pair p. All arrays are C-contiguous.
 
-    slots, rows: (P,) int64. x: (R, in) float32. out: (P, out) float32. All C-contiguous.
-    Raises ValueError for other shapes or dtypes, IndexError for a slot or row that is not there.
+    Args:
+        slots, rows: (P,) int64.
+        x: (R, in) float32.
+        out: (P, out) float32.
+
+    Raises:
+        ValueError: an array has another shape or dtype.
+        IndexError: a slot or row is out of range.
     """
-    _pairs(w, None, slots, x, rows, out)
+    _multiply_pairs(w, None, slots, x, rows, out)
 
 
 def gate_up(
@@ -311,20 +378,20 @@ def gate_up(
     rows: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """out[p] = silu(gate[slots[p]] @ x[rows[p]]) * (up[slots[p]] @ x[rows[p]]).
+    """Set out[p] to silu(gate[slots[p]] @ x[rows[p]]) * (up[slots[p]] @ x[rows[p]]) for each pair.
 
-    silu(g) = g * sigmoid(g). Arrays and errors as in `matvec`. The formats of gate and up may
-    differ.
+    silu(g) = g * sigmoid(g). The formats of gate and up may differ. Arrays and errors are those of
+    `matvec`.
     """
-    _pairs(gate, up, slots, x, rows, out)
+    _multiply_pairs(gate, up, slots, x, rows, out)
 
 
 def dequantize(w: Packed, slot: int, out: np.ndarray) -> None:
-    """out = W[slot] in float32. out: (out, in) float32. Errors as in `matvec`."""
-    check("out", out, np.float32, w.shape[1:])
+    """Set out, (out, in) float32, to W[slot]. Errors are those of `matvec`."""
+    check_array("out", out, np.float32, w.shape[1:])
     if not 0 <= slot < w.shape[0]:
         raise IndexError(f"slot {slot} of {w.shape[0]}")
-    first, zero = (w.kernel("unpack"), 0, *w.place, 0, 0), np.zeros(1, np.int64)
-    flat, limits = out.reshape(-1), (w.shape[0], 1)
-    with launching:
-        _launch(first, _NONE, zero + slot, zero, _apart(1), limits, len(out), flat, out.shape[1])
+    first, zero = (w.kernel("unpack"), 0, *w.location, 0, 0), np.zeros(1, np.int64)
+    tiles, limits, flat = _single_tiles(1), (w.shape[0], 1), out.reshape(-1)
+    with launch_lock:
+        _launch(first, _NONE, zero + slot, zero, tiles, limits, len(out), flat, out.shape[1])

@@ -1,10 +1,12 @@
-"""A block of matrix rows times several rows of x, for which the weights are unpacked once.
+"""Multiply a block of matrix rows by several rows of x, for which the weights are unpacked once.
 
-The bits of each row are those that it has alone, from `unpack.block_kernel`: its sums are the same
-vectors, to which the same products are added in the same order. They wait in memory while other
-matrix rows have their turn: all of a block take one part of the inputs, whose values of x stay in
-the CPU's first cache, before the next part.
+Each row of x gets the bits that it has alone, from `unpack.block_kernel`: its sums are the same
+vectors, to which the same products are added in the same order. The sums wait in memory while other
+matrix rows are multiplied: all rows of a block take one part of the inputs, whose values of x stay
+in the CPU's first-level cache, before the next part.
 """
+
+from __future__ import annotations
 
 from functools import cache
 
@@ -15,11 +17,11 @@ from numba.extending import intrinsic
 from .llvm import F32, I64, load, offset, pointer, store_sum, zeros
 from .unpack import affine_dot, plain_dot, row_bytes, step_words, sum_lanes
 
-#: Matrix rows of a task, at most.
+#: The most matrix rows of a task.
 BLOCK = 16
-#: Inputs of a part.
+#: Inputs of a part, at most.
 _DEPTH = 1024
-#: float32 of the sums of a matrix row and a row of x.
+#: How many float32 the sums of a matrix row and a row of x take.
 _SUMS = 64
 
 
@@ -27,8 +29,17 @@ _SUMS = 64
 def _emit_part(
     typingctx, rows, bits, group_size, dtype, w, scales, biases, xs, start, stop, n, out, kept
 ):
-    """The part start..stop of a matrix row times `rows` rows of x, whose addresses are at xs. The
-    sums lie at `kept` between parts, and go to out after the last one."""
+    """Multiply the part start..stop of a matrix row by `rows` rows of x.
+
+    The sums are stored at the address `kept` between parts, and added up into `out` after the last.
+
+    Args:
+        rows, bits, group_size, dtype: literals, the number of rows of x and the format.
+        w, scales, biases: addresses, of the matrix row.
+        xs: the address of the addresses of the rows of x.
+        start, stop, n: groups, or inputs when unquantised; n is those of the whole row.
+        out, kept: addresses.
+    """
     form = [t.literal_value for t in (bits, group_size, dtype)]
     count, dot = rows.literal_value, affine_dot if form[1] else plain_dot
 
@@ -63,11 +74,15 @@ def _emit_part(
 
 @cache
 def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
-    """The "dot" of `block_kernel` for several rows of x, for which the weights are unpacked once.
-    The bits of each row are those that it has alone: the order of its sum is the same.
+    """Return the "dot" kernel for `rows` rows of x, for which the weights are unpacked once.
 
-    Arguments as there, but x: address of the rows' addresses; height: up to BLOCK; out: of
-    `rows_scratch(rows)` float32. The first are the results, (rows, BLOCK).
+    Each row of x gets the bits that it has alone: the order of its sum is the same.
+
+    The kernel's arguments are those of `unpack.block_kernel`, except:
+        x: the address of the rows' addresses.
+        height: at most BLOCK.
+        out: memory for `rows_scratch(rows)` float32. The first of them are the results,
+            (rows, BLOCK).
     """
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
     depth = _DEPTH
@@ -103,5 +118,5 @@ def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
 
 
 def rows_scratch(rows: int) -> int:
-    """float32 that a `rows_kernel` writes."""
+    """Return how many float32 a `rows_kernel` writes."""
     return rows * BLOCK * (1 + _SUMS)

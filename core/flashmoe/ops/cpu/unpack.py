@@ -1,14 +1,19 @@
-"""Block kernels: rows of a packed matrix times x, or unpacked to float32.
+"""Multiply rows of a packed matrix by x, or unpack them to float32: the block kernels.
 
 A row of an affine matrix is a stream of little-endian 32-bit words. 32 values fill exactly `bits`
-words, and a group is a multiple of 32 values, so each word lies in one group. The product never
-shifts a value into place: it masks the values where they lie, converts them, and multiplies by
+words, and a group is a multiple of 32 values, so each word belongs to one group. The product never
+shifts a value into place: it masks the values where they are, converts them, and multiplies by
 an x that holds the missing power of two (see `arrangement`). That is 3 vector instructions for a
 register of values, at any bit width.
 
 The vectors are written as LLVM vectors: LLVM's loop vectoriser reached half of this speed on the
 same loops, and took 20 times as long to compile. LLVM splits them where registers are narrower.
+
+In the functions that emit code, `form` is the format (bits, group_size, dtype), and w, scales,
+biases, x and out are addresses as LLVM values.
 """
+
+from __future__ import annotations
 
 from functools import cache
 from math import lcm
@@ -40,24 +45,24 @@ from .llvm import (
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
-_LANES = 16
+_LANES = 16  # of a vector of the products
 
 
 @cache
 def pieces(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How 32 values lie in `bits` words: (mask, source, factor), each (pieces, bits).
+    """Return how `bits` words hold 32 values: (mask, source, factor), each (pieces, bits).
 
     Piece k of word c is `word & mask[k, c]`: it is value source[k, c], or a part of it, divided by
     factor[k, c]. A value that crosses into the next word is two pieces. The last piece of a word
     is its top bits; its entry in mask is a right shift instead, so no piece has the sign bit.
     """
-    words = [[] for _ in range(bits)]
+    words: list[list[tuple[int, int, int, int]]] = [[] for _ in range(bits)]
     for value in range(32):
         at = start = value * bits
         while at < start + bits:
-            word, low = divmod(at, 32)
+            c, low = divmod(at, 32)
             width = min(start + bits - at, 32 - low)
-            words[word].append((low, width, value, at - start))
+            words[c].append((low, width, value, at - start))
             at += width
     shape = max(map(len, words)), bits
     mask, source = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -72,17 +77,18 @@ def pieces(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def step_words(bits: int, group_size: int) -> int:
-    """The words that the product takes in one step: whole vectors and whole groups."""
+    """Return the words that the product takes in one step: whole vectors and whole groups."""
     return lcm(_LANES, bits * group_size // 32)
 
 
 @cache
 def arrangement(bits: int, group_size: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The order in which the product of rows of n groups reads x: (index, factor, sums).
+    """Return the order in which the product of rows of n groups reads x: (index, factor, sums).
 
-    Element i is x[index[i]] * factor[i]; but element sums[b] is the sum of values 32 * b and on,
-    which meets the bias. For each vector of words, the values that meet its piece 0, then 1, ...
-    and the sums lie together. Groups that do not fill a step are vectors of their own.
+    Element i is x[index[i]] * factor[i]; but element sums[b] is the sum of the 32 values from
+    32 * b on, which is multiplied by the bias. For each vector of words, the values for its piece
+    0, then those for piece 1, ..., and the sums are stored together. Groups that do not fill a step
+    are vectors of their own.
     """
     mask, source, power = pieces(bits)
     count, group = len(mask), bits * group_size // 32
@@ -99,7 +105,7 @@ def arrangement(bits: int, group_size: int, n: int) -> tuple[np.ndarray, np.ndar
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
 def arrange(x, index, factor, sums, out):
-    """Order each row of x, (R, in) float32, by its arrangement into out (R, ...) float32."""
+    """Write the rows of x, (R, in), in the order of `arrangement` to out, (R, ...), all float32."""
     for r in range(len(x)):
         for i in range(len(index)):
             out[r, i] = x[r, index[i]] * factor[i]
@@ -111,10 +117,13 @@ def arrange(x, index, factor, sums, out):
 
 
 def affine_dot(builder, form, w, scales, biases, xs, part, sums):
-    """Add the part start..stop of the n groups of a matrix row, times each row of x, to its sums:
-    one of _LANES lanes over whole steps, one of a group's words over groups that do not fill one.
+    """Emit the product of a part of a quantised matrix row with rows of x.
 
-    part: (start, stop, n).
+    Args:
+        xs: the addresses of the rows of x, arranged.
+        part: (start, stop, n): the groups start..stop of n.
+        sums: for each row of x the two vector sums to which the product is added: one of _LANES
+            lanes over whole steps, and one of a group's words over groups that do not fill a step.
     """
     bits, group_size, dtype = form
     mask, _, _ = pieces(bits)
@@ -168,6 +177,14 @@ def affine_dot(builder, form, w, scales, biases, xs, part, sums):
 
 
 def plain_dot(builder, form, w, scales, biases, xs, part, sums):
+    """Emit the product of a part of an unquantised matrix row with rows of x.
+
+    Args:
+        xs: the addresses of the rows of x.
+        part: (start, stop, n): the inputs start..stop of n.
+        sums: for each row of x the two vector sums to which the product is added: one over whole
+            steps, and one over the rest.
+    """
     _, _, dtype = form
 
     def step(i, lanes, totals):
@@ -190,8 +207,15 @@ def plain_dot(builder, form, w, scales, biases, xs, part, sums):
 
 
 def _in_steps(builder, part, many, sums, step, rest) -> None:
-    """Over the part start..stop of n: whole steps of `many`; what is left, if it is the last part,
-    one by one."""
+    """Emit loops over the part start..stop of n, in steps of `many`.
+
+    If it is the last part, what is left of n after whole steps follows one by one.
+
+    Args:
+        part: (start, stop, n).
+        sums: two for each row of x: for `step` and for `rest`.
+        step, rest: emit the body of a loop, from the index and the sums.
+    """
     start, stop, n = part
     whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
     is_last = builder.icmp_signed("==", stop, n)
@@ -204,10 +228,12 @@ def _in_steps(builder, part, many, sums, step, rest) -> None:
 
 
 def _affine_unpack(builder, form, w, scales, biases, x, n, out):
+    """Emit the unpacking of a quantised matrix row of n groups."""
     bits, group_size, dtype = form
     bit = [value * bits for value in range(32)]
     words = [b // 32 for b in bit]
-    # The part in the next word. Where a value does not cross, it is moved above the mask.
+    # The word with the upper bits of a value that crosses into it. Those of a value that does not
+    # cross are moved above the mask.
     after = [min(word + 1, bits - 1) for word in words]
     missing = [32 - b % 32 if b % 32 + bits > 32 else 31 for b in bit]
     with cgutils.for_range(builder, n) as loop:
@@ -233,6 +259,7 @@ def _affine_unpack(builder, form, w, scales, biases, x, n, out):
 
 
 def _plain_unpack(builder, form, w, scales, biases, x, n, out):
+    """Emit the widening of an unquantised matrix row of n values."""
     dtype = form[2]
 
     def step(at, lanes):
@@ -250,7 +277,7 @@ def _plain_unpack(builder, form, w, scales, biases, x, n, out):
 
 
 def sum_lanes(bits: int, group_size: int) -> tuple[int, int]:
-    """Of the two sums of a row: over whole steps, and over the rest."""
+    """Return the lanes of a row's two sums: that over whole steps, and that over the rest."""
     return (_LANES, bits * group_size // 32) if group_size else (2 * _LANES, 1)
 
 
@@ -275,13 +302,18 @@ def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out):
 
 @cache
 def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
-    """The compiled kernel of one format. Its code lives as long as it does. Arguments, all int64:
+    """Return the compiled kernel of one format, whose code lives as long as this object does.
 
-    w, scales, biases, x, out: addresses; of the first matrix row, of arranged x (plain x when
-    unquantised), and of the first result.
-    height: matrix rows to do. n: groups of a row, or values when unquantised.
+    The kernel's arguments, all int64:
+        w, scales, biases, x, out: addresses: of the first matrix row, of x as `arrange` writes it
+            (plain x when unquantised), and of the first result.
+        height: how many matrix rows are computed.
+        n: the groups of a row, or its values when unquantised.
 
-    op "dot" writes a float32 for each matrix row, "unpack" the matrix rows themselves.
+    They are passed in the order w, scales, biases, x, height, n, out.
+
+    Args:
+        op: "dot" to write one float32 for each matrix row, "unpack" to write the rows themselves.
     """
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
     out_bytes = 4 * (group_size or 1)
@@ -299,5 +331,5 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
 
 
 def row_bytes(bits: int, group_size: int, dtype: str) -> tuple[int, int]:
-    """Of weights and of scales, for each group or value of a row."""
+    """Return the bytes of weights and of scales that each group (or value) of a row takes."""
     return (bits * group_size // 8, SIZES[dtype]) if group_size else (SIZES[dtype], 0)

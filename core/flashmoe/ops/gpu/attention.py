@@ -37,8 +37,8 @@ class _Attention(JoinedProjections):
         products = self.project(x)
         if not self.can_use_kernel(x, products[0].dtype, cache):
             return self.call_mlx_lm(products, x, mask, cache)
-        *qkv, gate = self._norm_and_rotate(products, position_array(cache.offset))
-        return self.project_output(self.attend(*qkv, cache, mask), gate)
+        q, k, v, gate = self._norm_and_rotate(products, position_array(cache.offset))
+        return self.project_output(self.attend(q, k, v, cache, mask), gate)
 
     def project_heads(self, x: mx.array, position: mx.array) -> list[mx.array]:
         """Return what comes before `attend` for one token.
@@ -116,10 +116,10 @@ class _Attention(JoinedProjections):
         )
 
     @cached_property
-    def _norms_and_rope(self) -> list[mx.array]:
+    def _norms_and_rope(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         eps = mx.array([self.q_norm.eps, self.k_norm.eps])
         rope = mx.array([math.log2(self.rope.base), self.rope.scale])
-        return [self.q_norm.weight, self.k_norm.weight, eps, rope]
+        return self.q_norm.weight, self.k_norm.weight, eps, rope
 
     @cached_property
     def _layout(self) -> HeadLayout:

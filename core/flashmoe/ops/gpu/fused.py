@@ -88,8 +88,11 @@ def expert_matrices(slots: SlotMemory) -> list[Matrix] | None:
 
 def _matrix(slots: SlotMemory, projection: str) -> Matrix:
     quantization = slots.layer.quantization[projection]
-    kind = () if quantization is None else (quantization.bits, quantization.group_size)
-    return Matrix(*slots.stacks(projection), *kind)
+    weight, scales, biases = slots.stacks(projection)
+    assert weight is not None, f"{projection} has no weights"
+    if quantization is None:
+        return Matrix(weight)
+    return Matrix(weight, scales, biases, quantization.bits, quantization.group_size)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Compute experts on a GPU with MLX's own `gather_qmm` and `gather_mm` over the slots.
 
 MLX picks its kernel by the shape of the call, and different kernels round differently. So each
-call here has a shape that depends on the router only, never on what happened to be resident.
+call here has a shape that depends on the router only, never on which experts happen to be resident.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ...streaming.compute import ExpertWork
 from ...streaming.slot_memory import SlotMemory
 from ..reference.experts import ReferenceBackend, ReferenceWork
 
-#: Up to this many pairs go through one gather; more are computed expert by expert.
+#: The most pairs that go through one gather; more are computed expert by expert.
 GATHER_PAIRS = 64
 
 
 class GatherBackend(ReferenceBackend):
-    """MLX's gathered products; the dense layers are MLX's too."""
+    """Computes experts by MLX's gathered products; the dense layers are MLX's too."""
 
     name = "gather"
     # Launches are what costs on a GPU: wait for all reads of a wave, then compute it at once.
@@ -46,8 +46,9 @@ class GatherWork(ReferenceWork):
         if self._slot_of_pair is None:
             super().run(experts)
             return
-        # One shape whatever is resident: pairs of other experts are computed with a resident
-        # expert in their place, so that no slot is read while it is written, and thrown away.
+        # All calls have one shape, whichever experts are resident. So pairs of other experts are
+        # computed too, with a resident expert in their place, so that no slot is read while it is
+        # written; their results are thrown away.
         self._slot_of_pair.fill(next(iter(experts)))
         mine = np.zeros(self._slot_of_pair.size, bool)
         for slot, pairs in experts.items():
@@ -56,7 +57,7 @@ class GatherWork(ReferenceWork):
         x = mx.repeat(self.x, self.top_k, axis=0)[:, None, :]
         y = self._chain(x, mx.array(self._slot_of_pair)).squeeze(-2)
         self._y = y if self._y is None else mx.where(mx.array(mine)[:, None], y, self._y)
-        # The caller may now overwrite the slots, so nothing may be left lazy.
+        # The caller may overwrite the slots from here on, so nothing may be left lazy.
         mx.eval(self._y)
 
     def result(self) -> mx.array:
@@ -69,7 +70,10 @@ class GatherWork(ReferenceWork):
         return self._chain(x[None], mx.array([slot], mx.uint32))[0]
 
     def _chain(self, x: mx.array, slots: mx.array) -> mx.array:
-        """x: (pairs, rows, in), slots: (pairs,) -> (pairs, rows, in)."""
+        """Apply the expert in slots[i] to the rows x[i].
+
+        x: (pairs, rows, hidden), slots: (pairs,) -> (pairs, rows, hidden).
+        """
         h = swiglu(self._linear("gate_proj", x, slots), self._linear("up_proj", x, slots))
         return self._linear("down_proj", h, slots)
 

@@ -79,17 +79,17 @@ class _GatedDeltaNet(JoinedProjections):
         return [part.start for part in self._slices]
 
     @cached_property
-    def _weights(self) -> list[mx.array]:
+    def _weights(self) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
         # mlx-lm 0.31 adds this to the mean of squares of queries and keys, newer ones to their sum.
         of_sum = hasattr(mlx_lm_gated_delta, "normalize_qk")
         eps = mx.array([self.norm.eps, 1e-6 if of_sum else 1e-6 * self.head_k_dim])
         # Made contiguous once, because each step would copy them otherwise.
-        arrays = [
+        taps, a_log, dt_bias, norm, eps = (
             mx.contiguous(x)
             for x in (self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, eps)
-        ]
-        mx.eval(arrays)
-        return arrays
+        )
+        mx.eval(taps, a_log, dt_bias, norm, eps)
+        return taps, a_log, dt_bias, norm, eps
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):  # type: ignore[misc]
@@ -145,7 +145,7 @@ class NextGatedDeltaNet(_GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):  # t
     def in_proj_ba(self, _: mx.array) -> list[mx.array]:  # type: ignore[override]
         return [self.projection(2), self.projection(3)]
 
-    def fix_query_key_value_ordering(
+    def fix_query_key_value_ordering(  # type: ignore[override]
         self, qkvz: list[mx.array], ba: list[mx.array]
     ) -> tuple[mx.array, ...]:
         (mixed, z), (b, a) = qkvz, ba

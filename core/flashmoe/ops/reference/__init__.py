@@ -1,1 +1,1 @@
-"""Layers in plain MLX: the definition that the faster ones are tested against."""
+"""Compute layers in plain MLX: the definition that the faster ones are tested against."""

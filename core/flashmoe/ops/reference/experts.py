@@ -15,14 +15,14 @@ from ...streaming.slot_memory import SlotMemory
 
 
 class ReferenceBackend(Backend):
-    """Plain MLX, expert by expert.
+    """Computes in plain MLX, expert by expert.
 
     Args:
-        observer: is told what enters the experts.
+        observer: an object that is told what enters the experts; None for no one.
     """
 
     name = "reference"
-    # No larger batch of experts is faster.
+    # No expert is computed faster for waiting until others have arrived.
     computes_as_loaded = True
 
     def __init__(self, observer: ExpertObserver | None = None):
@@ -40,7 +40,14 @@ class ReferenceBackend(Backend):
 
 
 class ReferenceWork(ExpertWork):
-    """The experts of one layer applied to the tokens of one input, expert by expert."""
+    """The experts of one layer applied to the tokens of one input, expert by expert.
+
+    Args:
+        slots: the memory of the layer's experts.
+        x: (tokens, hidden).
+        top_k: choices of a token.
+        observer: see `ReferenceBackend`.
+    """
 
     def __init__(
         self,
@@ -62,7 +69,7 @@ class ReferenceWork(ExpertWork):
         for slot, pairs in experts.items():
             self._outputs.append(self._expert(slot, self.x[mx.array(pairs // self.top_k)]))
             self._pairs.append(pairs)
-        # The caller may now overwrite the slots, so nothing may be left lazy.
+        # The caller may overwrite the slots from here on, so nothing may be left lazy.
         mx.eval(self._outputs)
 
     def stop_reading(self) -> None:
@@ -81,8 +88,9 @@ class ReferenceWork(ExpertWork):
         quantization = self.slots.layer.quantization
 
         def linear(projection: str, x: mx.array) -> mx.array:
-            arrays = self.slots.expert_arrays(projection, slot)
-            return project(x, *arrays, quantization[projection])
+            weight, scales, biases = self.slots.expert_arrays(projection, slot)
+            assert weight is not None, f"{projection} has no weights"
+            return project(x, weight, scales, biases, quantization[projection])
 
         h = swiglu(linear("gate_proj", x), linear("up_proj", x))
         if self._observer is not None:
@@ -90,18 +98,33 @@ class ReferenceWork(ExpertWork):
         return linear("down_proj", h)
 
 
-def project(x: mx.array, weight, scales, biases, quantization: Quantization | None) -> mx.array:
+def project(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    quantization: Quantization | None,
+) -> mx.array:
     """Return x @ W.T for one expert.
 
-    x: (rows, in); weight: (out, in), packed when it is quantised -> (rows, out).
+    Args:
+        x: (rows, in).
+        weight: (out, in), packed where it is quantised.
+        scales, biases: (out, groups); None where `quantization` is None.
+
+    Returns:
+        (rows, out).
     """
     if quantization is None:
         return x @ weight.T
-    kind = {"group_size": quantization.group_size, "bits": quantization.bits}
+    assert scales is not None, "a quantised projection has scales"
+    bits, group_size = quantization.bits, quantization.group_size
     if scales.shape[-1] == 1 and mx.cuda.is_available():
         # For rows of one group MLX 0.32.4 returned NaN on Hopper.
-        return x @ mx.dequantize(weight, scales, biases, **kind).T
-    return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **kind)
+        return x @ mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).T
+    return mx.quantized_matmul(
+        x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits
+    )
 
 
 def _float32(x: mx.array) -> np.ndarray:
