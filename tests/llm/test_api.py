@@ -1,4 +1,4 @@
-"""The plugin through llm's Python API: tools, schemas, thoughts, options, async."""
+"""Test the plugin through llm's Python API: tools, schemas, reasoning, options, async."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ def fails(a: int, b: int) -> int:
     raise ValueError("the adder is broken")
 
 
-def test_agent_does_not_find_the_answer(model):
+def test_chain_calls_the_tool_and_answers(model):
     calls = []
 
     def after(tool, call, result):
@@ -57,7 +57,7 @@ def test_agent_does_not_find_the_answer(model):
     assert (parts[0].tool_call_id, parts[0].arguments) == (call.tool_call_id, call.arguments)
 
 
-def test_events_of_a_call_are_missing(model):
+def test_call_is_streamed_as_events(model):
     response = model.prompt(ADD, tools=[add], **GREEDY)
     events = list(response.stream_events())
     kinds = [e.type for e in events]
@@ -68,7 +68,7 @@ def test_events_of_a_call_are_missing(model):
     assert len(response.tool_calls()) == 1
 
 
-def test_failed_tool_ends_the_chain_or_is_hidden(model):
+def test_error_of_a_tool_reaches_the_model(model):
     chain = model.chain(ADD, tools=[fails], options=GREEDY)
     assert chain.text()
     second = chain._responses[1]
@@ -84,7 +84,7 @@ class Box(llm.Toolbox):
         return a + b
 
 
-def test_toolbox_or_bare_schema_is_not_a_tool(model):
+def test_toolbox_and_bare_schema_are_tools(model):
     response = model.prompt("What is 3 plus 4? Use the tool.", tools=[Box()], **GREEDY)
     (call,) = response.tool_calls()
     assert (call.name, call.arguments) == ("Box_add", {"a": 3, "b": 4})
@@ -108,15 +108,18 @@ PERSON = {
 }
 
 
-def test_schema_is_not_met(model):
+def test_answer_fits_the_schema(model):
     for wanted in (PERSON, llm.schema_dsl("name, age int")):
         text = model.prompt("Invent a person.", schema=wanted, max_tokens=120, seed=1).text()
         assert set(json.loads(text)) == {"name", "age"}
 
 
-def test_schema_is_lost_after_the_tools(model):
-    """llm gives it to the first round alone. Without it the demo answers "The answer is 42."; with
-    it there may be another call, or a document."""
+def test_schema_constrains_the_answer_after_the_tools(model):
+    """llm passes the schema to the first round alone.
+
+    Without the schema the demo answers "The answer is 42."; with it, there may be another call or a
+    document.
+    """
     chain = model.chain(ADD, tools=[add], schema=PERSON, options=GREEDY)
     for index, response in enumerate(chain.responses()):
         calls = response.tool_calls()
@@ -127,42 +130,42 @@ def test_schema_is_lost_after_the_tools(model):
     assert index > 0
 
 
-def test_schema_of_an_earlier_question_constrains(model):
+def test_schema_of_an_earlier_question_does_not_constrain(model):
     conversation = model.conversation()
     conversation.prompt("Invent a person.", schema=PERSON, **GREEDY).text()
     text = conversation.prompt("What is a good breakfast?", **GREEDY).text()
     assert not text.startswith("{")
 
 
-def test_document_cut_short_is_given_out(model):
+def test_document_cut_short_raises(model):
     with pytest.raises(UserError, match="cut short: max_tokens=5 was reached"):
         model.prompt("Invent a person.", schema=PERSON, max_tokens=5).text()
 
 
-def test_call_cut_short_is_made_or_dropped(model):
+def test_call_cut_short_raises(model):
     with pytest.raises(UserError, match=r"call of add cannot be used.*max_tokens=14 was reached"):
         list(model.prompt(ADD, tools=[add], temperature=0.0, max_tokens=14))
 
 
-def test_thought_is_part_of_the_text(model):
+def test_reasoning_is_apart_from_the_text(model):
     response = model.prompt("Why is the sky blue?", think=True, temperature=0.0, max_tokens=80)
     events = list(response.stream_events())
     kinds = [e.type for e in events]
     assert kinds == sorted(kinds), "reasoning, then text"
     assert set(kinds) == {"reasoning", "text"}
     assert len(events) > 4
-    thought = "".join(e.chunk for e in events if e.type == "reasoning")
-    assert "think>" not in thought + response.text()
+    reasoning = "".join(e.chunk for e in events if e.type == "reasoning")
+    assert "think>" not in reasoning + response.text()
     assert response.token_details["reasoning_tokens"] > 3
     plain = model.prompt(
         "Why is the sky blue?", think=True, temperature=0.0, max_tokens=80, stream=False
     )
     whole = list(plain.stream_events())
     assert [e.type for e in whole] == ["reasoning", "text"]
-    assert (whole[0].chunk, whole[1].chunk) == (thought, response.text())
+    assert (whole[0].chunk, whole[1].chunk) == (reasoning, response.text())
 
 
-def test_thought_of_an_earlier_turn_is_lost_or_sent_as_text(model):
+def test_reasoning_of_an_earlier_turn_stays_reasoning(model):
     conversation = model.conversation()
     conversation.prompt("Why is the sky blue?", think=True, **GREEDY).text()
     second = conversation.prompt("And the sea?", **GREEDY)
@@ -172,7 +175,7 @@ def test_thought_of_an_earlier_turn_is_lost_or_sent_as_text(model):
     assert second.token_details["cached_tokens"] > 10
 
 
-def test_async_model_differs(model):
+def test_async_model_gives_the_same_answers(model):
     async_model = llm.get_async_model(DEMO)
     assert async_model.model_id == model.model_id
 
@@ -183,9 +186,9 @@ def test_async_model_differs(model):
         chain = async_model.chain(ADD, tools=[add], options=GREEDY)
         return [await t.text() for t in texts], await chain.text()
 
-    texts, found = asyncio.run(main())
+    texts, chained = asyncio.run(main())
     assert texts == [model.prompt(f"Tell me about {t}.", **GREEDY).text() for t in ("cats", "dogs")]
-    assert "42" in found
+    assert "42" in chained
     with pytest.raises(UserError, match="temperature=-1"):
         asyncio.run(text_of(async_model.prompt("Hello.", temperature=-1)))
 
@@ -194,14 +197,14 @@ async def text_of(response) -> str:
     return await (await response).text()
 
 
-def test_attachment_is_ignored(model, tmp_path):
+def test_attachment_is_refused(model, tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     attachment = llm.Attachment(path=str(tmp_path / "x.png"))
     with pytest.raises(ValueError, match="does not support attachments"):
         model.prompt("What is this?", attachments=[attachment]).text()
 
 
-def test_figures_are_missing(model):
+def test_response_has_its_figures(model):
     response = model.prompt("Tell me about the sea.", **GREEDY)
     response.text()
     figures = response.response_json
@@ -232,12 +235,12 @@ def test_figures_are_missing(model):
         ("thinking_budget", "10", 10),
     ],
 )
-def test_string_of_the_command_line_is_refused(option, given, expected):
+def test_option_strings_of_the_command_line_are_converted(option, given, expected):
     assert getattr(FlashMoE.Options(**{option: given}), option) == expected
 
 
-def test_parallel_calls_or_their_results_are_mixed(model):
-    """Two calls of one turn, with results in the other order, one of them an error."""
+def test_results_of_parallel_calls_are_put_in_the_order_of_the_calls(model):
+    """The results of two calls arrive in the other order, and one of them is an error."""
     calls = [
         ToolCallPart(name="add", arguments={"a": i, "b": 1}, tool_call_id=f"c{i}") for i in "12"
     ]
@@ -245,34 +248,36 @@ def test_parallel_calls_or_their_results_are_mixed(model):
         ToolResultPart(name="add", output="three", tool_call_id="c2"),
         ToolResultPart(name="add", output="broken", tool_call_id="c1", exception="ValueError"),
     ]
-    found = engine_messages(
+    messages = engine_messages(
         [
             llm.user("Add."),
             Message(role="assistant", parts=[ReasoningPart(text="Hm."), *calls]),
             Message(role="tool", parts=results),
         ]
     )
-    assert [m["role"] for m in found] == ["user", "assistant", "tool", "tool"]
-    assert found[1]["reasoning_content"] == "Hm."
-    assert [c["id"] for c in found[1]["tool_calls"]] == ["c1", "c2"]
-    rendered = normalize_messages(found)
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool"]
+    assert messages[1]["reasoning_content"] == "Hm."
+    assert [c["id"] for c in messages[1]["tool_calls"]] == ["c1", "c2"]
+    rendered = normalize_messages(messages)
     assert [m["content"] for m in rendered[2:]] == ["Error: broken", "three"]
 
 
-def test_failed_question_stays_in_the_conversation():
+def test_failed_question_is_left_out_of_the_conversation():
     mark = failure_event("too long").provider_metadata
     failed = Message(role="assistant", parts=[ReasoningPart(text="", provider_metadata=mark)])
-    found = engine_messages([llm.system("Be kind."), llm.user("long"), failed, llm.user("short")])
-    assert [m["content"] for m in found] == ["Be kind.", "short"]
+    messages = engine_messages(
+        [llm.system("Be kind."), llm.user("long"), failed, llm.user("short")]
+    )
+    assert [m["content"] for m in messages] == ["Be kind.", "short"]
 
 
-def test_flash_is_not_pruned_or_the_plain_name_is(tmp_path, monkeypatch):
-    """Both names of the catalogue, with the demo in the place of their checkpoint."""
+def test_flash_name_is_pruned_and_the_plain_name_is_not(tmp_path, monkeypatch):
+    """A copy of the demo takes the place of the checkpoint that both known names stand for."""
     monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
     path = tmp_path / "Qwen3.5-397B-A17B-4bit"
     shutil.copytree(catalog.find(DEMO), path)
     registry.add("mine", path)
-    found = {}
+    answered = {}
     for name, options in (
         ("qwen3.5-397b-flash", {}),
         ("qwen3.5-397b", {}),
@@ -280,9 +285,9 @@ def test_flash_is_not_pruned_or_the_plain_name_is(tmp_path, monkeypatch):
     ):
         response = FlashMoE(catalog.model(name)).prompt("Hi.", max_tokens=2, **options)
         response.text()
-        found[name] = response.response_json["experts"], response.resolved_model
+        answered[name] = response.response_json["experts"], response.resolved_model
     engine_module.release(path)
-    assert found == {
+    assert answered == {
         "qwen3.5-397b-flash": (4, f"{path.name}@K=4"),
         "qwen3.5-397b": (10, path.name),
         "mine": (6, f"{path.name}@K=6"),

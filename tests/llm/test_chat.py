@@ -1,4 +1,4 @@
-"""`llm chat` on a pseudo-terminal, as people use it."""
+"""Test `llm chat` on a pseudo-terminal."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def open_chat(environment):
 
     def start(*args) -> pexpect.spawn:
         command = ["chat", *args]
-        chats.append(pexpect.spawn(LLM, command, env=environment, encoding="utf8", timeout=60))
+        chats.append(pexpect.spawn(LLM, command, env=environment, encoding="utf8", timeout=300))
         chats[-1].expect("to finish.*> ")
         return chats[-1]
 
@@ -51,8 +51,8 @@ def logged(environment) -> list[dict]:
 GREEDY = ("-m", DEMO, "-o", "temperature", "0", "-o", "max_tokens", "40")
 
 
-def test_chat_forgets(open_chat, environment):
-    """Over several lines, after an interrupt, in the next process."""
+def test_chat_remembers_across_turns_and_processes(open_chat, environment):
+    """The chat remembers a message of several lines, also in the next process."""
     chat = open_chat(*GREEDY)
     chat.sendline("!multi")
     chat.sendline("My name is Emma.")
@@ -75,13 +75,14 @@ def test_chat_forgets(open_chat, environment):
     assert 0 < cached[1] < cached[2]
 
 
-def test_interrupt_ends_the_chat_or_is_late(open_chat, environment):
-    chat = open_chat("-m", DEMO, "-o", "temperature", "0", "-o", "stop", "never said")
-    chat.sendline("My name is Emma. Tell me a very long story about me.")
-    chat.expect("about me.\r\n")
+def test_interrupt_cancels_the_answer_and_the_chat_goes_on(open_chat, environment):
+    chat = open_chat("-m", DEMO, "-o", "temperature", "0")
+    # The demo repeats itself after this prompt until the context is full.
+    chat.sendline("My name is Emma. Count from one to one hundred.")
+    chat.expect("one hundred.\r\n")
     chat.expect(r"[A-Z][a-z]+ [^\x1b\r]{25}")
     chat.sendintr()
-    chat.expect("> ", timeout=10)
+    chat.expect("> ")
     chat.sendline("What is my name?")
     chat.expect("Emma")
     chat.expect("> ")
@@ -91,7 +92,7 @@ def test_interrupt_ends_the_chat_or_is_late(open_chat, environment):
     assert len(first["response"]) >= 25
 
 
-def test_error_ends_the_chat(open_chat):
+def test_chat_goes_on_after_an_error(open_chat):
     chat = open_chat(*GREEDY)
     chat.sendline("My name is Emma.")
     chat.expect("\r\n[^>]*> $")
@@ -107,7 +108,7 @@ def test_error_ends_the_chat(open_chat):
     leave(chat)
 
 
-def test_every_error_is_a_traceback(open_chat):
+def test_errors_are_shown_without_a_traceback(open_chat):
     chat = open_chat("-m", DEMO, "-o", "experts", "11")
     for _ in range(2):
         chat.sendline("Hello.")
@@ -123,7 +124,7 @@ def test_every_error_is_a_traceback(open_chat):
     leave(chat)
 
 
-def test_thought_is_shown_as_the_answer(open_chat):
+def test_reasoning_is_shown_dimmed(open_chat):
     chat = open_chat(*GREEDY, "-o", "think", "1", "-o", "thinking_budget", "12")
     chat.sendline("Why is the sky blue?")
     chat.expect(re.escape("\x1b[2m") + "[A-Za-z]")
@@ -131,10 +132,10 @@ def test_thought_is_shown_as_the_answer(open_chat):
     leave(chat)
 
 
-def test_tool_runs_without_the_approval(environment):
+def test_tool_runs_after_its_approval(environment):
     add = 'def add(a: int, b: int) -> int:\n    "Add two numbers."\n    return a + b'
     command = ["chat", *GREEDY, "--functions", add, "--ta"]
-    chat = pexpect.spawn(LLM, command, env=environment, encoding="utf8", timeout=60)
+    chat = pexpect.spawn(LLM, command, env=environment, encoding="utf8", timeout=300)
     chat.expect("to finish.*> ")
     chat.sendline("What is 17 plus 25? Use the tool.")
     chat.expect(r"add\(.*17.*25.*\)")

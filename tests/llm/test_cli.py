@@ -1,4 +1,4 @@
-"""The plugin through the `llm` command: what people type, what they see, what is logged."""
+"""Test the plugin through the `llm` command: what people type, what they see, what is logged."""
 
 import json
 import os
@@ -27,8 +27,8 @@ def logs(run_llm, *args) -> list[dict]:
     return json.loads(run_llm("logs", "--json", "-n", "0", *args).stdout)
 
 
-def test_agent_in_one_command_does_not_answer(run_llm, tmp_path):
-    """And the log of its rounds is whole and in order."""
+def test_agent_in_one_command_answers_and_is_logged(run_llm, tmp_path):
+    """The log has every round in order."""
     done = run_llm(*GREEDY, "--functions", FUNCTIONS, "What is 17 plus 25? Use the tool.", "--td")
     assert done.returncode == 0, done.stderr
     assert "42" in done.stdout
@@ -52,7 +52,7 @@ def test_agent_in_one_command_does_not_answer(run_llm, tmp_path):
     assert details["cached_tokens"] > 100
 
 
-def test_schema_of_the_command_line_is_not_met(run_llm):
+def test_answer_fits_the_schema_of_the_command_line(run_llm):
     done = run_llm("-m", DEMO, "--schema", "name, age int", "Invent a dog", "-o", "seed", "1")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) == {"name", "age"}
@@ -65,7 +65,7 @@ def test_schema_of_the_command_line_is_not_met(run_llm):
     assert logs(run_llm)[0]["schema_json"]
 
 
-def test_thought_is_shown_when_hidden_or_not_logged(run_llm):
+def test_reasoning_is_shown_or_hidden_and_always_logged(run_llm):
     ask = (*GREEDY, "-o", "think", "1", "Why is the sky blue?")
     shown = run_llm(*ask)
     hidden = run_llm(*ask, "-R", "--no-stream")
@@ -80,7 +80,7 @@ def test_thought_is_shown_when_hidden_or_not_logged(run_llm):
     assert '"reasoning_tokens"' in usage
 
 
-def test_templates_fragments_or_system_prompts_are_lost(run_llm, tmp_path):
+def test_templates_fragments_and_system_prompts_are_used(run_llm, tmp_path):
     (tmp_path / "notes.txt").write_text("My name is Emma.")
     saved = run_llm("--system", "You are kind.", *GREEDY, "--save", "kind")
     assert saved.returncode == 0, saved.stderr
@@ -91,14 +91,14 @@ def test_templates_fragments_or_system_prompts_are_lost(run_llm, tmp_path):
     assert entry["options_json"]["max_tokens"] == 60
 
 
-def test_stored_option_is_ignored(run_llm):
+def test_stored_option_is_used(run_llm):
     assert run_llm("models", "options", "set", DEMO, "max_tokens", "3").returncode == 0
     done = run_llm("-m", DEMO, "Tell me a story.", "--async", "-u")
     assert done.returncode == 0, done.stderr
     assert "3 output" in done.stderr
 
 
-def test_options_or_features_are_not_listed(run_llm):
+def test_options_and_features_are_listed(run_llm):
     listed = run_llm("models", "--options", "-q", DEMO).stdout
     for name, field in Options.model_fields.items():
         assert f"{name}: " in listed
@@ -109,11 +109,11 @@ def test_options_or_features_are_not_listed(run_llm):
     for name in CATALOGUE:
         assert f"flashmoe: {name} (not on this disk, " in names
     plugins = json.loads(run_llm("plugins").stdout)
-    (ours,) = [p for p in plugins if p["name"] == "llm-flashmoe"]
-    assert sorted(ours["hooks"]) == ["register_commands", "register_models"]
+    (plugin,) = [p for p in plugins if p["name"] == "llm-flashmoe"]
+    assert sorted(plugin["hooks"]) == ["register_commands", "register_models"]
 
 
-def test_registered_model_or_its_alias_is_unknown(run_llm):
+def test_registered_model_and_its_alias_are_known(run_llm):
     done = run_llm("flashmoe", "register", find(DEMO), "--name", "mine", "--alias", "own")
     assert done.returncode == 0, done.stderr
     done = run_llm("-m", "own", "Hello.", "-o", "max_tokens", "3")
@@ -123,7 +123,7 @@ def test_registered_model_or_its_alias_is_unknown(run_llm):
     run_llm("flashmoe", "remove", "mine")
 
 
-def test_broken_registry_breaks_llm(run_llm, tmp_path, monkeypatch):
+def test_broken_registry_does_not_break_llm(run_llm, tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "models.json").write_text("{")
@@ -146,7 +146,7 @@ def test_broken_registry_breaks_llm(run_llm, tmp_path, monkeypatch):
          ("Chain limit",)),
     ],
 )  # fmt: skip
-def test_mistake_is_a_traceback(run_llm, args, words):
+def test_mistake_is_an_error_without_a_traceback(run_llm, args, words):
     done = run_llm(*args)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
@@ -155,19 +155,19 @@ def test_mistake_is_a_traceback(run_llm, args, words):
         assert word in done.stderr, line
 
 
-def test_plugin_slows_llm_down(tmp_path):
-    """Not a timing: what is imported. Nothing of ours is heavier than pydantic and click."""
+def test_plugin_imports_no_other_package_for_llm_models(tmp_path):
+    """The plugin imports nothing that llm does not import itself, so llm starts as fast."""
     code = (
         "import sys, json; from click.testing import CliRunner; from llm.cli import cli\n"
         "CliRunner().invoke(cli, ['models'])\n"
         "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
     )
     env = os.environ | {"LLM_USER_PATH": str(tmp_path)}
-    found = []
+    modules = []
     for more in ({}, {"LLM_LOAD_PLUGINS": ""}):
         done = subprocess.run(
             [sys.executable, "-c", code], env=env | more, capture_output=True, text=True
         )
-        found.append(set(json.loads(done.stdout)))
-    new = found[0] - found[1] - set(sys.stdlib_module_names)
+        modules.append(set(json.loads(done.stdout)))
+    new = modules[0] - modules[1] - set(sys.stdlib_module_names)
     assert new <= {"flashmoe", "llm_flashmoe"}

