@@ -226,13 +226,19 @@ def two_networks():
     """Yield an address of this network namespace, one of another, and the command to run there."""
     name = f"flashmoe-{os.getpid()}"
     here, there = f"fm{os.getpid()}a", f"fm{os.getpid()}b"
+    # Addresses of its own: a test that was killed leaves its network behind.
+    net = f"10.213.{os.getpid() % 251}"
+    # Test runs at the same time have networks of their own.
+    pid = os.getpid()
+    network, block = f"10.213.{pid % 256}", pid // 256 % 63 * 4
+    address_here, address_there = f"{network}.{block + 1}", f"{network}.{block + 2}"
     commands = [
         f"ip netns add {name}",
         f"ip link add {here} type veth peer name {there}",
         f"ip link set {there} netns {name}",
-        f"ip addr add 10.213.77.1/30 dev {here}",
+        f"ip addr add {address_here}/30 dev {here}",
         f"ip link set {here} up",
-        f"ip netns exec {name} ip addr add 10.213.77.2/30 dev {there}",
+        f"ip netns exec {name} ip addr add {address_there}/30 dev {there}",
         f"ip netns exec {name} ip link set {there} up",
         f"ip netns exec {name} ip link set lo up",
     ]
@@ -241,7 +247,7 @@ def two_networks():
             done = subprocess.run(command.split(), capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"no network namespaces here: {done.stderr}")
-        yield "10.213.77.1", "10.213.77.2", ["ip", "netns", "exec", name]
+        yield address_here, address_there, ["ip", "netns", "exec", name]
     except FileNotFoundError as e:
         pytest.skip(f"no network namespaces here: {e}")
     finally:
