@@ -48,7 +48,8 @@ def format_seconds(seconds: float) -> str:
     if not isfinite(seconds):
         return f"{seconds} s"
     if round(1000 * seconds) < 1000:
-        return f"{format_number(1000 * seconds, 2)} ms"
+        # Below a microsecond there is only the rounding of sums that should be 0.
+        return f"{format_number(round(1000 * seconds, 3), 2)} ms"
     if round(seconds) < 120:
         return f"{format_number(seconds, 2)} s"
     minutes, rest = divmod(round(seconds), 60)

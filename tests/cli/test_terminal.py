@@ -28,6 +28,7 @@ def test_format_number_has_no_exponent(value, digits, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (1e-19, "0 ms"),
         (0.0004, "0.4 ms"),
         (0.35, "350 ms"),
         (0.9996, "1 s"),

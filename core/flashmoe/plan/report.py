@@ -201,4 +201,5 @@ def _rename(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{format_number(1e3 * seconds)} ms"
+    # Below a microsecond there is only the rounding of sums that should be 0.
+    return f"{format_number(round(1e3 * seconds, 3))} ms"
