@@ -226,9 +226,7 @@ def two_networks():
     """Yield an address of this network namespace, one of another, and the command to run there."""
     name = f"flashmoe-{os.getpid()}"
     here, there = f"fm{os.getpid()}a", f"fm{os.getpid()}b"
-    # Addresses of its own: a test that was killed leaves its network behind.
-    net = f"10.213.{os.getpid() % 251}"
-    # Test runs at the same time have networks of their own.
+    # Test runs at the same time, and those that were killed, have networks of their own.
     pid = os.getpid()
     network, block = f"10.213.{pid % 256}", pid // 256 % 63 * 4
     address_here, address_there = f"{network}.{block + 1}", f"{network}.{block + 2}"
