@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_next
 from numba import njit, prange
 
@@ -187,9 +186,8 @@ class _GatedDeltaNet(nn.Module):
                 f"{state.shape}, and this layer has {expected[0]} and {expected[1]}"
             )
         eps = np.float32(self.norm.eps)
-        # Added to the mean of squares. mlx-lm 0.31 adds 1e-6 to the mean, newer ones to the sum.
-        scaled = hasattr(mlx_lm_gated_delta, "normalize_qk")
-        qk_eps = np.float32(1e-6 / self.head_k_dim if scaled else 1e-6)
+        # mlx-lm adds 1e-6 to the sum of squares; the kernel adds this to their mean.
+        qk_eps = np.float32(1e-6 / self.head_k_dim)
         for i in range(batch):
             sequence = x[i], w, a[i], b[i], z[i]
             weights = decay, dt_bias, norm, eps, qk_eps, self.num_k_heads

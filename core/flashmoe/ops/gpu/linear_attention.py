@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_5, qwen3_next
 
 from flashmoe_metal import kernel
@@ -80,9 +79,8 @@ class _GatedDeltaNet(JoinedProjections):
 
     @cached_property
     def _weights(self) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-        # mlx-lm 0.31 adds this to the mean of squares of queries and keys, newer ones to their sum.
-        of_sum = hasattr(mlx_lm_gated_delta, "normalize_qk")
-        eps = mx.array([self.norm.eps, 1e-6 if of_sum else 1e-6 * self.head_k_dim])
+        # The second is added to the sum of squares of queries and of keys, as mlx-lm does.
+        eps = mx.array([self.norm.eps, 1e-6])
         # Made contiguous once, because each step would copy them otherwise.
         taps, a_log, dt_bias, norm, eps = (
             mx.contiguous(x)
