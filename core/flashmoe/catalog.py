@@ -83,9 +83,9 @@ def model(name: str) -> Model:
     except (OSError, ValueError, RuntimeError):
         pass  # too long for a path, a zero byte, a home directory that does not exist
     raise CheckpointError(
-        f"{str(name)[:200]!r} is no model name ({', '.join(m.name for m in models())}) and no "
-        f"directory: give the directory of an MLX checkpoint, or {HUB_PREFIX}OWNER/NAME for a "
-        "repository of the Hugging Face hub, or register a directory: flashmoe register DIR"
+        f"{str(name)[:200]!r} is no model name and no directory: give a name that `flashmoe list` "
+        f"shows, the directory of an MLX checkpoint, or {HUB_PREFIX}OWNER/NAME for a repository of "
+        "the Hugging Face hub"
     )
 
 

@@ -162,7 +162,10 @@ def _backend(report: Report) -> dict[str, Any]:
     name = ("Metal" if mx.metal.is_available() else "CUDA") if gpu else "CPU"
     facts = {"name": name, "device": info.get("device_name"), "info": dict(info)}
     if not gpu and Path("/dev/nvidiactl").exists():
-        facts["note"] = "there is an NVIDIA GPU, which MLX's CPU package does not use (see README)"
+        facts["note"] = (
+            "there is an NVIDIA GPU, which MLX's CPU package does not use: docs/commands.md says "
+            "what to install"
+        )
     return facts
 
 
