@@ -1,4 +1,4 @@
-// Lets CUDA read a body that is written in Metal's words. Only what the bodies use is here.
+// Defines for CUDA the words of Metal in which the bodies are written, as far as they use them.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,7 +30,7 @@ __device__ inline float exp(float x) {
 }
 } // namespace fast
 
-// All 32 lanes meet at each of these, which CUDA demands and Metal allows.
+// All 32 lanes call each of these together: CUDA demands it and Metal allows it.
 template <class T>
 __device__ inline T simd_shuffle_xor(T v, ushort mask) {
   return __shfl_xor_sync(0xffffffff, v, mask);
@@ -55,8 +55,8 @@ __device__ inline float simd_max(float v) {
   return v;
 }
 
-// Writes word i at an address of the host's memory, which is page-locked; not if it is 0. The host
-// sees it when it has waited for the kernel.
+// Writes word i at an address of page-locked memory of the host, unless the address is 0. The host
+// sees the word when it has waited for the kernel.
 __device__ inline void post(unsigned long long address, uint i, uint word) {
   if (address) reinterpret_cast<volatile uint*>(address)[i] = word;
 }

@@ -1,4 +1,4 @@
-// What Metal lacks of the words that the bodies use.
+// Defines the words that the bodies use and Metal lacks.
 
-/// The host sees the memory of the GPU: see cuda.h.
+/// Writes nothing, because the host can read the GPU's memory. See cuda.h.
 METAL_FUNC void post(ulong, uint, uint) {}

@@ -1,12 +1,11 @@
-// h = x + r, and the RMS norm of h: the two reads of the residual stream between the halves of a
-// layer, for a few rows.
+// h = x + r and the RMS norm of h, in the middle of a decoder layer, for a few rows.
 //
 //   x, r       T [rows, D]
 //   weight     T [D]
 //   eps        [1]
 //   h, normed  T [rows, D]
 //
-// A threadgroup is a row. It rounds where MLX's own addition and norm do.
+// A threadgroup takes one row. Values are rounded where MLX's own addition and norm round.
 constexpr int THREADS = SIMDS * 32;
 constexpr int EACH = (D + THREADS - 1) / THREADS;
 

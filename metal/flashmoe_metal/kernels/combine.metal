@@ -1,10 +1,10 @@
-  // y[t] as `down` gives it, from products that were computed apart; the same bits.
+  // y[t] as `down` computes it, with the same bits, from products that were computed apart.
   //
   //   terms     float  [P, OUT]       down . h of each pair, in any order
-  //   places    uint32 [R, TOP_K]     which row of terms is pair t * TOP_K + k
+  //   places    uint32 [R, TOP_K]     the row of terms that holds pair t * TOP_K + k
   //   scores    float  [R, TOP_K]
   //   shared    float  [R, OUT]       shared_down . shared_h
-  //   gate      T      [R, GATE_STRIDE], its column GATE_AT
+  //   gate      T      [R, GATE_STRIDE]; column GATE_AT is read
   //   residual  T      [R, OUT]
   //   y         T      [R, OUT]
   const uint out = threadgroup_position_in_grid.x * 256 + thread_index_in_threadgroup;

@@ -6,8 +6,9 @@
   //   scores      float  [R, TOP_K]
   //   w           uint32 [S, OUT, IN * BITS / 32]
   //   s, b        W      [S, OUT, IN / GROUP]
-  //   shared_h    float  [R, SHARED_IN]; shared_*: as w, s, b without S
-  //   gate        T      [R, GATE_STRIDE], its column GATE_AT
+  //   shared_h    float  [R, SHARED_IN]
+  //   shared_*    as w, s, b, without the axis S
+  //   gate        T      [R, GATE_STRIDE]; column GATE_AT is read
   //   residual    T      [R, OUT]
   //   y           Y      [R, OUT]
   //

@@ -5,9 +5,10 @@
   //   *_w      uint32 [S, OUT, IN * BITS / 32]
   //   *_s, *_b W      [S, OUT, IN / GROUP]
   //   h        float  [R * TOP_K, OUT]
+  //   shared_h float  [R, SHARED_OUT]; shared_*: as those above, without the axis S
   //
-  // LANES lanes share ROWS rows of both matrices; a simdgroup has 32 / LANES such teams. A token has
-  // a grid row for each of its experts, and one for the shared expert when SHARED.
+  // LANES lanes share ROWS rows of both matrices; a simdgroup has 32 / LANES such teams. The grid
+  // has a row for each expert of a token, and one for the shared expert when SHARED.
   const uint team = thread_index_in_simdgroup / LANES;
   const uint lane = thread_index_in_simdgroup % LANES;
   const uint simd = threadgroup_position_in_grid.x * SIMDS + simdgroup_index_in_threadgroup;

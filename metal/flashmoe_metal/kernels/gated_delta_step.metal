@@ -6,12 +6,13 @@
 //   conv_state   [TAPS - 1, C]             what the convolution saw last, oldest first
 //   conv_weight  [C, TAPS]
 //   a_log, dt_bias [HV]; norm_weight [DV]
-//   eps          [2]                       of the norm; of the lengths of queries and keys, squared
+//   eps          [2]                       added to the norm's mean of squares; to a squared length
 //   state        float [HV, DV, DK]
 //   out          [HV * DV];  new_conv, new_state: as before
 //
-// A threadgroup is a value head, so that the norm over its DV rows needs no other launch. Eight
-// lanes take a row of the state, four columns each in turn: 16 bytes a lane, 128 in a row.
+// A threadgroup takes one value head, so that the norm over its DV rows needs no other launch.
+// Eight lanes share a row of the state; each loads four columns at a time: 16 bytes a lane, 128 of
+// the row.
 constexpr int THREADS = SIMDS * 32;
 constexpr int C = 2 * HK * DK + HV * DV;
 constexpr int CHUNKS = (DK + 31) / 32;
@@ -30,7 +31,7 @@ const int lane = thread_index_in_simdgroup;
 const int first_row = simdgroup_index_in_threadgroup * 4 + lane / 8;
 const int first_column = lane % 8 * 4;
 
-// The state is on its way while the convolution is computed.
+// The loads of the state are in flight while the convolution is computed.
 auto before = reinterpret_cast<const device float4*>(state + head * DV * DK);
 auto after = reinterpret_cast<device float4*>(new_state + head * DV * DK);
 float4 s[PASSES][CHUNKS];
@@ -67,7 +68,7 @@ for (int i = index; i < 2 * DK + DV; i += THREADS) {
   } else {
     value[i - 2 * DK] = total;
   }
-  // Of the heads that share a key head, the first one keeps its channels.
+  // Heads that share a key head have its channels in common: the first of them stores those.
   if (i >= 2 * DK || head % (HV / HK) == 0) {
 #pragma unroll
     for (int t = 0; t < TAPS - 1; ++t) {
@@ -76,14 +77,14 @@ for (int i = index; i < 2 * DK + DV; i += THREADS) {
   }
 }
 
-// The decay of the state and the share of what is new, in each thread: fewer than a barrier costs.
+// Each thread computes the decay of the state and the share of what is new: a barrier costs more.
 const float step = float(a[A_AT + head]) + float(dt_bias[head]);
 const float softplus = max(step, 0.0f) + log1p(exp(-abs(step)));
 const float decay = exp(-exp(float(a_log[head])) * softplus);
 const float beta = 1.0f / (1.0f + exp(-float(b[B_AT + head])));
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-// Eight lanes see all columns, so each simdgroup finds the lengths by itself.
+// Eight lanes see all columns, so each simdgroup computes the lengths of query and key itself.
 float query_scale = 0;
 float key_scale = 0;
 #pragma unroll

@@ -5,8 +5,8 @@
   //   s, b  W      [outs, IN / GROUP]
   //   y     T      [R, outs]
   //
-  // LANES lanes share ROWS rows; a simdgroup has 32 / LANES such teams. A model has matrices of many
-  // heights: none of them is compiled for itself.
+  // LANES lanes share ROWS rows; a simdgroup has 32 / LANES such teams. A model has matrices of
+  // many heights, so the height is read at run time: one compiled kernel serves all of them.
   const uint outs = w_shape[0];
   const uint team = thread_index_in_simdgroup / LANES;
   const uint lane = thread_index_in_simdgroup % LANES;

@@ -1,14 +1,14 @@
-// One token's queries and keys of an attention: their norms, their rotation, and the gate's sigmoid.
+// The norms and rotation of one token's queries and keys, and the sigmoid of its gates.
 //
-//   queries    [.. Q_AT + H * (D or, gated, 2 * D)]   of each head, then its gate
+//   queries    [.. Q_AT + H * D]; gated [.. Q_AT + H * 2 * D], each head's query, then its gate
 //   keys       [.. K_AT + HK * D]
 //   q_weight, k_weight [D]
-//   eps        [2]       of the two norms
+//   eps        [2]       of the norms of queries and keys
 //   rope       [2]       log2 of the base, and the scale of positions
 //   offset     int [1]   the token's position
-//   q [H, D], k [HK, D], gate [H * D]; [1] and left alone when there is none
+//   q [H, D], k [HK, D], gate [H * D]; gate is [1] and not written when there is none
 //
-// A simdgroup is a head. It rounds where MLX's own norm, rope and sigmoid do.
+// A simdgroup takes one head. Values are rounded where MLX's own norm, rope and sigmoid round.
 constexpr int HALF = ROPE / 2;
 
 threadgroup float unit[D];
@@ -37,7 +37,7 @@ const float position = rope[1] * float(offset[0]);
 for (int i = lane; i < D; i += 32) {
   float y = unit[i];
   if (i < ROPE) {
-    // Pairs lie half of the rotated width apart.
+    // The two values of a pair are half of the rotated width apart.
     const int pair = i % HALF;
     const float theta = position * float(exp2(-(float(pair) / HALF) * rope[0]));
     const float other = i < HALF ? -unit[i + HALF] : unit[i - HALF];

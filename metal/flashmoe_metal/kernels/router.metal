@@ -1,13 +1,13 @@
-  // The TOP_K largest of softmax(logits[t]) and their indices, ascending; of equal ones, those of
-  // the lower index first: the end of a stable sort, which is what mlx-lm takes on a GPU. The
-  // probabilities are MLX's, which takes the fast exponential and rounds to T.
+  // The TOP_K largest of softmax(logits[t]) and their indices, ascending; of equal ones, the lower
+  // index comes first: the end of a stable sort, which is what mlx-lm takes on a GPU. As in MLX,
+  // the probabilities come from the fast exponential and are rounded to T.
   //
-  //   logits   T      [R, STRIDE], columns 0..E
+  //   logits   T      [R, STRIDE]; the first E columns are read
   //   indices  uint32 [R, TOP_K]
   //   scores   float  [R, TOP_K]    divided by their sum when NORMALISE
-  //   mailbox  uint64 [1]           where the indices go as well: see `post`
+  //   mailbox  uint64 [1]           the address where the indices are written too: see `post`
   //
-  // One simdgroup for a token; lane l has experts l, l + 32, ...
+  // A simdgroup takes one token; lane l has experts l, l + 32, ...
   constexpr int MINE = (E + 31) / 32;
   const uint lane = thread_index_in_simdgroup;
   const uint token = threadgroup_position_in_grid.x;
@@ -29,8 +29,8 @@
   }
   total = simd_sum(total);
 
-  // A probability as a whole number that orders as it does, 0 where there is none. One that is not
-  // a number (0x7fc00000) comes out as the largest.
+  // Each probability as an integer that orders as it does, and 0 where there is no expert. NaN
+  // (0x7fc00000) becomes the largest.
   uint keys[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; i++) {

@@ -1,11 +1,11 @@
 // Products of rows of a matrix with a vector, 32 columns at a time: a chunk.
 //
-// BITS is what a weight takes. Below 16, a row is a little-endian stream of codes q, and the weight
-// is scale * q + bias of its group of GROUP columns; 32 codes are BITS words of 32 bits. 16 and 32
-// are plain floats of type W. Chunks never straddle a group: GROUP is 32, 64 or 128.
+// A weight takes BITS bits. Below 16, a row is a little-endian stream of codes q, and the weight is
+// scale * q + bias of its group of GROUP columns; 32 codes are BITS words of 32 bits. With 16 and
+// 32, weights are plain floats of type W. No chunk is in two groups: GROUP is 32, 64 or 128.
 
-/// N words of 32 bits in the widest loads: `from` is aligned to the largest of 4, 2, 1 words that
-/// divides N.
+/// Loads N words of 32 bits in the widest loads: `from` is aligned to the largest of 4, 2, 1 words
+/// that divides N.
 template <int N>
 METAL_FUNC void load_words(const device uint* from, thread uint* to) {
   if (N % 4 == 0) {
@@ -26,7 +26,7 @@ METAL_FUNC void load_words(const device uint* from, thread uint* to) {
   }
 }
 
-/// Value i of floats of type T that lie in words.
+/// Value i of floats of type T that are stored in words.
 template <typename T>
 struct Floats;
 template <>
@@ -49,7 +49,7 @@ struct Floats<half> {
 };
 
 /// Weight i of a chunk: 2^BITS + q where it is packed. The code is put into the mantissa of 2^BITS,
-/// which takes no conversion; `Chunk.add` takes the 2^BITS off again.
+/// which takes no conversion; `Chunk.add` subtracts the 2^BITS again.
 template <int BITS, typename W>
 struct Weights {
   static METAL_FUNC float at(thread const uint* words, int i) {
@@ -79,7 +79,7 @@ struct Weights<32, W> {
   }
 };
 
-/// A matrix [.., IN] as it lies in memory. scales and biases: [.., IN / GROUP] where BITS < 16.
+/// A matrix [.., IN] as stored in memory. scales and biases: [.., IN / GROUP] where BITS < 16.
 template <int BITS_, int GROUP_, int IN_, typename W_>
 struct Matrix {
   static constant constexpr const int BITS = BITS_;
@@ -109,14 +109,14 @@ METAL_FUNC void load_values(const device T* from, thread Values& to) {
   }
 }
 
-/// A chunk of ROWS rows of a matrix, as it was loaded.
+/// A chunk of ROWS rows of a matrix, as it is stored.
 template <int ROWS, class M>
 struct Chunk {
   uint words[ROWS][M::BITS];
   float scales[ROWS];
   float biases[ROWS];
 
-  /// Rows first + r; those past `last` are read as row `last`, so that every lane has work.
+  /// Loads rows first + r. Rows past `last` are read as row `last`, so that every lane has work.
   METAL_FUNC void load(M m, size_t first, size_t last, uint chunk) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -161,7 +161,7 @@ METAL_FUNC float sigmoid(float x) {
   return 1 / (1 + exp(-x));
 }
 
-/// a[r] and b[r] += this lane's part of the products of row first + r of two matrices with x.
+/// Adds to a[r] and b[r] this lane's part of the products of row first + r of two matrices with x.
 template <int LANES, int ROWS, class M, typename T>
 METAL_FUNC void dot_rows(
     M ma, M mb, size_t first, size_t last, const device T* x, uint lane, thread float* a,
@@ -182,7 +182,7 @@ METAL_FUNC void dot_rows(
   }
 }
 
-/// The same with one matrix.
+/// Does the same with one matrix.
 template <int LANES, int ROWS, class M, typename T>
 METAL_FUNC void dot_rows(
     M m, size_t first, size_t last, const device T* x, uint lane, thread float* sums) {
