@@ -95,7 +95,9 @@ def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int)
         "busy": lambda: dict(_largest(busy(lambda: run.run(5), 5))),
         "logits": lambda: forced(found, prompt[:6]),
         "exact logits": exact,
-        "settled": lambda: sum(layer.mlp.switch_mlp.fully_resident for layer in found.layers),
+        "fully resident": lambda: sum(
+            layer.mlp.switch_mlp.fully_resident for layer in found.layers
+        ),
     }
 
 
@@ -110,7 +112,7 @@ def model(work: Path, layers: int, experts: int) -> dict:
     prompt = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
     steps = 20
     with Sides(decoding, path=path, experts=experts, prompt=prompt, steps=steps) as sides:
-        settled = sides.run("ours", "settled")[1]
+        fully_resident = sides.run("ours", "fully resident")[1]
         seconds = sides.alternated("decode", rounds=5)
         rates = {f"{n}, tokens/s": round(steps / s, 1) for n, s in seconds.items()}
         say(rates)
@@ -127,7 +129,7 @@ def model(work: Path, layers: int, experts: int) -> dict:
     return {
         "layers": layers,
         "experts": experts,
-        "layers that are settled": settled,
+        "fully resident layers": fully_resident,
         **rates,
         "ratio": ratios(seconds),
         "ms of a token": where,
