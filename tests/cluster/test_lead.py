@@ -18,7 +18,6 @@ from toys import write_chat_toy, write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.cluster import collectives as exchange
-from flashmoe.cluster import connections
 from flashmoe.cluster.placement import owners
 from flashmoe.engine import Engine
 from flashmoe.events import Text
@@ -45,7 +44,17 @@ with Engine(path, cluster=shares, prompt_store=0, slots=6) as engine:
             print(json.dumps(["error", type(e).__name__, str(e)]), flush=True)
     time.sleep(float(pause))
 """
-WORKER = "import sys; from flashmoe.cli import cli; cli(sys.argv[1:])"
+WORKER = """
+import sys
+from flashmoe.cli import cli
+cli(sys.argv[1:])
+"""
+#: Processes that wait in a collective keep a core busy, so on a busy machine others may be silent
+#: for seconds without being lost.
+PATIENCE = """
+from flashmoe.cluster import connections
+connections.SILENCE, connections.JOIN = {silence}, 600.0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +86,7 @@ class Cluster:
         slots: slots of each worker.
         rings: for each process, the addresses of all. By default free ports of the loopback.
         inside: a command that runs another command in the workers' network.
+        silence: seconds after which a process that sends nothing is lost.
     """
 
     def __init__(
@@ -92,7 +102,9 @@ class Cluster:
         slots="6",
         rings=None,
         inside=(),
+        silence=120.0,
     ):
+        patience = PATIENCE.format(silence=silence)
         free = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
         ring = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in free]
         for server in free:
@@ -102,7 +114,7 @@ class Cluster:
             command = [
                 sys.executable,
                 "-c",
-                LEAD,
+                patience + LEAD,
                 str(path),
                 shares,
                 json.dumps(requests),
@@ -114,7 +126,7 @@ class Cluster:
                     *inside,
                     sys.executable,
                     "-c",
-                    WORKER,
+                    patience + WORKER,
                     "run",
                     where,
                     "x",
@@ -133,7 +145,7 @@ class Cluster:
             )
             self.processes.append(process)
 
-    def finish(self, timeout=300) -> list[tuple[int, str, str]]:
+    def finish(self, timeout=900) -> list[tuple[int, str, str]]:
         """Return (exit code, output, errors) of each process."""
         results = []
         for process in self.processes:
@@ -301,12 +313,12 @@ def test_slow_network_does_not_change_an_answer(toy, tmp_path, two_networks):
 def test_lead_reports_a_worker_that_dies(toy, tmp_path):
     for how in (signal.SIGKILL, signal.SIGSTOP):
         requests = [ask("Tell me.", max_tokens=3000, seed=i, stop=("\x00",)) for i in range(2)]
-        run = Cluster(tmp_path, toy, "equal", requests, count=3)
+        run = Cluster(tmp_path, toy, "equal", requests, count=3, silence=5.0)
         try:
             run.line()
             run.processes[1].send_signal(how)
-            out, err = run.processes[0].communicate(timeout=120 + connections.SILENCE)
-            last = run.processes[2].communicate(timeout=120)[1]
+            out, err = run.processes[0].communicate(timeout=300)
+            last = run.processes[2].communicate(timeout=300)[1]
         finally:
             run.kill()
         errors = [rest for rest in texts(out) if isinstance(rest, list)]
@@ -325,7 +337,7 @@ def test_worker_ends_when_the_lead_dies(toy, tmp_path):
         while run.line()[0] != "end":
             pass
         run.processes[0].kill()
-        _, err = run.processes[1].communicate(timeout=120)
+        _, err = run.processes[1].communicate(timeout=300)
         assert run.processes[1].returncode == 1
         assert "the lead is gone" in err
         assert "Traceback" not in err
@@ -365,7 +377,7 @@ def test_expert_that_a_worker_cannot_read_is_an_error(tmp_path):
         run.line()
         (broken / "model.safetensors").rename(broken / "away")
         (broken / "away").unlink()
-        out, err = run.processes[0].communicate(timeout=120)
+        out, err = run.processes[0].communicate(timeout=300)
     finally:
         run.kill()
         run.finish()
