@@ -1,7 +1,7 @@
 """The sides of a comparison, each in a process of its own.
 
 MLX reads its settings once. flashmoe sets some (`flashmoe.ops.gpu.fused.SETTINGS`) that whoever
-runs stock mlx-lm does not have, so stock is timed with those that it comes with, and with ours as well.
+runs stock mlx-lm does not have, so stock is timed with MLX's own settings and with flashmoe's too.
 """
 
 from __future__ import annotations

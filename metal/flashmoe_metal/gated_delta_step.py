@@ -74,7 +74,7 @@ def simdgroups(rows: int, width: int) -> int:
 def gated_delta_step(
     inputs: GatedDeltaInputs, *, key_heads: int, starts: Sequence[int] = (0, 0, 0, 0)
 ) -> list[mx.array]:
-    """Return what one token adds: the input of the output projection, and the new states.
+    """Take one token through all heads; return the output projection's input and the new states.
 
     Args:
         key_heads: Hk.

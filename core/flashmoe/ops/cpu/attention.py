@@ -227,9 +227,11 @@ def _with_attend(attention: type[nn.Module]) -> type[nn.Module]:
     """
     forward: Any = attention.__call__
     names = {**forward.__globals__, "scaled_dot_product_attention": attend}
-    ours = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
+    patched = FunctionType(forward.__code__, names, argdefs=forward.__defaults__)
     return type(
-        attention.__name__, (attention,), {"__call__": ours, "attend_sequences": _attend_sequences}
+        attention.__name__,
+        (attention,),
+        {"__call__": patched, "attend_sequences": _attend_sequences},
     )
 
 

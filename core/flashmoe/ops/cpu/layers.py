@@ -78,6 +78,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         )
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits of x, (..., tokens, hidden), as a tied head; see `Head`."""
         return _projected(self, x) if sequence_length(x) == 1 else lazy_matmul(self, x)
 
 

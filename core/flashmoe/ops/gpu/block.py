@@ -19,7 +19,7 @@ class KernelBlock(ExpertBlock):
 
     @property
     def fits_kernels(self) -> bool:
-        """Whether the kernels can compute the block, so that a token can take these methods."""
+        """Whether the kernels can compute the block; only then may the methods below be called."""
         raise NotImplementedError
 
     def choose_experts(self, x: mx.array) -> list[mx.array]:
