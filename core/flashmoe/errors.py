@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .events import End
 
 
-
 class FlashMoEError(Exception):
     """Base class of all errors that a user can fix."""
 

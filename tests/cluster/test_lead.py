@@ -24,6 +24,9 @@ from flashmoe.events import Text
 from flashmoe.models.loading import load_streaming
 from flashmoe.requests import Request
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 
 LEAD = """

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from flashmoe.catalog import DEMO, find
 from flashmoe.engine import Engine
 from flashmoe.events import End, Progress, Reasoning, Text, ToolCall, ToolCallArguments
@@ -65,6 +67,7 @@ class SharedEngine:
         pass
 
 
+@pytest.mark.slow
 def test_each_turn_prefills_only_new_tokens(engine, tmp_path, monkeypatch):
     """Compare one engine, many engines that share only the disk, and no cache at all."""
     whole, ends = converse(lambda: SharedEngine(engine), cache=False)
@@ -101,6 +104,7 @@ print(json.dumps([text, events[-1].prompt_tokens, events[-1].cached_tokens]))
 """
 
 
+@pytest.mark.slow
 def test_new_process_restores_the_conversation_from_disk(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "states"))
 

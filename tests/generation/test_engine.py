@@ -93,7 +93,7 @@ def test_threads_and_tasks_get_the_events_of_their_own_answers(toy_engine):
         thread.start()
     assert asyncio.run(tasks()) == [expected[i % 8] if i % 5 else None for i in range(50)]
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert texts_of_threads == expected
 
 
@@ -156,6 +156,7 @@ def test_interrupt_cancels_the_answer_and_the_engine_goes_on():
     assert int(done.stdout) >= 3
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_requests(toy_engine):
     sizes = []
     for i in range(500):
@@ -342,6 +343,7 @@ async def collect(engine, request) -> str:
     return "".join([e.text async for e in engine.astream(request) if isinstance(e, Text)])
 
 
+@pytest.mark.slow
 def test_answer_without_a_seed_differs_each_time(engine):
     def text(seed):
         return answer(engine, ask("Tell me a story.", temperature=1.5, seed=seed, max_tokens=24))
@@ -387,6 +389,7 @@ EXITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", list(EXITS))
 def test_process_exits_cleanly(when):
     code = (

@@ -47,6 +47,7 @@ def serve(
 
 def metrics(server: Server, **headers) -> dict[str, float]:
     """Return the values of /metrics by name and labels."""
-    text = httpx.get(server.url.removesuffix("/v1") + "/metrics", headers=headers).text
+    url = server.url.removesuffix("/v1") + "/metrics"
+    text = httpx.get(url, headers=headers, timeout=120).text
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

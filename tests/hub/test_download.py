@@ -122,6 +122,7 @@ def cache(tmp_path) -> Path:
 # Whole downloads.
 
 
+@pytest.mark.slow
 def test_downloaded_model_answers(process, hub, tmp_path):
     """The hub's storage gets no token, and code and pickles are not fetched."""
     text = process(hub, "flashmoe", "download", NAME, program="llm", HF_TOKEN=TOKEN)

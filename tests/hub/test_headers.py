@@ -103,6 +103,7 @@ def test_server_without_ranges_is_refused_at_once(plan):
     assert hub.sent < 10_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("faults", "says"),
     [
@@ -121,6 +122,7 @@ def test_header_is_fetched_again_after_a_cut_connection(plan, hub):
     assert json.loads(plan(hub))["runs"]
 
 
+@pytest.mark.slow
 def test_header_of_gigabytes_is_refused(plan, toy, tmp_path):
     bad = copied(toy, tmp_path)
     content = (bad / SHARD).read_bytes()

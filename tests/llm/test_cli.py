@@ -11,6 +11,9 @@ import pytest
 from flashmoe.catalog import CATALOGUE, DEMO, find
 from llm_flashmoe.options import Options
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 GREEDY = ("-m", DEMO, "-o", "temperature", "0", "-o", "max_tokens", "60")
 FUNCTIONS = """
 def add(a: int, b: int) -> int:

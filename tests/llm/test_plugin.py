@@ -16,6 +16,9 @@ from flashmoe.catalog import DEMO
 from flashmoe.cli import cli
 from llm_flashmoe.errors import UserError
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 STORY = "Tell me a short story about a cat."
 LLM = str(Path(sys.executable).parent / "llm")
 

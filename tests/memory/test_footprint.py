@@ -24,6 +24,7 @@ def edited(toy, **fields):
     return Checkpoint.open(toy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [2, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_planned_caches_cover_those_of_mlx_lm(tmp_path, family, interval):

@@ -97,6 +97,7 @@ def test_streamed_logits_equal_resident_ones(toy, resident, length, chunk):
             assert evictions > 0, "this case was meant to evict"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "chunk"), [(1, 1), (7, 7), (64, 20), (700, 256)])
 @pytest.mark.parametrize("slots", [12, 30, 64])
 def test_streamed_demo_equals_the_resident_one(demo, demo_resident, slots, length, chunk):
@@ -203,6 +204,7 @@ QUESTIONS = [f"Tell me a short story about {x}." for x in SUBJECTS.split("|")] +
 ]
 
 
+@pytest.mark.slow
 @on_cpu
 def test_demo_writes_the_greedy_text_of_stock_mlx_lm():
     """For 20 prompts and 40 tokens each, the text is the same and logits are within 1e-4."""

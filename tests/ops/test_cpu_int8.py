@@ -144,6 +144,7 @@ def test_kernel_compiles_for_each_cpu(target, features, how, instruction):
         assert instruction in machine.emit_assembly(parsed), (bits, group_size)
 
 
+@pytest.mark.slow
 def test_cached_kernel_is_not_used_on_another_cpu(tmp_path):
     code = """if True:
         import numpy as np

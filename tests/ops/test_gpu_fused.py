@@ -72,6 +72,7 @@ def load(toy):
         model.close()
 
 
+@pytest.mark.slow
 def test_streamed_logits_equal_resident_ones(toy, expected, load, launches):
     few = toy.top_k + 2
     for slots, calls in (

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_next
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from toys import FAMILIES, write_toy
+from toys import FAMILIES, HIDDEN, write_toy
 
 from flashmoe.ops.gpu.joined import join_layers
 from flashmoe.ops.gpu.layers import recast_layers
@@ -143,7 +143,7 @@ def test_joined_weights_replace_the_separate_ones(tmp_path, family):
     replaced = ("_proj_qkv", "_proj_z", "_proj_b", "_proj_a", "_proj_qkvz", "_proj_ba", "k_proj")
     assert not [name for name in after if any(f"{r}." in name for r in replaced)]
     added = sum(v.nbytes for v in after.values()) - sum(v.nbytes for v in before.values())
-    assert 0 <= added < 127 * 64 * len(ours.layers)
+    assert 0 <= added < 127 * HIDDEN * len(ours.layers)
 
 
 def test_only_layers_of_one_kind_are_joined():
@@ -184,7 +184,7 @@ def test_unsupported_attention_does_not_use_the_kernel(tmp_path, changed):
         attention.q_norm.weight = attention.q_norm.weight.astype(mx.float16)
     else:
         model.train()
-    x = mx.random.normal((1, 1, 64))
+    x = mx.random.normal((1, 1, HIDDEN))
     with launched() as launches:
         if changed == "offset":
             # Only the cache of a batch can advance such an offset.

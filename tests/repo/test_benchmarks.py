@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import disk
-import gpu
 import growth
 import numpy as np
 import pytest
@@ -17,13 +16,17 @@ import runs
 import synth
 import synth_gguf
 import timeline
-from gpu_sides import SIDES, Sides
-from gpu_time import union
+from gpu import run as gpu_run
+from gpu.clock import union
+from gpu.sides import SIDES, Sides
 from launching import launched
 from timeline import Span
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.ops.gpu.fused import SETTINGS
+
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 # matplotlib is in the dependency group of the benchmarks, not in the group of the tests.
@@ -244,7 +247,7 @@ def test_gguf_file_can_be_read(tmp_path, monkeypatch):
 
 def test_gpu_benchmark_computes_right_results():
     with launched():
-        shares = gpu.check(small=True)
+        shares = gpu_run.check(small=True)
     shares.pop("router rows like mlx-lm's")  # on a CPU, MLX orders the chosen experts differently
     assert all(share <= 1 for share in shares.values()), shares
 
@@ -252,7 +255,7 @@ def test_gpu_benchmark_computes_right_results():
 def test_gpu_benchmark_streams_the_bits_of_the_resident_model(tmp_path, monkeypatch):
     shrink(synth, monkeypatch)
     with launched():
-        results = gpu.streaming(tmp_path, layers=4, experts=12, slots=6, steps=3)
+        results = gpu_run.streaming(tmp_path, layers=4, experts=12, slots=6, steps=3)
     for io in ("buffered", "direct"):
         assert results[io]["same bits as resident"]
         assert 0 < results[io]["hit rate"] < 1
@@ -306,7 +309,7 @@ def test_large_matrix_has_scales_in_their_range():
 
 
 def settings(side: str, shift: int) -> dict:
-    """Return the calls that one side of a comparison runs (see gpu_sides.py)."""
+    """Return the calls that one side of a comparison runs (see benchmarks/gpu/sides.py)."""
     return {
         "whose": lambda: (side, shift),
         "settings": lambda: {n: os.environ.get(n) for n in SETTINGS},

@@ -69,6 +69,7 @@ def test_commands_in_the_docs_exist(page):
         command.make_parser(click.Context(command)).parse_args(words)
 
 
+@pytest.mark.slow
 def test_readme_shows_what_its_commands_print(run_shell):
     """Every console block, run as it stands, prints what stands there."""
     import mlx.core as mx

@@ -170,7 +170,7 @@ def test_models_are_listed(server, client):
 
 
 def test_health_says_that_the_model_is_ready(server):
-    response = httpx.get(server.url.removesuffix("/v1") + "/health")
+    response = httpx.get(server.url.removesuffix("/v1") + "/health", timeout=120)
     assert (response.status_code, response.json()) == (200, {"status": "ok", "model": "ready"})
 
 
@@ -238,7 +238,7 @@ def test_invalid_request_is_refused(server, kwargs, status, code):
     ],
 )
 def test_unknown_path_or_method_is_refused(server, method, path, status):
-    response = httpx.request(method, server.url.removesuffix("/v1") + path)
+    response = httpx.request(method, server.url.removesuffix("/v1") + path, timeout=120)
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
 
@@ -400,17 +400,19 @@ def test_api_key_is_required(toy):
             response = post(server, json=body(), headers=headers)
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
-            assert httpx.get(server.url + "/models", headers=headers).status_code == 401
+            assert (
+                httpx.get(server.url + "/models", headers=headers, timeout=120).status_code == 401
+            )
         root = server.url.removesuffix("/v1")
-        assert httpx.get(root + "/metrics").status_code == 401
-        assert httpx.get(root + "/health").status_code == 200
+        assert httpx.get(root + "/metrics", timeout=120).status_code == 401
+        assert httpx.get(root + "/health", timeout=120).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=server.url, api_key="x").chat.completions.create(**body())
         client = openai.OpenAI(base_url=server.url, api_key="s3cret", max_retries=0)
         assert client.chat.completions.create(**body()).choices
         # With a key, clients may use another name of this machine.
         named = {"Authorization": "Bearer s3cret", "Host": "box.example"}
-        assert httpx.get(server.url + "/models", headers=named).status_code == 200
+        assert httpx.get(server.url + "/models", headers=named, timeout=120).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_foreign_host_name_is_refused(server, host):
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]:8080"])
 def test_loopback_host_name_is_allowed(server, host):
-    assert httpx.get(server.url + "/models", headers={"Host": host}).status_code == 200
+    assert httpx.get(server.url + "/models", headers={"Host": host}, timeout=120).status_code == 200
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:3000"])
@@ -432,6 +434,7 @@ def test_foreign_web_page_is_refused(server, origin):
         post(server, json=body(), headers={"Origin": origin}),
         httpx.options(
             server.url + "/chat/completions",
+            timeout=120,
             headers={"Origin": origin, "Access-Control-Request-Method": "POST"},
         ),
     ):
@@ -445,6 +448,7 @@ def test_allowed_web_page_is_served(toy):
     with serve(toy, key="k", origins=[page]) as server:
         preflight = httpx.options(
             server.url + "/chat/completions",
+            timeout=120,
             headers={
                 "Origin": page,
                 "Access-Control-Request-Method": "POST",

@@ -46,6 +46,7 @@ def toy(tmp_path_factory):
     return write_chat_toy(tmp_path_factory.mktemp("toys") / "chat", num_experts=12)
 
 
+@pytest.mark.slow
 def test_llm_is_served_until_ctrl_c(run_llm, tmp_path, toy):
     """Serve a registered model with a key, and end with Ctrl-C during a streamed answer."""
     registry_home = tmp_path / "config"
@@ -99,7 +100,7 @@ def test_llm_is_served_until_ctrl_c(run_llm, tmp_path, toy):
 def test_sigterm_ends_the_server_cleanly(toy):
     with serving(toy, "--slots", "5", "-v") as (process, url):
         # A model without a registered name has the name that was typed.
-        (model,) = httpx.get(url + "/models").json()["data"]
+        (model,) = httpx.get(url + "/models", timeout=120).json()["data"]
         assert model["id"] == str(toy)
         process.terminate()
         assert process.wait(60) == 0

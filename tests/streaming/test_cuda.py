@@ -105,12 +105,14 @@ def test_places_are_unlocked_after_their_threads_have_ended():
     gc.collect()
     assert gpu_sees(array, np.full(1 << 20, 7, np.uint8))
     memory._enter()
-    with pytest.raises(DeviceError, match="cuMemHostUnregister: CUDA_ERROR_"):
+    with pytest.raises(DeviceError, match="cuMemHostUnregister failed: CUDA_ERROR_"):
         cuda_memory._call("cuMemHostUnregister", addresses[0])
 
 
 def test_driver_error_has_its_name():
-    with pytest.raises(DeviceError, match="cuDevicePrimaryCtxRetain: CUDA_ERROR_INVALID_DEVICE"):
+    with pytest.raises(
+        DeviceError, match="cuDevicePrimaryCtxRetain failed: CUDA_ERROR_INVALID_DEVICE"
+    ):
         cuda_memory._call("cuDevicePrimaryCtxRetain", ctypes.byref(ctypes.c_void_p()), 99)
     assert mx.sum(mx.ones((4,))).item() == 4
 

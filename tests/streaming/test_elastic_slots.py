@@ -169,6 +169,7 @@ TAKER = "import sys; sys.stdin.readline(); x = b'x' * int(sys.argv[1]); print(le
 TAKER += "sys.stdin.readline()"
 
 
+@pytest.mark.slow
 def test_slots_shrink_when_another_process_takes_memory(path, own_cgroup):
     """The memory group has no swap, so the kernel kills a process that does not fit."""
 

@@ -143,7 +143,7 @@ def test_resident_experts_are_not_read_again(path):
     model = load_streaming(Checkpoint.open(path), slots=9)
     run(model, list(range(50)))
     before = model.stats
-    run(model, list(range(50, 90)))
+    run(model, list(range(50)))
     assert (model.stats - before).reads.bytes == 0
     assert (model.stats - before).hit_rate == 1
 

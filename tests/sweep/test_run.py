@@ -28,6 +28,9 @@ from flashmoe.sweep import run as driver
 from flashmoe.sweep.cost import token_bytes
 from flashmoe.sweep.versions import read_versions
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 TEXT = "The cat sat by the sea. It asked a friend what bread is made of, and why leaves fall. "
 FEW = ("--tokens", 40, "--calls", 0, "--schemas", 0)
 

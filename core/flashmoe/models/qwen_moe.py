@@ -29,7 +29,6 @@ from ..streaming.reader import Reader, ReadStats
 from ..streaming.slot_memory import SlotMemory
 from ..streaming.switch_glu import LayerHooks, StreamingSwitchGLU
 
-
 # The blocks below are mlx-lm's but for `switch_mlp`, which type checkers see as a conflict.
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,7 @@ def _timed(drive: Drive, reader: Reader, read: Callable[[], None], seconds: floa
 
 def forget(file: Path) -> None:
     """Drop a file from the page cache, where the system can, so that reads reach the disk."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         with open(file, "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -68,6 +68,7 @@ def test_graph_returns_from_its_tools_to_the_model():
     assert kinds(messages) == ["human", "ai", "tool", "ai"]
 
 
+@pytest.mark.slow
 def test_next_turn_prefills_only_new_messages():
     """Only what the prompt cache entry of the last answer does not hold is prefilled.
 

@@ -1,4 +1,4 @@
-"""LangChain's own integration tests of a chat model, on the bundled demo model."""
+"""Run LangChain's own integration tests of a chat model on the bundled demo model."""
 
 import re
 import tempfile
@@ -11,10 +11,13 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from flashmoe.catalog import DEMO, find
 from langchain_flashmoe import ChatFlashMoE
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def another_model():
-    """The demo model at another place: a second model, which a call may name."""
+    """Link the demo model in another directory as a second model, which a call may name."""
     with tempfile.TemporaryDirectory(prefix="flashmoe-another-") as directory:
         for file in find(DEMO).iterdir():
             (Path(directory) / file.name).symlink_to(file)
@@ -23,10 +26,12 @@ def another_model():
 
 
 class SpellsNothing(ChatFlashMoE):
-    """The demo model writes English only, so it cannot copy the names of customers that the test of
-    Unicode asks for. It calls the tool by `tool_choice`; as the customer's name, the schema of its
-    tool lets through just the one that the message quotes. The model still writes the call, token
-    by token, and what it writes is read as ever."""
+    """A model whose tool schema allows only the customer name that the message quotes.
+
+    The demo model writes English only, so it could not copy the names that the test of Unicode asks
+    for. The tool is called by `tool_choice`. The model still writes the call token by token, and
+    the call is parsed as usual.
+    """
 
     def _generate(self, messages, stop=None, run_manager=None, *, tools, **kwargs):
         tools = deepcopy(tools)
@@ -52,7 +57,7 @@ class ChatModelTests(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self):
-        # Greedy, so that what the demo model can do it does each time.
+        # Greedy decoding, so that the demo model does each time what it can do.
         return {"model": DEMO, "temperature": 0, "max_tokens": 150}
 
     @property
@@ -94,7 +99,7 @@ class ChatModelTests(ChatModelIntegrationTests):
 
     @property
     def enable_vcr_tests(self):
-        # There is no HTTP to record: the test then times the stream itself.
+        # Without HTTP there is nothing to record, and the test times the stream itself.
         return True
 
     def invoke_with_reasoning_output(self, *, stream=False):
@@ -121,7 +126,7 @@ class TestChatFlashMoE(ChatModelTests):
 
 
 class TestByFunctionCalling(ChatModelTests):
-    """Structured output the other way. The rest of the suite has no part in it."""
+    """Runs the suite with function calling as the method of structured output."""
 
     @property
     def structured_output_kwargs(self):

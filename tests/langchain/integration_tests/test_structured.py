@@ -1,5 +1,7 @@
-"""Tools and structured output of the demo model. It is too weak to fill in schemas with sense; what
-is tested is that the answer is one, always."""
+"""Test that tool calls and structured output of the demo model always fit their schemas.
+
+The demo model is too weak to fill in schemas sensibly, so the values are not tested.
+"""
 
 from typing import Literal, Optional
 
@@ -46,8 +48,8 @@ METHODS = ["json_schema", "function_calling", "json_mode"]
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", METHODS)
-async def test_answer_does_not_fit_the_class(method, seed):
-    # Warm and pruned: as much nonsense as the model can make.
+async def test_answer_fits_the_class(method, seed):
+    # A high temperature and few experts make the model write as much nonsense as possible.
     made = model(temperature=1.5, experts=2, seed=seed)
     chain = made.with_structured_output(Person, method=method)
     person = chain.invoke("Invent a person.")
@@ -56,50 +58,50 @@ async def test_answer_does_not_fit_the_class(method, seed):
     *_, last = chain.stream("Invent a person.")
     assert last == person
     as_dict = made.with_structured_output(Person.model_json_schema(), method=method)
-    found = as_dict.invoke("Invent a person.")
-    assert validation_error(found, Person.model_json_schema()) is None
+    result = as_dict.invoke("Invent a person.")
+    assert validation_error(result, Person.model_json_schema()) is None
     if method != "function_calling":
-        assert found == person.model_dump()
+        assert result == person.model_dump()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_answer_cut_short_is_parsed(method):
+def test_answer_cut_short_is_a_parsing_error(method):
     made = model(max_tokens=12)
     with pytest.raises(OutputParserException):
         made.with_structured_output(Person, method=method).invoke("Invent a person.")
     with pytest.raises(OutputParserException):
         list(made.with_structured_output(Person, method=method).stream("Invent a person."))
     chain = made.with_structured_output(Person, method=method, include_raw=True)
-    found = chain.invoke("Invent a person.")
-    assert found["parsed"] is None
-    assert isinstance(found["parsing_error"], OutputParserException)
-    assert "finish_reason: length" in str(found["parsing_error"])
-    assert found["raw"].response_metadata["finish_reason"] == "length"
-    assert found["raw"].usage_metadata["output_tokens"] == 12
+    result = chain.invoke("Invent a person.")
+    assert result["parsed"] is None
+    assert isinstance(result["parsing_error"], OutputParserException)
+    assert "finish_reason: length" in str(result["parsing_error"])
+    assert result["raw"].response_metadata["finish_reason"] == "length"
+    assert result["raw"].usage_metadata["output_tokens"] == 12
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_raw_answer_is_missing(method):
+def test_raw_answer_is_included(method):
     chain = model().with_structured_output(Person, method=method, include_raw=True, strict=True)
-    found = chain.invoke("Invent a person.")
-    assert isinstance(found["parsed"], Person)
-    assert found["parsing_error"] is None
-    assert found["raw"].usage_metadata
+    result = chain.invoke("Invent a person.")
+    assert isinstance(result["parsed"], Person)
+    assert result["parsing_error"] is None
+    assert result["raw"].usage_metadata
 
 
-def test_json_mode_without_a_schema_gives_text():
+def test_json_mode_works_without_a_schema():
     made = model(temperature=1, seed=4, max_tokens=150)
     chain = made.with_structured_output(None, method="json_mode", include_raw=True)
-    found = chain.invoke('Say {"a": 1}')
-    raw = found["raw"].text
+    result = chain.invoke('Say {"a": 1}')
+    raw = result["raw"].text
     assert raw.startswith("{")
-    # The demo model may write for ever; then nothing is parsed.
-    whole = found["raw"].response_metadata["finish_reason"] == "stop"
-    assert found["parsed"] == (loads(raw) if whole else None)
+    # The demo model may write until max_tokens, and then nothing is parsed.
+    whole = result["raw"].response_metadata["finish_reason"] == "stop"
+    assert result["parsed"] == (loads(raw) if whole else None)
 
 
-def test_tools_and_a_format_exclude_each_other():
-    """The answer is calls or a document: here, one after the other."""
+def test_tools_and_a_format_work_together():
+    """The answer consists of calls or is a document; here one follows the other."""
     made = model().bind_tools([add], response_format=Person)
     question = HumanMessage("What is 17 plus 25? Use the tool.")
     called = made.invoke([question], tool_choice="any")
@@ -112,7 +114,7 @@ def test_tools_and_a_format_exclude_each_other():
 
 
 @pytest.mark.parametrize("choice", ["any", "add", True, {"function": {"name": "add"}}])
-def test_choice_of_a_tool_is_ignored(choice):
+def test_choice_of_a_tool_is_obeyed(choice):
     message = model().bind_tools([register, add], tool_choice=choice).invoke("Add 3 and 4.")
     assert message.response_metadata["finish_reason"] == "tool_calls"
     if choice not in ("any", True):
@@ -120,20 +122,20 @@ def test_choice_of_a_tool_is_ignored(choice):
 
 
 @pytest.mark.parametrize("choice", ["none", False])
-def test_tool_is_called_against_the_choice(choice):
+def test_choice_of_no_tool_is_obeyed(choice):
     message = model().bind_tools([add], tool_choice=choice).invoke("What is 3 plus 4?")
     assert not message.tool_calls
     assert not message.invalid_tool_calls
 
 
-def test_arguments_are_not_typed():
+def test_arguments_have_the_types_of_the_schema():
     message = model().bind_tools([register], tool_choice="any").invoke("Register Ann, 31.")
     (call,) = message.tool_calls
     assert validation_error(call["args"]["person"], Person.model_json_schema()) is None
     assert isinstance(call["args"]["person"]["homes"][0]["number"], int)
 
 
-async def test_streamed_call_differs_from_the_whole():
+async def test_streamed_call_equals_the_whole_one():
     made = model().bind_tools([add], tool_choice="any")
     whole = made.invoke("What is 17 plus 25? Use the tool.")
     assert whole.tool_calls[0]["args"] == {"a": 17, "b": 25}
@@ -145,8 +147,8 @@ async def test_streamed_call_differs_from_the_whole():
     assert (first + rest).tool_calls[0]["args"] == whole.tool_calls[0]["args"]
 
 
-def test_parallel_calls_are_one_or_share_an_id():
-    """Two calls are forced by their number: the model goes on calling, if it may."""
+def test_parallel_calls_have_their_own_ids_and_can_be_disabled():
+    """The model goes on calling if it is allowed to."""
     made = model(temperature=1).bind_tools([add], tool_choice="required")
     many = [made.invoke("Add 1 and 2. Add 3 and 4.", seed=seed).tool_calls for seed in range(8)]
     ids = [call["id"] for calls in many for call in calls]
@@ -156,7 +158,7 @@ def test_parallel_calls_are_one_or_share_an_id():
         assert len(single.invoke("Add 1 and 2. Add 3 and 4.", seed=seed).tool_calls) == 1
 
 
-def test_call_cut_short_is_dropped():
+def test_call_cut_short_is_an_invalid_call():
     made = model(max_tokens=14).bind_tools([add], tool_choice="any")
     message = made.invoke("What is 17 plus 25? Use the tool.")
     assert not message.tool_calls
@@ -169,12 +171,12 @@ def test_call_cut_short_is_dropped():
     assert len(streamed.invalid_tool_calls) == 1
 
 
-def test_required_call_that_never_began_is_an_answer():
+def test_required_call_that_never_began_raises():
     with pytest.raises(IncompleteOutput):
         model(max_tokens=1, reasoning=True).bind_tools([add], tool_choice="any").invoke("Add")
 
 
-def test_failed_tool_looks_like_a_result():
+def test_result_of_a_failed_tool_is_marked():
     made = model(max_tokens=2).bind_tools([add])
     question = HumanMessage("What is 17 plus 25? Use the tool.")
     called = model().bind_tools([add], tool_choice="any").invoke([question])
