@@ -296,6 +296,11 @@ def idle_model(path, **settings):
     loaded.close()
 
 
+def least_nbytes(plan) -> int:
+    """Return the bytes that the model needs with the fewest slots, and without any sequence."""
+    return plan.lasting + plan.least_slots * plan.slot_nbytes
+
+
 class RecordedJob:
     """A job that keeps its events."""
 
@@ -310,14 +315,14 @@ def test_request_waits_until_memory_allows_it(toy):
     with idle_model(toy, memory="2GB") as loaded:
         batch = Batch(loaded)
         first, second = RecordedJob("word " * 200), RecordedJob("word " * 200)
-        room = loaded.model.elastic_slots
+        elastic_slots = loaded.model.elastic_slots
         assert batch.admit(first)
-        held = room._plan.lasting + room._plan.least_slots * room._plan.slot_nbytes
+        held = least_nbytes(elastic_slots._plan)
         one = sequences_nbytes(
             loaded.checkpoint, 400, [batch.sequences[0].planned_context], 3, on_gpu=False
         )
         # Memory for one sequence and a part of another.
-        room._budget = lambda: held + int(1.3 * one)
+        elastic_slots._budget = lambda: held + int(1.3 * one)
         assert not batch.admit(second)
         assert not batch.admit(second)
         while batch.sequences:
@@ -335,10 +340,10 @@ def test_memory_shortage_ends_only_the_newest_answer(toy):
         batch = Batch(loaded)
         jobs = [RecordedJob("One."), RecordedJob("word " * 900)]
         assert all(batch.admit(job) for job in jobs)
-        room = loaded.model.elastic_slots
-        held = room._plan.lasting + room._plan.least_slots * room._plan.slot_nbytes
+        elastic_slots = loaded.model.elastic_slots
+        held = least_nbytes(elastic_slots._plan)
         one = sequences_nbytes(loaded.checkpoint, 600, [600], 3, on_gpu=False)
-        room._budget = lambda: held + one
+        elastic_slots._budget = lambda: held + one
         while batch.sequences:
             batch.step()
     assert isinstance(jobs[0].events[-1], End)

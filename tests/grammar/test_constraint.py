@@ -334,8 +334,8 @@ def test_number_guard_limits_digits_of_numbers_but_not_of_text(pieces):
     assert guard(f'{{"a": {many[1:]}', pieces).digits_left > 0
     assert guard('{"a": -3.' + many[:14], pieces).digits_left == 0
     assert guard('{"a": -3.' + many[:13], pieces).digits_left > 0
-    for exponent, room in (("", 2), ("1", 1), ("29", 1), ("30", 0), ("299", 0), ("-12", 1)):
-        assert guard('{"a": [3.1, 7, 0.5e' + exponent, pieces).digits_left == room
+    for exponent, digits in (("", 2), ("1", 1), ("29", 1), ("30", 0), ("299", 0), ("-12", 1)):
+        assert guard('{"a": [3.1, 7, 0.5e' + exponent, pieces).digits_left == digits
     assert guard('{"a": 3.11111111111111, "e1": 2', pieces).digits_left > 0
     assert guard(f'{{"a": "{many}', pieces).digits_left > 0
     assert guard(f'{{"a": "\\"{many}', pieces).digits_left > 0
