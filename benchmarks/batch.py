@@ -1,36 +1,37 @@
-"""How much more a model gives in all when several answers are generated together.
+"""Measure how much several answers that are generated together speed up the total.
 
     python benchmarks/synth.py /tmp/synth --layers 4 --experts 256
     python benchmarks/batch.py /tmp/synth --limit 4GB --memory 3.2GB --io direct --rounds 3
 
-Each number of rows runs in a process of its own, in a cgroup with the limit, cold; they take turns,
-and figures are medians over the rounds. A run reads a short prompt for each row, lets the slots
-fill, and then decodes given tokens, a sweep of all rows a step, by the project's own code. One row
-goes through the model as a single request does.
+Each number of sequences (--rows) runs in a process of its own, in a cgroup with the limit, with an
+empty page cache; they alternate, and figures are medians over the rounds. A run prefills a short
+prompt for each sequence, lets the slots fill, and then decodes given tokens with the project's own
+code: each step is one pass of all sequences. A single sequence goes through the model as a single
+request does.
 
-The physics: a row needs layers * K experts a token, of which the slots hold a share. Rows that go
-through a layer together read an expert once, so the bytes of a step are those of the union. Of E
-experts and B rows that choose K at random, the union has E * (1 - (1 - K / E) ** B) of them:
-`union` below says how many of B * K that is. `routing`: "random", as the random routers of the
-checkpoint choose; "real", drawn at the frequencies with which a real model took its experts
-(traces/), which share more. Real tokens that follow each other share more than that.
+The physics: a sequence needs layers * K experts per token, of which the slots hold a share.
+Sequences that go through a layer together read an expert once, so the bytes of a step are those of
+the union. If B sequences choose K of E experts at random, the union has
+E * (1 - (1 - K / E) ** B) experts; `union` below is its share of B * K. With --routing random, the
+random routers of the checkpoint choose; with "real", experts are drawn by the frequencies of a real
+model (traces/), whose sequences share more experts. Consecutive real tokens share even more.
 
-    tokens_per_second         of all rows: rows / median step
-    row_seconds               of a token of one row: the median step
-    bytes_per_token           read, by rows
-    needed_per_token          experts needed of all layers, by rows, each once a step
-    hit_rate                  of these
-    wait_ms, cpu_ms           a token: standing still for the disk; of all cores
+    tokens_per_second         all sequences together: sequences / median step
+    row_seconds               time of a token of one sequence: the median step
+    bytes_per_token           bytes read per token
+    needed_per_token          experts needed in all layers, each counted once a step, per token
+    hit_rate                  share of the needed experts that were in slots
+    wait_ms, cpu_ms           per token: time that computing waits for the disk; time of all cores
 
-With `--requests N` it is whole requests instead, from cold slots: N prompts of `--prompt` tokens
-and answers of `--steps`, so many at a time as there are rows. Prompts that are read together read
-each expert once:
+With --requests N it measures whole requests instead, from empty slots: N prompts of --prompt tokens
+with answers of --steps tokens, in groups of --rows. Prompts that are prefilled together read each
+expert once:
 
-    request_tokens_per_second of prompts and answers of all, by the time of all
-    prompt_seconds            of that, reading prompts
-    request_bytes             read, by requests
+    request_tokens_per_second tokens of all prompts and answers / time of all requests
+    prompt_seconds            prefill time of a request
+    request_bytes             bytes read per request
 
-Ends with one JSON line; `speedup` is of tokens_per_second over those of one row.
+The last line is JSON; `speedup` is tokens_per_second / that of the first number of sequences.
 """
 
 import argparse
@@ -47,7 +48,10 @@ import streaming
 
 
 def route_as_real(model, tokens: int, seed: int) -> None:
-    """Let the routers choose as those of the trace, spread over its layers, whatever they see."""
+    """Replace what the routers choose by random draws with the frequencies of the trace.
+
+    The layers of the model take the frequencies of layers spread over the trace.
+    """
     import mlx.core as mx
 
     from flashmoe.models import qwen_moe as models
@@ -55,14 +59,17 @@ def route_as_real(model, tokens: int, seed: int) -> None:
     shares = read_frequencies(TRACES / "qwen3.5-397b.freq")
     experts = model.checkpoint.num_experts
     if shares.shape[1] != experts:
-        raise SystemExit(f"the trace has {shares.shape[1]} experts a layer, not {experts}")
+        raise SystemExit(
+            f"The trace has {shares.shape[1]} experts per layer, the model {experts}: pass "
+            "a model with as many, or --routing random."
+        )
     places = np.linspace(0, len(shares) - 1, len(model.layers)).round().astype(int)
     drawn = draw(shares[places], tokens, model.experts, seed)
     left = {id(x.mlp): iter(d) for x, d in zip(model.layers, drawn, strict=True)}
-    own = models.route
+    router = models.route
 
     def route(block, x):
-        indices, scores = own(block, x)
+        indices, scores = router(block, x)
         rows = indices.size // block.top_k
         chosen = [next(left[id(block)]) for _ in range(rows)]
         return mx.array(chosen, indices.dtype).reshape(indices.shape), scores
@@ -71,10 +78,11 @@ def route_as_real(model, tokens: int, seed: int) -> None:
 
 
 def child(args: argparse.Namespace, case: dict) -> dict:
+    """Measure decode steps of several sequences, in this process."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe.models.layerwise import Chunk, sweep
+    from flashmoe.models.layerwise import Chunk, run_pass
 
     rows = case.pop("rows")
     if args.requests:
@@ -89,7 +97,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     caches = [make_prompt_cache(model) for _ in range(rows)]
     model.elastic_slots.fit_prefill(rows * args.prompt, [each] * rows, model.experts)
     for row, cache in zip(ids, caches, strict=True):
-        sweep(model, [Chunk(row[: args.prompt].tolist(), cache)])
+        run_pass(model, [Chunk(row[: args.prompt].tolist(), cache)])
     model.elastic_slots.fit_decoding([each] * rows)
 
     def step(tokens: list[int]) -> None:
@@ -97,7 +105,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
             mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
             return
         pieces = [Chunk([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
-        mx.eval(model.logits_of([s.hidden for s in sweep(model, pieces)]))
+        mx.eval(model.logits_of([s.hidden for s in run_pass(model, pieces)]))
 
     seconds = []
     columns = ids[:, args.prompt :].T.tolist()
@@ -110,7 +118,7 @@ def child(args: argparse.Namespace, case: dict) -> dict:
         seconds.append(time.perf_counter() - start)
     usage, stats = used.so_far(), model.stats - before
     count = rows * args.steps
-    found = {
+    report = {
         "tokens_per_second": round(rows / median(seconds), 3),
         "row_seconds": round(median(seconds), 4),
         "bytes_per_token": stats.reads.bytes // count,
@@ -124,22 +132,22 @@ def child(args: argparse.Namespace, case: dict) -> dict:
         "slots": model.elastic_slots.per_layer,
     }
     model.close()
-    return found
+    return report
 
 
 def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
-    """Requests from the first token of a prompt to the last of the answer, in groups of rows."""
+    """Measure whole requests in groups of `rows`, from the prompt to the end of the answer."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from flashmoe.models.layerwise import Chunk, fitting, split, sweep
+    from flashmoe.models.layerwise import Chunk, chunks_within, run_pass, split
 
     model = streaming.load(args.path, case)
     each = args.prompt + args.steps
     vocab = model.checkpoint.text_config["vocab_size"]
     count = args.requests * each
     ids = np.array(runs.tokens(args.tokens, count, vocab, args.seed)).reshape(-1, each)
-    start, used, reading = time.perf_counter(), runs.Usage(), 0.0
+    start, used, prefill_seconds = time.perf_counter(), runs.Usage(), 0.0
     for group in np.split(ids, range(rows, args.requests, rows)):
         began = time.perf_counter()
         caches = [make_prompt_cache(model) for _ in group]
@@ -151,33 +159,33 @@ def whole(args: argparse.Namespace, case: dict, rows: int) -> dict:
         tokens = len(group) * args.prompt
         limit = model.elastic_slots.fit_prefill(tokens, [args.prompt] * len(group), model.experts)
         while left:
-            taken = fitting(left, limit)
-            mx.eval([model.logits(s.hidden) for s in sweep(model, left[:taken])])
-            left = left[taken:]
-        reading += time.perf_counter() - began
+            fitting = chunks_within(left, limit)
+            mx.eval([model.logits(s.hidden) for s in run_pass(model, left[:fitting])])
+            left = left[fitting:]
+        prefill_seconds += time.perf_counter() - began
         model.elastic_slots.fit_decoding([each] * len(group))
         for tokens in group[:, args.prompt :].T.tolist():
             if len(group) == 1:
                 mx.eval(model.next_logits(tokens, caches[0]), [c.state for c in caches[0]])
                 continue
             pieces = [Chunk([t], c, step=True) for t, c in zip(tokens, caches, strict=True)]
-            mx.eval(model.logits_of([s.hidden for s in sweep(model, pieces)]))
+            mx.eval(model.logits_of([s.hidden for s in run_pass(model, pieces)]))
     seconds, stats = time.perf_counter() - start, model.stats
-    found = {
+    report = {
         "request_tokens_per_second": round(ids.size / seconds, 3),
         "request_seconds": round(seconds / args.requests, 2),
-        "prompt_seconds": round(reading / args.requests, 2),
+        "prompt_seconds": round(prefill_seconds / args.requests, 2),
         "request_bytes": stats.reads.bytes // args.requests,
         "wait_seconds": round(stats.reads.wait_seconds / args.requests, 2),
         "cores_of_others": used.so_far()["others"],
         "slots": model.elastic_slots.per_layer,
     }
     model.close()
-    return found
+    return report
 
 
 def run_case(args: argparse.Namespace, case: dict) -> dict:
-    """`child` in a process of its own, under the limit of the case."""
+    """Run `child` in a process of its own, under the limit of the case."""
     command = [sys.executable, __file__, str(args.path), "--child", json.dumps(case)]
     for name in ("prompt", "fill", "steps", "seed", "routing", "requests"):
         command += [f"--{name}", str(getattr(args, name))]
@@ -193,9 +201,11 @@ def main() -> None:
     parser.add_argument("--memory")
     parser.add_argument("--limit")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--fill", type=int, default=24, help="tokens decoded before it is measured")
+    parser.add_argument("--fill", type=int, default=24, help="tokens to decode before measuring")
     parser.add_argument("--routing", choices=("random", "real"), default="random")
-    parser.add_argument("--requests", type=int, default=0, help="measure whole requests, so many")
+    parser.add_argument(
+        "--requests", type=int, default=0, help="measure this many whole requests instead"
+    )
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -203,12 +213,12 @@ def main() -> None:
         return
     base = streaming.base_case(args, memory=args.memory, limit=args.limit)
     cases = {f"{n} rows": base | {"rows": n} for n in args.rows}
-    found = runs.alternated(cases, args.rounds, lambda case: run_case(args, case))
+    results = runs.alternated(cases, args.rounds, lambda case: run_case(args, case))
     speed = "request_tokens_per_second" if args.requests else "tokens_per_second"
-    first = next(iter(found.values()))[speed]
-    for case in found.values():
+    first = next(iter(results.values()))[speed]
+    for case in results.values():
         case["speedup"] = round(case[speed] / first, 3)
-    print(json.dumps({"routing": args.routing, **found}))
+    print(json.dumps({"routing": args.routing, **results}))
 
 
 if __name__ == "__main__":

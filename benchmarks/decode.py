@@ -1,17 +1,22 @@
-"""Decode speed with all experts resident, against stock mlx-lm on the same machine.
+"""Measure decode with all experts in memory, against stock mlx-lm on the same machine.
 
     python benchmarks/synth.py /tmp/synth397 --layers 4 --experts 512
     python benchmarks/decode.py /tmp/synth397 [--activations float32 int8]
 
-The physics: a token at K experts a layer moves the dense weights and K experts through the cores
-once. For the 397B geometry (4 bits, group 64) an expert is 7.08 MB and the dense weights of four
-layers some 0.3 GB, so at B GB/s of memory bandwidth a token cannot take less than
+With 64 experts per layer instead of 512, the checkpoint has 2.1 GB instead of 15 GB. A token reads
+as many bytes, since K and the shapes are the same.
+
+The physics: a token with K experts per layer moves the dense weights and the K experts of each
+layer through the cores once. In the 397B geometry (4 bits, group 64) an expert has 7.08 MB and the
+dense weights of four layers have some 0.3 GB, so with a memory bandwidth of B a token cannot take
+less than
 
     (dense + layers * K * 7.08 MB) / B.
 
-They do not fit into memory side by side, so each round runs one process for each of flashmoe's
-activations and one for stock mlx-lm, in turn; the figures are medians over the rounds. Stock runs
-in the checkpoint's own bf16 and cast to float32. Ends with one JSON line.
+The models do not fit into memory side by side, so each round runs one process for each of
+flashmoe's activations and one for stock mlx-lm, one after the other; the figures are medians over
+the rounds. Stock runs in the checkpoint's own bf16, and cast to float32. --no-stock leaves it out,
+to compare two versions of flashmoe. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +35,7 @@ PROMPT = 4
 
 
 def seconds_a_token(model, tokens: list[int]) -> float:
-    """Median seconds of a decode step, teacher-forced, after a short prompt."""
+    """Return the median seconds of a decode step with given tokens, after a short prompt."""
     cache = make_prompt_cache(model)
 
     def step(piece):
@@ -67,19 +72,19 @@ def run_flashmoe(path: Path, ks: list[int], count: int, activations: str) -> dic
         for expert in range(checkpoint.num_experts):
             switch.load(expert, set())
         for expert in range(checkpoint.num_experts):
-            switch.landed(expert)
-    found = {"load_seconds": round(time.perf_counter() - start, 1)}
+            switch.wait_for(expert)
+    report = {"load_seconds": round(time.perf_counter() - start, 1)}
     tokens = random_tokens(count, vocab)
-    seconds_a_token(model, tokens[: PROMPT + 2])  # compiles
+    seconds_a_token(model, tokens[: PROMPT + 2])  # compiles the kernels
     for k in ks:
         with model.pruned_to(k):
-            found[f"k{k}"] = seconds_a_token(model, tokens)
+            report[f"k{k}"] = seconds_a_token(model, tokens)
     assert model.stats.loaded == 0, "an expert was not resident"
-    found["dense_bytes"] = checkpoint.dense_nbytes
-    found["expert_bytes"] = next(iter(checkpoint.expert_layers.values())).expert_nbytes
-    found["layers"] = len(checkpoint.expert_layers)
-    found["peak_bytes"] = peak()
-    return found
+    report["dense_bytes"] = checkpoint.dense_nbytes
+    report["expert_bytes"] = next(iter(checkpoint.expert_layers.values())).expert_nbytes
+    report["layers"] = len(checkpoint.expert_layers)
+    report["peak_bytes"] = peak()
+    return report
 
 
 def run_stock(path: Path, ks: list[int], count: int) -> dict:
@@ -87,7 +92,7 @@ def run_stock(path: Path, ks: list[int], count: int) -> dict:
 
     model, config = load_model(path)
     vocab = config["text_config"]["vocab_size"]
-    found = {}
+    report = {}
     for dtype in ("bfloat16", "float32"):
         if dtype == "float32":
             model.set_dtype(mx.float32)
@@ -96,17 +101,20 @@ def run_stock(path: Path, ks: list[int], count: int) -> dict:
             for block in moe_blocks(model):
                 block.top_k = k
             steps = min(count, 2 if dtype == "bfloat16" else 4)
-            found[f"{dtype}_k{k}"] = seconds_a_token(model, random_tokens(steps, vocab))
-    return found
+            report[f"{dtype}_k{k}"] = seconds_a_token(model, random_tokens(steps, vocab))
+    return report
 
 
 def child(path: Path, which: str, ks: list[int], count: int) -> dict:
-    """The figures of one process. which: "stock", or flashmoe's activations."""
+    """Return the figures of one process.
+
+    which: "stock", or flashmoe's activations.
+    """
     command = [sys.executable, __file__, str(path), "--only", which, "--tokens", str(count)]
     command += ["--k", *map(str, ks)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{which} failed:\n{done.stderr}")
+        sys.exit(f"The process of {which} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -114,20 +122,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="a checkpoint written by synth.py")
     parser.add_argument("--k", type=int, nargs="+", default=[4, 10])
-    parser.add_argument("--tokens", type=int, default=30, help="decode steps of flashmoe")
+    parser.add_argument("--tokens", type=int, default=30, help="tokens that flashmoe decodes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--activations", nargs="+", default=["float32"], help="of flashmoe")
+    parser.add_argument("--no-stock", action="store_true", help="do not run stock mlx-lm")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         given = args.path, args.k, args.tokens
-        found = run_stock(*given) if args.only == "stock" else run_flashmoe(*given, args.only)
-        print(json.dumps(found))
+        report = run_stock(*given) if args.only == "stock" else run_flashmoe(*given, args.only)
+        print(json.dumps(report))
         return
     rounds = []
     for i in range(args.rounds):
-        every = (*args.activations, "stock")
-        rounds.append({which: child(args.path, which, args.k, args.tokens) for which in every})
+        sides = (*args.activations, *(() if args.no_stock else ("stock",)))
+        rounds.append({which: child(args.path, which, args.k, args.tokens) for which in sides})
         print(f"round {i + 1}: {rounds[-1]}", flush=True)
     result = {"benchmark": "decode", "rounds": args.rounds}
     for name in args.activations:
@@ -137,16 +146,16 @@ def main() -> None:
             fast = median(r[name][f"k{k}"] for r in rounds)
             moved = ours["dense_bytes"] + ours["layers"] * k * ours["expert_bytes"]
             row = {"ms": round(1000 * fast, 2), "weights_gb_s": round(moved / fast / 1e9, 2)}
-            for dtype in ("bfloat16", "float32"):
+            text = f"{name}, K={k}: {row['ms']} ms a token, {row['weights_gb_s']} GB/s of weights"
+            for dtype in () if args.no_stock else ("bfloat16", "float32"):
                 pairs = [(r["stock"][f"{dtype}_k{k}"], r[name][f"k{k}"]) for r in rounds]
                 row[f"stock_{dtype}_ms"] = round(1000 * median(s for s, _ in pairs), 1)
-                row[f"times_faster_than_{dtype}"] = round(median(s / f for s, f in pairs), 1)
+                times = row[f"times_faster_than_{dtype}"] = round(
+                    median(s / f for s, f in pairs), 1
+                )
+                text += f"; stock {dtype} {row[f'stock_{dtype}_ms']} ms ({times}x)"
             result[name][f"k{k}"] = row
-            print(
-                f"{name}, K={k}: {row['ms']} ms a token, {row['weights_gb_s']} GB/s of weights; "
-                f"stock bf16 {row['stock_bfloat16_ms']} ms ({row['times_faster_than_bfloat16']}x), "
-                f"float32 {row['stock_float32_ms']} ms ({row['times_faster_than_float32']}x)"
-            )
+            print(text)
     print(json.dumps(result))
 
 

@@ -1,11 +1,11 @@
-"""How fast the drive gives experts when nothing is computed: the bound of every streamed token.
+"""Measure how fast the drive reads experts when nothing is computed: the bound of streaming.
 
     python benchmarks/disk.py CHECKPOINT [--depth 8] [--seconds 2]
 
-Reads whole ranges of random experts (the sizes that streaming reads), as many at one time as
-streaming does, past the page cache (O_DIRECT) into aligned buffers that are touched before. A
-token that misses M bytes cannot take less than M / this. Figures count the bytes of the ranges,
-not those that alignment adds. Ends with one JSON line.
+It reads whole ranges of random experts (the sizes that streaming reads), as many at a time as
+streaming does, past the page cache (O_DIRECT) into aligned buffers whose pages were touched before.
+A token that misses M bytes cannot take less than M / this bandwidth. Figures count the bytes of the
+ranges, without those that alignment adds. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Range = tuple[Path, int, int]  # file, first byte, bytes
 
 
 def experts(path: Path, seed: int = 0) -> Iterator[Range]:
-    """The ranges of random experts of an MLX checkpoint, endlessly."""
+    """Yield the ranges of random experts of an MLX checkpoint, without end."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
 
     layers = list(Checkpoint.open(path).expert_layers.values())
@@ -39,7 +39,7 @@ def experts(path: Path, seed: int = 0) -> Iterator[Range]:
 
 
 def pieces(path: Path, size: int, seed: int = 0) -> Iterator[Range]:
-    """Random ranges of `size` bytes of one file, endlessly."""
+    """Yield random ranges of `size` bytes of one file, without end."""
     draw = random.Random(seed)
     places = path.stat().st_size // size
     while True:
@@ -47,7 +47,7 @@ def pieces(path: Path, size: int, seed: int = 0) -> Iterator[Range]:
 
 
 def bandwidth(ranges: Iterator[Range], depth: int, seconds: float) -> float | None:
-    """Bytes per second with `depth` reads in flight; None where the file system has no O_DIRECT."""
+    """Return bytes per second with `depth` reads in flight; None where O_DIRECT does not work."""
     if not hasattr(os, "O_DIRECT"):
         return None
     next(ranges)  # a generator may open a checkpoint first
@@ -59,8 +59,8 @@ def bandwidth(ranges: Iterator[Range], depth: int, seconds: float) -> float | No
     def work() -> None:
         buffer = mmap.mmap(-1, 1 << 23, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            buffer.madvise(mmap.MADV_HUGEPAGE)  # as slots have: twice as fast on some drives
-        buffer.write(bytes(len(buffer)))  # takes its pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)  # as slots do: twice as fast on some drives
+        buffer.write(bytes(len(buffer)))  # allocates its pages
         view = memoryview(buffer)
         begin.wait()
         stop = perf_counter() + seconds
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
-    found = bandwidth(experts(args.path), args.depth, args.seconds)
-    print(json.dumps({"benchmark": "disk", "depth": args.depth, "bytes_per_second": found}))
+    speed = bandwidth(experts(args.path), args.depth, args.seconds)
+    print(json.dumps({"benchmark": "disk", "depth": args.depth, "bytes_per_second": speed}))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How close the CPU kernels come to the speed of memory.
+"""Measure how close the CPU kernels come to the speed of memory.
 
-A token reads each weight of its experts once and uses it for one multiply-add, so decoding cannot
-go faster than memory: the bound is bytes of weights (with scales and biases) / read bandwidth. 4
-bits of weight cost about 3/16 of a 512-bit instruction to mask, convert and add, so with few cores
-the bound is arithmetic instead; with x rounded to int8 it is memory again. Prefill uses each weight
-for R rows: there a product over packed weights for each row meets `gemm`, which unpacks them once
-for all, and the crossover decides which one `matmul` takes. The bound is arithmetic; beside them
-stands BLAS on a matrix that is unpacked into memory first.
+A token reads each weight of its experts once and uses it for one multiply-add, so decode cannot be
+faster than memory: the bound is bytes of weights (with scales and biases) / read bandwidth. To
+mask, convert and add a 4-bit weight takes about 3/16 of a 512-bit instruction, so with few cores
+arithmetic is the bound instead; with x rounded to int8 it is memory again. Prefill uses each weight
+for R rows: the product that unpacks the weights for each row is compared with `gemm`, which unpacks
+them once for all rows; the crossover decides which one `matmul` takes. The bound there is
+arithmetic. For comparison, BLAS multiplies a matrix that was unpacked into memory first.
 
-Experts are walked through `--gib` of memory, far above the caches. Rounds alternate between all
-kernels and the plain read of memory, because a shared machine drifts; figures are medians. The
+The experts are spread over --gib of memory, far more than the caches hold. Rounds alternate between
+all kernels and a plain read of memory, because a shared machine drifts; figures are medians. The
 last line is JSON.
 
     python benchmarks/kernels.py [--gib 1] [--rounds 7]
@@ -19,6 +19,7 @@ import dataclasses
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import click
 import numba
@@ -34,6 +35,7 @@ WAYS = ("packed", "int8", "unpacked", "BLAS")
 
 @numba.njit(parallel=True, nogil=True, fastmath=True)
 def read(array):
+    """Read an array once, on all threads."""
     total = 0
     for i in numba.prange(array.size):
         total += array[i]
@@ -41,7 +43,7 @@ def read(array):
 
 
 def stack(pool: np.ndarray, height: int, width: int, bits: int = 4) -> Packed:
-    """As many matrices as the pool of bytes holds; their scales are zero, their bits its noise."""
+    """Return as many matrices as the pool of bytes holds: random codes, scales of zero."""
     row = width * bits // 8
     slots = pool.size // (height * row)
     weight = pool[: slots * height * row].reshape(slots, height, row)
@@ -52,13 +54,13 @@ def stack(pool: np.ndarray, height: int, width: int, bits: int = 4) -> Packed:
 
 
 def size(w: Packed) -> int:
-    """Bytes of one matrix."""
+    """Return the bytes of one matrix."""
     parts = (w.weight, w.scales, w.biases)
     return sum(part[0].nbytes for part in parts if part is not None)
 
 
 def decode(stacks, pairs: int):
-    """A call that takes the next `pairs` matrices, and the bytes that it reads."""
+    """Return a function that multiplies the next `pairs` matrices, and the bytes that it reads."""
     w = stacks[0]
     _, height, width = w.shape
     x, out = np.ones((1, width), np.float32), np.empty((pairs, height), np.float32)
@@ -77,16 +79,17 @@ def decode(stacks, pairs: int):
 
 
 def seconds(call, repeat: int) -> list[float]:
-    taken = []
+    """Return the seconds of each of `repeat` calls."""
+    times = []
     for _ in range(repeat):
         start = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
-    return taken
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def multiply(way: str, w, x, out):
-    """One of WAYS to multiply several rows, on a fresh matrix at each call."""
+    """Return a function that multiplies several rows in one of WAYS, by a new matrix each time."""
     slot, rows = 0, np.arange(len(x))
     tile = np.empty(w.shape[1:], np.float32)
     if way == "int8":
@@ -107,7 +110,7 @@ def multiply(way: str, w, x, out):
 
 
 @click.command()
-@click.option("--gib", default=1.0, help="Memory of experts to walk through.")
+@click.option("--gib", default=1.0, help="GiB of memory that the experts are spread over.")
 @click.option("--rounds", default=7)
 def main(gib: float, rounds: int) -> None:
     pool = np.random.default_rng(0).integers(0, 2**63, int(gib * 2**27), np.int64)
@@ -115,7 +118,7 @@ def main(gib: float, rounds: int) -> None:
     calls = {"read memory": (lambda: read(pool), pool.nbytes)}
     up = stack(noise, EXPERT, HIDDEN)
     down = stack(noise, HIDDEN, EXPERT)
-    cases = {}
+    cases: dict[str, tuple] = {}
     for pairs in (1, 4, 10):
         cases[f"gate_up 4-bit K={pairs}"] = (up, up), pairs
         cases[f"matvec 4-bit {HIDDEN}->{EXPERT} K={pairs}"] = (up,), pairs
@@ -133,23 +136,24 @@ def main(gib: float, rounds: int) -> None:
     tile = np.empty((EXPERT, HIDDEN), np.float32)
     calls["dequantize 4-bit"] = lambda: dequantize(up, 0, tile), size(up)
 
-    prefill, blas = {}, {}
+    prefill: dict[tuple, Callable] = {}
+    blas: dict[tuple, Callable] = {}
     for rows in (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 40, 64, 128, 512):
         x, out = np.ones((rows, HIDDEN), np.float32), np.empty((rows, EXPERT), np.float32)
         for way in WAYS:
             part = blas if way == "BLAS" else prefill
             part[rows, way] = multiply(way, up, x, out)
 
-    taken = defaultdict(list)
-    # BLAS last: its threads spin for a while after a call and slow what comes next.
+    times: dict = defaultdict(list)
+    # BLAS is last: its threads spin for a while after a call and slow down what comes next.
     for part in ({key: call for key, (call, _) in calls.items()}, prefill, blas):
-        for turn in range(rounds + 1):
+        for number in range(rounds + 1):
             for key, call in part.items():
                 long = key == "read memory" or key[0] in (128, 512)
-                took = seconds(call, 1 if long else 10)
-                if turn:  # the first one compiles
-                    taken[key] += took
-    medians = {key: float(np.median(took)) for key, took in taken.items()}
+                taken = seconds(call, 1 if long else 10)
+                if number:  # the first round compiles
+                    times[key] += taken
+    medians = {key: float(np.median(taken)) for key, taken in times.items()}
 
     speeds = {key: total / medians[key] / 1e9 for key, (_, total) in calls.items()}
     for name, speed in speeds.items():
@@ -157,9 +161,9 @@ def main(gib: float, rounds: int) -> None:
     print(f"\nmatmul {HIDDEN}->{EXPERT}, GFLOPS: rows " + " ".join(f"{way:>8}" for way in WAYS))
     table = []
     for rows in sorted({rows for rows, _ in prefill}):
-        speed = [2e-9 * rows * HIDDEN * EXPERT / medians[rows, way] for way in WAYS]
-        table.append([rows, *speed])
-        print(f"{rows:31} " + " ".join(f"{s:8.1f}" for s in speed))
+        flops = [2e-9 * rows * HIDDEN * EXPERT / medians[rows, way] for way in WAYS]
+        table.append([rows, *flops])
+        print(f"{rows:31} " + " ".join(f"{f:8.1f}" for f in flops))
     result = {"threads": numba.get_num_threads(), "gb_per_s": speeds, "matmul_gflops": table}
     print(json.dumps(result, default=float))
 

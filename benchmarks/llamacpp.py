@@ -1,21 +1,22 @@
-"""llama.cpp on the GGUF twin of synth.py's model: what streaming is compared with.
+"""Measure llama.cpp with the GGUF version of synth.py's model, to compare streaming with it.
 
     python benchmarks/synth_gguf.py OUT.gguf --layers 4 --experts 256
     python benchmarks/llamacpp.py OUT.gguf --warm           # all in memory
     python benchmarks/llamacpp.py OUT.gguf --limit 4GB      # mapped, in a memory cgroup
 
-Needs llama-cpp-python (0.3.36 or later; built with CMAKE_ARGS=-DGGML_NATIVE=ON it uses all that the
-processor has) in the interpreter that runs it, or in the one given by --python; no flashmoe.
+It needs llama-cpp-python, 0.3.36 or later, in the interpreter that runs it, or in the one given by
+--python; flashmoe is not needed. Built with CMAKE_ARGS=-DGGML_NATIVE=ON, it uses all instructions
+of the processor.
 
-The tokens are forced, so the routing is random and each token needs new experts. The cold pass
-starts from an empty page cache; the warm one gives the same tokens to the same process, with empty
-caches of the model. Without a limit that is the speed of memory: dense weights and K experts a
-layer, once through the cores for each token. With one, the experts that the page cache dropped come
-back by page faults, with what the kernel reads ahead around them (read_ahead_kb of the drive):
-`disk_bytes_per_token` beside the K experts that were needed says how much of it was for nothing.
+The tokens are given, so the routing is random and each token needs other experts. The cold run
+starts with an empty page cache; the warm one decodes the same tokens in the same process, with an
+empty KV cache. Without a limit the bound is the speed of memory: each token moves the dense weights
+and K experts of each layer through the cores once. With a limit, page faults read the experts that
+the page cache dropped, and the kernel reads ahead around them (read_ahead_kb of the drive):
+`disk_bytes_per_token` minus the bytes of the K experts was read in vain.
 
 Weights that are repacked for the processor are a copy in memory, which would not fit under a limit:
-repacking is off there. Ends with one JSON line.
+repacking is off there. The last line is JSON.
 """
 
 import argparse
@@ -30,15 +31,16 @@ from statistics import mean, median
 import disk
 import runs
 
-MATRIX_BYTES = 2_359_296  # of one of the three matrices of an expert
+MATRIX_BYTES = 2_359_296  # one of the three matrices of an expert
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _silent(level, text, data) -> None:
-    """In place of llama.cpp's log."""
+    """Drop a message of llama.cpp's log."""
 
 
 def load(path: Path, threads: int, context: int, repack: bool):
+    """Load a model; return the API, the model and a context of `context` tokens."""
     import llama_cpp as api
 
     api.llama_log_set(_silent, None)
@@ -48,25 +50,25 @@ def load(path: Path, threads: int, context: int, repack: bool):
     model_params.use_extra_bufts = repack
     model = api.llama_model_load_from_file(str(path).encode(), model_params)
     if not model:
-        raise SystemExit(f"llama.cpp cannot load {path}")
+        raise SystemExit(f"llama.cpp cannot load {path}: write it again with synth_gguf.py.")
     params = api.llama_context_default_params()
     params.n_ctx = context
     params.n_threads = params.n_threads_batch = threads
     context = api.llama_init_from_model(model, params)
     if not context:
-        raise SystemExit("llama.cpp cannot make a context")
+        raise SystemExit("llama.cpp cannot create a context: there may be too little memory.")
     return api, model, context
 
 
 def measure(api, context, prompt: list[int], forced: list[int]) -> dict:
-    """One pass: the prompt at once, then token by token."""
+    """Prefill the prompt, decode the forced tokens, and return the figures."""
     api.llama_memory_clear(api.llama_get_memory(context), True)
 
     def decode(tokens: list[int]) -> float:
         start = time.perf_counter()
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         if failed := api.llama_decode(context, api.llama_batch_get_one(ids, len(tokens))):
-            raise SystemExit(f"llama_decode gave {failed}")
+            raise SystemExit(f"llama_decode failed with {failed}.")
         api.llama_synchronize(context)
         return time.perf_counter() - start
 
@@ -77,10 +79,10 @@ def measure(api, context, prompt: list[int], forced: list[int]) -> dict:
     used = runs.Usage()
     seconds = [decode([token]) for token in forced]
     usage = used.so_far()
-    # With numbers that are none, every token would choose the same experts.
+    # With NaN in the hidden states, every token would choose the same experts.
     vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context)))
     if not all(map(math.isfinite, api.llama_get_logits_ith(context, -1)[:vocab])):
-        raise SystemExit("llama.cpp's logits are not finite")
+        raise SystemExit("llama.cpp's logits are not finite: the file does not fit this version.")
     return {
         "prefill_tokens_per_second": round(len(prompt) / took, 2),
         "prefill_disk_bytes": prefill["disk_bytes"],
@@ -94,6 +96,7 @@ def measure(api, context, prompt: list[int], forced: list[int]) -> dict:
 
 
 def child(args: argparse.Namespace) -> dict:
+    """Measure the disk, one or two runs, and the disk again, in this process."""
     ranges = disk.pieces(args.path, MATRIX_BYTES)
     raw = [disk.bandwidth(ranges, args.depth, args.raw_seconds)]
     start = time.perf_counter()
@@ -102,30 +105,32 @@ def child(args: argparse.Namespace) -> dict:
     loaded = time.perf_counter() - start
     vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     ids = runs.tokens(args.tokens, args.prompt + args.steps, vocab, args.seed)
-    found = {"version": api.__version__, "system": api.llama_print_system_info().decode()}
-    found["load_seconds"] = round(loaded, 2)
+    report = {"version": api.__version__, "system": api.llama_print_system_info().decode()}
+    report["load_seconds"] = round(loaded, 2)
     for name in ("cold", "warm") if args.warm else ("cold",):
-        found[name] = measure(api, context, ids[: args.prompt], ids[args.prompt :])
+        report[name] = measure(api, context, ids[: args.prompt], ids[args.prompt :])
     raw.append(disk.bandwidth(ranges, args.depth, args.raw_seconds))
     if None not in raw:
-        found["raw_gb_s_before"], found["raw_gb_s_after"] = (round(r / 1e9, 3) for r in raw)
-    found["swapped"] = runs.swapped()
-    return found
+        report["raw_gb_s_before"], report["raw_gb_s_after"] = (round(r / 1e9, 3) for r in raw)
+    report["swapped"] = runs.swapped()
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="a file written by synth_gguf.py")
-    parser.add_argument("--python", default=sys.executable, help="interpreter with llama_cpp")
-    parser.add_argument("--limit", default="none", help="of the cgroup, such as 4GB")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has llama_cpp")
+    parser.add_argument("--limit", default="none", help="memory limit of the cgroup, such as 4GB")
     parser.add_argument("--keep-cache", action="store_true", help="do not drop the page cache")
     parser.add_argument("--repack", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded")
-    parser.add_argument("--tokens", type=Path, help="ids between white space; else random ones")
-    parser.add_argument("--warm", action="store_true", help="a second pass in the same process")
+    parser.add_argument(
+        "--tokens", type=Path, help="file of ids between white space; else random ids"
+    )
+    parser.add_argument("--warm", action="store_true", help="run again in the same process")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--depth", type=int, default=8, help="of the raw reads of the disk")
+    parser.add_argument("--depth", type=int, default=8, help="reads in flight, for raw speed")
     parser.add_argument("--raw-seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=2)

@@ -1,15 +1,16 @@
-"""Would it pay to read the next layer's experts before its router was asked?
+"""Measure whether it pays to read the next layer's experts before its router has chosen.
 
     python benchmarks/lookahead.py flashmoe-demo --slots 30
     python benchmarks/lookahead.py /tmp/synth397 --memory 3.2GB
 
-While a layer waits for its experts, the router of the next one looks at this layer's state: what it
-would pick, and is not resident, is read behind this layer's own reads. The physics: the disk is
-idle while attention and the tail of the expert block are computed, so right guesses are free there;
-a wrong guess costs the time of its bytes, and the slot of an expert that may be needed.
+While a layer waits for its experts, the router of the next layer is applied to this layer's hidden
+state: the experts that it picks and that are not resident are read after this layer's own reads.
+The physics: the disk is idle while attention and the end of the expert block are computed, so right
+guesses cost nothing there; a wrong guess costs the time of its bytes, and the slot of an expert
+that may be needed.
 
-Each number of guesses a layer runs for some tokens in turn; figures are of all rounds. right: share
-of the guessed experts that the next layer picked. Ends with one JSON line.
+The numbers of guesses per layer alternate, some tokens each; figures are over all rounds. right:
+share of the guessed experts that the next layer picked. The last line is JSON.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class Ahead:
 
     def __init__(self, model):
         self.guesses = 0
-        self.counts = defaultdict(lambda: [0, 0])  # guesses a layer -> guessed, right
+        self.counts = defaultdict(lambda: [0, 0])  # guesses per layer -> guessed, right
         self._next, self._guessed = {}, {}
         layers = model.layers
         for layer, following in zip(layers, layers[1:], strict=False):
@@ -43,18 +44,19 @@ class Ahead:
             )
             self._next[id(layer.mlp)] = following.mlp, scale
 
-    def sweep(self, block, xs):
-        """SharedExpertBlock.sweep, and the guess after its reads were started."""
+    def run(self, block, xs, residuals):
+        """Do what SharedExpertBlock.run does, and guess when its own reads have been started."""
         routed = [route(block, x) for x in xs]
         call = block.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
         decoding = len(xs) == 1 and xs[0].size == xs[0].shape[-1]
         if decoding and self.guesses:
             self._check(block, routed[0][0])
             self._guess(block, xs[0])
-        shared = [mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x) for x in xs]
+        shared = [block.shared(x) for x in xs]
         mx.async_eval(shared)
-        for y, s in zip(call.finish([scores for _, scores in routed]), shared, strict=True):
-            yield y + s
+        sums = call.finish([scores for _, scores in routed])
+        for y, s, residual in zip(sums, shared, residuals, strict=True):
+            yield y + s if residual is None else residual + (y + s)
 
     def _check(self, block, indices):
         guessed = self._guessed.pop(id(block), ())
@@ -81,19 +83,22 @@ def main() -> None:
     parser.add_argument("--memory")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--guesses", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--tokens", type=int, default=10, help="of a turn")
+    parser.add_argument(
+        "--tokens", type=int, default=10, help="tokens of each number of guesses per round"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     checkpoint = Checkpoint.open(find(args.model))
     model = load_streaming(checkpoint, memory=args.memory, slots=args.slots, prompt_cache=None)
     ahead = Ahead(model)
-    SharedExpertBlock.sweep = lambda block, xs: ahead.sweep(block, xs)
+    SharedExpertBlock.run = lambda block, xs, residuals: ahead.run(block, xs, residuals)
     model.elastic_slots.fit_decoding([args.tokens * args.rounds * len(args.guesses)])
     cache = make_prompt_cache(model)
     drawn = random.Random(3)
-    token, taken = 1, defaultdict(list)
-    loaded = defaultdict(int)
-    for turn in range(args.rounds + 1):
+    token = 1
+    seconds: dict[int, list[float]] = defaultdict(list)
+    loaded: dict[int, int] = defaultdict(int)
+    for number in range(args.rounds + 1):
         for n in args.guesses:
             ahead.guesses = n
             before = model.stats.reads.bytes
@@ -101,12 +106,12 @@ def main() -> None:
                 start = time.perf_counter()
                 logits = model.next_logits([token], cache)
                 mx.eval(logits, [c.state for c in cache])
-                if turn:  # the first round fills the slots
-                    taken[n].append(time.perf_counter() - start)
-                # Of a real model, its own text; sampled, or it repeats itself.
+                if number:  # the first round fills the slots
+                    seconds[n].append(time.perf_counter() - start)
+                # The text is the model's own, sampled, because greedy text repeats itself.
                 likely = np.argsort(-np.array(logits[0]))[:5].tolist()
                 token = drawn.choice(likely)
-            if turn:
+            if number:
                 loaded[n] += model.stats.reads.bytes - before
     rows = []
     for n in args.guesses:
@@ -115,8 +120,8 @@ def main() -> None:
             {
                 "guesses": n,
                 "right": round(right / guessed, 3) if guessed else None,
-                "ms": round(1e3 * median(taken[n]), 2),
-                "mb_a_token": round(loaded[n] / len(taken[n]) / 1e6, 2),
+                "ms": round(1e3 * median(seconds[n]), 2),
+                "mb_a_token": round(loaded[n] / len(seconds[n]) / 1e6, 2),
             }
         )
         print(rows[-1])

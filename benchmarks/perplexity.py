@@ -1,12 +1,14 @@
-"""What activations in int8 cost in quality, on text of the model's own.
+"""Measure what int8 activations cost in quality, on text of the model's own.
 
-The model answers questions in float32, sampled at temperature 1. Then the answers are forced token
-by token, so that every product is one of decode, in float32 and in int8. Ends with one JSON line.
+The model answers questions in float32, sampled at temperature 1. Then the tokens of the answers are
+decoded one by one, so that decode computes every product, in float32 and in int8. The last line is
+JSON.
 
     python benchmarks/perplexity.py [MODEL] [--tokens 50]
 
-nll: mean of -log p of the answers' tokens; standard_error: of the difference of the two. kl: of the
-int8 distribution from the float32 one. same_top: share of tokens whose likeliest token is the same.
+nll: mean of -log p of the answers' tokens; standard_error: standard error of the difference of the
+two. kl: mean KL divergence of the int8 distribution from the float32 one. same_top: share of tokens
+for which both have the same most likely token.
 """
 
 import argparse
@@ -22,12 +24,12 @@ from flashmoe.catalog import DEMO, find
 from flashmoe.sweep.documents import QUESTIONS, EvalDocument, sample_answers
 from flashmoe.sweep.fidelity import token_differences
 
-#: Those of the figures in the README.
+#: The questions behind the figures of docs/benchmarks.md.
 ASKED = QUESTIONS[:12]
 
 
 def forced(model, texts: list[EvalDocument]) -> np.ndarray:
-    """Logits (tokens of all answers, vocabulary), each row given what is before its token."""
+    """Return logits (tokens of all answers, vocabulary): each row comes before its token."""
     rows = []
     for text in texts:
         cache = make_prompt_cache(model)
@@ -42,16 +44,16 @@ def forced(model, texts: list[EvalDocument]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=DEMO)
-    parser.add_argument("--tokens", type=int, default=50, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=50, help="the most tokens of an answer")
     args = parser.parse_args()
-    found, texts = {}, None
+    logits, texts = {}, None
     for activations in ("float32", "int8"):
         model, tokenizer = flashmoe.load(find(args.model), activations=activations)
         texts = texts or sample_answers(model, tokenizer, ASKED, max_tokens=args.tokens)
-        found[activations] = forced(model, texts)
+        logits[activations] = forced(model, texts)
         model.close()
     tokens = np.array([token for text in texts for token in text.predicted])
-    nll, excess, kl, same = token_differences(found["float32"], found["int8"], tokens).T
+    nll, excess, kl, same = token_differences(logits["float32"], logits["int8"], tokens).T
     means = {"float32": (nll - excess).mean(), "int8": nll.mean()}
     result = {
         "tokens": len(tokens),

@@ -1,25 +1,26 @@
-"""Holds what `flashmoe plan` predicts against what was published, and against runs here.
+"""Compare the predictions of `flashmoe plan` with published speeds, and with runs here.
 
     python benchmarks/synth.py /tmp/synth --layers 4 --experts 256
     python benchmarks/plan.py /tmp/synth            # both, some 5 minutes
     python benchmarks/plan.py                       # what was published, and the table of Macs
 
-Published: danveloper/flash-moe, Qwen3.5-397B-A17B at 4 bits on an M3 Max of 48 GB. Those engines
-are not ours: the page cache, or an LRU cache in front of it, holds their experts, and reads and
-maths take turns. So each is a profile of `speed.Costs`, for the same formula; its constants are
-parts that its authors published (the time of a layer without reads, bandwidths). None is fitted to
-the tokens per second that are predicted. Hit rates are LRU's on the frequencies of replay.py.
+Published: danveloper/flash-moe, Qwen3.5-397B-A17B at 4 bits on an M3 Max of 48 GB. Its engines
+differ from flashmoe: the page cache, or an LRU cache in front of it, holds the experts, and they
+compute nothing while they read. So each engine has its own `speed_model.Costs` for the same
+formula, from parts that its authors published (the time of a layer without reads, bandwidths). No
+constant is fitted to the tokens per second that are predicted. Hit rates are those of LRU on the
+frequencies of replay.py.
 
-Here: each case runs `flashmoe plan`'s own code and then the real engine (streaming.py) in a memory
-cgroup of the same size, and the plan again: where a disk drifts, the mean of both is held against
-the run, and both are in the result. Tokens and routers of the checkpoint are random, so the plan is
-told that routing is uniform; but random routers are a little uneven, so what is held against the
-run is the same formula with the hit rate of the run's own routing, replayed through the slots alone
-(`off`; with that of uniform routing `off_uniform`). `off_own_disk` also takes what the disk gave
-while the run was reading: where it is small and `off` is not, the disk changed between plan and
-run, and the formula is right. Off is predicted / measured - 1.
+Here: each case runs the code of `flashmoe plan`, then the real engine (streaming.py) in a memory
+cgroup of the same size, then the plan again. The mean of both plans is compared with the run, in
+case the disk drifts; the result has both. Tokens and routers of the checkpoint are random, so the
+plan assumes uniform routing. But random routers are a little uneven, so `off` compares the run with
+the same formula at the hit rate of the run's own routing, replayed through the slots alone
+(`off_uniform`: at the hit rate of uniform routing). `off_own_disk` also uses the bandwidth of the
+disk while the run was reading: if it is small and `off` is not, then the disk changed between plan
+and run, and the formula is right. All of these are predicted / measured - 1.
 
-Ends with one JSON line.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -52,8 +53,17 @@ MACS = (
 
 @dataclass(frozen=True)
 class Published:
-    """tokens_per_second: as published. cache_nbytes: of experts. layer_ms: of a layer without its
-    reads. disk_gb_s, cached_gb_s: reads that miss and hit the cache."""
+    """A published speed, and the published parts that predict it.
+
+    Attributes:
+        what: the engine.
+        tokens_per_second: the published speed.
+        k: experts per token.
+        cache_nbytes: bytes of experts that are cached.
+        layer_ms: time of a layer without its reads.
+        disk_gb_s, cached_gb_s: bandwidth of reads that miss the cache, and that hit it.
+        source: where the parts are from.
+    """
 
     what: str
     tokens_per_second: float
@@ -93,7 +103,7 @@ PUBLISHED = (
 
 @contextmanager
 def hollow(layers: int = 60, experts: int = 512) -> Iterator[Path]:
-    """The 397B as synth.py writes it, with a hole instead of weights."""
+    """Yield a checkpoint in the size of the 397B, with a hole in the file instead of weights."""
     from flashmoe.checkpoint.safetensors_writer import encode_header
 
     with tempfile.TemporaryDirectory() as directory:
@@ -109,6 +119,7 @@ def hollow(layers: int = 60, experts: int = 512) -> Iterator[Path]:
 
 
 def published(path: Path) -> list[dict]:
+    """Predict the published speeds for the checkpoint of `hollow`."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.plan.speed_model import Costs, Geometry, decode_step
 
@@ -123,7 +134,7 @@ def published(path: Path) -> list[dict]:
             slots = int(row.cache_nbytes / EXPERT_NBYTES / model.layers)
             hits = hit_rate(drawn[row.k], 150, lambda layer, n=slots: LRU(n, shares.shape[1]))
         costs = Costs(
-            weights_gb_s=inf,  # is in the layer's time
+            weights_gb_s=inf,  # the time of a layer includes it
             layer_seconds=row.layer_ms / 1e3,
             disk_gb_s=row.disk_gb_s,
             prompt_gflops=inf,
@@ -147,7 +158,7 @@ def published(path: Path) -> list[dict]:
 
 
 def macs(path: Path) -> list[dict]:
-    """Predictions for the 397B, K as trained and 4."""
+    """Predict the speed of the 397B on MACS, with the trained K and with K=4."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.errors import BudgetError
     from flashmoe.plan.estimate import PlanOptions, estimate_speed, split_memory
@@ -157,7 +168,7 @@ def macs(path: Path) -> list[dict]:
     rows = []
     for name in MACS:
         mac = find_machine(name)
-        row = {"machine": name}
+        row: dict = {"machine": name}
         for k in (10, 4):
             options = PlanOptions(experts=k)
             try:
@@ -165,20 +176,20 @@ def macs(path: Path) -> list[dict]:
             except BudgetError:
                 row |= {f"k{k}": None}
                 continue
-            found = estimate_speed(checkpoint, options, split, mac.costs)
+            speed = estimate_speed(checkpoint, options, split, mac.costs)
             row["slots"] = split.slots
             row[f"k{k}"] = {
-                "tokens_per_second": round(found.token.tokens_per_second, 2),
-                "hit_rate": round(found.hit_rate, 3),
-                "first_token_seconds": round(found.prompt.seconds, 1),
-                "bound": found.token.bound,
+                "tokens_per_second": round(speed.token.tokens_per_second, 2),
+                "hit_rate": round(speed.hit_rate, 3),
+                "first_token_seconds": round(speed.prompt.seconds, 1),
+                "bound": speed.token.bound,
             }
         rows.append(row)
     return rows
 
 
 def planned(args: argparse.Namespace, case: dict) -> dict:
-    """What the plan of this process says, in a process of its own."""
+    """Plan for this process, with code of `flashmoe plan`."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.plan import speed_probe
     from flashmoe.plan.estimate import PlanOptions, Source, estimate
@@ -190,37 +201,37 @@ def planned(args: argparse.Namespace, case: dict) -> dict:
         experts=case["k"], memory=case["memory"], prompt=args.prompt, routing="uniform"
     )
     checkpoint = Checkpoint.open(args.path)
-    found = render_json(estimate("", checkpoint, Source(args.path), options))
-    if found["why_not"]:
-        raise SystemExit(found["why_not"])
+    report = render_json(estimate("", checkpoint, Source(args.path), options))
+    if report["why_not"]:
+        raise SystemExit(report["why_not"])
     return {
-        "slots": found["memory"]["slots"],
-        "hit_rate": found["routing"]["hit_rate"],
-        "step": found["token"]["seconds"],
-        "bound": found["token"]["bound"],
-        "first_token": found["prompt"]["seconds"],
-        "costs": found["costs"],
+        "slots": report["memory"]["slots"],
+        "hit_rate": report["routing"]["hit_rate"],
+        "step": report["token"]["seconds"],
+        "bound": report["token"]["bound"],
+        "first_token": report["prompt"]["seconds"],
+        "costs": report["costs"],
     }
 
 
 def ran(args: argparse.Namespace, case: dict) -> dict:
-    """What streaming.py measures, and GB/s of the disk while it was reading for decoding."""
+    """Run streaming.py's measurement; add the GB/s of the disk while it was read in decode."""
     from timeline import Recorder, busy
 
     from flashmoe.ops import backend as ops
 
     recorder = Recorder()
     with recorder.recording(ops.pick()):
-        found = streaming.child(args, case)
+        report = streaming.child(args, case)
     reads = [s for s in recorder.spans if s.kind == "read"]
-    end, seconds = max(s.end for s in reads), args.steps / found["cold"]["tokens_per_second_mean"]
+    end, seconds = max(s.end for s in reads), args.steps / report["cold"]["tokens_per_second_mean"]
     reading = busy(reads, end - seconds, end)
-    nbytes = found["cold"]["bytes_per_token"] * args.steps
-    return found | {"reading_gb_s": nbytes / reading / 1e9 if reading else None}
+    nbytes = report["cold"]["bytes_per_token"] * args.steps
+    return report | {"reading_gb_s": nbytes / reading / 1e9 if reading else None}
 
 
 def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float, disk_gb_s=None) -> float:
-    """Seconds of a step by the costs of a plan, this hit rate, and this disk."""
+    """Return the seconds of a step by the costs of a plan, at this hit rate and disk speed."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.plan.speed_model import Costs, Geometry, decode_step
 
@@ -232,7 +243,7 @@ def replayed(args: argparse.Namespace, plan: dict, k: int, hits: float, disk_gb_
 
 
 def here(args: argparse.Namespace, case: dict) -> dict:
-    """One case: plan, run, plan."""
+    """Measure one case: plan, run, plan."""
     limit = runs.nbytes(case["limit"])
 
     def child(what: str) -> dict:
@@ -282,8 +293,10 @@ def main() -> None:
         parents=[streaming.options("?")],
     )
     parser.add_argument("--case", action="append", help='such as "memory=3GB k=4"')
-    parser.add_argument("--room", default="1GB", help="limit of the cgroup - memory, or none")
-    parser.add_argument("--probe-seconds", type=float, help="of each probe, instead of a plan's")
+    parser.add_argument(
+        "--room", default="1GB", help="limit of the cgroup minus the memory, or none"
+    )
+    parser.add_argument("--probe-seconds", type=float, help="seconds of each probe of the plan")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.set_defaults(prompt=128, steps=32, io="direct", raw_seconds=1.0)
     args = parser.parse_args()
@@ -292,7 +305,7 @@ def main() -> None:
         what, case = json.loads(args.child)
         print(json.dumps({"plan": planned, "run": ran}[what](args, case)))
         return
-    result = {"benchmark": "plan"}
+    result: dict = {"benchmark": "plan"}
     with hollow() as path:
         result |= {"published": published(path), "macs": macs(path)}
     if args.path is not None:
@@ -304,10 +317,15 @@ def main() -> None:
             cases[text] = case
         result["here"] = runs.alternated(cases, args.rounds, lambda case: here(args, case))
     for row in result["published"]:
-        name = f"{row['what']}, K={row['k']}"
-        print(f"{name}: {row['predicted']} for {row['published']}, {row['off']:+.0%}")
+        print(
+            f"{row['what']}, K={row['k']}: predicted {row['predicted']} tokens/s, "
+            f"published {row['published']}, {row['off']:+.0%}"
+        )
     for name, row in result.get("here", {}).items():
-        print(f"{name}: {row['predicted']} for {row['measured']}, {row['off']:+.0%}")
+        print(
+            f"{name}: predicted {row['predicted']} tokens/s, measured {row['measured']}, "
+            f"{row['off']:+.0%}"
+        )
     print(json.dumps(result))
 
 

@@ -1,6 +1,7 @@
-"""Slot policies for one layer, without bytes: what `replay.py` compares.
+"""Implement the slot policies that replay.py compares, for one layer and without bytes.
 
-Each has `access(experts)`: how many of one token's K experts it missed; all are resident then.
+The method `access(experts)` of a policy returns how many of the K experts of a token it missed; all
+of them are resident afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from flashmoe.streaming.slot_table import SlotTable
 
 
 class Aged:
-    """flashmoe's own: frequency that halves every `half_life` tokens. With a very long one it is
-    plain LFU."""
+    """flashmoe's own policy: counts of uses, which halve every `half_life` tokens.
+
+    With a very long half-life it is plain LFU.
+    """
 
     def __init__(self, num_slots: int, num_experts: int, half_life: float = 128.0):
         self.slots = SlotTable(num_slots, num_experts, half_life)
@@ -28,7 +31,7 @@ class Aged:
 
 
 class LRU:
-    """The one that was used longest ago leaves."""
+    """Evicts the least recently used expert."""
 
     def __init__(self, num_slots: int, num_experts: int):
         self.num_slots = num_slots
@@ -45,8 +48,10 @@ class LRU:
 
 
 class S3FIFO:
-    """A small queue that most leave again, a main one for those that came back, and the names of
-    those that left (Yang et al., SOSP 2023)."""
+    """Has a small queue for new experts and a main queue for those that are used again.
+
+    It also remembers which experts left the small queue (Yang et al., SOSP 2023).
+    """
 
     def __init__(self, num_slots: int, num_experts: int, small: float = 0.1):
         self.num_slots = num_slots
@@ -72,10 +77,10 @@ class S3FIFO:
         return len(missing)
 
     def _evict(self, pinned: Collection[int]) -> None:
-        """One that no token needs now leaves. There is one: slots are K at least."""
+        """Evict an expert that this token does not need. There is one: slots are at least K."""
         while True:
-            settled = any(expert not in pinned for expert in self.main)
-            from_small = self.small and (len(self.small) > self.small_limit or not settled)
+            main_can_evict = any(expert not in pinned for expert in self.main)
+            from_small = self.small and (len(self.small) > self.small_limit or not main_can_evict)
             queue = self.small if from_small else self.main
             expert = queue.popleft()
             if expert in pinned or self.uses[expert] > 0:
@@ -92,12 +97,12 @@ class S3FIFO:
 
 
 class Pinned:
-    """A hot set that never leaves takes `share` of the slots, `Aged` has the others."""
+    """Keeps the hottest experts in `share` of the slots for good; `Aged` uses the other slots."""
 
     def __init__(self, num_slots: int, num_experts: int, hot: Sequence[int], share: float = 0.5):
         at_least = min(num_slots, 12)
-        kept = max(0, min(int(num_slots * share), num_slots - at_least))
-        self.hot = set(hot[:kept])
+        pinned = max(0, min(int(num_slots * share), num_slots - at_least))
+        self.hot = set(hot[:pinned])
         self.others = Aged(num_slots - len(self.hot), num_experts)
 
     def access(self, experts: Sequence[int]) -> int:
@@ -105,7 +110,11 @@ class Pinned:
 
 
 class Clairvoyant:
-    """The one whose next use is furthest away leaves: no policy can miss less. Needs the future."""
+    """Evicts the expert whose next use is furthest away: no policy can miss less.
+
+    Args:
+        future: the experts of all tokens that will come.
+    """
 
     def __init__(self, num_slots: int, future: Sequence[Sequence[int]]):
         self.num_slots = num_slots
@@ -129,6 +138,6 @@ class Clairvoyant:
 
 
 def hottest(steps: Sequence[Sequence[int]]) -> list[int]:
-    """The experts of some steps, most used first."""
+    """Return the experts of some steps, most used first."""
     counts = Counter(expert for experts in steps for expert in experts)
     return [expert for expert, _ in counts.most_common()]

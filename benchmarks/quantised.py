@@ -1,14 +1,14 @@
-"""What `flashmoe quantize` costs in quality, on text of the model's own.
+"""Measure what `flashmoe quantize` costs in quality, on text of the model's own.
 
 The model answers the questions of benchmarks/perplexity.py, sampled at temperature 1. Every other
-answer is the calibration text; the rest is forced through the model and through versions of it with
-fewer bits: plain rounding as MLX does it, the search, and the search with calibration. Prints one
-JSON line a version.
+answer is the calibration text. The others are the test text: the model and versions of it with
+fewer bits compute the probabilities of their tokens. The versions are plain rounding as MLX does
+it, the search, and the search with calibration. Prints one JSON line for each version.
 
     python benchmarks/quantised.py [MODEL] [--gate-up 2] [--down 4] [--tokens 80]
 
-kl: of a version's distribution from the model's, a token. same_top: share of tokens whose likeliest
-token is the same.
+kl: mean KL divergence of a version's distribution from the model's. same_top: share of tokens for
+which both have the same most likely token.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from flashmoe.sweep.fidelity import compare_with_exact, save_exact_logits
 
 
 def plain(w, importance, bits, group_size, dtype) -> Rounded:
-    """MLX's own rounding, in the dtype of the checkpoint. Its errors are not known here."""
+    """Round as MLX does, in the dtype of the checkpoint; the errors are not computed."""
     kind = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}[dtype]
-    weight, *both = mx.quantize(mx.array(w).astype(kind), group_size, bits)
-    both = (np.array(a.astype(mx.float32)) for a in both)
-    return Rounded(np.array(weight), *both, 0.0, float("inf"))
+    weight, *scales_biases = mx.quantize(mx.array(w).astype(kind), group_size, bits)
+    scales, biases = (np.array(a.astype(mx.float32)) for a in scales_biases)
+    return Rounded(np.array(weight), scales, biases, 0.0, float("inf"))
 
 
 def main() -> None:
@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=DEMO)
     parser.add_argument("--gate-up", type=int, default=2)
     parser.add_argument("--down", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=80, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=80, help="the most tokens of an answer")
     args = parser.parse_args()
     path = find(args.model)
     scratch = tempfile.TemporaryDirectory()
     exact = Path(scratch.name, "exact")
     model, tokenizer = flashmoe.load(path)
-    found = sample_answers(model, tokenizer, ASKED, max_tokens=args.tokens)
-    texts = found[1::2]
+    documents = sample_answers(model, tokenizer, ASKED, max_tokens=args.tokens)
+    texts = documents[1::2]
     save_exact_logits(model, texts, exact)
     model.close()
     plan = make_plan(Checkpoint.open(path), Recipe(args.gate_up, args.down))
@@ -61,7 +61,7 @@ def main() -> None:
             run = quantize.Quantizer(plan, Path(out, "model"), {})
             if name == "calibrated":
                 text = Path(out, "text")
-                text.write_text("\n".join(tokenizer.decode(d.tokens) for d in found[::2]))
+                text.write_text("\n".join(tokenizer.decode(d.tokens) for d in documents[::2]))
                 run.importance = calibrate(plan.checkpoint, text)
             settings = quantize.run_settings(plan, SHARD_NBYTES, None)
             quantize.prepare_directory(plan, run.directory, settings)

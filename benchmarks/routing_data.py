@@ -1,13 +1,13 @@
-"""Writes core/flashmoe/plan/routing.json: what real routing says of hit rates, for `flashmoe plan`.
+"""Write core/flashmoe/plan/routing.json: the hit rates of real routing, for `flashmoe plan`.
 
     python benchmarks/routing_data.py [OUT]
 
-Replays the traces (see replay.py for what they are) through flashmoe's own slot policy, for several
-K and numbers of slots: hits are counted in the second half. The union, the share of a layer's
-experts that some tokens need together, is counted in windows of the trace as far as it goes, and
-computed from frequencies beyond that and for the 397B: 1 - (1 - p)^tokens, each count half a token
-higher, because experts that 150 tokens did not take are not unused for ever. About a minute. Ends
-with one JSON line.
+It replays the traces (replay.py describes them) through flashmoe's own slot policy, for several K
+and numbers of slots; hits are counted in the second half. The union is the share of a layer's
+experts that some tokens need together. It is counted in windows of the trace as far as the trace is
+long enough; beyond that, and for the 397B, it is computed from frequencies as 1 - (1 - p)^tokens.
+There each count is half a token higher, because experts that 150 tokens did not choose may still be
+chosen later. This takes about a minute. The last line is JSON.
 """
 
 import argparse
@@ -26,70 +26,77 @@ SEEN = 150  # tokens behind the frequencies of the 397B
 
 
 def hit_rates(layers: Sequence[Layer], warm: int, experts: int, sizes: Sequence[int]) -> list:
-    """Of each number of slots."""
+    """Return the hit rate for each number of slots."""
     return [
         round(hit_rate(layers, warm, lambda layer, n=slots: Aged(n, experts)), 4) for slots in sizes
     ]
 
 
 def expected_union(shares: np.ndarray, seen: int, k: int) -> list[float]:
-    """shares [layers, experts]: of `seen` tokens that took each expert."""
+    """Return the expected union for each number of TOKENS.
+
+    Args:
+        shares: (layers, experts), share of tokens that chose each expert.
+        seen: the number of tokens behind the shares.
+    """
     smooth = shares * seen + 0.5
     p = np.minimum(1, smooth * k / smooth.sum(1, keepdims=True))
     return [round(float((1 - (1 - p) ** n).mean()), 4) for n in TOKENS]
 
 
 def counted_union(layers: Sequence[Layer], experts: int) -> list[float]:
-    """Of all windows of as many tokens; no longer than half of the trace."""
-    found = []
+    """Return the mean union of windows of TOKENS, as long as half of the trace at most."""
+    shares = []
     for n in (n for n in TOKENS if n <= len(layers[0]) // 2):
         sizes = [
             len({e for step in layer[i : i + n] for e in step})
             for layer in layers
             for i in range(0, len(layer) - n + 1, n)
         ]
-        found.append(round(float(np.mean(sizes)) / experts, 4))
-    return found
+        shares.append(round(float(np.mean(sizes)) / experts, 4))
+    return shares
 
 
 def of_trace() -> dict:
+    """Return the data of the trace of Qwen3-30B-A3B."""
     layers, prompt, experts = read_trace(TRACES / "qwen3-30b-a3b.route.csv.gz")
     warm = prompt + (len(layers[0]) - prompt) // 2
     sizes = [4, 8, 12, 16, 24, 32, 48, 64, 96]
-    found = {"hit_rate": {}, "union": {}}
+    data: dict[str, dict] = {"hit_rate": {}, "union": {}}
     for k in (2, 4, 6):
-        # The router's choices are in the order of their weights.
+        # The trace has the experts in the order of their weights.
         pruned = [[step[:k] for step in layer] for layer in layers]
-        found["hit_rate"][k] = hit_rates(pruned, warm, experts, sizes)
+        data["hit_rate"][k] = hit_rates(pruned, warm, experts, sizes)
         counts = [np.bincount(np.ravel(layer), minlength=experts) for layer in pruned]
         seen = len(layers[0])
         counted = counted_union(pruned, experts)
         beyond = expected_union(np.array(counts) / seen, seen, k)[len(counted) :]
-        found["union"][k] = counted + [max(counted[-1], share) for share in beyond]
+        data["union"][k] = counted + [max(counted[-1], share) for share in beyond]
     return {
         "experts": experts,
         "what": "156 consecutive tokens of Qwen3-30B-A3B, run with K=6 of 128",
         "doubts": "one short text, of which 64 tokens warm up the slots",
         "shares": [slots / experts for slots in sizes],
-        **found,
+        **data,
     }
 
 
 def of_frequencies() -> dict:
+    """Return the data of the frequencies of Qwen3.5-397B-A17B."""
     shares = read_frequencies(TRACES / "qwen3.5-397b.freq")
     experts = shares.shape[1]
     sizes = [12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384]
-    found = {"hit_rate": {}, "union": {}}
+    data: dict[str, dict] = {"hit_rate": {}, "union": {}}
     for k in (2, 4, 6, 8, 10):
-        found["hit_rate"][k] = hit_rates(draw(shares, DRAWN, k), DRAWN // 2, experts, sizes)
-        found["union"][k] = expected_union(shares, SEEN, k)
-        print(k, found["hit_rate"][k], flush=True)
+        data["hit_rate"][k] = hit_rates(draw(shares, DRAWN, k), DRAWN // 2, experts, sizes)
+        data["union"][k] = expected_union(shares, SEEN, k)
+        print(k, data["hit_rate"][k], flush=True)
     return {
         "experts": experts,
         "what": "tokens drawn from the expert frequencies of Qwen3.5-397B-A17B over 150 tokens",
         "doubts": "in-sample, and without the similarity of neighbouring tokens",
         "shares": [slots / experts for slots in sizes],
-        **found,
+        **data,
     }
 
 
@@ -98,14 +105,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=OUT)
     args = parser.parse_args()
     sources = {"Qwen3.5-397B-A17B": of_frequencies(), "Qwen3-30B-A3B": of_trace()}
-    found = {"generated by": "benchmarks/routing_data.py", "tokens": TOKENS, "sources": sources}
-    # A list of numbers on one line.
-    text = json.dumps(found, indent=1)
+    data = {"generated by": "benchmarks/routing_data.py", "tokens": TOKENS, "sources": sources}
+    text = json.dumps(data, indent=1)
     args.out.write_text(_lists_on_lines(text) + "\n")
-    print(json.dumps({"benchmark": "routing_data", "out": args.out.name} | found["sources"]))
+    print(json.dumps({"benchmark": "routing_data", "out": args.out.name} | sources))
 
 
 def _lists_on_lines(text: str) -> str:
+    """Join the lines of each list of numbers."""
     parts = text.split("[")
     joined = [parts[0]]
     for part in parts[1:]:

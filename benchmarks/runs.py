@@ -1,10 +1,10 @@
-"""What the benchmarks of whole models share: tokens, processes under a limit, cases, medians.
+"""Help the benchmarks of whole models: tokens, processes under a limit, rounds, medians.
 
-Knows neither flashmoe nor MLX, so that llama.cpp's benchmark runs without them.
+This module imports neither flashmoe nor MLX, so that llama.cpp's benchmark runs without them.
 
 The cgroup is of version 1 and needs root. Everything that its process holds counts against the
-limit: its memory, and the pages of files that it reads through the page cache. Pages that were
-cached before would be free of charge, so a run under a limit begins with an empty page cache.
+limit: its memory, and the pages of files that it reads through the page cache. Pages that were in
+the page cache before would not count, so a run under a limit begins with an empty page cache.
 """
 
 from __future__ import annotations
@@ -28,47 +28,53 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def nbytes(size: str | int | None) -> int | None:
-    """Bytes of a size such as "4GB" (4 * 10**9) or "800MB"; of "none", None."""
+    """Return the bytes of a size such as "4GB" (4 * 10**9) or "800MB"; None for "none"."""
     if size in (None, "none"):
         return None
     text = str(size)
     match = re.fullmatch(r"([0-9.]+)(GB|MB|)", text)
     if match is None:
-        raise SystemExit(f"{text!r} is no size: write 4GB, 800MB, bytes or none")
+        raise SystemExit(f"{text!r} is not a size: write 4GB, 800MB, a number of bytes, or none.")
     return int(float(match[1]) * {"GB": 10**9, "MB": 10**6, "": 1}[match[2]])
 
 
 def tokens(file: Path | None, count: int, vocab: int, seed: int) -> list[int]:
-    """The first `count` ids of a file of numbers between white space, or drawn ones."""
+    """Return the first `count` ids of a file, which white space separates, or random ids."""
     if file is None:
         return np.random.default_rng(seed).integers(0, vocab, count).tolist()
     ids = [int(word) for word in file.read_text().split()]
     if len(ids) < count:
-        raise SystemExit(f"{file} has {len(ids)} tokens, {count} are needed: ask for fewer")
+        raise SystemExit(
+            f"{file} has {len(ids)} tokens, {count} are needed: pass a longer file, "
+            "or run fewer tokens."
+        )
     if not all(0 <= i < vocab for i in ids[:count]):
-        raise SystemExit(f"{file} has ids beyond the vocabulary of {vocab}")
+        raise SystemExit(f"{file} has ids beyond the vocabulary of {vocab}: pass ids of this model")
     return ids[:count]
 
 
 def can_limit() -> bool:
-    """Whether this process may make cgroups."""
+    """Return whether this process may make cgroups."""
     return os.access(CGROUPS, os.W_OK)
 
 
 def can_drop() -> bool:
-    """Whether this process may drop the page cache."""
+    """Return whether this process may drop the page cache."""
     return os.access(DROP_CACHES, os.W_OK)
 
 
 def run(command: Sequence[str], *, limit: int | None, keep: bool = False) -> dict:
-    """Run a command that ends with one JSON line; that line. What it prints else goes to stderr.
+    """Run a command that prints one JSON line at its end, and return that line.
 
-    With a limit the line also has the most that the cgroup held and how often it met its limit,
-    which costs nothing as long as there are pages of files to drop.
+    Its other output goes to stderr. With a limit, the result also has the peak of the cgroup and
+    how often it reached its limit, which costs nothing as long as it has pages of files to drop.
 
     Args:
         limit: bytes of the cgroup; None: no cgroup.
-        keep: leave the page cache as it is. Else it is dropped, if that is allowed.
+        keep: leave the page cache as it is. Otherwise it is dropped, if that is allowed.
+
+    Raises:
+        SystemExit: the command failed, or a limit is not possible here.
     """
     if cold := can_drop() and not keep:
         subprocess.run(["sync"], check=True)
@@ -76,7 +82,7 @@ def run(command: Sequence[str], *, limit: int | None, keep: bool = False) -> dic
     group = CGROUPS / f"flashmoe-{os.getpid()}"
     if limit is not None:
         if not can_limit():
-            raise SystemExit(f"a limit needs root and {CGROUPS}: try without one")
+            raise SystemExit(f"A limit needs root and {CGROUPS}: run without one (none).")
         group.mkdir()
     try:
         if limit is not None:
@@ -90,7 +96,7 @@ def run(command: Sequence[str], *, limit: int | None, keep: bool = False) -> dic
         *rest, last = process.stdout.splitlines() or [""]
         print(*rest, sep="\n", end="\n" * bool(rest), file=sys.stderr)
         if process.returncode:
-            raise SystemExit(f"{command[1]} ended with {process.returncode}")
+            raise SystemExit(f"{command[1]} ended with status {process.returncode}.")
         result = json.loads(last) | {"page_cache_dropped": cold}
         if limit is not None:
             result["cgroup_limit"] = limit
@@ -107,7 +113,7 @@ def _join(group: Path) -> None:
 
 
 class Usage:
-    """What this process used since this was made, and what others took meanwhile."""
+    """Measures what this process used since the object was made, and what others used."""
 
     def __init__(self):
         self._before = self._now()
@@ -117,16 +123,20 @@ class Usage:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         lines = Path("/proc/self/io").read_text().splitlines()
         disk = dict(line.split(": ") for line in lines)
-        # user, nice, system, idle, iowait, irq, softirq, steal: of all cores.
+        # user, nice, system, idle, iowait, irq, softirq, steal: sums over all cores.
         ticks = np.array(Path("/proc/stat").read_text().split()[1:9], float)
         busy = (ticks.sum() - ticks[3:5].sum()) / os.sysconf("SC_CLK_TCK")
         cpu = usage.ru_utime + usage.ru_stime
         return np.array([perf_counter(), cpu, busy, usage.ru_majflt, int(disk["read_bytes"])])
 
     def so_far(self) -> dict:
-        """seconds; cpu: seconds of cores; others: cores that all else took, on average (near 0 on
-        an idle machine, whose figures can be trusted); faults: pages that it waited for a disk for;
-        disk_bytes: what the disk gave for it, read ahead or not."""
+        """Return what was used so far.
+
+        seconds: wall-clock time. cpu: core seconds of this process. others: cores that everything
+        else took on average; near 0 on an idle machine, whose figures can be trusted. faults: page
+        faults that waited for a disk. disk_bytes: bytes that the disk read for this process, with
+        what the kernel read ahead.
+        """
         seconds, cpu, busy, faults, disk = self._now() - self._before
         return {
             "seconds": seconds,
@@ -138,24 +148,28 @@ class Usage:
 
 
 def swapped() -> int:
-    """Bytes of this process that are in swap."""
+    """Return the bytes of this process that are in swap."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmSwap:\s+([0-9]+) kB", status, re.M)[1]) * 1024
+    match = re.search(r"^VmSwap:\s+([0-9]+) kB", status, re.M)
+    assert match is not None, "the kernel writes this line for every process"
+    return int(match[1]) * 1024
 
 
 def alternated(cases: dict[str, Any], rounds: int, measure: Callable[[Any], dict]) -> dict:
-    """name -> medians over the rounds. Each round measures each case once, so that a machine that
-    drifts, or that others use, does so under all of them."""
-    found: dict[str, list[dict]] = {name: [] for name in cases}
-    for turn in range(rounds):
+    """Measure each case in each round; return the medians over the rounds, by name of the case.
+
+    The cases alternate, so that a machine that drifts, or that others use, affects all of them.
+    """
+    results: dict[str, list[dict]] = {name: [] for name in cases}
+    for number in range(1, rounds + 1):
         for name, case in cases.items():
-            found[name].append(measure(case))
-            print(f"round {turn + 1}, {name}: {json.dumps(found[name][-1])}", file=sys.stderr)
-    return {name: medians(results) for name, results in found.items()}
+            results[name].append(measure(case))
+            print(f"round {number}, {name}: {json.dumps(results[name][-1])}", file=sys.stderr)
+    return {name: medians(rows) for name, rows in results.items()}
 
 
 def medians(results: Sequence[Any]) -> Any:
-    """Of equally built results, the same with the median at each number."""
+    """Return the median of each number of results that have the same structure."""
     first = results[0]
     if isinstance(first, dict):
         return {key: medians([r[key] for r in results]) for key in first}
@@ -166,7 +180,7 @@ def medians(results: Sequence[Any]) -> Any:
 
 
 def figure():
-    """(figure, axes) of a plot; needs matplotlib."""
+    """Return the figure and the axes of a new plot; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("svg")

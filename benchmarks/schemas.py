@@ -1,11 +1,11 @@
-"""Do answers and tool calls fit random JSON schemas: with the grammar, and without it?
+"""Measure how often answers and tool calls fit random JSON schemas, with and without grammar.
 
-Low-bit experts are known to break JSON; masks cannot. For each of `--count` random schemas the demo
-model, with experts of `--bits`, answers in JSON and calls a tool whose arguments have that schema:
-constrained (a JSON answer then without the schema in its prompt, so that all that fits comes from
-the grammar), and asked only, with the schema in the prompt. Prints one JSON line: how many outputs
-are valid, invalid, cut short at `--max-tokens`, how many schemas were refused, and steps of the
-model per generated token.
+Experts of few bits are known to write broken JSON, which a grammar prevents. For each of --count
+random schemas the demo model, with experts of --bits, answers in JSON, and calls a tool whose
+arguments have that schema. It does both with the grammar (the prompt of the JSON answer is then
+without the schema, so that only the grammar can make it fit) and without it, with the schema in the
+prompt. The last line is JSON: how many outputs are valid, invalid, and cut short at --max-tokens,
+how many schemas were refused, and steps of the model per generated token.
 
     python benchmarks/schemas.py --count 200 --bits 4 2
 """
@@ -34,7 +34,7 @@ WORDS = ["red", "green", "blue", "small", "large", "north", "été", "n/a", 'say
 
 
 def random_schema(rng: random.Random, depth: int = 2, refs: tuple[str, ...] = ()) -> dict:
-    """A schema of bounded size: strings and arrays have a longest length."""
+    """Return a schema of bounded size: strings and arrays have a maximum length."""
     kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern", "format"]
     if depth > 0:
         kinds += ["object", "object", "array", "array", "union", "nullable", "tuple", "types"]
@@ -83,17 +83,18 @@ def random_schema(rng: random.Random, depth: int = 2, refs: tuple[str, ...] = ()
 
 
 def random_object(rng: random.Random, depth: int = 2, refs: tuple[str, ...] = ()) -> dict:
+    """Return the schema of an object."""
     names = rng.sample(NAMES, rng.randint(0 if depth < 2 else 1, 4))
     properties = {name: random_schema(rng, depth, refs) for name in names}
     required = [name for name in names if rng.random() < 0.7]
-    found = {"type": "object", "properties": properties, "required": required}
+    schema = {"type": "object", "properties": properties, "required": required}
     if rng.random() < 0.3:
-        found["additionalProperties"] = False
-    return found
+        schema["additionalProperties"] = False
+    return schema
 
 
 def random_root(seed: int) -> dict:
-    """An object schema, half of them with definitions, of which one may be recursive."""
+    """Return an object schema; half of them have definitions, of which one may be recursive."""
     rng = random.Random(seed)
     refs = ("Point", "Tree") if rng.random() < 0.5 else ()
     root = random_object(rng, 2, refs)
@@ -106,7 +107,7 @@ def random_root(seed: int) -> dict:
 
 
 def requantise_experts(source: Path, target: Path, bits: int) -> Path:
-    """A copy of a checkpoint whose experts have so many bits."""
+    """Write a copy of a checkpoint whose experts have the given number of bits."""
     shutil.copytree(source, target)
     file = target / "model.safetensors"
     config = json.loads((source / "config.json").read_text())
@@ -129,7 +130,7 @@ def requantise_experts(source: Path, target: Path, bits: int) -> Path:
 
 
 def request_of(schema: dict, kind: str, seed: int, *, constrain: bool, max_tokens: int) -> Request:
-    """Ask for JSON that fits a schema, or for a call of a tool with such arguments."""
+    """Return a request for JSON that fits a schema, or for a tool call with such arguments."""
     common = {"seed": seed, "max_tokens": max_tokens, "constrain": constrain}
     if kind == "schema":
         text = "Answer with a JSON document."
@@ -143,7 +144,7 @@ def request_of(schema: dict, kind: str, seed: int, *, constrain: bool, max_token
 
 
 def outcome(engine: Engine, request: Request, schema: dict) -> tuple[str, End | None]:
-    """("valid", "invalid", "cut short" or "refused", the End)."""
+    """Return "valid", "invalid", "cut short" or "refused", and the last event of the answer."""
     try:
         *events, end = engine.stream(request)
     except SettingError:
@@ -154,7 +155,7 @@ def outcome(engine: Engine, request: Request, schema: dict) -> tuple[str, End | 
         return "cut short", end
     if request.tools:
         calls = [e for e in events if isinstance(e, ToolCall)]
-        # Held against the schema here too, not only by the engine.
+        # The engine validates the arguments too; this is an independent check.
         good = calls and all(
             c.error is None and schemas.validation_error(c.arguments, schema) is None for c in calls
         )
@@ -167,15 +168,15 @@ def outcome(engine: Engine, request: Request, schema: dict) -> tuple[str, End | 
 
 
 def run(engine: Engine, kind: str, seeds: range, free: int, max_tokens: int) -> dict:
-    """Counts of outcomes with the grammar, and without it for the first `free` seeds."""
-    counts = {True: Counter(), False: Counter()}
+    """Count outcomes with the grammar, and for the first `free` seeds without it too."""
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     steps, tokens = 0, 0
     for seed in seeds:
         schema = random_root(seed)
         for constrain in (True, False) if seed - seeds.start < free else (True,):
             request = request_of(schema, kind, seed, constrain=constrain, max_tokens=max_tokens)
-            found, end = outcome(engine, request, schema)
-            counts[constrain][found] += 1
+            verdict, end = outcome(engine, request, schema)
+            counts[constrain][verdict] += 1
             if end is not None and constrain:
                 steps, tokens = steps + end.steps, tokens + end.generated_tokens
     ratio = round(steps / max(tokens, 1), 3)
@@ -185,7 +186,7 @@ def run(engine: Engine, kind: str, seeds: range, free: int, max_tokens: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--free", type=int, default=50, help="asked without a grammar too")
+    parser.add_argument("--free", type=int, default=50, help="schemas tried without a grammar too")
     parser.add_argument("--kinds", nargs="+", default=["schema", "tool"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--max-tokens", type=int, default=250)

@@ -1,23 +1,23 @@
-"""Load on `flashmoe serve`: many clients, some of which give up, some of which send garbage.
+"""Load `flashmoe serve` with many clients, some of which give up or send garbage.
 
     python benchmarks/serve.py flashmoe-demo --clients 32 --seconds 300
 
-Starts the server as a process, and asks it for a set of answers at temperature 0, one by one:
-texts, tool calls, JSON by a schema. Then each client asks for one after the other at random,
-streamed or not, and what comes must be the same. One request in ten is cut off in the middle of its
-answer, one in ten is garbage, which must be refused with the status that is its own.
+It starts the server as a process, and requests a set of answers at temperature 0, one by one:
+texts, tool calls, JSON by a schema. Then each client sends these requests in random order, streamed
+or not, and the answers must be the same. One request in ten is cut off in the middle of its answer;
+one in ten is garbage, which must be refused with the status that belongs to it.
 
-    wrong          answers that differ from those that were given one by one; after the load, too
-    unexpected     statuses that should not be: 5xx, refusals of good requests, garbage let in
-    hung           requests that were not over after --bound seconds
-    latency        seconds of whole answers: median, 95th percentile, most
-    tokens_per_second   of all whole answers together; those of cut ones are not counted
-    rss            bytes of the server's memory: after each fifth of the time, and at the end
-    files          its open files, at the same times
-    left           of the requests when all clients are done: in flight, rows, waiting
+    wrong          answers that differ from those to single requests, during the load or after it
+    unexpected     wrong statuses: 5xx, good requests that were refused, garbage that was accepted
+    hung           requests that were not complete after --bound seconds
+    latency        seconds of whole answers: median, 95th percentile, maximum
+    tokens_per_second   of all whole answers together; answers that were cut off do not count
+    rss            bytes of the server's memory, after each fifth of the time and at the end
+    files          open files of the server, at the same times
+    left           requests that are left when all clients are done: in flight, answered, waiting
 
-The clients run in this process, on the same cores. Ends with one JSON line, and with 1 if something
-was wrong, unexpected, hung or left.
+The clients run in this process, on the same cores. The last line is JSON; the exit status is 1 if
+anything was wrong, unexpected, hung or left.
 """
 
 import argparse
@@ -58,23 +58,25 @@ DOG = {
 
 
 def ask(text: str, **fields) -> dict:
+    """Return the body of a request with one message."""
     fields = {"max_tokens": 30, "temperature": 0} | fields
     return {"model": "MODEL", "messages": [{"role": "user", "content": text}]} | fields
 
 
 def questions() -> list[dict]:
+    """Return the requests whose answers are compared."""
     wanted = {"type": "json_schema", "json_schema": {"name": "dog", "schema": DOG}}
-    found = [ask(f"What is {t}?", max_tokens=8 + 4 * i) for i, t in enumerate(THINGS)]
-    found += [ask(f"Tell me about {t}. " * 20, max_tokens=12) for t in THINGS[:4]]
-    found += [ask(f"What is {i} plus 25?", tools=[ADD], max_tokens=50) for i in (3, 17)]
-    found += [ask(f"A dog in {t}.", response_format=wanted, max_tokens=60) for t in THINGS[:3]]
-    found += [ask("What is 3 plus 4?", think=True, thinking_budget=10)]
-    return found
+    requests = [ask(f"What is {t}?", max_tokens=8 + 4 * i) for i, t in enumerate(THINGS)]
+    requests += [ask(f"Tell me about {t}. " * 20, max_tokens=12) for t in THINGS[:4]]
+    requests += [ask(f"What is {i} plus 25?", tools=[ADD], max_tokens=50) for i in (3, 17)]
+    requests += [ask(f"A dog in {t}.", response_format=wanted, max_tokens=60) for t in THINGS[:3]]
+    requests += [ask("What is 3 plus 4?", think=True, thinking_budget=10)]
+    return requests
 
 
 JSON = {"content-type": "application/json"}
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"schema": 3}}
-#: Requests that cannot be, and the statuses that are theirs.
+#: Invalid requests, and the status of each; None: not HTTP, or cut off, so any end is right.
 GARBAGE = [
     (400, {"content": b"{", "headers": JSON}),
     (400, {"content": bytes(range(256)), "headers": JSON}),
@@ -99,7 +101,7 @@ GARBAGE = [
 
 
 class Load:
-    """What the clients did and saw."""
+    """The requests of the clients, and counts of what came back."""
 
     def __init__(self, url: str, name: str, bound: float):
         self.url = url
@@ -112,21 +114,23 @@ class Load:
         self._expected: dict[str, tuple] = {}
 
     def body(self, fields: dict, **more) -> dict:
+        """Return a request with more fields, and with the model of this run."""
         return fields | more | ({"model": self._name} if fields["model"] == "MODEL" else {})
 
     async def learn(self, client: httpx.AsyncClient) -> None:
-        """The answers, one by one; those of a second time must be the same."""
+        """Record the answers to single requests; answers to a second request must be the same."""
         for fields in questions():
             self._expected.setdefault(json.dumps(fields), await self._whole(client, fields))
             await self._compare(client, fields, stream=False)
 
     async def client(self, until: float, seed: int) -> None:
+        """Send random requests, one after the other, until a time of `time.monotonic`."""
         rng = random.Random(seed)
         async with httpx.AsyncClient(timeout=None) as client:
             while time.monotonic() < until:
                 try:
                     await asyncio.wait_for(self._one(client, rng), self._bound)
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     self.counts["hung"] += 1
                 except httpx.HTTPError as e:
                     self.unexpected[type(e).__name__] += 1
@@ -138,35 +142,35 @@ class Load:
         elif kind < 0.2:
             await self._cut(client, rng)
         else:
-            begun = time.monotonic()
+            start = time.monotonic()
             await self._compare(client, rng.choice(questions()), stream=rng.random() < 0.5)
-            self.seconds.append(time.monotonic() - begun)
+            self.seconds.append(time.monotonic() - start)
 
     async def _compare(self, client: httpx.AsyncClient, fields: dict, *, stream: bool) -> None:
-        found = await (self._streamed if stream else self._whole)(client, fields)
-        if found is None:
+        answer = await (self._streamed if stream else self._whole)(client, fields)
+        if answer is None:
             return
         self.counts["answers"] += 1
-        self.tokens += found[-1]
-        if found != self._expected[json.dumps(fields)]:
+        self.tokens += answer[-1]
+        if answer != self._expected[json.dumps(fields)]:
             self.counts["wrong"] += 1
-            print("wrong:", fields, found, self._expected[json.dumps(fields)], file=sys.stderr)
+            print("wrong:", fields, answer, self._expected[json.dumps(fields)], file=sys.stderr)
 
     async def _whole(self, client: httpx.AsyncClient, fields: dict) -> tuple | None:
         answer = await client.post(self.url, json=self.body(fields))
         if answer.status_code != 200:
             self.unexpected[str(answer.status_code)] += 1
             return None
-        found = answer.json()
-        choice = found["choices"][0]
+        content = answer.json()
+        choice = content["choices"][0]
         message = choice["message"]
         calls = [c["function"] for c in message.get("tool_calls", ())]
         said = message["content"] or "", message.get("reasoning_content", "")
         calls = [(c["name"], c["arguments"]) for c in calls]
-        return (*said, calls, choice["finish_reason"], found["usage"]["completion_tokens"])
+        return (*said, calls, choice["finish_reason"], content["usage"]["completion_tokens"])
 
     async def _streamed(self, client: httpx.AsyncClient, fields: dict) -> tuple | None:
-        text, thought, reason, tokens = "", "", None, 0
+        text, reasoning, reason, tokens = "", "", None, 0
         calls: list[list[str]] = []
         body = self.body(fields, stream=True, stream_options={"include_usage": True})
         async with client.stream("POST", self.url, json=body) as answer:
@@ -185,7 +189,7 @@ class Load:
                 for choice in chunk["choices"]:
                     delta = choice["delta"]
                     text += delta.get("content") or ""
-                    thought += delta.get("reasoning_content") or ""
+                    reasoning += delta.get("reasoning_content") or ""
                     for call in delta.get("tool_calls", ()):
                         if "name" in call["function"]:
                             calls.append([call["function"]["name"], ""])
@@ -193,7 +197,7 @@ class Load:
                     reason = choice["finish_reason"] or reason
             if not done:
                 self.unexpected["stream without its end"] += 1
-        return text, thought, [tuple(call) for call in calls], reason, tokens
+        return text, reasoning, [tuple(call) for call in calls], reason, tokens
 
     async def _cut(self, client: httpx.AsyncClient, rng: random.Random) -> None:
         self.counts["cut"] += 1
@@ -228,41 +232,43 @@ class Load:
 
 
 def gauges(url: str) -> dict[str, int]:
-    """What is left of the requests, by the server's own counts."""
+    """Return how many requests are left, by the server's own counts."""
     lines = httpx.get(url, timeout=30).text.splitlines()
-    found = dict(line.split(" ") for line in lines if line[0] != "#" and "{" not in line)
+    values = dict(line.split(" ") for line in lines if line[0] != "#" and "{" not in line)
     names = ("requests_in_flight", "rows", "waiting")
-    return {name: int(found[f"flashmoe_{name}"]) for name in names}
+    return {name: int(values[f"flashmoe_{name}"]) for name in names}
 
 
 def process_facts(pid: int) -> dict[str, int]:
+    """Return the memory and the open files of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     files = len(os.listdir(f"/proc/{pid}/fd"))
     return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "files": files}
 
 
 async def load(args: argparse.Namespace, url: str, pid: int) -> dict:
+    """Run the clients, and return the figures."""
     run = Load(url + "/chat/completions", args.model, args.bound)
     metrics = url.removesuffix("/v1") + "/metrics"
     async with httpx.AsyncClient(timeout=args.bound) as client:
         await run.learn(client)
         run.counts.clear()
         run.tokens = 0
-        begun = time.monotonic()
-        until = begun + args.seconds
+        start = time.monotonic()
+        until = start + args.seconds
         clients = [asyncio.create_task(run.client(until, i)) for i in range(args.clients)]
         facts = []
         for _ in range(5):
             await asyncio.sleep(args.seconds / 5)
             facts.append(process_facts(pid))
         await asyncio.gather(*clients)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         tokens = run.tokens
         end = time.monotonic() + 10
         while any((left := gauges(metrics)).values()) and time.monotonic() < end:
             await asyncio.sleep(0.1)
         facts.append(process_facts(pid))
-        # It still answers as it did.
+        # After the load, answers must still be the same.
         for fields in questions():
             await run._compare(client, fields, stream=True)
     cuts = quantiles(run.seconds, n=20)
@@ -286,7 +292,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--bound", type=float, default=120)
-    parser.add_argument("--memory", help="of the server")
+    parser.add_argument("--memory", help="memory budget of the server")
     args = parser.parse_args()
     command = [str(Path(sys.executable).parent / "flashmoe"), "serve", args.model, "--port", "0"]
     command += ["--memory", args.memory] if args.memory else []
@@ -296,15 +302,15 @@ def main() -> None:
         try:
             line = server.stdout.readline()
             if not line:
-                raise SystemExit("the server did not start")
-            found = asyncio.run(load(args, line.split()[-1], server.pid))
+                raise SystemExit("The server did not start: see its message above.")
+            report = asyncio.run(load(args, line.split()[-1], server.pid))
             server.send_signal(signal.SIGINT)
-            found["exit"] = server.wait(30)
+            report["exit"] = server.wait(30)
         finally:
             server.kill()
-    print(json.dumps(found))
-    bad = found["wrong"] or found["hung"] or found["unexpected"] or any(found["left"].values())
-    raise SystemExit(1 if bad or found["exit"] else 0)
+    print(json.dumps(report))
+    bad = report["wrong"] or report["hung"] or report["unexpected"] or any(report["left"].values())
+    raise SystemExit(1 if bad or report["exit"] else 0)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,38 @@
-"""Streams a checkpoint in a process that may hold only a part of it, and says where time goes.
+"""Measure streaming in a process that may hold only a part of the model, and where time goes.
 
     python benchmarks/synth.py /tmp/synth --layers 4 --experts 256
     python benchmarks/streaming.py /tmp/synth --limit 4GB --memory 3.2GB --rounds 5 \\
         --case io=buffered --case io=uncached --case "io=direct depth=16"
 
-Each case runs in a process of its own, in a cgroup with the limit (page cache counts too), after
-the page cache was dropped; the cases take turns, and figures are medians over the rounds. A case
-may set memory, k, io, depth, limit, or any other argument of `load_streaming` by its name.
+Each case runs in a process of its own, in a cgroup with the limit (the page cache counts too),
+after the page cache was dropped; the cases alternate, and figures are medians over the rounds. A
+case may set memory, k, io, depth, limit, or any other setting of `load_streaming` by its name.
 
-A run loads the model, reads a prompt by the project's own prefill, and decodes tokens that are
-given, so that each run computes the same:
+A run loads the model, prefills a prompt with the project's own code, and decodes given tokens, so
+that each run computes the same:
 
-    cold    the first pass: slots and page cache are empty, the compiled kernels come from disk
+    cold    the first run: slots and page cache are empty, the compiled kernels come from disk
     warm    (--warm) the same tokens once more in the same process, with a new prompt cache: slots
-            hold what the first pass left, the page cache what the limit let it keep
+            hold the experts that the first run left, the page cache what the limit allows
 
-What it says of a pass, and the physics of each:
+The figures of a run, and the physics behind them:
 
     time_to_first_token       seconds for the prompt and one step. The prompt needs each expert that
-                              any of its tokens chose: union_bytes, once. prefill_bytes above that
-                              is what was read again for a later chunk
-    tokens_per_second         1 / median step (and of the mean step). A step costs compute_ms (dense
-                              weights and K experts a layer through the cores; slower while reads
-                              take the same cores) and wait_ms, when it had nothing to compute
+                              any of its tokens chose, once: union_bytes. If prefill_bytes is more,
+                              the difference was read again for a later chunk
+    tokens_per_second         1 / median step (_mean: 1 / mean step). A step takes compute_ms (dense
+                              weights and K experts of each layer; slower while reads take the same
+                              cores) and wait_ms, in which it had nothing to compute
     bytes_per_token           layers * K * (1 - hit_rate) * bytes of an expert
-    hit_rate                  random tokens through random routers hit at slots / experts, whatever
-                              the policy; real routing is more uneven and hits more often.
+    hit_rate                  random tokens through random routers hit at slots / experts with any
+                              policy; real routing is more uneven and hits more often.
                               expected_hit_rate: this routing replayed through the slots alone
     cores_of_others           cores that other processes took: trust figures when it is near 0
-    disk_share                bytes_per_token / step / raw: 1 when the disk never rests
-    raw_gb_s                  what the disk gives for the same reads when nothing is computed (see
-                              disk.py), in the same process before loading and after the passes
+    disk_share                bytes_per_token / step / raw_gb_s: 1 when the disk never rests
+    raw_gb_s                  bandwidth of the same reads when nothing is computed (see disk.py),
+                              measured in the same process before loading and after the runs
 
-Tokens come from a file of ids, or are drawn. Ends with one JSON line.
+Tokens come from a file of ids, or are random. The last line is JSON.
 """
 
 import argparse
@@ -49,12 +49,12 @@ DEFAULTS = {"memory": None, "k": None, "io": "buffered", "depth": 8, "limit": No
 
 
 def parse_case(text: str, base: dict) -> dict:
-    """Settings such as "io=direct depth=16" over those of the command line."""
+    """Return the settings of `base`, changed by a text such as "io=direct depth=16"."""
     case = dict(base)
     for setting in text.split():
-        name, found, value = setting.partition("=")
-        if not found:
-            raise SystemExit(f"{setting!r} is no setting: write name=value")
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise SystemExit(f"{setting!r} is not a setting: write name=value.")
         case[name] = _value(value)
     return case
 
@@ -72,6 +72,7 @@ def _value(text: str) -> object:
 
 
 def load(path: Path, case: dict):
+    """Load a checkpoint with the settings of a case."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.models.loading import load_streaming
 
@@ -80,7 +81,7 @@ def load(path: Path, case: dict):
 
 
 def measure(model, prompt: list[int], forced: list[int]) -> dict:
-    """One pass: the prompt, then token by token."""
+    """Prefill the prompt, decode the forced tokens, and return the figures."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
     from routing import Routing
@@ -102,9 +103,9 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
         limit = model.elastic_slots.fit_prefill(len(prompt), [len(prompt)], model.experts)
         for _ in prefill(model, split(prompt, []), cache, limit=limit):
             pass
-        took = time.perf_counter() - start
+        prefill_seconds = time.perf_counter() - start
         read, union = model.stats - before, routing.distinct() * expert_nbytes
-        # As an engine does, for this answer.
+        # An engine does the same before it decodes an answer of this length.
         model.elastic_slots.fit_decoding([len(prompt) + len(forced)])
         step(forced[0])
         first = time.perf_counter() - start
@@ -114,13 +115,15 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
             step(token)
         usage, stats = used.so_far(), model.stats - before
     steps = len(seconds)
-    expected = routing.expected(model.elastic_slots.per_layer, model.checkpoint.num_experts, len(prompt) + 1)
+    expected = routing.expected(
+        model.elastic_slots.per_layer, model.checkpoint.num_experts, len(prompt) + 1
+    )
     return {
         "time_to_first_token": round(first, 3),
-        "prefill_tokens_per_second": round(len(prompt) / took, 2),
+        "prefill_tokens_per_second": round(len(prompt) / prefill_seconds, 2),
         "prefill_bytes": read.reads.bytes,
         "union_bytes": union,
-        "prefill_wait_share": round(read.reads.wait_seconds / took, 3),
+        "prefill_wait_share": round(read.reads.wait_seconds / prefill_seconds, 3),
         "tokens_per_second": round(1 / median(seconds), 3),
         "tokens_per_second_mean": round(1 / mean(seconds), 3),
         "hit_rate": round(stats.hit_rate, 4),
@@ -137,7 +140,7 @@ def measure(model, prompt: list[int], forced: list[int]) -> dict:
 
 
 def child(args: argparse.Namespace, case: dict) -> dict:
-    """What one process measures: the disk, one or two passes, the disk again."""
+    """Measure the disk, one or two runs, and the disk again, in this process."""
 
     def raw() -> float | None:
         return disk.bandwidth(disk.experts(args.path), case["depth"], args.raw_seconds)
@@ -147,14 +150,14 @@ def child(args: argparse.Namespace, case: dict) -> dict:
 
     start = time.perf_counter()
     model = load(args.path, case)
-    found = {"load_seconds": round(time.perf_counter() - start, 2)}
+    report = {"load_seconds": round(time.perf_counter() - start, 2)}
     print(model.plan.describe(), file=sys.stderr)
     vocab = model.checkpoint.text_config["vocab_size"]
     ids = runs.tokens(args.tokens, args.prompt + args.steps + 1, vocab, args.seed)
     for name in ("cold", "warm") if args.warm else ("cold",):
-        found[name] = measure(model, ids[: args.prompt], ids[args.prompt :])
+        report[name] = measure(model, ids[: args.prompt], ids[args.prompt :])
     layers = model.checkpoint.expert_layers.values()
-    found |= {
+    report |= {
         "experts": model.experts,
         "needed_bytes": model.experts * sum(layer.expert_nbytes for layer in layers),
         "slots": model.elastic_slots.per_layer,
@@ -165,12 +168,12 @@ def child(args: argparse.Namespace, case: dict) -> dict:
     speeds.append(raw())
     if None not in speeds:
         before, after = (round(speed / 1e9, 3) for speed in speeds)
-        found |= {"raw_gb_s_before": before, "raw_gb_s_after": after}
-        found["raw_gb_s"] = round((before + after) / 2, 3)
+        report |= {"raw_gb_s_before": before, "raw_gb_s_after": after}
+        report["raw_gb_s"] = round((before + after) / 2, 3)
         for name in ("cold", "warm") if args.warm else ("cold",):
-            share = found[name]["read_gb_s"] / found["raw_gb_s"]
-            found[name]["disk_share"] = round(share, 3)
-    return found
+            share = report[name]["read_gb_s"] / report["raw_gb_s"]
+            report[name]["disk_share"] = round(share, 3)
+    return report
 
 
 def run_case(args: argparse.Namespace, case: dict) -> dict:
@@ -184,7 +187,7 @@ def run_case(args: argparse.Namespace, case: dict) -> dict:
 
 
 def plot(path: Path, cases: dict[str, dict], which: str) -> None:
-    """A bar for each case: where a step goes, beside the least that its reads would take."""
+    """Draw a bar for each case: where a step goes, and the least time that its reads take."""
     figure, axes = runs.figure()
     passes = [case[which] for case in cases.values()]
     compute = [p["compute_ms"] for p in passes]
@@ -201,38 +204,49 @@ def plot(path: Path, cases: dict[str, dict], which: str) -> None:
 
 
 def options(path: str | None = None) -> argparse.ArgumentParser:
-    """Those that growth.py, timeline.py and plan.py have too. path: "?" where none may be given."""
+    """Return the options that batch.py, growth.py, timeline.py and plan.py have too.
+
+    path: "?" where the checkpoint may be left out.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("path", type=Path, nargs=path, help="an MLX checkpoint")
-    parser.add_argument("--k", type=int, help="experts a token, instead of the trained number")
+    parser.add_argument("--k", type=int, help="experts per token, instead of the trained number")
     parser.add_argument("--io", default=DEFAULTS["io"])
     parser.add_argument("--depth", type=int, default=DEFAULTS["depth"], help="reads in flight")
     parser.add_argument(
-        "--setting", action="append", default=[], help="name=value, given to load_streaming"
+        "--setting", action="append", default=[], help="name=value, passed to load_streaming"
     )
-    parser.add_argument("--prompt", type=int, default=512, help="tokens read before decoding")
-    parser.add_argument("--steps", type=int, default=32, help="tokens decoded after the first one")
-    parser.add_argument("--tokens", type=Path, help="ids between white space; else random ones")
-    parser.add_argument("--seed", type=int, default=2, help="of random tokens")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument(
+        "--steps", type=int, default=32, help="tokens to decode after the first one"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=Path,
+        help="a file of ids that white space separates; random ids without it",
+    )
+    parser.add_argument("--seed", type=int, default=2, help="seed of random tokens")
     parser.add_argument("--raw-seconds", type=float, default=2.0)
     parser.add_argument("--keep-cache", action="store_true", help="do not drop the page cache")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--plot", type=Path, help="SVG file; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="write an SVG file; needs matplotlib")
     return parser
 
 
 def base_case(args: argparse.Namespace, **more) -> dict:
-    """The settings of the command line."""
+    """Return the settings of the command line."""
     base = DEFAULTS | {"k": args.k, "io": args.io, "depth": args.depth} | more
     return parse_case(" ".join(args.setting), base)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[options()])
-    parser.add_argument("--limit", default="none", help="of the cgroup, such as 4GB")
-    parser.add_argument("--memory", help="budget given to flashmoe, such as 3.2GB")
+    parser.add_argument("--limit", default="none", help="memory limit of the cgroup, such as 4GB")
+    parser.add_argument("--memory", help="memory budget of flashmoe, such as 3.2GB")
     parser.add_argument("--case", action="append", help='settings such as "io=direct depth=16"')
-    parser.add_argument("--warm", action="store_true", help="a second pass in the same process")
+    parser.add_argument(
+        "--warm", action="store_true", help="run the same tokens again in the same process"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -240,12 +254,12 @@ def main() -> None:
         return
     base = base_case(args, memory=args.memory, limit=args.limit)
     cases = {text: parse_case(text, base) for text in args.case or [f"io={args.io}"]}
-    found = runs.alternated(cases, args.rounds, lambda case: run_case(args, case))
+    results = runs.alternated(cases, args.rounds, lambda case: run_case(args, case))
     if args.plot:
-        plot(args.plot, found, "warm" if args.warm else "cold")
+        plot(args.plot, results, "warm" if args.warm else "cold")
     size = sum(f.stat().st_size for f in args.path.glob("*.safetensors"))
     result = {"benchmark": "streaming", "checkpoint": size, "rounds": args.rounds}
-    result |= {"prompt": args.prompt, "steps": args.steps, "settings": base, "cases": found}
+    result |= {"prompt": args.prompt, "steps": args.steps, "settings": base, "cases": results}
     print(json.dumps(result))
 
 

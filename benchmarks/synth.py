@@ -1,11 +1,11 @@
-"""Writes a synthetic checkpoint with the layer geometry of Qwen3.5-397B-A17B, for benchmarks.
+"""Write a synthetic checkpoint with the layer geometry of Qwen3.5-397B-A17B, for benchmarks.
 
     python benchmarks/synth.py OUT --layers 4 --experts 512
 
-The weights are random but sane: activations stay finite, and the routers spread tokens over all
-experts. Speed depends on the geometry and not on what the weights say, so a few layers of this
-stand in for the 209 GB model. The bytes are windows into one random tile: no two experts are
-equal, memory stays near 100 MB, and the disk is the limit. Ends with one JSON line.
+The weights are random, but activations stay finite, and the routers spread tokens over all experts.
+Speed depends on the geometry and not on the values of the weights, so a few such layers stand in
+for the 209 GB model. The bytes are windows into one random tile: no two experts are equal, memory
+stays near 100 MB, and the speed of the disk is the limit. The last line is JSON.
 """
 
 import argparse
@@ -29,13 +29,19 @@ KEY_HEADS, VALUE_HEADS, LINEAR_DIM, CONV, INTERVAL = 16, 64, 128, 4, 4
 SHARD_BYTES = 5 * 10**9
 TILE_BYTES = 64 << 20
 PIECE_BYTES = 16 << 20
-STEP = 4099  # a prime: consecutive units start at far apart, different places of the tile
+STEP = 4099  # a prime: consecutive units start at different places of the tile, far apart
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """fill: "random" bytes, or the BF16 numbers low..high times factor. first is the number of the
-    tensor's first unit (an expert, or the whole tensor) among all: it picks the bytes."""
+    """A tensor of the checkpoint, and how its bytes are made.
+
+    A unit is an expert, or a whole tensor that has no experts.
+
+    Attributes:
+        fill: "random" bytes, or (low, high, factor): BF16 numbers from low to high, times factor.
+        first: number of the first unit of the tensor among all units, which selects its bytes.
+    """
 
     name: str
     dtype: str
@@ -53,7 +59,7 @@ class Tensor:
 
 
 def plan(layers: int, experts: int, vocab: int, bits: int, group_size: int) -> Iterator[Tensor]:
-    """All tensors, in the order in which they are written."""
+    """Yield all tensors, in the order in which they are written."""
     unit = 0
 
     def plain(name: str, *shape: int, low: float = 1.0, high: float = 1.0) -> Iterator[Tensor]:
@@ -66,7 +72,8 @@ def plan(layers: int, experts: int, vocab: int, bits: int, group_size: int) -> I
     ) -> Iterator[Tensor]:
         nonlocal unit
         *rows, width = shape
-        # Uniform integers of `bits` bits have this spread; rows of norm 1 keep activations near 1.
+        # The standard deviation of uniform integers is 2**bits / 12**0.5. Rows of norm 1 keep
+        # activations near 1.
         scale = (std or width**-0.5) * 12**0.5 / 2**bits
         middle = -(2**bits - 1) / 2
         groups = (*rows, width // group)
@@ -113,7 +120,7 @@ def plan(layers: int, experts: int, vocab: int, bits: int, group_size: int) -> I
 
 
 def split(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Shards of at most SHARD_BYTES of tensors, or of one larger tensor, by file name."""
+    """Split tensors into shards of at most SHARD_BYTES, or one larger tensor, by file name."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -126,6 +133,7 @@ def split(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
 
 
 def config(layers: int, experts: int, vocab: int, bits: int, group_size: int, top_k: int) -> dict:
+    """Return config.json."""
     quantization: dict = {"group_size": group_size, "bits": bits, "mode": "affine"}
     for i in range(layers):
         for gate in ("gate", "shared_expert_gate"):
@@ -170,7 +178,7 @@ def config(layers: int, experts: int, vocab: int, bits: int, group_size: int, to
 
 
 class Source:
-    """Gives the bytes of tensors as windows into random tiles."""
+    """Makes the bytes of tensors, as windows into random tiles."""
 
     def __init__(self, seed: int):
         self.random = np.random.default_rng(seed)
@@ -179,6 +187,7 @@ class Source:
         self.tiles: dict[tuple[float, float, float], np.ndarray] = {}
 
     def pieces(self, tensor: Tensor) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor, piece by piece."""
         tile = self._tile(tensor.fill)
         each = tensor.nbytes // tensor.units
         piece = min(each, PIECE_BYTES, len(tile) // 4 * 2)  # whole BF16 numbers
@@ -191,7 +200,7 @@ class Source:
                 yield tile[at : at + min(piece, each - done)].data
 
     def _tile(self, fill: str | tuple[float, float, float]) -> np.ndarray:
-        if fill == "random":
+        if isinstance(fill, str):
             return self.noise
         if fill not in self.tiles:
             low, high, factor = fill
@@ -217,9 +226,11 @@ def write(
     top_k: int = 10,
     seed: int = 0,
 ) -> dict:
-    """Writes the checkpoint into the new or empty directory `out`; returns bytes and seconds.
+    """Write the checkpoint into the new or empty directory `out`; return its bytes and seconds.
 
-    Raises OSError if the disk has too little room, ValueError for sizes that cannot be.
+    Raises:
+        OSError: the disk has too little free space.
+        ValueError: the sizes are impossible, or `out` is not empty.
     """
     if layers < INTERVAL or not 1 <= top_k <= experts:
         raise ValueError(

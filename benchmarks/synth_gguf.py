@@ -1,15 +1,16 @@
-"""Writes the twin of synth.py's model as GGUF, for llama.cpp.
+"""Write the model of synth.py as GGUF, for llama.cpp.
 
     python benchmarks/synth_gguf.py OUT.gguf --layers 4 --experts 512
 
-The same model means the same work: layers, experts, K, vocabulary and every matrix have the same
-shape, and an expert has the same 7,077,888 bytes. Q4_0 takes 4 bits a weight and 16 for the scale
-of 32 weights, MLX's 4 bits at group 64 take 16 for a scale and 16 for a bias: 4.5 bits a weight
-both. The weights are not equal, since Q4_0 has no bias, so what is computed differs; so do the
-dense weights in what llama.cpp wants as float32 (routers, norms, convolutions).
+Both models mean the same work: the number of layers, experts, K, the vocabulary and the shape of
+every matrix are the same, and an expert has the same 7,077,888 bytes. Q4_0 takes 4 bits per weight
+and 16 for the scale of 32 weights; MLX's 4 bits at group 64 take 16 for a scale and 16 for a bias
+of 64 weights: both are 4.5 bits per weight. The weights are not equal, since Q4_0 has no bias, so
+the results differ; so does the size of dense weights that llama.cpp needs as float32 (routers,
+norms, convolutions).
 
-There is no tokenizer: token ids go in. The bytes are windows into random tiles, as in synth.py.
-Needs the `gguf` package. Ends with one JSON line.
+There is no tokenizer: the input is token ids. The bytes are windows into random tiles, as in
+synth.py. It needs the `gguf` package. The last line is JSON.
 """
 
 import argparse
@@ -37,17 +38,18 @@ from synth import (
     VALUE_HEADS,
 )
 
-BLOCK, BLOCK_BYTES = (
-    32,
-    18,
-)  # weights and bytes of a block of Q4_0: a float16 scale, then 4 bits each
+# Weights and bytes of a block of Q4_0: a float16 scale, then 4 bits for each weight.
+BLOCK, BLOCK_BYTES = 32, 18
 TILE_BLOCKS = 1 << 20
 STEP = 4099  # a prime, as in synth.py
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """spread: of Q4_0 weights, their standard deviation; of float32, the numbers low..high."""
+    """A tensor of the file, and how its numbers are drawn.
+
+    spread: the standard deviation of Q4_0 weights, or (low, high) of float32 numbers.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -64,7 +66,7 @@ class Tensor:
 
 
 def plan(layers: int, experts: int, vocab: int) -> Iterator[Tensor]:
-    """All tensors, in the order in which they are written. Shapes as numpy has them."""
+    """Yield all tensors in the order in which they are written, with shapes in numpy's order."""
 
     def packed(name: str, *shape: int, std: float | None = None) -> Tensor:
         # Rows of norm 1 keep activations near 1.
@@ -97,7 +99,7 @@ def plan(layers: int, experts: int, vocab: int) -> Iterator[Tensor]:
             yield packed(f"{at}.attn_output", HIDDEN, HEADS * HEAD_DIM)
             yield plain(f"{at}.attn_q_norm.weight", HEAD_DIM)
             yield plain(f"{at}.attn_k_norm.weight", HEAD_DIM)
-        bound = (3 / HIDDEN) ** 0.5  # uniform numbers up to here have rows of norm 1 too
+        bound = (3 / HIDDEN) ** 0.5  # uniform numbers in -bound..bound have rows of norm 1 too
         yield plain(f"{at}.ffn_gate_inp.weight", experts, HIDDEN, low=-bound, high=bound)
         yield plain(f"{at}.ffn_gate_inp_shexp.weight", HIDDEN, low=-bound, high=bound)
         yield packed(f"{at}.ffn_gate_shexp", EXPERT, HIDDEN)
@@ -111,11 +113,11 @@ def plan(layers: int, experts: int, vocab: int) -> Iterator[Tensor]:
 
 
 class Source:
-    """Gives the bytes of tensors."""
+    """Makes the bytes of tensors, as windows into random tiles."""
 
     def __init__(self, seed: int):
         self.random = np.random.default_rng(seed)
-        # A weight is scale * (q - 8). Without q = 0 the mean is 0: any other one grows from matrix
+        # A weight is scale * (q - 8). Without q = 0 the mean is 0: any other mean grows from matrix
         # to matrix until all activations are alike, and every token chooses the same experts.
         low, high = self.random.integers(1, 16, (2, TILE_BLOCKS, 16), np.uint8)
         self.noise = low | high << 4
@@ -123,6 +125,7 @@ class Source:
         self.place = 0
 
     def pieces(self, tensor: Tensor) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor, piece by piece."""
         if not tensor.packed:
             numbers = self.random.uniform(*tensor.spread, tensor.shape)
             yield memoryview(numbers.astype("<f4")).cast("B")
@@ -130,7 +133,7 @@ class Source:
         tile = self._tile(tensor.spread)
         blocks = tensor.nbytes // BLOCK_BYTES
         while blocks:
-            # Each piece begins elsewhere and ends within the tile, so that no two are equal.
+            # Each piece starts at another place and ends within the tile, so no two are equal.
             self.place = (self.place + STEP) % (TILE_BLOCKS // 2)
             piece = tile[self.place : self.place + min(blocks, TILE_BLOCKS // 2)]
             blocks -= len(piece)
@@ -148,7 +151,7 @@ class Source:
 
 
 def describe(writer, layers: int, experts: int, vocab: int, top_k: int) -> None:
-    """The keys that llama.cpp reads, as synth.py's config.json has them."""
+    """Add the keys that llama.cpp reads, with the values of synth.py's config.json."""
     writer.add_block_count(layers)
     writer.add_context_length(262144)
     writer.add_embedding_length(HIDDEN)
@@ -160,7 +163,7 @@ def describe(writer, layers: int, experts: int, vocab: int, top_k: int) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e7)
     writer.add_rope_dimension_count(HEAD_DIM // 4)
-    writer.add_rope_dimension_sections([11, 11, 10, 0])  # of text, all three are the position
+    writer.add_rope_dimension_sections([11, 11, 10, 0])  # for text, the position in all three
     writer.add_expert_count(experts)
     writer.add_expert_used_count(top_k)
     writer.add_expert_feed_forward_length(EXPERT)
@@ -184,9 +187,11 @@ def write(
     top_k: int = 10,
     seed: int = 0,
 ) -> dict:
-    """Writes the file `out`, which must not exist; returns bytes and seconds.
+    """Write the file `out`, which must not exist; return its bytes and seconds.
 
-    Raises OSError if the disk has too little room, ValueError for sizes that cannot be.
+    Raises:
+        OSError: the disk has too little free space.
+        ValueError: the sizes are impossible, or `out` exists.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
@@ -219,7 +224,7 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     source = Source(seed)
-    # Not write_tensor_data: it wants a tensor whole, and one may be larger than memory.
+    # Not write_tensor_data: it takes a whole tensor, which may be larger than memory.
     (file,) = writer.fout
     writer.write_padding(file, file.tell())
     for tensor in tensors:

@@ -1,22 +1,22 @@
-"""Where each millisecond of one decoded token goes: the main thread above, the disk below.
+"""Show where each millisecond of a decoded token goes: the main thread above, the disk below.
 
     python benchmarks/timeline.py /tmp/synth --limit 4GB --memory 3.2GB --io direct \\
         --plot docs/plots/timeline.svg
 
-Records spans from outside: `StreamingSwitchGLU.start`, `ExpertCall.finish` and `_run`,
+Spans are recorded from outside: `StreamingSwitchGLU.start`, `ExpertCall.finish` and `_run`,
 `Reader.submit`, `PendingRead.wait` and the jobs of the reader's threads are wrapped, which costs
-some microseconds each; nothing of the engine changes. What the main thread does:
+some microseconds per call; the engine itself does not change. What the main thread does:
 
-    dense      attention, GatedDeltaNet, router, shared expert, head: all outside of what follows
-    experts    the routed experts through the cores
-    waiting    no expert is left to compute and none has landed: here the disk is the limit
-    slots      choosing slots and handing reads over
+    dense      attention, GatedDeltaNet, router, shared expert, head: everything not listed below
+    experts    computing the routed experts
+    waiting    no expert is left to compute and none has arrived: here the disk is the limit
+    slots      choosing slots and submitting reads
 
-The drawn token is the one whose time is the median. A disk that is busy all the time and a main
-thread that waits say that only fewer bytes or a faster disk would help; a disk with gaps says that
-reads start too late, since the router of a layer is known only when the layer before is done. The
-threads of the reader take the same cores as the maths: copies of what was read show as longer
-computing. Ends with one JSON line: ms of each kind, of the drawn token and the mean of all.
+The plot shows the token whose time is the median. If the disk is always busy and the main thread
+waits, only fewer bytes or a faster disk would help; if the disk has gaps, reads start too late,
+since the choice of a layer's router is known only when the layer before is done. The threads of the
+reader use the same cores as the computation, so copies of what was read show as longer computing.
+The last line is JSON: ms of each kind, for the token of the plot and the mean of all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ COLOURS = dict(zip((*KINDS, "read"), ("C0", "C2", "C3", "C1", "C7"), strict=True
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds of perf_counter; thread is 0 for the main one, then those of the reader."""
+    """What a thread did from `start` to `end`, in seconds of perf_counter.
+
+    thread: 0 is the main thread; the threads of the reader follow.
+    """
 
     kind: str
     thread: int
@@ -50,7 +53,7 @@ class Span:
 
 
 class Recorder:
-    """Spans of this process while `recording` is entered."""
+    """Records spans of this process inside of `recording`."""
 
     def __init__(self):
         self.spans: list[Span] = []
@@ -58,18 +61,21 @@ class Recorder:
 
     @contextmanager
     def recording(self, backend):
-        """backend: the one that computes."""
+        """Wrap the functions whose time is recorded; restore them at the end.
+
+        backend: the backend that computes the model.
+        """
         from flashmoe.streaming import reader
         from flashmoe.streaming import switch_glu as switch
 
-        # On a GPU what an expert block launches is lazy: its time is that of the next `start`.
+        # On a GPU the launches of an expert block are lazy: the next `start` waits for them.
         if backend.name == "fused":
             from flashmoe.ops.gpu.fused import FewTokensWork
 
             computing = FewTokensWork, "combined_with", "experts"
         else:
             computing = switch.ExpertCall, "_run", "experts"
-        kept = []
+        originals = []
         for owner, name, kind in (
             (switch.StreamingSwitchGLU, "start", "start"),
             (switch.ExpertCall, "finish", "slots"),
@@ -78,12 +84,12 @@ class Recorder:
             (reader.PendingRead, "wait", "waiting"),
             (reader._Pool, "run", "read"),
         ):
-            kept.append((owner, name, getattr(owner, name)))
+            originals.append((owner, name, getattr(owner, name)))
             setattr(owner, name, self._wrapped(getattr(owner, name), kind))
         try:
             yield self
         finally:
-            for owner, name, function in kept:
+            for owner, name, function in originals:
                 setattr(owner, name, function)
 
     def _wrapped(self, function, kind: str):
@@ -100,25 +106,28 @@ class Recorder:
 
 
 def lane(spans: list[Span], start: float, end: float) -> list[Span]:
-    """The main thread between two moments as spans that follow each other. Of nested ones the inner
-    one counts; `start` is the dense part of its layer, and so is what lies in no span."""
+    """Return what the main thread did between two moments, as consecutive spans.
+
+    Where spans are nested, the inner one counts. Time in no span is "dense", and so is the time of
+    `start` itself, which evaluates the dense part of its layer.
+    """
     mine = [s for s in spans if s.thread == 0 and s.kind != "start" and s.end > start < end]
     moments = sorted({start, end, *(s.start for s in mine), *(s.end for s in mine)})
-    found: list[Span] = []
+    merged: list[Span] = []
     for left, right in zip(moments, moments[1:], strict=False):
         if left < start or right > end:
             continue
         around = [s for s in mine if s.start <= left and s.end >= right]
         kind = min(around, key=lambda s: s.end - s.start).kind if around else "dense"
-        if found and found[-1].kind == kind:
-            found[-1] = Span(kind, 0, found[-1].start, right)
+        if merged and merged[-1].kind == kind:
+            merged[-1] = Span(kind, 0, merged[-1].start, right)
         else:
-            found.append(Span(kind, 0, left, right))
-    return found
+            merged.append(Span(kind, 0, left, right))
+    return merged
 
 
 def busy(spans: list[Span], start: float, end: float) -> float:
-    """Seconds between two moments in which at least one read was under way."""
+    """Return the seconds between two moments in which at least one read was in flight."""
     total, until = 0.0, start
     for s in sorted((s for s in spans if s.thread), key=lambda s: s.start):
         left, right = max(s.start, until), min(s.end, end)
@@ -129,15 +138,16 @@ def busy(spans: list[Span], start: float, end: float) -> float:
 
 
 def by_kind(spans: list[Span], start: float, end: float) -> dict[str, float]:
-    """Milliseconds of the step, of each kind, and of the disk being busy."""
-    found = dict.fromkeys(("step", *KINDS), 0.0) | {"step": 1e3 * (end - start)}
+    """Return the milliseconds of the step, of each kind, and in which the disk was busy."""
+    milliseconds = dict.fromkeys(("step", *KINDS), 0.0) | {"step": 1e3 * (end - start)}
     for s in lane(spans, start, end):
-        found[s.kind] += 1e3 * (s.end - s.start)
-    found["disk"] = 1e3 * busy(spans, start, end)
-    return {kind: round(ms, 2) for kind, ms in found.items()}
+        milliseconds[s.kind] += 1e3 * (s.end - s.start)
+    milliseconds["disk"] = 1e3 * busy(spans, start, end)
+    return {kind: round(ms, 2) for kind, ms in milliseconds.items()}
 
 
 def plot(path: Path, spans: list[Span], start: float, end: float, title: str) -> None:
+    """Draw what each thread did between two moments."""
     figure, axes = runs.figure()
     threads = sorted({s.thread for s in spans if s.thread and s.end > start and s.start < end})
     rows = {0: 0} | {thread: row for row, thread in enumerate(threads, 2)}
@@ -160,6 +170,7 @@ def plot(path: Path, spans: list[Span], start: float, end: float, title: str) ->
 
 
 def child(args: argparse.Namespace, case: dict) -> dict:
+    """Record the decode steps of a model that is loaded in this process."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -195,8 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], parents=[streaming.options()]
     )
-    parser.add_argument("--limit", default="none", help="of the cgroup, such as 4GB")
-    parser.add_argument("--memory", help="budget given to flashmoe, such as 3.2GB")
+    parser.add_argument("--limit", default="none", help="memory limit of the cgroup, such as 4GB")
+    parser.add_argument("--memory", help="memory budget of flashmoe, such as 3.2GB")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(prompt=64)
     args = parser.parse_args()
@@ -205,8 +216,8 @@ def main() -> None:
         print(json.dumps(child(args, case)))
         return
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
-    found = runs.run(command, limit=runs.nbytes(args.limit), keep=args.keep_cache)
-    print(json.dumps({"benchmark": "timeline", "settings": case} | found))
+    report = runs.run(command, limit=runs.nbytes(args.limit), keep=args.keep_cache)
+    print(json.dumps({"benchmark": "timeline", "settings": case} | report))
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def package_graph(graph: Graph, files: Mapping[str, Path]) -> dict[str, set[str]
     result: dict[str, set[str]] = {}
     for module, targets in graph.items():
         here = package_of(module, packages)
-        found = {package_of(target, packages) for target in targets}
-        result.setdefault(here, set()).update(found - {here})
+        names = {package_of(target, packages) for target in targets}
+        result.setdefault(here, set()).update(names - {here})
     return result
 
 

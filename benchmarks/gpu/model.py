@@ -1,4 +1,4 @@
-"""Whole models for benchmarks/gpu.py: all resident beside stock mlx-lm, and streamed from disk."""
+"""Measure whole models on a GPU: all resident beside stock mlx-lm, and streamed from disk."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import click
 import mlx.core as mx
 import numpy as np
 import synth
-from gpu_block import float64
-from gpu_sides import Sides, ratios
-from gpu_time import busy
+
+from gpu.block import float64
+from gpu.clock import busy
+from gpu.sides import Sides, ratios
 
 VOCAB = 248320
 
 
 class Decoding:
-    """A model that decodes greedily from a prompt, as mlx-lm's generate does: the next step is
-    launched before the last one's token is looked at."""
+    """Decodes greedily after a prompt, as mlx-lm's generate does.
+
+    The next step is launched before the host looks at the token of the step before.
+    """
 
     def __init__(self, model, prompt: list[int]):
         self._model = model
@@ -30,7 +33,7 @@ class Decoding:
             mx.eval(self._logits)
 
     def run(self, steps: int) -> dict[str, float]:
-        """ms of a token: to build its operations in Python, to hand them to the GPU, to wait."""
+        """Return the ms of a token: building operations in Python, launching them, waiting."""
         parts = dict.fromkeys(("building", "handing over", "waiting"), 0.0)
         token = mx.argmax(self._logits[:, -1:], axis=-1)
         for _ in range(steps):
@@ -50,53 +53,51 @@ class Decoding:
 
 
 def forced(model, tokens: list[int]) -> np.ndarray:
-    """Logits of each token, one step each: (tokens, vocabulary)."""
+    """Return the logits after each given token, one step each: (tokens, vocabulary)."""
     cache = model.make_cache()
-    found = []
-    for token in tokens:
-        found.append(float64(model(mx.array([[token]]), cache))[0, -1])
-    return np.array(found)
+    return np.array([float64(model(mx.array([[token]]), cache))[0, -1] for token in tokens])
 
 
 def checkpoint(work: Path, **geometry) -> Path:
+    """Return a checkpoint of synth.py in `work`; write it if it is not there."""
     path = work / "-".join(f"{k}{v}" for k, v in geometry.items())
     if not path.exists():
         synth.write(path, **geometry)
     return path
 
 
-def say(what) -> None:
-    """Where a long run is."""
-    click.echo(f"{time.strftime('%X')} {what}", err=True)
+def log(text) -> None:
+    """Print the progress of a long run."""
+    click.echo(f"{time.strftime('%X')} {text}", err=True)
 
 
 def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int) -> dict:
-    """What one side of `model` can run."""
+    """Return the functions that one side of `model` can run, by name."""
     if side == "stock":
         from mlx_lm.utils import load_model
 
-        found, _ = load_model(path)
-        for block in (layer.mlp for layer in found.layers):
+        model, _ = load_model(path)
+        for block in (layer.mlp for layer in model.layers):
             block.top_k = 4
     else:
         from flashmoe.checkpoint.checkpoint import Checkpoint
         from flashmoe.models.loading import load_streaming
 
-        found = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
-    run = Decoding(found, prompt)
-    say(f"{side} has read its prompt")
+        model = load_streaming(Checkpoint.open(path), slots=experts, experts=4)
+    run = Decoding(model, prompt)
+    log(f"{side}: prefill is done")
 
     def exact():
-        found.set_dtype(mx.float32)
-        return forced(found, prompt[:6])
+        model.set_dtype(mx.float32)
+        return forced(model, prompt[:6])
 
     return {
         "decode": lambda: run.run(steps),
         "busy": lambda: dict(_largest(busy(lambda: run.run(5), 5))),
-        "logits": lambda: forced(found, prompt[:6]),
+        "logits": lambda: forced(model, prompt[:6]),
         "exact logits": exact,
         "fully resident": lambda: sum(
-            layer.mlp.switch_mlp.fully_resident for layer in found.layers
+            layer.mlp.switch_mlp.fully_resident for layer in model.layers
         ),
     }
 
@@ -106,23 +107,24 @@ def _largest(parts: dict[str, float], count: int = 15) -> list[tuple[str, float]
 
 
 def model(work: Path, layers: int, experts: int) -> dict:
+    """Compare resident models: tokens/s, where the time goes, and errors of the logits."""
     path = checkpoint(work, layers=layers, experts=experts, vocab=VOCAB)
-    say("written")
-    # Long enough to need every expert of every layer.
+    log("the checkpoint is written")
+    # The prompt is long enough to need every expert of every layer.
     prompt = np.random.default_rng(0).integers(0, VOCAB, 100).tolist()
     steps = 20
     with Sides(decoding, path=path, experts=experts, prompt=prompt, steps=steps) as sides:
         fully_resident = sides.run("ours", "fully resident")[1]
         seconds = sides.alternated("decode", rounds=5)
         rates = {f"{n}, tokens/s": round(steps / s, 1) for n, s in seconds.items()}
-        say(rates)
-        where = {side: sides.run(side, "decode")[1] for side in seconds}
-        say(where)
+        log(rates)
+        where: dict = {side: sides.run(side, "decode")[1] for side in seconds}
+        log(where)
         if importlib.util.find_spec("torch"):
             gpu = {side: sides.run(side, "busy")[1] for side in ("stock", "ours")}
             where["us of a token on the GPU"] = gpu
-            say(gpu)
-        # Random weights of many layers amplify rounding, of both in the same way.
+            log(gpu)
+        # Random weights of many layers amplify rounding errors, of both sides in the same way.
         errors = {side: sides.run(side, "logits")[1] for side in ("stock", "ours")}
         exact = sides.run("stock", "exact logits")[1]
     size = np.sqrt((exact**2).mean())
@@ -140,6 +142,7 @@ def model(work: Path, layers: int, experts: int) -> dict:
 
 
 def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12) -> dict:
+    """Compare a streamed model with the resident one, and split the time of its tokens."""
     from timeline import Recorder, by_kind
 
     from flashmoe.checkpoint.checkpoint import Checkpoint
@@ -151,7 +154,7 @@ def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12
     tokens = np.random.default_rng(0).integers(0, 1024, 2 * steps).tolist()
     resident = load_streaming(opened, slots=experts, experts=4, io="buffered")
     expected = [forced(resident, tokens) for _ in range(2)][1]
-    found = {"layers": layers, "experts": experts, "slots": slots}
+    results: dict = {"layers": layers, "experts": experts, "slots": slots}
     for io in ("buffered", "direct"):
         streamed = load_streaming(opened, slots=slots, experts=4, io=io)
         same = bool((forced(streamed, tokens) == expected).all())
@@ -164,7 +167,7 @@ def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12
                 moments.append(time.perf_counter())
         stats = streamed.stats - before
         parts = [by_kind(recorder.spans, *m) for m in zip(moments, moments[1:], strict=False)]
-        found[io] = {
+        results[io] = {
             "same bits as resident": same,
             "hit rate": round(stats.hit_rate, 3),
             "MB a token": round(stats.reads.bytes / steps / 1e6, 1),
@@ -174,4 +177,4 @@ def streaming(work: Path, layers: int, experts: int, slots: int, steps: int = 12
         }
         streamed.close()
     resident.close()
-    return found
+    return results

@@ -1,25 +1,25 @@
-"""The GPU kernels of the expert block, and whole models through them, beside stock MLX.
+"""Measure the GPU kernels of the expert block, and whole models with them, beside stock MLX.
 
-    python benchmarks/gpu.py [--work DIR] [--only SECTION]...
+    python benchmarks/gpu/run.py [--work DIR] [--only SECTION]...
 
 The physics: a token reads each weight of its K experts once, so a block cannot take less than
 K * 7.08 MB / B (397B geometry, 4 bits, group 64), with B the bandwidth of the GPU's memory, which
-is measured here by a copy. A launch costs some microseconds beside that. Blocks are timed as they
-follow each other in a model: each takes what the one before gave, and both sides are compiled by
-`mx.compile`, as they are when a model decodes. Weights are walked through more memory than caches
-hold. Rounds alternate between both sides; figures are medians.
+is measured here by a copy. A launch costs some microseconds in addition. Blocks are timed as they
+follow each other in a model: each takes the result of the one before it, and both sides are
+compiled by `mx.compile`, as they are when a model decodes. The weights are spread over more memory
+than the caches hold. Rounds alternate between both sides; figures are medians.
 
-    check      errors against float64, in units of what rounding the result costs
-    block      gate, up, SwiGLU, down, weighted sum, by the clock: K = 4 and 10, with and without
-               the shared expert, a compiled piece for each block and for all of a chain
-    kernels    the same, and single rows, by the GPU's own clock (needs PyTorch, for its profiler)
-    rows       the same for 1 to 128 tokens: where `gather_qmm` takes over
+    check      errors against float64, in units of the error that rounding the result may cause
+    block      gate, up, SwiGLU, down and weighted sum, in wall-clock time: K = 4 and 10, with and
+               without the shared expert, compiled block by block and as a whole chain
+    kernels    the same and products of one row, in the GPU's own time (needs PyTorch's profiler)
+    rows       the same for 1 to 128 tokens, which shows where `gather_qmm` becomes faster
     model      60 layers, experts resident, K = 4: tokens/s beside stock mlx-lm, and the errors of
                both against stock in float32
-    streaming  experts on disk and slots on the GPU: bit for bit the resident result, and where the
-               time of a token goes
+    streaming  experts on disk and slots on the GPU: whether the result equals the resident one bit
+               for bit, and where the time of a token goes
 
-model and streaming write a checkpoint below --work: 17 GB and 8 GB. The last line is JSON.
+`model` and `streaming` write a checkpoint into --work: 17 GB and 8 GB. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,14 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from gpu_block import (
+
+# As a script, this file finds only the modules of its own directory.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from flashmoe.ops.gpu.fused import MAX_TOKENS
+from flashmoe_metal.kernel import available
+from flashmoe_metal.matvec import matvec
+from flashmoe_metal.router import router
+from gpu.block import (
     CHAIN,
     EXPERT,
     HIDDEN,
@@ -50,21 +58,16 @@ from gpu_block import (
     product,
     stack,
 )
-from gpu_model import model, streaming
-from gpu_sides import Sides, ratios
-from gpu_time import busy
-
-from flashmoe.ops.gpu.fused import MAX_TOKENS
-from flashmoe_metal.kernel import available
-from flashmoe_metal.matvec import matvec
-from flashmoe_metal.router import router
+from gpu.clock import busy
+from gpu.model import model, streaming
+from gpu.sides import Sides, ratios
 
 ROUNDS = 7
 SECTIONS = ("check", "block", "kernels", "rows", "model", "streaming")
 
 
 def bandwidth() -> float:
-    """GB/s of a copy of 4 GB on the GPU, bytes read and written."""
+    """Return the GB/s of a copy of 4 GB on the GPU, counting bytes read and bytes written."""
     x = mx.zeros((1 << 30,), mx.uint32)
     mx.eval(x)
 
@@ -76,16 +79,16 @@ def bandwidth() -> float:
 
 
 def _times(f: Callable[[], None], count: int) -> list[float]:
-    found = []
+    seconds = []
     for _ in range(count):
         start = time.perf_counter()
         f()
-        found.append(time.perf_counter() - start)
-    return found
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def alternated(sides: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each, one after the other in each round."""
+    """Return the median seconds of each function; each round calls all of them once."""
     for f in sides.values():
         f()
         f()
@@ -97,10 +100,13 @@ def alternated(sides: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> di
 
 
 def check(small: bool) -> dict:
-    """The largest error of an element, over what rounding to bf16 and summing in float32 may cost:
-    half a bf16 spacing of the result, and 2 ** -20 of what was added up."""
+    """Return the largest error of an element as a share of the allowed error, for several shapes.
+
+    Rounding to bf16 and summing in float32 allow half a bf16 spacing of the result, and 2 ** -20 of
+    the sum of the absolute values that were added.
+    """
     hidden, expert, slots = (256, 128, 8) if small else (HIDDEN, EXPERT, 16)
-    found = {}
+    shares = {}
     for bits, group, k in ((4, 64, 1), (4, 64, 4), (4, 64, 10), (2, 32, 4), (8, 128, 4)):
         k = min(k, slots)
         block = Block(slots, hidden, expert, bits, group)
@@ -112,17 +118,22 @@ def check(small: bool) -> dict:
         y = float64(block.ours(x, chosen, scores, logits))
         exact, size = block.exact(x, chosen, scores, logits)
         allowed = 2.0**-8 * np.abs(exact) + 2.0**-20 * size
-        found[f"{bits} bits, K={k}"] = round(float((np.abs(y - exact) / allowed).max()), 3)
+        shares[f"{bits} bits, K={k}"] = round(float((np.abs(y - exact) / allowed).max()), 3)
     logits = (mx.random.normal((512, 512)) * 2).astype(mx.bfloat16)
     indices, _ = router(logits, 10, experts=512, normalise=True)
     gates = mx.softmax(logits, axis=-1, precise=True)
     stock = mx.argpartition(gates, kth=-10, axis=-1)[..., -10:]
-    found["router rows like mlx-lm's"] = float((indices == stock).all(axis=-1).mean().item())
-    return found
+    same = (indices == stock).all(axis=-1)
+    shares["router rows like mlx-lm's"] = np.array(same).mean().item()
+    return shares
 
 
 def block(peak: float) -> dict:
-    found = {}
+    """Time whole blocks by the wall clock.
+
+    peak: GB/s of `bandwidth`.
+    """
+    results = {}
     with Sides(chains) as sides:
         for k in (4, 10):
             us = {}
@@ -131,31 +142,31 @@ def block(peak: float) -> dict:
                 us[kind.strip(", ")] = {n: round(s / CHAIN * 1e6, 1) for n, s in seconds.items()}
             nbytes = expert_nbytes() * k
             rate = nbytes / (us[""]["ours"] * 1e3)
-            found[f"K={k}"] = {
+            results[f"K={k}"] = {
                 "us": us,
                 "ratio": {kind: ratios(times) for kind, times in us.items()},
                 "MB": round(nbytes / 1e6, 1),
                 "GB/s": round(rate),
                 "share of the copy": round(rate / peak, 3),
             }
-    return found
+    return results
 
 
 def kernels(peak: float) -> dict:
-    """us that the GPU itself is busy, a block and a product of one row."""
+    """Return the us that the GPU is busy with a block, and with a product of one row."""
     layer = Block(SLOTS, HIDDEN, EXPERT)
-    found = {}
+    results = {}
     for k in (4, 10):
-        of = Chains(layer, k)
-        parts = {side: busy(of.of(side), CHAIN) for side in ("stock", "ours")}
-        found[f"block, K={k}"] = _beside(parts, expert_nbytes() * k, peak)
+        runs = Chains(layer, k)
+        parts = {side: busy(runs.chain(side), CHAIN) for side in ("stock", "ours")}
+        results[f"block, K={k}"] = _beside(parts, expert_nbytes() * k, peak)
     for rows, columns in ((20608, 4096), (4096, 8192)):
-        found[f"{rows} x {columns}"] = _products(rows, columns, peak)
-    return found
+        results[f"{rows} x {columns}"] = _products(rows, columns, peak)
+    return results
 
 
 def _products(rows: int, columns: int, peak: float) -> dict:
-    # More matrices than caches hold.
+    # More matrices than the caches hold.
     matrices = [first(stack(1, rows, columns)) for _ in range(8)]
     x = mx.random.normal((1, columns)).astype(mx.bfloat16)
 
@@ -173,15 +184,19 @@ def _products(rows: int, columns: int, peak: float) -> dict:
 def _beside(parts: dict[str, dict[str, float]], nbytes: int, peak: float) -> dict:
     us = {side: p.pop("all") for side, p in parts.items()}
     rate = nbytes / us["ours"] / 1e3
-    found = {"us": us, "ratio": round(us["stock"] / us["ours"], 2)}
-    found |= {"GB/s": round(rate), "share of the copy": round(rate / peak, 3)}
-    return found | {"parts": parts}
+    return {
+        "us": us,
+        "ratio": round(us["stock"] / us["ours"], 2),
+        "GB/s": round(rate),
+        "share of the copy": round(rate / peak, 3),
+        "parts": parts,
+    }
 
 
 def rows() -> dict:
-    """us a block of K=10 for so many tokens, ours and stock's."""
+    """Return the us of a block with K=10 for several numbers of tokens, ours and stock's."""
     layer = Block(SLOTS, HIDDEN, EXPERT)
-    found = {}
+    results: dict = {}
     for count in (1, 2, 4, 8, 16, 32, 64, 128):
         x = mx.random.normal((count, HIDDEN)).astype(mx.bfloat16)
         scores = mx.full((count, 10), 0.1)
@@ -204,20 +219,22 @@ def rows() -> dict:
 
         seconds = alternated({"ours": chain(layer.ours, scores), "stock": chain(layer.stock, low)})
         us = {name: round(s / calls * 1e6) for name, s in seconds.items()}
-        found[count] = us | {"ratio": round(us["stock"] / us["ours"], 2)}
-    return found | {"kernels take": MAX_TOKENS}
+        results[count] = us | {"ratio": round(us["stock"] / us["ours"], 2)}
+    return results | {"kernels take": MAX_TOKENS}
 
 
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/flashmoe-gpu"))
-@click.option("--only", multiple=True, type=click.Choice(SECTIONS), help="These sections.")
+@click.option("--only", multiple=True, type=click.Choice(SECTIONS), help="Only these sections.")
 @click.option("--layers", default=60)
-@click.option("--experts", default=32, help="Of a layer of the resident model.")
-@click.option("--small", is_flag=True, help="check: tiny matrices, for tools that slow the GPU.")
-@click.option("--keep", is_flag=True, help="Leave the checkpoints.")
+@click.option("--experts", default=32, help="Experts of a layer of the resident model.")
+@click.option(
+    "--small", is_flag=True, help="Tiny matrices, for tools that slow the GPU down (check)."
+)
+@click.option("--keep", is_flag=True, help="Do not delete the checkpoints.")
 def main(work, only, layers, experts, small, keep):
     if not available():
-        raise SystemExit("no GPU that MLX compiles kernels for")
+        raise SystemExit("This machine has no GPU that MLX compiles kernels for.")
     only = only or SECTIONS
     mx.random.seed(0)
     result: dict = {"benchmark": "gpu", "device": mx.device_info(), "mlx": mx.__version__}

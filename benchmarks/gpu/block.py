@@ -1,4 +1,4 @@
-"""The expert block that benchmarks/gpu.py times: by our kernels, by stock MLX, and in float64."""
+"""Compute the expert block that run.py times: with our kernels, with stock MLX, and in float64."""
 
 from __future__ import annotations
 
@@ -17,28 +17,35 @@ HIDDEN, EXPERT, SLOTS, CHAIN = 4096, 1024, 64, 240
 
 
 def stack(slots: int, rows: int, columns: int, bits: int = 4, group: int = 64) -> Matrix:
-    """Random codes, scaled so that a product keeps the size of its input."""
+    """Return random matrices, scaled so that a product keeps the size of its input."""
     words = mx.random.randint(0, 1 << 16, (slots, rows, columns * bits // 16)).astype(mx.uint16)
     low = columns**-0.5 * 12**0.5 / 2**bits
     scales = mx.random.uniform(0.75 * low, 1.25 * low, (slots, rows, columns // group))
     scales = scales.astype(mx.bfloat16)
     biases = (scales.astype(mx.float32) * (-(2**bits - 1) / 2)).astype(mx.bfloat16)
-    found = Matrix(words.view(mx.uint32), scales, biases, bits, group)
-    mx.eval(found.arrays)
-    return found
+    matrix = Matrix(words.view(mx.uint32), scales, biases, bits, group)
+    mx.eval(matrix.arrays)
+    return matrix
 
 
 class Block:
-    """The experts of one layer, and a shared one."""
+    """The experts of one layer, and a shared expert."""
 
     def __init__(self, slots: int, hidden: int, expert: int, bits: int = 4, group: int = 64):
         shapes = (expert, hidden), (expert, hidden), (hidden, expert)
         self.gate, self.up, self.down = (stack(slots, *s, bits, group) for s in shapes)
         self.shared = [first(stack(1, *s, bits, group)) for s in shapes]
-        # A compiled function would compute lazy ones in each call.
+        # A compiled function would compute lazy arrays again in each call.
         mx.eval([m.arrays for m in self.shared])
 
     def ours(self, x, slots, scores, logits=None):
+        """Run flashmoe's kernels.
+
+        Args:
+            x: (rows, hidden).
+            slots, scores: (rows, k).
+            logits: of the shared expert's gate, in their first column. None: no shared expert.
+        """
         gate, up, last = self.shared
         with_shared = logits is not None
         shared = (gate, up) if with_shared else None
@@ -47,7 +54,7 @@ class Block:
         return down(DownInputs(h, slots, scores, self.down, x.dtype, own))
 
     def stock(self, x, slots, scores, logits=None):
-        """As mlx-lm's blocks compute it: many pairs are sorted by their experts."""
+        """Compute as mlx-lm's blocks do, which sort many pairs by their experts."""
         rows, at, back = x[:, None, None], slots, None
         if slots.size >= 64:
             rows, at, back = _gather_sort(rows, slots)
@@ -63,7 +70,7 @@ class Block:
         return y
 
     def exact(self, x, slots, scores, logits) -> tuple[np.ndarray, np.ndarray]:
-        """In float64, and the sum of what is added up for each element, without signs."""
+        """Return the result in float64, and for each element the sum of its terms without signs."""
         x, scores, logits = map(float64, (x, scores, logits))
         total, size = np.zeros_like(x), np.zeros_like(x)
         for t, row in enumerate(np.array(slots)):
@@ -79,11 +86,14 @@ class Block:
 
 
 def expert_nbytes(bits: int = 4, group: int = 64) -> int:
-    """Of the expert that is timed."""
+    """Return the bytes of the expert that is timed."""
     return 3 * HIDDEN * EXPERT * bits // 8 + 3 * HIDDEN * EXPERT // group * 4
 
 
 def first(m: Matrix) -> Matrix:
+    """Return the first matrix of a quantized stack."""
+    assert m.scales is not None
+    assert m.biases is not None
     return Matrix(m.weight[0], m.scales[0], m.biases[0], m.bits, m.group_size)
 
 
@@ -94,11 +104,13 @@ def _gather(x, m: Matrix, slots, back):
 
 
 def product(x, m: Matrix):
+    """Return x @ m.T as stock MLX computes it."""
     kind = {"transpose": True, "group_size": m.group_size, "bits": m.bits}
     return mx.quantized_matmul(x, m.weight, m.scales, m.biases, **kind)
 
 
 def float64(x: mx.array) -> np.ndarray:
+    """Return an array of any float dtype as float64."""
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
@@ -109,25 +121,25 @@ def _dense(m: Matrix, slot: int | None = None) -> np.ndarray:
 
 
 def choices(rows: int, k: int, slots: int, count: int = 16) -> list[mx.array]:
-    """Slots of some calls, (rows, k) each."""
+    """Return random slots of `count` calls, (rows, k) each."""
     rng = np.random.default_rng(0)
     draws = [[rng.permutation(slots)[:k] for _ in range(rows)] for _ in range(count)]
     return [mx.array(np.array(d, np.uint32)) for d in draws]
 
 
 class Chains:
-    """Chains of blocks, each of which takes what the one before gave, as in a model.
+    """Chains of blocks, each of which takes the result of the one before it, as in a model.
 
     Args:
         k: experts of a token.
-        calls: of a chain.
+        calls: blocks of a chain.
     """
 
     def __init__(self, layer: Block, k: int, calls: int = CHAIN):
         self.k, self.calls, self._layer = k, calls, layer
         self._x = mx.random.normal((1, HIDDEN)).astype(mx.bfloat16)
-        # As in a model, where they are of one product with the router's: MLX places an array of at
-        # most 8 bytes where the host writes such, too, and the GPU waits for its page.
+        # As in a model, where one product computes these logits and the router's: MLX places an
+        # array of at most 8 bytes on a page that the host writes too, and the GPU waits for it.
         self._logits = mx.random.normal((1, SLOTS)).astype(mx.bfloat16)
         self._own = self._logits[:, :1]
         self._scores = mx.full((1, k), 1 / k)
@@ -135,11 +147,13 @@ class Chains:
         self._chosen = choices(1, k, SLOTS)
         mx.eval(self._x, self._logits, self._own, self._scores, self._low, self._chosen)
 
-    def of(self, side: str, way: str = "", shared: bool = False) -> Callable[[], None]:
-        """What runs a chain.
+    def chain(self, side: str, way: str = "", shared: bool = False) -> Callable[[], None]:
+        """Return a function that runs a chain.
 
-        side: "stock" or "ours".
-        way: "" compiles a block, "one piece" all of the chain, "not compiled" nothing.
+        Args:
+            side: "stock" or "ours".
+            way: "" compiles a block, "one piece" the whole chain, "not compiled" nothing.
+            shared: whether the blocks have a shared expert.
         """
         block = getattr(self._layer, side)
         scores, logits = (self._scores, self._logits) if side == "ours" else (self._low, self._own)
@@ -155,8 +169,8 @@ class Chains:
         return lambda: mx.eval(whole(self._x))
 
 
-#: How chains are run: a compiled piece for each block or for all of a chain, or none.
-KINDS = {
+#: How chains run: with and without the shared expert, compiled block by block, as one, or not.
+KINDS: dict[str, dict] = {
     "": {},
     ", shared": {"shared": True},
     ", one piece": {"way": "one piece"},
@@ -165,10 +179,10 @@ KINDS = {
 
 
 def chains(side: str) -> dict[str, Callable[[], None]]:
-    """All chains of "stock" or "ours", K = 4 and 10."""
+    """Return all chains of "stock" or "ours", for K = 4 and 10."""
     layer = Block(SLOTS, HIDDEN, EXPERT)
-    found = {}
+    functions = {}
     for k in (4, 10):
-        of = Chains(layer, k)
-        found |= {f"K={k}{name}": of.of(side, **kind) for name, kind in KINDS.items()}
-    return found
+        runs = Chains(layer, k)
+        functions |= {f"K={k}{name}": runs.chain(side, **kind) for name, kind in KINDS.items()}
+    return functions

@@ -1,7 +1,7 @@
-"""The sides of a comparison, each in a process of its own.
+"""Run the sides of a comparison, each in a process of its own.
 
-MLX reads its settings once. flashmoe sets some (`flashmoe.ops.gpu.fused.SETTINGS`) that whoever
-runs stock mlx-lm does not have, so stock is timed with MLX's own settings and with flashmoe's too.
+MLX reads its settings once. flashmoe sets some of them (`flashmoe.ops.gpu.fused.SETTINGS`), which
+users of stock mlx-lm do not have, so stock is timed with MLX's own settings and with flashmoe's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from flashmoe.ops.gpu.fused import SETTINGS
 
-#: Name of a side: whose code, and whether it has our settings.
+#: Name of a side -> whose code it runs, and whether it has our settings.
 SIDES = {
     "stock": ("stock", False),
     "stock, our settings": ("stock", True),
@@ -24,11 +24,11 @@ SIDES = {
 
 
 class Sides:
-    """Processes that each make their side of a comparison, and run it when they are told to.
+    """Processes that each prepare one side of a comparison, and run its functions on request.
 
     Args:
-        make: called in each process with "stock" or "ours" and `arguments`; gives what it can run,
-            by name.
+        make: called in each process with "stock" or "ours" and `arguments`; returns the functions
+            of this side by name.
     """
 
     def __init__(self, make: Callable[..., dict[str, Callable[[], Any]]], **arguments):
@@ -42,7 +42,7 @@ class Sides:
             work = (other, self._make, side, self._arguments, ours)
             context.Process(target=_work, args=work, daemon=True).start()
             other.close()
-            pipe.recv()  # one after the other: they share a disk, and compile
+            pipe.recv()  # start one after the other: they read the same disk, and compile
             self._pipes[name] = pipe
         return self
 
@@ -51,29 +51,29 @@ class Sides:
             pipe.close()
 
     def run(self, side: str, what: str) -> tuple[float, Any]:
-        """Seconds, and what it gave."""
+        """Run a function of a side; return its seconds and its result."""
         self._pipes[side].send(what)
         return self._pipes[side].recv()
 
     def alternated(self, what: str, rounds: int) -> dict[str, float]:
-        """Median seconds of each side, one after the other in each round."""
+        """Return the median seconds of each side; each round runs all sides once."""
         times: dict[str, list[float]] = {side: [] for side in self._pipes}
         for side in times:
             self.run(side, what)
             self.run(side, what)
         for _ in range(rounds):
-            for side, found in times.items():
-                found.append(self.run(side, what)[0])
-        return {side: statistics.median(found) for side, found in times.items()}
+            for side, seconds in times.items():
+                seconds.append(self.run(side, what)[0])
+        return {side: statistics.median(seconds) for side, seconds in times.items()}
 
 
 def ratios(times: dict[str, float]) -> dict[str, float]:
-    """How many times as long as ours the other sides take."""
+    """Return the times of the other sides, divided by ours."""
     return {n: round(t / times["ours"], 2) for n, t in times.items() if n != "ours"}
 
 
 def _work(pipe, make, side: str, arguments: dict, ours: bool) -> None:
-    # The parent's are inherited, and MLX has looked at none yet.
+    # The settings are inherited from the parent, and MLX has not read them yet.
     for name, value in SETTINGS.items():
         if not ours and os.environ.get(name) == value:
             del os.environ[name]
