@@ -24,6 +24,9 @@ from flashmoe.ops import backend as ops
 from flashmoe.streaming.drives import Drive, drive_of
 from flashmoe_metal import kernel
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 FLASHMOE = [sys.executable, "-c", "from flashmoe.cli import cli; cli()"]
 
 

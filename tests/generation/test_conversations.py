@@ -14,6 +14,9 @@ from flashmoe.events import ToolCallStart as Start
 from flashmoe.memory.footprint import CHUNK_TOKENS
 from flashmoe.requests import Request
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 #: Tokens of "<|im_start|>assistant\n<think>\n\n</think>\n\n" with the demo's tokenizer.
 TAIL = 7
 
@@ -67,7 +70,6 @@ class SharedEngine:
         pass
 
 
-@pytest.mark.slow
 def test_each_turn_prefills_only_new_tokens(engine, tmp_path, monkeypatch):
     """Compare one engine, many engines that share only the disk, and no cache at all."""
     whole, ends = converse(lambda: SharedEngine(engine), cache=False)
@@ -104,7 +106,6 @@ print(json.dumps([text, events[-1].prompt_tokens, events[-1].cached_tokens]))
 """
 
 
-@pytest.mark.slow
 def test_new_process_restores_the_conversation_from_disk(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "states"))
 

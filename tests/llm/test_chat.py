@@ -12,6 +12,9 @@ import pytest
 
 from flashmoe.catalog import DEMO
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 LLM = str(Path(sys.executable).parent / "llm")
 
 

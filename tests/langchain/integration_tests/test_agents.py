@@ -14,6 +14,9 @@ from pydantic import BaseModel, Field
 from flashmoe.catalog import DEMO
 from langchain_flashmoe import ChatFlashMoE
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 
 @tool
 def add(a: int, b: int) -> int:
@@ -68,7 +71,6 @@ def test_graph_returns_from_its_tools_to_the_model():
     assert kinds(messages) == ["human", "ai", "tool", "ai"]
 
 
-@pytest.mark.slow
 def test_next_turn_prefills_only_new_messages():
     """Only what the prompt cache entry of the last answer does not hold is prefilled.
 

@@ -22,6 +22,9 @@ from langchain_flashmoe import (
     ModelNotFound,
 )
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 # All tokens are equally likely, and one of thousands ends an answer, so the answer is very long.
 ENDLESS = {"max_tokens": 3500, "temperature": 100, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
 

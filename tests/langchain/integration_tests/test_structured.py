@@ -14,6 +14,9 @@ from flashmoe.catalog import DEMO
 from flashmoe.chat.json_schema import loads, validation_error
 from langchain_flashmoe import ChatFlashMoE, IncompleteOutput
 
+#: `make test-all` runs these.
+pytestmark = pytest.mark.slow
+
 
 def model(**kwargs):
     return ChatFlashMoE(**{"model": DEMO, "temperature": 0, "max_tokens": 200} | kwargs)
