@@ -93,6 +93,11 @@ class Checkpoint:
         """Return the safetensors files, sorted."""
         return tuple(sorted({t.file for t in self.tensors.values()}))
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all shards."""
+        return sum(identity.nbytes for identity in self.identities.values())
+
     @cached_property
     def files_identity(self) -> str:
         """Return a hash that changes when a shard is replaced, resized or written to.

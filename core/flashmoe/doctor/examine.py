@@ -252,7 +252,7 @@ def _probe(checkpoint: Checkpoint) -> dict[str, Any]:
     measured = quick(checkpoint, drives.drive_of(checkpoint.path))
     return {
         "model": checkpoint.path.name,
-        "bytes": sum(i.nbytes for i in checkpoint.identities.values()),
+        "bytes": checkpoint.nbytes,
         "gb_per_s": round(measured.gb_per_s, 3),
         "cpu_ms_per_gb": round(measured.cpu_ms_per_gb),
     }
@@ -271,7 +271,7 @@ def _model(report: Report, name: str, checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "family": checkpoint.model_type,
         "shards": shards,
-        "bytes": sum(i.nbytes for i in checkpoint.identities.values()),
+        "bytes": checkpoint.nbytes,
         "bits": checkpoint.expert_bits,
         "experts": checkpoint.num_experts,
         "K": checkpoint.top_k,

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import re
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import user_dirs
 from ..checkpoint.safetensors_header import read_header
 from ..errors import CheckpointError
 from ..files import replacing
 from ..options import PROMPT_STORE_NBYTES
 
 log = logging.getLogger("flashmoe")
-
-#: The environment variable that names the directory of the files.
-ENV = "FLASHMOE_CACHE"
 
 _NAME = re.compile(r"(?P<digest>[0-9a-f]{40})-(?P<tokens>\d{1,9})\.safetensors")
 _SUFFIX = ".safetensors"
@@ -123,16 +120,6 @@ class StoredEntry:
     used: float
 
 
-def default_directory() -> Path:
-    """Return $FLASHMOE_CACHE, or the platform's directory for caches."""
-    if ENV in os.environ:
-        return Path(os.environ[ENV])
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "flashmoe" / "prompts"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "flashmoe" / "prompts"
-
-
 class PromptStore:
     """The entries on disk, so that another process continues a conversation.
 
@@ -143,12 +130,12 @@ class PromptStore:
     costs time, not answers.
 
     Args:
-        directory: made when the first entry is written. None: `default_directory`.
+        directory: made when the first entry is written. None: `user_dirs.prompt_cache`.
         limit: bytes of all files together.
     """
 
     def __init__(self, directory: Path | None = None, limit: int = PROMPT_STORE_NBYTES):
-        self.directory = directory or default_directory()
+        self.directory = directory or user_dirs.prompt_cache()
         self.limit = limit
 
     def entries(self) -> list[StoredEntry]:

@@ -174,7 +174,7 @@ def _build(
     model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=classes)
     assert isinstance(model, StreamingMoE), "`make` makes it"
     backend.set_dtypes(model)
-    if backend.name == "fused":
+    if backend.fuses_blocks:
         # Late: it needs the kernels. Before the dense layers, because only plain ones are joined.
         from .fused_blocks import recast_blocks
 

@@ -57,12 +57,11 @@ class SharedExpertBlock(ExpertBlock, qwen3_next.Qwen3NextSparseMoeBlock):  # typ
     def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
-        routed = [route(self, x) for x in xs]
-        call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
+        call, scores = _start(self, xs)
         shared = [self.shared(x) for x in xs]
         # Let it run while the reads are in flight.
         mx.async_eval(shared)
-        return _sums(call, [scores for _, scores in routed], shared, residuals)
+        return _sums(call, scores, shared, residuals)
 
     def shared(self, x: mx.array) -> mx.array:
         """Return what the shared expert adds, (..., hidden)."""
@@ -75,9 +74,15 @@ class RoutedBlock(ExpertBlock, qwen3_moe.Qwen3MoeSparseMoeBlock):  # type: ignor
     def run(
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
-        routed = [route(self, x) for x in xs]
-        call = self.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
-        return _cast_sums(call, [scores for _, scores in routed], xs, residuals)
+        call, scores = _start(self, xs)
+        return _cast_sums(call, scores, xs, residuals)
+
+
+def _start(block: ExpertBlock, xs: Sequence[mx.array]) -> tuple[StartedCall, list[mx.array]]:
+    """Route the inputs of a block and start the reads of their experts; return the scores too."""
+    routed = [route(block, x) for x in xs]
+    call = block.switch_mlp.start([(x, i) for x, (i, _) in zip(xs, routed, strict=True)])
+    return call, [scores for _, scores in routed]
 
 
 def _sums(call: StartedCall, scores, shared, residuals) -> Iterator[mx.array]:

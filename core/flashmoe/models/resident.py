@@ -70,8 +70,7 @@ class ResidentCall:
         extras = extras or [{}] * len(scores)
         for work, s, extra in zip(self._works, scores, extras, strict=True):
             flat = s.reshape(-1, s.shape[-1])
-            y = work.combined_with(flat, **extra) if extra else work.combined(flat)
-            yield y.reshape(*s.shape[:-1], -1)
+            yield work.combined_with(flat, **extra).reshape(*s.shape[:-1], -1)
 
 
 def load_resident(path: str | Path, activations: str = "float32") -> StreamingMoE:

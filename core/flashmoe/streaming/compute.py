@@ -64,13 +64,13 @@ class ExpertWork(ABC):
     ) -> mx.array:
         """Return `combined` with more terms, which are added in the same launch.
 
-        Only where the backend has kernels.
-
         Args:
-            shared: the shared expert, as the backend takes it.
-            residual: (tokens, hidden).
+            shared: the shared expert, as the backend takes it. Only where it has kernels.
+            residual: (tokens, hidden). Only where it has kernels.
         """
-        raise NotImplementedError(f"{type(self).__name__} adds nothing to its sum")
+        if shared is not None or residual is not None:
+            raise NotImplementedError(f"{type(self).__name__} adds nothing to its sum")
+        return self.combined(scores)
 
 
 class ExpertObserver(Protocol):
@@ -94,6 +94,8 @@ class Backend(ABC):
         activations: the values of that option which it computes with, the default first.
         computes_as_loaded: whether each expert is computed as soon as its bytes have arrived.
             False: launches are what costs, so a call waits for all reads that there are slots for.
+        fuses_blocks: whether MoE blocks are replaced by `models.fused_blocks` before the dense
+            layers are.
         stacks_sequences: whether one token of each of several sequences can go through a layer as
             one array, (sequences, 1, hidden), with the bits that each sequence has alone.
     """
@@ -101,6 +103,7 @@ class Backend(ABC):
     name: str
     activations: tuple[str, ...] = ("float32",)
     computes_as_loaded = False
+    fuses_blocks = False
     stacks_sequences = False
 
     @abstractmethod

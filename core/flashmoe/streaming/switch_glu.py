@@ -302,7 +302,7 @@ class ExpertCall:
     def _combined(self, scores: mx.array, extra: dict[str, Any]) -> mx.array:
         work = self._works.pop()
         flat = scores.reshape(-1, scores.shape[-1])
-        y = work.combined_with(flat, **extra) if extra else work.combined(flat)
+        y = work.combined_with(flat, **extra)
         if work.lazy:
             self._switch._lazy_results.append(y)
         return y.reshape(*scores.shape[:-1], -1)

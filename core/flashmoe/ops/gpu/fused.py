@@ -47,6 +47,7 @@ class FusedBackend(GatherBackend):
     """flashmoe's GPU kernels for few tokens, MLX's gathered products for more."""
 
     name = "fused"
+    fuses_blocks = True
 
     def start(
         self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
