@@ -55,6 +55,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def own_directories(tmp_path, monkeypatch):
+    """Keep settings, prompt caches and the hub's cache of one test in its own directory."""
+    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "states"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+
+
+@pytest.fixture
 def run_llm(tmp_path, monkeypatch):
     """A function that runs `llm` in its own directories and returns the finished process."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))

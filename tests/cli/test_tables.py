@@ -4,6 +4,7 @@ import re
 
 import pytest
 from click.testing import CliRunner
+from command_line import run
 from pseudo_terminal import lines, show
 from toys import write_toy
 
@@ -22,12 +23,6 @@ def own_directories(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
     monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-
-
-def run(*args) -> str:
-    done = CliRunner().invoke(cli, [str(a) for a in args])
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 TABLES = {

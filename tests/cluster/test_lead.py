@@ -315,7 +315,7 @@ def test_slow_network_does_not_change_an_answer(toy, tmp_path, two_networks):
 
 def test_lead_reports_a_worker_that_dies(toy, tmp_path):
     for how in (signal.SIGKILL, signal.SIGSTOP):
-        requests = [ask("Tell me.", max_tokens=3000, seed=i, stop=("\x00",)) for i in range(2)]
+        requests = [ask("Tell me.", max_tokens=3000, seed=i) for i in range(2)]
         run = Cluster(tmp_path, toy, "equal", requests, count=3, silence=5.0)
         try:
             run.line()
@@ -374,7 +374,7 @@ def test_idle_worker_does_not_keep_a_core_busy(toy, tmp_path):
 def test_expert_that_a_worker_cannot_read_is_an_error(tmp_path):
     path = write_chat_toy(tmp_path / "chat", num_experts=12, top_k=4)
     broken = write_chat_toy(tmp_path / "broken", num_experts=12, top_k=4)
-    requests = [ask("Tell me.", max_tokens=3000, stop=("\x00",))]
+    requests = [ask("Tell me.", max_tokens=3000)]
     run = Cluster(tmp_path, path, "equal", requests, others=[broken])
     try:
         run.line()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 import pytest
+from example_tools import ADD
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from toys import FAMILIES, write_chat_toy, write_toy
@@ -26,15 +27,6 @@ from flashmoe.models.resident import same
 from flashmoe.options import EngineOptions
 from flashmoe.requests import Request
 
-ADD = {
-    "name": "add",
-    "description": "Add two numbers",
-    "parameters": {
-        "type": "object",
-        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-        "required": ["a", "b"],
-    },
-}
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer"}},

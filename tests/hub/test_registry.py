@@ -5,31 +5,20 @@ import logging
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from toys import write_toy
 
 from flashmoe import catalog
 from flashmoe.catalog import DEMO
-from flashmoe.cli import cli
 from flashmoe.errors import RegistryError
 from flashmoe.hub import registry
 
-
-@pytest.fixture(autouse=True)
-def own_directories(tmp_path, monkeypatch):
-    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+pytestmark = pytest.mark.usefixtures("own_directories")
 
 
 @pytest.fixture
 def toy(tmp_path) -> Path:
     return write_toy(tmp_path / "Toy-4bit", bits=8)
-
-
-def run(*args, code: int = 0) -> str:
-    done = CliRunner().invoke(cli, [str(a) for a in args])
-    assert done.exit_code == code, done.output
-    return done.output
 
 
 def here() -> list[str]:

@@ -4,13 +4,13 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
+import command_line
 import pytest
-from click.testing import CliRunner
 from toys import write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.cli import cli
 from flashmoe.errors import SettingError
 from flashmoe.memory import system as memory
 from flashmoe.models.loading import load_streaming, plan_memory
@@ -45,10 +45,7 @@ def toy(tmp_path_factory):
     )
 
 
-def run(*args, code=0) -> str:
-    done = CliRunner().invoke(cli, ["plan", *map(str, args)])
-    assert done.exit_code == code, done.output
-    return done.output
+run = partial(command_line.run, "plan")
 
 
 def run_json(*args, code=0) -> dict:

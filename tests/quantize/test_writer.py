@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
+import command_line
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
 import synth
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import FAMILIES, write_chat_toy, write_toy
@@ -22,7 +23,6 @@ from toys import FAMILIES, write_chat_toy, write_toy
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.checkpoint.tokenizer import read_tokenizer
-from flashmoe.cli import cli
 from flashmoe.engine import Engine
 from flashmoe.events import Text
 from flashmoe.models.loading import load_streaming
@@ -34,10 +34,7 @@ from flashmoe.requests import Request
 TEXT = "The cat sat by the sea. It asked a friend what bread is made of, and why leaves fall. "
 
 
-def run(*args, code: int = 0) -> str:
-    done = CliRunner().invoke(cli, ["quantize", *map(str, args)])
-    assert done.exit_code == code, (done.output, done.exception)
-    return done.output
+run = partial(command_line.run, "quantize")
 
 
 def run_json(*args) -> dict:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import example_tools
 import openai
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
@@ -15,18 +16,7 @@ from server_in_thread import serve
 
 from flashmoe.server.request_fields import FIELDS
 
-ADD = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Add two numbers.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-            "required": ["a", "b"],
-        },
-    },
-}
+ADD = {"type": "function", "function": example_tools.ADD}
 ASK = [{"role": "user", "content": "What is 17 plus 25? Use the tool."}]
 
 
