@@ -5,10 +5,14 @@ generates, keeps the prompt cache, and ends its own streams; callers on any thre
 only pass messages. Requests begin in the order in which they were made, and run together as far as
 memory allows: see `flashmoe.generation.batch`.
 
-    Engine.stream -> Job -> Batch.admit -> AnswerState (limits, grammar, events)
-                                           ActiveSequence (prompt cache, sampler)
-                     Batch.step  -> one pass of all sequences through the model
-    EventStream  <- Job.put      <- events of each answer
+    Engine.stream -> Job -> Preparation -> AnswerState (limits, grammar, events)
+                            Batch.admit -> ActiveSequence (prompt cache, sampler)
+                            Batch.step  -> one pass of all sequences through the model
+    EventStream  <- Job.put <- Delivery <- events of each answer
+
+What depends on a client's schemas and messages runs beside that thread: a request is prepared on a
+thread of its own, and values are checked on another. Both leave the work to helper processes, which
+have limits: see `flashmoe.bounded`.
 """
 
 from __future__ import annotations
@@ -26,11 +30,14 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from .bounded import calls
 from .errors import ReadError, TimedOut
 from .events import End, Event
 from .generation.job import Cancellation, Job
+from .generation.preparation import AHEAD, HOLD_SECONDS, Preparation
 from .options import EngineOptions, with_settings
 from .requests import Request, check_request
+from .shutdown import close_at_exit
 
 if TYPE_CHECKING:
     from .generation.batch import Batch
@@ -146,12 +153,13 @@ class Engine:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._closing = threading.Event()
+        self._preparations: dict[Job, Preparation] = {}
         self._batch: Batch | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="flashmoe-engine", daemon=True)
         self._thread.start()
         # A thread that ends with live MLX streams aborts the process at exit.
-        atexit.register(self.close)
+        close_at_exit(self.close)
 
     @property
     def closed(self) -> bool:
@@ -258,54 +266,95 @@ class Engine:
 
     def _run(self) -> None:
         waiting = self._waiting
-        while self._arrived(waiting):
-            while waiting and self._begun(waiting[0]):
-                waiting.popleft()
+        while self._receive(waiting):
+            for job in [job for job in waiting if job.cancelled.closed]:
+                self._forget(job)  # its answer was dropped while it waited
+            self._begin(waiting)
             if self._batch is not None:
                 self._step(self._batch)
-            for job in [job for job in waiting if job.cancelled.closed]:
-                waiting.remove(job)
         self._drop_model()
         gc.collect()
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].clear_streams()
 
-    def _arrived(self, waiting: deque[Job]) -> bool:
-        """Add new jobs to `waiting`; wait for one where there is nothing else to do.
+    def _receive(self, waiting: deque[Job]) -> bool:
+        """Add new jobs to `waiting`; wait while there is nothing to do.
 
         Returns:
             False when the engine is closed and no job is left.
         """
-        busy = bool(waiting) or (self._batch is not None and bool(self._batch.sequences))
-        while not (self.closed and self._jobs.empty()):
+        running = self._batch is not None and bool(self._batch.sequences)
+        # None wakes this thread: a job is prepared, or the engine is to close.
+        wait = not (running or self._can_begin(waiting) or self.closed)
+        while True:
             try:
-                job = self._jobs.get(block=not busy)
+                # A job that takes long to prepare holds others up for a while only.
+                job = self._jobs.get(wait, HOLD_SECONDS if waiting else None)
             except Empty:
                 break
+            wait = False
             if job is not None:
                 waiting.append(job)
-                busy = True
-        return busy
+        return not self.closed or bool(waiting) or running
 
-    def _begun(self, job: Job) -> bool:
-        """Let a job join the batch. Returns False when it has to wait."""
-        if job.cancelled.closed:
-            return True  # its answer was dropped while the job waited
-        if self.closed:
-            job.put(self._closed_error())
+    def _can_begin(self, waiting: deque[Job]) -> bool:
+        """Return whether `_begin` has something to do."""
+        for job in [*waiting][:AHEAD]:
+            preparation = self._preparations.get(job)
+            if preparation is None or preparation.ended:
+                return True
+            if preparation.holds:
+                break
+        return False
+
+    def _begin(self, waiting: deque[Job]) -> None:
+        """Let the jobs join the batch, in their order, for which there is room."""
+        for job in [*waiting][:AHEAD]:
+            if self.closed:
+                job.put(self._closed_error())
+                self._forget(job)
+            elif not self._prepare(job):
+                self._forget(job)
+        for job in [*waiting][:AHEAD]:
+            preparation = self._preparations[job]
+            if not preparation.ended:
+                if preparation.holds:
+                    break
+                continue
+            try:
+                assert self._batch is not None, "a job is prepared by the model in the batch"
+                if not self._batch.admit(preparation.result()):
+                    break
+            except BaseException as e:  # whatever it is, it belongs to the caller
+                job.put(e)
+            self._forget(job)
+
+    def _prepare(self, job: Job) -> bool:
+        """Begin to prepare a job, unless that was done. Returns False after an error."""
+        if job in self._preparations:
             return True
         try:
             if self._batch is None:
-                # Late, and here: the error of an MLX that cannot be imported is the caller's too.
-                from .generation.batch import DEFAULT_BATCH, Batch
-                from .generation.loaded_model import LoadedModel
-
-                loaded = LoadedModel(self.path, self.options)
-                self._batch = Batch(loaded, self.options.batch or DEFAULT_BATCH)
-            return self._batch.admit(job)
+                self._batch = self._load()
+            self._preparations[job] = self._batch.prepare(job, lambda: self._jobs.put(None))
         except BaseException as e:  # whatever it is, it belongs to the caller
             job.put(e)
-            return True
+            return False
+        return True
+
+    def _load(self) -> Batch:
+        # It imports transformers, which takes a second, while the model is loaded.
+        calls.start("flashmoe.chat.rendering")
+        # Late, and here: the error of an MLX that cannot be imported is the caller's too.
+        from .generation.batch import DEFAULT_BATCH, Batch
+        from .generation.loaded_model import LoadedModel
+
+        loaded = LoadedModel(self.path, self.options)
+        return Batch(loaded, self.options.batch or DEFAULT_BATCH)
+
+    def _forget(self, job: Job) -> None:
+        self._waiting.remove(job)
+        self._preparations.pop(job, None)
 
     def _step(self, batch: Batch) -> None:
         try:
@@ -320,6 +369,8 @@ class Engine:
         if self._batch is not None:
             self._batch.close()
             self._batch = None
+            # They belong to the model: requests that wait are prepared anew by the next one.
+            self._preparations.clear()
 
 
 _shared: dict[tuple[Path, EngineOptions], Engine] = {}

@@ -70,6 +70,14 @@ class OutputError(FlashMoEError):
     end: End | None = None
 
 
+class LimitError(FlashMoEError):
+    """Raised when work on a request or a checkpoint takes more time or memory than it may."""
+
+
+class HelperError(FlashMoEError):
+    """Raised when a helper process, in which requests are checked, cannot run; says why."""
+
+
 class ClusterError(FlashMoEError):
     """Raised when a worker of a cluster is gone or does not fit the others; says which, and why."""
 

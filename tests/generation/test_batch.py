@@ -303,24 +303,28 @@ class RecordedJob:
         self.cancelled = threading.Event()
 
 
+def admit(batch, loaded, job):
+    return batch.admit(loaded.prepare_answer(job))
+
+
 def test_request_waits_until_memory_allows_it(toy):
     with idle_model(toy, memory="2GB") as loaded:
         batch = Batch(loaded)
         first, second = RecordedJob("word " * 200), RecordedJob("word " * 200)
         elastic_slots = loaded.model.elastic_slots
-        assert batch.admit(first)
+        assert admit(batch, loaded, first)
         held = least_nbytes(elastic_slots._plan)
         one = sequences_nbytes(
             loaded.checkpoint, 400, [batch.sequences[0].planned_context], 3, on_gpu=False
         )
         # Memory for one sequence and a part of another.
         elastic_slots._budget = lambda: held + int(1.3 * one)
-        assert not batch.admit(second)
-        assert not batch.admit(second)
+        assert not admit(batch, loaded, second)
+        assert not admit(batch, loaded, second)
         while batch.sequences:
             batch.step()
         assert isinstance(first.events[-1], End)
-        assert batch.admit(second)
+        assert admit(batch, loaded, second)
         while batch.sequences:
             batch.step()
         assert outcome(second.events) == outcome(first.events)
@@ -331,7 +335,7 @@ def test_memory_shortage_ends_only_the_newest_answer(toy):
     with idle_model(toy, memory="2GB") as loaded:
         batch = Batch(loaded)
         jobs = [RecordedJob("One."), RecordedJob("word " * 900)]
-        assert all(batch.admit(job) for job in jobs)
+        assert all(admit(batch, loaded, job) for job in jobs)
         elastic_slots = loaded.model.elastic_slots
         held = least_nbytes(elastic_slots._plan)
         one = sequences_nbytes(loaded.checkpoint, 600, [600], 3, on_gpu=False)
@@ -376,10 +380,10 @@ def test_answers_go_on_during_the_prefill_of_a_long_prompt(toy, monkeypatch):
     with idle_model(toy, memory="2GB") as loaded:
         batch = Batch(loaded)
         short, long = RecordedJob("One.", max_tokens=9), RecordedJob("word " * 2500, max_tokens=2)
-        batch.admit(short)
+        admit(batch, loaded, short)
         while batch.sequences[0].in_prefill:
             batch.step()
-        batch.admit(long)
+        admit(batch, loaded, long)
         generated = []
         while batch.sequences and batch.sequences[-1].in_prefill:
             batch.step()
@@ -397,7 +401,7 @@ def test_single_request_decodes_without_shared_passes(toy, monkeypatch):
         batch, swept = Batch(loaded), []
         monkeypatch.setattr(batch_module, "run_pass", lambda *a: swept.append(a) or run_pass(*a))
         job = RecordedJob("One.", max_tokens=9)
-        batch.admit(job)
+        admit(batch, loaded, job)
         while batch.sequences:
             batch.step()
     assert job.events[-1].steps > 3

@@ -16,9 +16,9 @@ from flashmoe.chat.tools import read_tools
 from flashmoe.engine import Engine
 from flashmoe.errors import OutputError, SettingError
 from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallStart
-from flashmoe.grammar import response as grammars
 from flashmoe.grammar.constraint import Constraint, MatcherFactory
 from flashmoe.grammar.numbers import NumberGuard
+from flashmoe.grammar.rules import output_rules
 from flashmoe.requests import Request
 
 
@@ -361,13 +361,13 @@ def test_answer_cannot_end_in_reasoning_before_a_required_document(demands):
     tokenizer = load_tokenizer(find(DEMO))
     special = SpecialTokens.from_tokenizer(tokenizer)
     wanted = {"type": "regex", "pattern": "yes|no"} if demands else None
+    request = Request([], response_format=wanted)
     constraint = Constraint(
         MatcherFactory(tokenizer, special, len(tokenizer)),
         special,
         ([10], [11]),
-        Request([], response_format=wanted),
-        {},
-        grammars.read_response_format(wanted) if demands else None,
+        request,
+        output_rules(request, special),
         in_reasoning=True,
     )
     assert constraint.begin_answer() == []

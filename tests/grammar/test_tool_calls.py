@@ -10,10 +10,11 @@ from random_schemas import altered, object_schemas, to_json
 from tool_call_texts import coder, hermes, unwritable
 
 from flashmoe.chat import json_schema as schemas
+from flashmoe.chat.raw_values import value_kinds
 from flashmoe.chat.tool_parsers import TOOL_PARSERS, MalformedCall
 from flashmoe.chat.tools import read_tools
 from flashmoe.errors import SettingError
-from flashmoe.grammar.tool_calls import _kinds, tool_call_rules
+from flashmoe.grammar.tool_calls import tool_call_rules
 
 STYLE_WRITERS = {"qwen3_coder": coder, "json_tools": hermes}
 STYLES = pytest.mark.parametrize("style", sorted(TOOL_PARSERS))
@@ -62,7 +63,7 @@ def out_of_reach(value, schema):
 
     Next to a constrained string it leaves out numbers, and strings that start like JSON.
     """
-    kinds = {kind for kind, _ in _kinds(schema)}
+    kinds = {kind for kind, _ in value_kinds(schema)}
     if not {"text", "json"} <= kinds:
         return False
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -108,7 +109,7 @@ def test_grammar_refuses_arguments_that_the_schema_refuses(style, shape, data):
     tools = read_tools([{"name": "f", "parameters": shape.schema}])
     if style == "qwen3_coder":
         # Where a value may be text or JSON, the grammar accepts any text.
-        kinds = {kind for kind, _ in _kinds(schemas.property_schema(shape.schema, key))}
+        kinds = {kind for kind, _ in value_kinds(schemas.property_schema(shape.schema, key))}
         assume(not kinds >= {"text", "json"})
     assume(has_writable_values(tools, style))
     text = STYLE_WRITERS[style]("f", arguments)

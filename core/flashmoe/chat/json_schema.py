@@ -152,6 +152,14 @@ def validation_error(value: Any, schema: dict | bool) -> str | None:
     return f"{_short(error.message)} (at {place or 'its top'}, keyword {error.validator!r})"
 
 
+def document_error(text: str, schema: dict | bool) -> str | None:
+    """Return why a text is not JSON that satisfies the schema, in one line, or None if it is."""
+    try:
+        return validation_error(loads(text), schema)
+    except (ValueError, RecursionError) as e:
+        return str(e)
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
@@ -321,38 +329,4 @@ def loads(text: str) -> Any:
     value = json.loads(text, parse_constant=refuse, parse_float=finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def value_from_text(text: str, schema: dict | bool) -> tuple[Any, str | None]:
-    """Decide by its schema which value a raw text stands for.
-
-    Formats that write strings without quotes leave it open whether `3` is a number or a string.
-    Text that is JSON and satisfies the schema is parsed (big integers stay exact); otherwise it is
-    the string. Quotes are part of a string where the schema allows that.
-
-    Returns:
-        (value, None), or (None, why the text fits no value of the schema).
-    """
-    candidates: list[Any] = [text]
-    try:
-        value = _as_schema_types(loads(text), resolve_reference(schema))
-        candidates.insert(isinstance(value, str), value)
-    except (ValueError, RecursionError):
-        # Chat templates write these values of earlier calls as Python does, and models copy that.
-        words = {"True": True, "False": False, "None": None}
-        if text.strip() in words:
-            candidates.insert(0, words[text.strip()])
-    errors = [validation_error(value, schema) for value in candidates]
-    for value, error in zip(candidates, errors, strict=True):
-        if error is None:
-            return value, None
-    return None, errors[0]
-
-
-def _as_schema_types(value: Any, schema: dict | bool) -> Any:
-    """Return 1.0 as 1 where the schema asks for an integer: to a Python function they differ."""
-    whole = isinstance(value, float) and value.is_integer()
-    if whole and isinstance(schema, dict) and schema.get("type") == "integer":
-        return int(value)
     return value

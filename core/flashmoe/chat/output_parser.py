@@ -9,12 +9,14 @@ arguments of tool calls are streamed while they are written, and get the types o
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
+from ..errors import LimitError
 from ..events import Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 from .special_tokens import SpecialTokens
-from .tool_parsers import TOOL_PARSERS, MalformedCall, ToolCallParser
+from .tool_parsers import TOOL_PARSERS, MalformedCall, Run, ToolCallParser, directly
 from .tools import Tool, call_error
 
 
@@ -27,6 +29,7 @@ class OutputParser:
         tools: the tools that may be called, by name.
         stop: stop strings: the text of the answer ends before the first of them.
         in_reasoning: the prompt ends inside reasoning.
+        run: calls a function that checks values by a schema.
 
     Attributes:
         kind: what the next token belongs to: "answer", "reasoning" or "call".
@@ -42,7 +45,10 @@ class OutputParser:
         tools: dict[str, Tool] | None = None,
         stop: tuple[str, ...] = (),
         in_reasoning: bool = False,
+        run: Run = directly,
     ):
+        self._run = run
+        self._out: list[Iterable[Event]] = []
         self._tokenizer = tokenizer
         self._special = special
         self._tools = tools or {}
@@ -56,42 +62,53 @@ class OutputParser:
         self.calls = 0
         self.answer = ""
 
-    def feed(self, token: int) -> Iterator[Event]:
-        """Yield the events that the next token completes, and none after a stop string."""
+    def feed(self, token: int) -> Iterable[Event]:
+        """Return the events that the next token completes, and none after a stop string.
+
+        The attributes of the parser change at once. Inside a call the events are made only while
+        they are iterated, since a value may take long to check: see `is_late`.
+        """
         if self.stopped:
-            return
+            return []
         special = self._special
         # Inside a call, all markers but its end are text that the model wrote, and an error in it.
         if token not in special.non_text or (self.kind == "call" and token != special.call_end):
             self._detokenizer.add_token(token)
-            yield from self._add_text(self._detokenizer.last_segment)
-            return
+            self._add_text(self._detokenizer.last_segment)
+            return self._taken()
         next_kinds = {special.think_start: "reasoning", special.think_end: "answer"}
         if self.kind == "call":
             next_kinds = {special.call_end: "answer"}
         elif special.call_start is not None:
             next_kinds[special.call_start] = "call"
         if token in next_kinds:
-            yield from self._change_kind(next_kinds[token])
+            self._change_kind(next_kinds[token])
+        return self._taken()
 
-    def finish(self, why: str) -> Iterator[Event]:
-        """Yield the events for text that was held back, when generation has ended.
+    def finish(self, why: str) -> Iterable[Event]:
+        """Return the events for text that was held back, when generation has ended; see `feed`.
 
         Args:
             why: why it has ended, for the error of a call that is still open.
         """
         if self.stopped:
-            return
-        yield from self._drain_detokenizer()
+            return []
+        self._drain_detokenizer()
         if self._call is not None:
-            yield from self._call.finish(f"the answer ended inside the call ({why})")
+            self._out.append(self._call.finish(f"the answer ended inside the call ({why})"))
             self._call = None
         elif self.kind == "answer":
-            yield from self._emit(len(self._held))
+            self._emit(len(self._held))
+        return self._taken()
 
-    def _add_text(self, piece: str) -> Iterator[Event]:
+    def _taken(self) -> Iterable[Event]:
+        """Return what `_out` holds, and empty it."""
+        out, self._out = self._out, []
+        return chain.from_iterable(out) if any(map(is_late, out)) else [e for es in out for e in es]
+
+    def _add_text(self, piece: str) -> None:
         if self._call is not None:
-            yield from self._call.feed(piece)
+            self._out.append(self._call.feed(piece))
             return
         self._held += piece
         if self._at_start:
@@ -103,10 +120,10 @@ class OutputParser:
             if starts:
                 # The stop string that is complete first, however the text is cut into pieces.
                 first = min(starts, key=lambda s: (starts[s] + len(s), starts[s]))
-                yield from self._emit(starts[first])
+                self._emit(starts[first])
                 self.stopped = True
                 return
-        yield from self._emit(len(self._held) - self._undecided())
+        self._emit(len(self._held) - self._undecided())
 
     def _undecided(self) -> int:
         """Return how many characters at the end of the held text may turn out not to be emitted."""
@@ -119,8 +136,8 @@ class OutputParser:
                     return size
         return count
 
-    def _emit(self, count: int) -> Iterator[Event]:
-        """Yield the first `count` characters of the held text as an event."""
+    def _emit(self, count: int) -> None:
+        """Make an event of the first `count` characters of the held text."""
         ready, self._held = self._held[:count], self._held[count:]
         if ready:
             if self._at_start and self.kind == "answer" and self.answer:
@@ -129,37 +146,44 @@ class OutputParser:
             self._at_start = False
             if self.kind == "answer":
                 self.answer += ready
-                yield Text(ready)
+                self._out.append([Text(ready)])
             else:
-                yield Reasoning(ready)
+                self._out.append([Reasoning(ready)])
 
-    def _drain_detokenizer(self) -> Iterator[Event]:
+    def _drain_detokenizer(self) -> None:
         """Add the text that the detokenizer holds, such as a space or an incomplete character."""
         self._detokenizer.finalize()
-        yield from self._add_text(self._detokenizer.last_segment)
+        self._add_text(self._detokenizer.last_segment)
 
-    def _change_kind(self, kind: str) -> Iterator[Event]:
-        yield from self._drain_detokenizer()
+    def _change_kind(self, kind: str) -> None:
+        self._drain_detokenizer()
         if self.stopped:
             return
         if self._call is not None:
-            yield from self._call.finish()
+            self._out.append(self._call.finish())
             self._call = None
         else:
-            yield from self._emit(len(self._held.rstrip("\n")))
+            self._emit(len(self._held.rstrip("\n")))
         self._held, self._at_start, self.kind = "", True, kind
         self._detokenizer = self._tokenizer.detokenizer
         if kind == "call":
             name = self._special.tool_parser
             assert name is not None, "call_start is a token only where there is a parser"
-            self._call = _CallEvents(self.calls, TOOL_PARSERS[name](self._tools), self._tools)
+            parser = TOOL_PARSERS[name](self._tools, self._run)
+            self._call = _CallEvents(self.calls, parser, self._tools, self._run)
             self.calls += 1
+
+
+def is_late(events: Iterable[Event]) -> bool:
+    """Return whether events are made only while they are iterated, and may take long."""
+    return not isinstance(events, list)
 
 
 class _CallEvents:
     """Turns the text of one tool call into events."""
 
-    def __init__(self, index: int, parser: ToolCallParser, tools: dict[str, Tool]):
+    def __init__(self, index: int, parser: ToolCallParser, tools: dict[str, Tool], run: Run):
+        self._run = run
         self._index = index
         self._id = f"call_{secrets.token_hex(8)}"
         self._parser = parser
@@ -185,13 +209,15 @@ class _CallEvents:
         if error is None:
             try:
                 name, parsed, rest = self._parser.finish()
-                error = call_error(name, parsed, self._tools)
+                error = self._run(call_error, name, parsed, self._tools)
                 arguments = None if error else parsed
                 yield from self._start()
                 if rest:
                     yield ToolCallArguments(self._index, self._id, rest)
             except MalformedCall as e:
                 error = f"the call cannot be read: {e}"
+            except LimitError as e:
+                error = f"checking the arguments {e}"
         text = self._text.strip("\n")
         yield ToolCall(self._index, self._id, self._parser.name or "", arguments, text, error)
 

@@ -1,7 +1,7 @@
 """Turn messages into the tokens of a prompt, with the checkpoint's own chat template.
 
-The template runs in the sandbox of transformers. What users, tools and models wrote is text: a
-special token in it is encoded as the characters that it consists of.
+The template runs in the sandbox of transformers, in a helper process with limits. What users, tools
+and models wrote is text: a special token in it is encoded as the characters that it consists of.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import CheckpointError, SettingError
+from ..bounded import calls
+from ..errors import CheckpointError, LimitError, SettingError
 from .messages import normalize_messages
+from .rendering import render
 from .special_tokens import SpecialTokens
 from .tools import Tool
 
 #: A first turn (system prompt and tools) of at least this many tokens is followed by its own cut.
 LONG_FIRST_TURN = 64
+#: Processor seconds for rendering a prompt.
+RENDER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,29 @@ class ChatTemplate:
         return [t for p in texts for t in encode(p, add_special_tokens=False, verbose=False)]
 
     def _render(self, messages, tools, *, think: bool | None, answer: bool = True) -> str:
+        # think=None leaves the choice to the template; mlx-lm's default forces reasoning on.
+        # Rendered as text, since encoding a long prompt here would print a warning before our
+        # ContextError, which has both numbers, is raised.
+        tokenizer = self._tokenizer
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         try:
-            # think=None leaves the choice to the template; mlx-lm's default forces reasoning on.
-            # Rendered as text, since encoding a long prompt here would print a warning before our
-            # ContextError, which has both numbers, is raised.
-            return self._tokenizer.apply_chat_template(
+            source = tokenizer.get_chat_template(tools=tools or None)
+            return calls.call(
+                render,
+                source,
                 messages,
-                tools=tools or None,
-                add_generation_prompt=answer,
-                tokenize=False,
-                enable_thinking=think,
+                tools or None,
+                answer,
+                {**special, "enable_thinking": think},
+                seconds=RENDER_SECONDS,
             )
-        except Exception as e:  # jinja2 and templates raise many types
+        except LimitError as e:
             raise CheckpointError(
-                f"the checkpoint's chat template refuses the messages: {e}"
+                f"rendering the checkpoint's chat template {e}: shorten the messages, or download "
+                "the template again"
             ) from e
+        except ValueError as e:  # several templates, and none of them is the default
+            raise CheckpointError(f"the checkpoint's chat template cannot be chosen: {e}") from e
 
     def _find_cuts(self, tokens: list[int]) -> tuple[int, ...]:
         header = self._header

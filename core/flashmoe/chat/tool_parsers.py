@@ -19,7 +19,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from ..errors import LimitError
 from . import json_schema as schemas
+from .raw_values import value_from_text
 from .tools import Tool
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*', re.DOTALL)
@@ -34,6 +36,15 @@ NEVER_IN_VALUE = r"<\/parameter>[ \t\r\n]*<(?:parameter=|\/function>)"
 #: A regex of text that no line of a raw value may end with, for the same reason.
 NEVER_ENDS_LINE = r"<(?:parameter|function)=[^<>\n]+>"
 _UNCLOSED = re.compile(f"{NEVER_IN_VALUE}|{NEVER_ENDS_LINE}$", re.MULTILINE)
+
+
+#: Calls a function with arguments: in a helper process, or directly.
+Run = Callable[..., Any]
+
+
+def directly(function: Callable, *args: Any) -> Any:
+    """Call a function without limits, for callers that trust its arguments."""
+    return function(*args)
 
 
 class MalformedCall(ValueError):
@@ -74,9 +85,11 @@ class CoderCallParser:
 
     Args:
         tools: the tools by name, whose schemas give raw values their types.
+        run: calls a function that checks a value by a schema.
     """
 
-    def __init__(self, tools: dict[str, Tool]):
+    def __init__(self, tools: dict[str, Tool], run: Run = directly):
+        self._run = run
         self.name: str | None = None
         self.text = ""
         self._tools = tools
@@ -144,7 +157,10 @@ class CoderCallParser:
         schema: dict | bool = True
         if tool is not None and name in tool.parameters.get("properties", {}):
             schema = schemas.property_schema(tool.parameters, name)
-        value, error = schemas.value_from_text(raw, schema)
+        try:
+            value, error = self._run(value_from_text, raw, schema)
+        except LimitError as e:
+            raise MalformedCall(f"checking the parameter {name!r} {e}") from e
         # Inside JSON such a text stands between quotes, where it cannot be a tag.
         if unclosed and (error is not None or isinstance(value, str)):
             raise MalformedCall(f"the parameter {name!r} is not closed before the next tag")
@@ -161,10 +177,10 @@ class HermesCallParser:
     """Parses one call of the Hermes format; see `ToolCallParser`.
 
     Args:
-        tools: not used, since the values are JSON and have types of their own.
+        tools, run: not used, since the values are JSON and have types of their own.
     """
 
-    def __init__(self, tools: dict[str, Tool]):
+    def __init__(self, tools: dict[str, Tool], run: Run = directly):
         self.name: str | None = None
         self.text = ""
         self._start = self._at = 0  # the bounds of the arguments that were yielded
@@ -235,7 +251,7 @@ class HermesCallParser:
 
 
 #: The parser of each format, by the name of mlx-lm's tool parser.
-TOOL_PARSERS: dict[str, Callable[[dict[str, Tool]], ToolCallParser]] = {
+TOOL_PARSERS: dict[str, Callable[[dict[str, Tool], Run], ToolCallParser]] = {
     "qwen3_coder": CoderCallParser,
     "json_tools": HermesCallParser,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import SettingError
 from . import json_schema as schemas
+from .raw_values import may_be_text
 
 #: Tool calls contain names without quotes, so a name must not look like a part of the format.
 _NAME = re.compile(r"[^\s<>=\"'/\\{}]{1,128}")
@@ -19,11 +20,14 @@ class Tool:
     Attributes:
         parameters: the JSON schema of the arguments, an object without a reference at its top.
         definition: the complete definition, in the form that chat templates take.
+        json_parameters: the names of the parameters that are written as JSON in all formats, since
+            they are never strings.
     """
 
     name: str
     parameters: dict
     definition: dict
+    json_parameters: frozenset[str] = frozenset()
 
 
 def read_tools(definitions: list[dict]) -> dict[str, Tool]:
@@ -46,9 +50,20 @@ def read_tools(definitions: list[dict]) -> dict[str, Tool]:
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         schemas.check_schema(parameters, f"the parameter schema of tool {name!r}")
         complete = {**function, "name": name, "parameters": parameters}
-        tools[name] = Tool(
-            name, _object_schema(parameters, name), {"type": "function", "function": complete}
-        )
+        schema = _object_schema(parameters, name)
+        try:
+            json_parameters = frozenset(
+                parameter
+                for parameter in schema.get("properties", {})
+                if not may_be_text(schemas.property_schema(schema, parameter))
+            )
+        except RecursionError as e:
+            raise SettingError(
+                f"tool {name!r}: a parameter is defined by itself, or nested too deeply: use a "
+                "flatter schema"
+            ) from e
+        definition = {"type": "function", "function": complete}
+        tools[name] = Tool(name, schema, definition, json_parameters)
     return tools
 
 

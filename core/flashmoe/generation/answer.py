@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..chat import json_schema
+from ..bounded import calls
+from ..chat.json_schema import document_error
 from ..chat.output_parser import OutputParser
 from ..chat.template import Prompt
-from ..errors import OutputError
-from ..events import Event
+from ..errors import LimitError, OutputError
+from ..events import End, Event
 from ..grammar.constraint import Constraint
-from ..grammar.response import ResponseFormat
+from ..grammar.rules import OutputRules
 from ..requests import Request
+from .delivery import Delivery
 from .job import Cancellation
 
 
@@ -23,13 +24,14 @@ class AnswerState:
     Attributes:
         request: what the caller asked.
         prompt: its tokens.
-        response_format: the format that the answer must have, None for text.
+        rules: what the answer must look like.
         max_tokens: the most tokens that may be generated.
         constraint: which tokens the grammar allows next.
         parser: turns tokens into events.
-        emit: takes the events.
+        delivery: takes the events.
         cancelled: tells whether anybody still waits for the answer.
-        started: when the work on it began, by perf_counter.
+        started: when the work on it began, by perf_counter. While it waits to begin: how long it
+            took to prepare, in seconds.
         generated: tokens generated so far.
         reasoning: the generated tokens that are reasoning.
         forced: the generated tokens that a grammar forced.
@@ -38,11 +40,11 @@ class AnswerState:
 
     request: Request
     prompt: Prompt
-    response_format: ResponseFormat | None
+    rules: OutputRules
     max_tokens: int
     constraint: Constraint
     parser: OutputParser
-    emit: Callable[[Event], None]
+    delivery: Delivery
     cancelled: Cancellation
     started: float
     generated: int = 0
@@ -70,16 +72,16 @@ class AnswerState:
         for token in tokens:
             self.reasoning += self.parser.kind == "reasoning"
             self.generated += 1
-            self._emit(self.parser.feed(token))
+            self.delivery.events(self.parser.feed(token))
 
-    def finish(self, reason: str) -> str:
-        """Emit what the parser held back; return the finish reason that callers see.
+    def finish(self, reason: str, end: End) -> None:
+        """Emit what the parser held back, and the last event.
+
+        That is an OutputError where the answer is not what its format or tool_choice asks for.
 
         Args:
             reason: "stop", "length" or "cancelled".
-
-        Raises:
-            OutputError: the answer is not what its format or tool_choice asks for.
+            end: the last event, whose finish reason will be the one that callers see.
         """
         why = {
             "length": f"max_tokens={self.max_tokens} was reached",
@@ -87,14 +89,21 @@ class AnswerState:
             "cancelled": "it was cancelled",
         }[reason]
         in_reasoning = self.parser.kind == "reasoning"
-        self._emit(self.parser.finish(why))
-        if reason == "cancelled":
-            return reason
-        if self.parser.calls:
-            return "tool_calls" if reason == "stop" else reason
-        if self.constraint.covers_answer:
-            self._check_complete(reason, why, in_reasoning)
-        return reason
+        self.delivery.events(self.parser.finish(why))
+        if self.parser.calls and reason == "stop":
+            reason = "tool_calls"
+        checked = reason != "cancelled" and not self.parser.calls and self.constraint.covers_answer
+
+        def last() -> Event:
+            try:
+                if checked:
+                    self._check_complete(reason, why, in_reasoning)
+            except OutputError as e:
+                e.end = end
+                raise
+            return replace(end, finish_reason=reason)
+
+        self.delivery.last(last, late=checked and self.rules.schema is not None)
 
     def _check_complete(self, reason: str, why: str, in_reasoning: bool) -> None:
         if in_reasoning:
@@ -109,18 +118,15 @@ class AnswerState:
                 f"the answer is cut short: {why} before it was complete. Raise max_tokens, or "
                 "limit the length of strings and arrays in the schema"
             )
-        if self.response_format is not None and self.response_format.schema is not None:
+        if self.rules.schema is not None:
             try:
-                value = json_schema.loads(self.parser.answer)
-                error = json_schema.validation_error(value, self.response_format.schema)
-            except (ValueError, RecursionError) as e:
-                error = str(e)
+                error = calls.call(document_error, self.parser.answer, self.rules.schema)
+            except LimitError as e:
+                raise OutputError(
+                    f"checking the answer against its schema {e}: use a simpler schema"
+                ) from e
             if error is not None:
                 raise OutputError(
                     f"the answer does not satisfy the schema, which the grammar could not enforce "
                     f"completely: {error}"
                 )
-
-    def _emit(self, events: Iterable[Event]) -> None:
-        for event in events:
-            self.emit(event)

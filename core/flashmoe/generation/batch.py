@@ -22,6 +22,7 @@ from ..models.qwen_moe import StreamingStats
 from .answer import AnswerState
 from .job import Job
 from .loaded_model import LoadedModel
+from .preparation import Preparation
 from .sequence import CONTEXT_AHEAD, ActiveSequence
 
 #: The largest number of sequences, unless another is given.
@@ -43,43 +44,38 @@ class Batch:
         self._loaded = loaded
         self._model = loaded.model
         self._limit = limit
-        self._jobs: dict[ActiveSequence, Job] = {}
-        self._next: tuple[Job, AnswerState] | None = None
         self._memory_shape: list[tuple[ActiveSequence, int, bool]] = []
         self._pass_tokens = 0
         self._wired = ExitStack()
 
-    def admit(self, job: Job) -> bool:
-        """Let a job join the batch. To be called in the order of the jobs.
+    def prepare(self, job: Job, done: Callable[[], None]) -> Preparation:
+        """Begin to prepare a job; see `Preparation`."""
+        return Preparation(self._loaded, job, done)
 
-        An error of the job is put to it.
+    def admit(self, answer: AnswerState) -> bool:
+        """Let an answer join the batch. To be called in the order of the requests.
+
+        An error of the answer is given to its caller.
 
         Returns:
-            False when the job has to wait until others are done.
+            False when the answer has to wait until others are done.
         """
         try:
-            if self._next is None or self._next[0] is not job:
-                answer = self._loaded.prepare_answer(job.request, job.put, job.cancelled)
-                self._next = job, answer
-            answer = self._next[1]
             if self.sequences and not self._can_hold(answer):
                 return False
-            self._next = None
             sequence = self._loaded.start_sequence(answer)
         except Exception as e:
-            self._next = None
-            job.put(e)
+            answer.delivery.fail(e)
             return True
         if not self.sequences:
             self._wired.enter_context(wired_limit(self._model))
         self.sequences.append(sequence)
-        self._jobs[sequence] = job
         return True
 
     def step(self) -> None:
         """Take every answer one token further, or prefill some of a prompt.
 
-        Errors of one sequence are put to its job.
+        Errors of one sequence are given to its caller.
 
         Raises:
             ReadError: an expert could not be read. No sequence can continue: see `fail`.
@@ -207,10 +203,9 @@ class Batch:
 
     def _remove(self, sequence: ActiveSequence, error: BaseException | None) -> None:
         self.sequences.remove(sequence)
-        job = self._jobs.pop(sequence)
         self._memory_shape = []
         if not self.sequences:
             self._wired.close()
             self._rest()
         if error is not None:
-            job.put(error)
+            sequence.answer.delivery.fail(error)

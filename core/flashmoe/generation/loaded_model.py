@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ..bounded import calls
 from ..chat.output_parser import OutputParser
 from ..chat.special_tokens import SpecialTokens
 from ..chat.template import ChatTemplate
-from ..chat.tools import check_tool_choice, read_tools
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import ContextError
-from ..events import Event
 from ..grammar.constraint import Constraint, MatcherFactory
-from ..grammar.response import read_response_format
+from ..grammar.rules import output_rules
 from ..memory.footprint import prompt_cache_nbytes
 from ..models.loading import load_streaming
 from ..options import EngineOptions
-from ..requests import Request, in_range
+from ..requests import Request
 from .answer import AnswerState
-from .job import Cancellation
+from .delivery import Delivery
+from .job import Job
 from .prompt import PromptPrefill, PromptReader
-from .prompt_cache import PromptCache, PromptStore
+from .prompt_cache import PromptCache, open_store
 from .sampling import Sampler
 from .sequence import ActiveSequence
 
@@ -55,16 +53,16 @@ class LoadedModel:
         self._cluster, self.model = _load(self.checkpoint, options)
         self.special_tokens = SpecialTokens.from_tokenizer(self.tokenizer)
         self.template = ChatTemplate(self.tokenizer, self.special_tokens)
-        self._defaults = sampling_defaults(self.checkpoint.path)
+        self._defaults = self.checkpoint.generation.sampling
         width = self.checkpoint.text_config["vocab_size"]
         self._matchers = MatcherFactory(self.tokenizer, self.special_tokens, width)
         cached = options.prompt_cache_nbytes
         self.prompt_cache = PromptCache(
             prompt_cache_nbytes(self.checkpoint) if cached is None else cached
         )
-        stored, directory = options.prompt_store_nbytes, options.prompt_store_path
-        self.prompt_store = (
-            PromptStore(None if directory is None else Path(directory), stored) if stored else None
+        directory = options.prompt_store_path
+        self.prompt_store = open_store(
+            None if directory is None else Path(directory), options.prompt_store_nbytes
         )
         self._reader = PromptReader(self.model, self.prompt_cache, self.prompt_store)
 
@@ -80,65 +78,55 @@ class LoadedModel:
         if self._cluster is not None:
             self._cluster.rest()
 
-    def prepare_answer(
-        self,
-        request: Request,
-        emit: Callable[[Event], None],
-        cancelled: Cancellation,
-    ) -> AnswerState:
-        """Check a request and build its prompt, before the model does any work.
-
-        Args:
-            emit: takes the events of the answer.
-            cancelled: tells whether anybody still waits for the answer.
+    def prepare_answer(self, job: Job) -> AnswerState:
+        """Check a request and build its prompt, before the model does any work. On any thread.
 
         Raises:
             SettingError: the request has an impossible value.
             ContextError: the prompt is longer than the context.
         """
-        start = perf_counter()
+        start, request = perf_counter(), job.request
         self.experts_per_token(request)
-        tools = read_tools(request.tools)
-        check_tool_choice(request.tool_choice, tools)
-        wanted = request.response_format
-        response_format = read_response_format(wanted) if wanted else None
+        rules = output_rules(request, self.special_tokens)
         must_call = request.tool_choice not in ("auto", "none")
         prompt = self.template.build_prompt(
             request.messages,
-            tools,
+            rules.tools,
             think=request.think,
-            structured=request.constrain and (response_format is not None or must_call),
+            structured=request.constrain and (rules.structured or must_call),
         )
+        max_tokens = self._max_tokens(request, prompt.tokens)
         newlines = self.template.encode("\n"), self.template.encode("\n\n")
+        parser = OutputParser(
+            self.tokenizer,
+            self.special_tokens,
+            rules.tools,
+            request.stop,
+            prompt.in_reasoning,
+            calls.call,
+        )
         return AnswerState(
             request=request,
             prompt=prompt,
-            response_format=response_format,
-            max_tokens=self._max_tokens(request, prompt.tokens),
+            rules=rules,
+            max_tokens=max_tokens,
             constraint=Constraint(
-                self._matchers,
-                self.special_tokens,
-                newlines,
-                request,
-                tools,
-                response_format,
-                prompt.in_reasoning,
+                self._matchers, self.special_tokens, newlines, request, rules, prompt.in_reasoning
             ),
-            parser=OutputParser(
-                self.tokenizer, self.special_tokens, tools, request.stop, prompt.in_reasoning
-            ),
-            emit=emit,
-            cancelled=cancelled,
-            started=start,
+            parser=parser,
+            delivery=Delivery(job),
+            cancelled=job.cancelled,
+            started=perf_counter() - start,
         )
 
     def start_sequence(self, answer: AnswerState) -> ActiveSequence:
         """Make the sequence of an answer. No token goes through the model yet."""
         request = answer.request
+        answer.started = perf_counter() - answer.started
         k = self.experts_per_token(request)
         forced = answer.within_limit(answer.constraint.begin_answer())
         prefill = self._reader.start(
-            answer.prompt, answer.emit, experts=k, keep=request.cache, forced=forced
+            answer.prompt, answer.delivery.event, experts=k, keep=request.cache, forced=forced
         )
         sampler = Sampler(
             self._sampler_settings(request),
@@ -208,29 +196,3 @@ def _load(checkpoint: Checkpoint, options: EngineOptions) -> tuple[Cluster | Non
         cluster.close()
         raise
     return cluster, model
-
-
-def sampling_defaults(path: Path) -> dict[str, float]:
-    """Return temperature, top_p, top_k and min_p as generation_config.json has them.
-
-    mlx-lm reads only the end tokens of that file. Impossible values are left out.
-    """
-    try:
-        config = json.loads((path / "generation_config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(config, dict) or config.get("do_sample") is False:
-        return {}
-    kinds: dict[str, tuple[type, ...]] = {
-        "temperature": (int, float),
-        "top_p": (int, float),
-        "top_k": (int,),
-        "min_p": (int, float),
-    }
-    return {
-        name: config[name]
-        for name, kind in kinds.items()
-        if isinstance(config.get(name), kind)
-        and not isinstance(config[name], bool)
-        and in_range(name, config[name])
-    }

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter
 
 import mlx.core as mx
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import OutputError
 from ..events import End
 from ..memory.system import peak
 from ..models.layerwise import Chunk, ChunkResult
@@ -132,11 +130,7 @@ class ActiveSequence:
         return answer.finish_reason()
 
     def finish(self, reason: str, checkpoint: Checkpoint) -> None:
-        """Emit what was held back and the End.
-
-        Raises:
-            OutputError: the answer is not what its format or tool_choice asks for.
-        """
+        """Emit what was held back, and the End or the error that the answer ends with."""
         now, answer = perf_counter(), self.answer
         first = self._first_token or now
         end = End(
@@ -160,8 +154,4 @@ class ActiveSequence:
             wait_seconds=self._waited,
             peak_nbytes=peak(),
         )
-        try:
-            answer.emit(replace(end, finish_reason=answer.finish(reason)))
-        except OutputError as e:
-            e.end = end
-            raise
+        answer.finish(reason, end)

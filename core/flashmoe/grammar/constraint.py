@@ -7,6 +7,7 @@ model opens a call.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import mlx.core as mx
@@ -16,19 +17,17 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from ..chat.special_tokens import SpecialTokens
-from ..chat.tools import Tool
 from ..errors import SettingError
 from ..requests import Request
 from .numbers import NumberGuard
-from .response import ResponseFormat
-from .tool_calls import tool_call_rules
+from .rules import OutputRules
 
 #: More digits than any token starts with.
 _LONGEST_DIGITS = 20
 
 
 class MatcherFactory:
-    """Creates llguidance's matchers for one tokenizer.
+    """Creates llguidance's matchers for one tokenizer, on any thread.
 
     The first matcher reads the vocabulary, which takes seconds for a large one.
 
@@ -42,22 +41,17 @@ class MatcherFactory:
         self._tokenizer = tokenizer
         self._end = sorted(special.answer_end)
         self.width = width
-        self._vocabulary: LLTokenizer | None = None
-        self._leading_digits: np.ndarray | None = None
+        self._lock = threading.Lock()
+        self._read: tuple[LLTokenizer, np.ndarray] | None = None
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of generated tokens."""
-        return self._read_vocabulary().decode_str(tokens)
+        return self._vocabulary()[0].decode_str(tokens)
 
     @property
     def leading_digits(self) -> np.ndarray:
         """The number of digits that each token starts with: (width,) int."""
-        if self._leading_digits is None:
-            vocabulary = self._read_vocabulary()
-            texts = [vocabulary.decode_bytes([i]) for i in range(self.width)]
-            counts = [len(t) - len(t.lstrip(b"0123456789")) for t in texts]
-            self._leading_digits = np.array(counts)
-        return self._leading_digits
+        return self._vocabulary()[1]
 
     def create(self, lark: str) -> LLMatcher:
         """Return a matcher at the start of a Lark grammar.
@@ -66,17 +60,22 @@ class MatcherFactory:
             SettingError: llguidance cannot enforce the grammar.
         """
         grammar = LLMatcher.grammar_from_lark(lark)
-        matcher = LLMatcher(self._read_vocabulary(), grammar, log_level=0)
+        matcher = LLMatcher(self._vocabulary()[0], grammar, log_level=0)
         if matcher.is_error():
             raise SettingError(f"the grammar cannot be enforced: {matcher.get_error()[:500]}")
         return matcher
 
-    def _read_vocabulary(self) -> LLTokenizer:
-        if self._vocabulary is None:
-            self._vocabulary = from_tokenizer(
-                self._tokenizer._tokenizer, n_vocab=self.width, eos_token=self._end
-            )
-        return self._vocabulary
+    def _vocabulary(self) -> tuple[LLTokenizer, np.ndarray]:
+        """Return llguidance's tokenizer, and the leading digits of its tokens."""
+        with self._lock:
+            if self._read is None:
+                vocabulary = from_tokenizer(
+                    self._tokenizer._tokenizer, n_vocab=self.width, eos_token=self._end
+                )
+                texts = [vocabulary.decode_bytes([i]) for i in range(self.width)]
+                counts = [len(t) - len(t.lstrip(b"0123456789")) for t in texts]
+                self._read = vocabulary, np.array(counts)
+            return self._read
 
 
 class Constraint:
@@ -89,8 +88,7 @@ class Constraint:
         special: the special tokens of the tokenizer.
         newlines: the tokens of "\\n" and of "\\n\\n", which stand around the end of reasoning.
         request: the request.
-        tools: the tools of the request, by name.
-        response_format: the response format of the request; None for text.
+        rules: what its answer must look like.
         in_reasoning: the prompt ends inside reasoning.
 
     Attributes:
@@ -107,8 +105,7 @@ class Constraint:
         special: SpecialTokens,
         newlines: tuple[list[int], list[int]],
         request: Request,
-        tools: dict[str, Tool],
-        response_format: ResponseFormat | None,
+        rules: OutputRules,
         in_reasoning: bool,
     ):
         self._matchers = matchers
@@ -119,20 +116,18 @@ class Constraint:
         self._in_reasoning = in_reasoning
         self._matcher: LLMatcher | None = None
         self._guard: NumberGuard | None = None
-        self._tools = tools
+        self._tools = rules.tools
         # Regexes and Lark grammars limit the length of their numbers themselves.
-        self._guarded = response_format is None or response_format.schema is not None
+        self._guarded = not rules.structured or rules.schema is not None
         self._parallel = request.parallel_tool_calls
-        self._no_calls = bool(tools) and request.tool_choice == "none"
-        self._answer_grammar, self._call_grammar = _grammars(
-            request, tools, response_format, special
-        )
+        self._no_calls = bool(rules.tools) and request.tool_choice == "none"
         self._bitmask = allocate_token_bitmask(1, matchers.width)
         self.finished = False
+        # Compiled now: a grammar is refused before the model does any work, and does not hold up
+        # other answers later.
+        self._answer_grammar = self._compiled(rules.answer_grammar)
+        self._call_grammar = self._compiled(rules.call_grammar)
         self.covers_answer = self._answer_grammar is not None
-        for lark in (self._answer_grammar, self._call_grammar):
-            if lark is not None:
-                matchers.create(lark)  # a grammar is refused before the model does any work
 
     def begin_answer(self) -> list[int]:
         """Begin the answer, and return the tokens that follow the prompt without an alternative."""
@@ -193,9 +188,13 @@ class Constraint:
     def _begin_answer_grammar(self) -> list[int]:
         return [] if self._answer_grammar is None else self._begin_grammar(self._answer_grammar)
 
-    def _begin_grammar(self, lark: str) -> list[int]:
+    def _compiled(self, lark: str | None) -> LLMatcher | None:
+        """Return a matcher at the start of a grammar, of which each use takes a copy."""
+        return None if lark is None else self._matchers.create(lark)
+
+    def _begin_grammar(self, start: LLMatcher) -> list[int]:
         """Constrain the tokens from here on by a grammar; return the tokens that it forces."""
-        self._matcher = self._matchers.create(lark)
+        self._matcher = start.deep_copy()
         self._guard = NumberGuard() if self._guarded else None
         return self._consume([])
 
@@ -243,32 +242,3 @@ class Constraint:
             raw_values = self._special.tool_parser == "qwen3_coder"
             self._guard = NumberGuard(self._tools if raw_values else None)
         self._guard.feed(self._matchers.decode(tokens))
-
-
-def _grammars(
-    request: Request,
-    tools: dict[str, Tool],
-    response_format: ResponseFormat | None,
-    special: SpecialTokens,
-) -> tuple[str | None, str | None]:
-    """Return the Lark grammars of the whole answer, and of a call after its start marker."""
-    if not request.constrain:
-        return None, None
-    choice = request.tool_choice
-    rules, starts = "", []
-    if tools and choice != "none":
-        chosen = {choice: tools[choice]} if choice in tools else tools
-        # ChatTemplate.build_prompt has refused tools where there is no parser; without a parser
-        # SpecialTokens has no markers.
-        assert special.tool_parser is not None
-        assert special.call_start is not None
-        assert special.call_end is not None
-        rules = tool_call_rules(chosen, special.tool_parser, special.call_start, special.call_end)
-        if response_format is None and choice == "auto":
-            return None, f"start: body\n{rules}"
-        several = request.parallel_tool_calls and choice not in tools
-        starts.append('call ("\\n" call)*' if several else "call")
-    if response_format is not None and (choice in ("auto", "none") or not tools):
-        starts.append("document")
-        rules += response_format.rules
-    return (f"start: {' | '.join(starts)}\n{rules}", None) if starts else (None, None)

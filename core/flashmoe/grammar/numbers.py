@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import re
 
-from ..chat import json_schema as schemas
 from ..chat.tools import Tool
-from .tool_calls import may_be_text
 
 #: The most digits of a number, by the part of the number that was seen last.
 MAX_DIGITS = {"integer": 40, "fraction": 15, "exponent": 2}
@@ -85,9 +83,7 @@ class NumberGuard:
     def _is_text(self, name: str, tools: dict[str, Tool]) -> bool:
         """Return whether the value of a parameter may be raw text."""
         tool = tools.get(self._function)
-        if tool is None or name not in tool.parameters.get("properties", {}):
-            return True
-        return may_be_text(schemas.property_schema(tool.parameters, name))
+        return tool is None or name not in tool.json_parameters
 
     def _follow_json(self, text: str) -> None:
         for c in text:

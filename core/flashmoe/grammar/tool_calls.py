@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from ..chat import json_schema as schemas
+from ..chat.raw_values import ROOTS, value_kinds
 from ..chat.tool_parsers import NEVER_ENDS_LINE, NEVER_IN_VALUE
 from ..chat.tools import Tool
 from ..errors import SettingError
@@ -103,7 +103,6 @@ _UNREADABLE = (
 )
 
 _TEXT_KEYWORDS = {"type", "minLength", "maxLength", "pattern"}
-_ROOTS = {"$defs", "$schema"}
 #: The highest minLength that is enforced: llguidance gives up on texts that must be several
 #: thousand characters long.
 _MAX_ENFORCED_MIN_LENGTH = 1000
@@ -118,7 +117,7 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     texts: list[dict] = []
     literals: list[Any] = []
     json_values: list[dict] = []
-    for kind, value in _kinds(schema):
+    for kind, value in value_kinds(schema):
         {"text": texts, "literal": literals, "json": json_values}[kind].append(value)
     readable = [v for v in literals if not _unreadable(v)]
     if literals and not (readable or texts or json_values):
@@ -151,14 +150,9 @@ def _coder_value(rule: str, schema: dict | bool) -> str:
     rules = f"{rule}t[lazy]: {terminal}\n{terminal}: ({body}) {lark_string(_CLOSING)}\n"
     if not json_values:
         return f"{rule}: {rule}t\n{rules}"
-    roots = {k: v[k] for v in json_values for k in _ROOTS & v.keys()}
+    roots = {k: v[k] for v in json_values for k in ROOTS & v.keys()}
     rules += f"{rule}j: {json_rule({'anyOf': json_values, **roots})}\n"
     return f"{rule}: {rule}t | {rule}j {lark_string(_CLOSING)}\n{rules}"
-
-
-def may_be_text(schema: dict | bool) -> bool:
-    """Return whether a raw value of this schema may be text, and not only JSON."""
-    return any(k == "text" or (k == "literal" and isinstance(v, str)) for k, v in _kinds(schema))
 
 
 _ANY_TEXT = "/(?s:.*)/"
@@ -171,39 +165,6 @@ _CONTAINERS: dict[type, str] = {list: "array", dict: "object"}
 def _literal(value: Any) -> str:
     """Return the Lark string of a value as it stands in a call."""
     return lark_string(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _kinds(schema: dict | bool) -> Iterator[tuple[str, Any]]:
-    """Yield what a value may be: ("literal", value), ("text", schema) or ("json", schema)."""
-    schema = schemas.resolve_reference(schema)
-    if isinstance(schema, bool):
-        yield "text", {}
-    elif "enum" in schema or "const" in schema:
-        yield from (("literal", v) for v in schema.get("enum", [schema.get("const")]))
-    elif union := _union(schema):
-        roots = {k: schema[k] for k in _ROOTS & schema.keys()}
-        for part in union:
-            yield from _kinds({**part, **roots} if isinstance(part, dict) else part)
-    elif isinstance(schema.get("type"), list):
-        for kind in schema["type"]:
-            yield from _kinds({**schema, "type": kind})
-    elif schema.get("type") == "null":
-        yield "literal", None
-    elif schema.get("type") == "boolean":
-        yield from (("literal", True), ("literal", False))
-    elif schema.get("type", "string") == "string":
-        yield "text", schema
-    else:
-        yield "json", schema
-
-
-def _union(schema: dict) -> list:
-    """Return the alternatives of a schema that has no other constraints, or [] for any other."""
-    constraints = schema.keys() - schemas.ANNOTATIONS
-    for key in ("anyOf", "oneOf", "allOf"):
-        if constraints == {key} and (key != "allOf" or len(schema[key]) == 1):
-            return schema[key]
-    return []
 
 
 def _text(schema: dict) -> str:

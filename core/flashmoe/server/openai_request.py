@@ -13,8 +13,9 @@ from typing import Any
 
 from ..chat import json_schema as schemas
 from ..chat.messages import normalize_messages
-from ..chat.tools import check_tool_choice, read_tools
+from ..chat.tools import check_tool_choice
 from ..errors import FlashMoEError
+from ..grammar.rules import check_response_format, checked_tools
 from ..requests import RANGES, Request, check_request
 from .openai_errors import ApiError, invalid_field, short_repr
 from .request_fields import FIELDS, check_flag, check_text
@@ -113,20 +114,18 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 def _check_request(request: Request) -> None:
     """Refuse now what the engine would refuse only after the answers before this one."""
-    from ..grammar import response as grammars  # late: takes 0.1 s
-
     param = None
     try:
         check_request(request)
         param = "messages"
         normalize_messages(request.messages)
         param = "tools"
-        tools = read_tools(request.tools)
+        tools = checked_tools(request.tools)
         param = "tool_choice"
         check_tool_choice(request.tool_choice, tools)
         param = "response_format"
         if request.response_format is not None:
-            grammars.read_response_format(request.response_format)
+            check_response_format(request.response_format)
     except FlashMoEError as e:
         raise refused_request(e, param) from e
 

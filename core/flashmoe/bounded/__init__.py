@@ -1,0 +1,1 @@
+"""Run functions on hostile input in helper processes, within limits of time and memory."""
