@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from llm.parts import StreamEvent
 import llm
 from flashmoe import catalog
 from flashmoe.errors import FlashMoEError
+from flashmoe.shutdown import end_on_signals
 from flashmoe.terminal import ProgressLine
 
 from .errors import UserError
@@ -60,6 +62,8 @@ class _FlashMoEBase:
         from flashmoe.engine import shared
         from flashmoe.requests import Request
 
+        if _in_command():
+            end_on_signals()
         options = prompt.options
         assert isinstance(options, Options), "llm builds the options with the class of the model"
         schema = find_schema(prompt, conversation)
@@ -233,6 +237,13 @@ def log_statistics(response: llm.Response | llm.AsyncResponse, end: End, path: P
     response.response_json = end.figures() | {"path": str(path)}
 
 
+def _in_command() -> bool:
+    """Return whether this process runs a command of `llm`, and not Python code that uses it."""
+    context = click.get_current_context(silent=True)
+    commands = sys.modules.get("llm.cli")
+    return context is not None and context.find_root().command is getattr(commands, "cli", None)
+
+
 def _in_chat() -> bool:
     """Return whether this process runs `llm chat`."""
     context = click.get_current_context(silent=True)
@@ -241,7 +252,7 @@ def _in_chat() -> bool:
 
 @contextmanager
 def _interrupt_sets(event: threading.Event) -> Iterator[None]:
-    """Let the first Ctrl-C set `event`; the second one raises KeyboardInterrupt as usual.
+    """Let the first Ctrl-C set `event`; the second one ends the process at once.
 
     Does nothing outside the main thread, where signals cannot be handled.
     """
@@ -250,10 +261,10 @@ def _interrupt_sets(event: threading.Event) -> Iterator[None]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
         event.set()
 
     before = signal.signal(signal.SIGINT, handle)
+    end_on_signals()
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ import click
 from .events import Progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -123,7 +124,7 @@ def growing_table(
     from rich.live import Live
 
     view = _view(columns, right)
-    with Live(view, auto_refresh=False) as live:
+    with Live(view, console=_console(), auto_refresh=False) as live:
 
         def add(record: Mapping[str, Any]) -> None:
             view.add_row(*_texts(record, columns))
@@ -135,6 +136,17 @@ def growing_table(
 def print_remark(text: str) -> None:
     """Print a sentence about a table: below it, or on stderr if the table goes into a pipe."""
     click.echo(text, err=not is_terminal())
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Return a console that leaves the cursor visible: a killed process could not show it again."""
+    from rich.console import Console
+
+    class WithCursor(Console):
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
+    return WithCursor(stderr=stderr)
 
 
 def _view(columns: Sequence[str], right: Collection[str]) -> Table:
@@ -184,7 +196,6 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda done: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
@@ -197,7 +208,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TextColumn("left"),
         TimeLeft(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, speed="")
 
         def advance(done: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..errors import FlashMoEError
+from ..shutdown import end_on_signals
 from . import models
 from .bench import bench
 from .doctor import doctor
@@ -23,6 +24,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a FlashMoEError ends it with status 1."""
+        end_on_signals()
         try:
             return super().invoke(ctx)
         except FlashMoEError as e:

@@ -7,14 +7,17 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
 from ..errors import SettingError
+from ..shutdown import STATUS, end_at_next, end_within
 from .app import Server
 
-#: Seconds after Ctrl-C in which answers in flight may end with an error.
-_GRACE = 5
+#: Seconds after Ctrl-C or SIGTERM in which answers in flight may end with an error, and after which
+#: the process has ended, whatever its threads do.
+_GRACE, _END = 1, 1.5
 #: Maximum number of connections: some wait for an answer, others are idle.
 _CONNECTIONS = 1000
 
@@ -104,10 +107,16 @@ class _Uvicorn(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        signals = signal.SIGINT, signal.SIGTERM
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        before = {number: signal.signal(number, self._stop) for number in STATUS}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not self.should_exit:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        for each in STATUS:
+            end_at_next(each)
+        end_within(_END, STATUS[signal.Signals(number)])
+        self.should_exit = True
