@@ -19,6 +19,7 @@ Importing this package is cheap: MLX, mlx-lm and numba are imported by the first
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from . import open_files
 from .errors import BudgetError, CheckpointError, FlashMoEError, ReadError, SettingError
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ __all__ = [
     "find",
     "load",
 ]
+
+
+open_files.watch_import()
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ registered under any name, or in the hub's cache.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def find(name: str) -> Path:
         raise CheckpointError(
             f"{name} is not on this disk{size}. To get it, run: {known.how_to_get}"
         )
-    if not known.path.is_dir():
+    if not os.path.isdir(known.path):
         raise CheckpointError(
             f"{known.path}, which is registered as {known.name}, is not there any more: put it "
             f"back, or run: flashmoe remove {known.name}"
@@ -127,13 +128,13 @@ def _downloaded(published: Published, registered: list[registry.RegisteredModel]
         same = entry.repo == repo and (entry.revision or "").startswith(revision)
         if entry.repo is None and not revision:
             same = entry.path.name == repo.partition("/")[2]
-        if same and entry.path.is_dir():
+        if same and os.path.isdir(entry.path):
             return entry.path
-    cache = hub_cache() / f"models--{repo.replace('/', '--')}"
     try:
+        cache = hub_cache() / f"models--{repo.replace('/', '--')}"
         ref = cache / "refs" / (revision or "main")
         commit = ref.read_text().strip() if ref.is_file() else revision
         path = cache / "snapshots" / commit
         return path if commit and (path / "config.json").is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # it may not be read; the user has no home directory
         return None

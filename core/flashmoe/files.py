@@ -6,11 +6,11 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from . import locks
 from .sizes import format_size
 
 #: The suffix of a file that is not complete yet.
@@ -29,26 +29,26 @@ def replacing(path: Path, *, concurrent: bool = False, durable: bool = True) -> 
 
     Args:
         concurrent: several processes may replace `path` at the same time, so the partial file gets
-            a name of its own, and only the user may read it. Otherwise the name is `path` +
-            PARTIAL: what a killed process left there is overwritten by the next one, which matters
-            for large files.
+            a name of its own, only the user may read it, and it is locked meanwhile:
+            `locks.remove_partials` removes what a killed process left. Otherwise the name is `path`
+            + PARTIAL: what a killed process left there is overwritten by the next one, which
+            matters for large files.
         durable: see `publish`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    if concurrent:
-        fd, name = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
-        os.close(fd)
-        partial = Path(name)
-    else:
-        partial = path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        publish(partial, path, durable=durable)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with ExitStack() as stack:
+        if concurrent:
+            partial = stack.enter_context(locks.locked_partial(path))
+        else:
+            partial = path.with_name(path.name + PARTIAL)
+        try:
+            yield partial
+            publish(partial, path, durable=durable)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def publish(partial: Path, path: Path, *, durable: bool = True) -> None:

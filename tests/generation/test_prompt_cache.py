@@ -24,6 +24,7 @@ from flashmoe.generation.prompt_cache import (
     entry_name,
     entry_nbytes,
 )
+from flashmoe.locks import locked_partial
 from flashmoe.memory.footprint import CHUNK_TOKENS
 from flashmoe.models.layerwise import chunks_within, run_pass
 from flashmoe.models.loading import load_streaming
@@ -210,18 +211,46 @@ def test_entry_larger_than_the_limit_is_not_stored(tmp_path):
     assert [s.path.stem for s in store.entries()] == [NAME]
 
 
-def test_foreign_files_are_left_alone_and_stale_ones_removed(store):
+def test_foreign_files_are_left_alone(store):
     store.put(NAME, state(100))
-    foreign = store.directory / "notes.safetensors"
-    foreign.write_text("mine")
-    stale = store.directory / f".{NAME}-x.safetensors"
-    stale.write_text("left by a process that died")
-    os.utime(stale, (1, 1))
+    foreign = [store.directory / n for n in ("notes.safetensors", ".notes-abcdefgh.safetensors")]
+    for file in foreign:
+        file.write_text("mine")
     store.trim()
-    assert not stale.exists()
     assert store.clear() > 0
-    assert foreign.read_text() == "mine"
+    assert [file.read_text() for file in foreign] == ["mine", "mine"]
     assert store.entries() == []
+
+
+def test_partial_file_is_removed_unless_it_is_being_written(store):
+    store.put(NAME, state(100))
+    left = store.directory / f".{NAME}-abcdefgh.safetensors"
+    left.write_text("left by a process that was killed")
+    with locked_partial(store.directory / f"{OTHER}.safetensors") as written:
+        PromptStore(store.directory)  # the next start
+        assert not left.exists()
+        assert written.exists()
+    PromptStore(store.directory)
+    assert [path.stem for path in store.directory.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("unsafe", ["writable", "above", "foreign"])
+def test_directory_that_others_may_write_is_not_used(tmp_path, caplog, unsafe):
+    directory = tmp_path / "above" / "states"
+    PromptStore(directory).put(NAME, state(100))
+    if unsafe == "writable":
+        directory.chmod(0o777)
+    elif unsafe == "above":
+        directory.parent.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(directory, 12345, 12345)
+    else:
+        pytest.skip("only root can give a directory away")
+    store = PromptStore(directory)
+    assert "set FLASHMOE_CACHE to another directory" in caplog.text
+    assert store.get(NAME, empty()) is None
+    store.put(OTHER, state(100))
+    assert [entry.path.stem for entry in store.entries()] == [NAME]
 
 
 def test_unwritable_directory_is_only_a_warning(tmp_path, caplog):
@@ -250,8 +279,10 @@ def test_writer_that_dies_leaves_no_entry(store):
     done = subprocess.run([sys.executable, "-c", code, *places], timeout=300)
     assert done.returncode == 9
     assert store.entries() == []
+    assert len(list(store.directory.iterdir())) == 1
     store.put(NAME, state(100))
     assert equal(store.get(NAME, empty()), state(100))
+    assert [path.stem for path in store.directory.iterdir()] == [NAME], "its partial file is gone"
 
 
 # In a model

@@ -115,9 +115,9 @@ def _memory(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _open_files(facts: dict[str, Any]) -> Iterator[str]:
-    soft, hard, shards = ("no limit" if facts[n] is None else facts[n] for n in facts)
-    limits = f"limit {soft} (hard {hard}), mlx-lm sets {machine.MLX_LM_FILES[0]}"
-    yield f"{limits}: enough for {shards} shards" if shards else f"{limits}, which fails"
+    soft, hard = ("no limit" if facts[n] is None else facts[n] for n in ("soft", "hard"))
+    limits = f"limit {soft} (hard {hard}), raised to {facts['raised']}"
+    yield f"{limits}: enough for {facts['shards']} shards"
 
 
 def _cache(facts: dict[str, Any]) -> Iterator[str]:

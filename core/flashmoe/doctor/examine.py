@@ -21,6 +21,7 @@ from ..errors import FlashMoEError
 from ..files import nearest_existing_parent
 from ..generation.prompt_cache import PromptStore
 from ..memory.system import default_budget
+from ..open_files import WANTED
 from ..streaming import drives
 from . import machine
 
@@ -126,14 +127,14 @@ def _guarded(report: Report, section: str) -> Iterator[None]:
 
 @contextmanager
 def _warnings(report: Report) -> Iterator[None]:
-    """Make flashmoe's own warnings, such as those about broken settings, problems in the report."""
+    """Make flashmoe's own warnings, which say their way out, problems in the report."""
     seen: set[str] = set()
 
     def emit(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         if record.levelno >= logging.WARNING and text not in seen:
             seen.add(text)
-            report.add_problem("settings", text, "fix that file, or remove it")
+            report.add_problem("settings", text, "")
         return record.levelno < logging.WARNING
 
     log = logging.getLogger("flashmoe")
@@ -196,11 +197,10 @@ def _memory(report: Report) -> dict[str, Any]:
 def _open_files(report: Report) -> dict[str, Any]:
     facts = machine.open_files()
     if not facts["shards"]:
-        needed = machine.MLX_LM_FILES[1]
         report.add_problem(
             "open files",
-            f"the hard limit on open files is {facts['hard']}: mlx-lm, which sets {needed}, fails",
-            f"ask for {needed} (limits.conf, or the container's)",
+            f"the hard limit on open files is {facts['hard']}, too low for a model",
+            f"ask for {WANTED} (limits.conf, or the container's)",
         )
     return facts
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory import system
+from ..open_files import raise_limit
 
 DISTRIBUTION = "llm-flashmoe"
 
@@ -35,8 +36,6 @@ _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 #: The CPU features that the kernels use, as LLVM names them.
 _FEATURES = ("avx2", "fma", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
 
-#: The limits on open files, soft and hard, that mlx-lm sets when it is imported.
-MLX_LM_FILES = (2048, 4096)
 #: Open files that are not a checkpoint's: Python's, llm's database, the terminal.
 OTHER_FILES = 64
 #: Open files per shard: the reader's and, while the model is loaded, MLX's.
@@ -114,24 +113,19 @@ def memory_facts() -> dict[str, Any]:
 
 
 def open_files() -> dict[str, int | None]:
-    """Return the limits on open files, and set those that mlx-lm sets when it is imported.
-
-    This must be called before mlx-lm is imported, to see the limits that it changes.
+    """Return the limits on open files, and raise the soft one as a load does.
 
     Returns:
-        soft, hard: the limits, None without one. shards: how many shards a model may have; 0 where
-        the hard limit is so low that the import of mlx-lm fails.
+        soft, hard: the limits, None without one. raised: the soft limit afterwards. shards: how
+        many shards a model may have.
     """
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit
         for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, MLX_LM_FILES)
-        shards = (MLX_LM_FILES[0] - OTHER_FILES) // FILES_PER_SHARD
-    except (OSError, ValueError):
-        shards = 0
-    return {"soft": soft, "hard": hard, "shards": shards}
+    raised = raise_limit()
+    shards = max(0, raised - OTHER_FILES) // FILES_PER_SHARD
+    return {"soft": soft, "hard": hard, "raised": raised, "shards": shards}
 
 
 def processor() -> dict[str, Any]:
@@ -180,8 +174,8 @@ def anonymous(value: Any) -> Any:
 
 def _anonymous_text(value: str | Path) -> str:
     text = str(value)
-    home = Path.home()
-    for path in {str(home), os.path.realpath(home)} - {"/"}:
+    home = os.path.expanduser("~")  # which stays as it is for a user without one
+    for path in {home, os.path.realpath(home)} - {"/", "~"}:
         text = re.sub(re.escape(path) + r"(?![\w.-])", "~", text)
     try:
         name = getpass.getuser()

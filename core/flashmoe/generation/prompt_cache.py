@@ -21,19 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from .. import user_dirs
+from .. import private_dirs, user_dirs
 from ..checkpoint.safetensors_header import read_header
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SettingError
 from ..files import replacing
+from ..locks import partial_name, remove_partials
 from ..options import PROMPT_STORE_NBYTES
 
 log = logging.getLogger("flashmoe")
 
 _NAME = re.compile(r"(?P<digest>[0-9a-f]{40})-(?P<tokens>\d{1,9})\.safetensors")
 _SUFFIX = ".safetensors"
+_PARTIAL = partial_name(r"[0-9a-f]{40}-\d{1,9}", _SUFFIX)
 _DIGEST = "flashmoe_sha256"
-# The age of files that were left by a process that died while writing.
-_STALE_SECONDS = 3600
 
 
 def entry_name(identity: str, tokens: list[int]) -> str:
@@ -126,8 +126,8 @@ class PromptStore:
     Each is one safetensors file, written by mlx-lm and named by `entry_name`. A file is written
     under another name and renamed, the least recently used leaves first, and a file that is not
     complete, or not flashmoe's, is left alone with a warning. Files hold conversations, so only
-    their owner may read them. No method raises for what the disk does: a cache that does not work
-    costs time, not answers.
+    their owner may read them, and a directory that others may write is not used. No method raises
+    for what the disk does: a cache that does not work costs time, not answers.
 
     Args:
         directory: made when the first entry is written. None: `user_dirs.prompt_cache`.
@@ -137,6 +137,13 @@ class PromptStore:
     def __init__(self, directory: Path | None = None, limit: int = PROMPT_STORE_NBYTES):
         self.directory = directory or user_dirs.prompt_cache()
         self.limit = limit
+        self._unsafe = _other_writer(self.directory)
+        if self._unsafe is not None:
+            log.warning(
+                "conversations are not kept in %s: %s; change that, or set %s to another directory",
+                *(self.directory, self._unsafe, user_dirs.PROMPT_CACHE_ENV),
+            )
+        remove_partials(self.directory, _PARTIAL)
 
     def entries(self) -> list[StoredEntry]:
         """Return the files, the least recently used first."""
@@ -159,7 +166,7 @@ class PromptStore:
                 belong to this model.
         """
         path = self.directory / f"{name}{_SUFFIX}"
-        if not path.exists():
+        if self._unsafe is not None or not os.path.exists(path):
             return None
         try:
             cache = _read(path, like)
@@ -173,13 +180,13 @@ class PromptStore:
     def put(self, name: str, cache: list[Any]) -> None:
         """Write an entry, unless there is a file of that name, and keep to the limit."""
         path = self.directory / f"{name}{_SUFFIX}"
-        if entry_nbytes(cache) > self.limit:
+        if self._unsafe is not None or entry_nbytes(cache) > self.limit:
             return
         try:
             if path.exists():
                 os.utime(path)
                 return
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_dirs.make(self.directory)
             self._write(path, cache)
             self.trim()
         except (OSError, RuntimeError) as e:
@@ -194,17 +201,14 @@ class PromptStore:
                 break
             entry.path.unlink(missing_ok=True)
             total -= entry.nbytes
-        newest = max((e.used for e in entries), default=0)
-        for path in self.directory.glob(f".*{_SUFFIX}"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < newest - _STALE_SECONDS:
-                    path.unlink()
+        remove_partials(self.directory, _PARTIAL)
 
     def clear(self) -> int:
         """Remove all files; return the bytes that were freed."""
         entries = self.entries()
         for entry in entries:
             entry.path.unlink(missing_ok=True)
+        remove_partials(self.directory, _PARTIAL)
         return sum(e.nbytes for e in entries)
 
     def _write(self, path: Path, cache: list[Any]) -> None:
@@ -214,6 +218,28 @@ class PromptStore:
         with replacing(path, concurrent=True, durable=False) as partial:
             save_prompt_cache(str(partial), cache, {_DIGEST: _digest(cache)})
             os.chmod(partial, 0o600)
+
+
+def open_store(directory: Path | None, limit: int) -> PromptStore | None:
+    """Return the store; None for a limit of 0, and with a warning where there is no directory.
+
+    Args:
+        directory, limit: as for `PromptStore`.
+    """
+    if not limit:
+        return None
+    try:
+        return PromptStore(directory, limit)
+    except SettingError as e:
+        log.warning("conversations are not kept: %s", e)
+        return None
+
+
+def _other_writer(directory: Path) -> str | None:
+    try:
+        return private_dirs.other_writer(directory)
+    except OSError as e:
+        return str(e)
 
 
 def _read(path: Path, like: list[Any]) -> list[Any]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import user_dirs
-from ..errors import RegistryError
+from ..errors import RegistryError, SettingError
 
 log = logging.getLogger("flashmoe")
 
@@ -47,8 +49,12 @@ def file() -> Path:
 def models() -> list[RegisteredModel]:
     """Return the registered checkpoints, sorted by name.
 
-    Invalid entries are left out, with a warning.
+    Invalid entries are left out, with a warning. A user without a home directory has none.
     """
+    try:
+        user_dirs.remove_partial_settings(file())
+    except SettingError:
+        return []
     try:
         entries = _read()
     except RegistryError as e:
@@ -63,7 +69,7 @@ def models() -> list[RegisteredModel]:
             origin = {k: v for k in _ORIGIN if isinstance(v := entry.get(k), str)}
             models.append(RegisteredModel(name, Path(entry["path"]), aliases, **origin))
         except (AttributeError, KeyError, TypeError, ValueError):
-            log.warning("%s: the entry of %r is not valid: it is ignored", file(), name)
+            log.warning("%s: the entry of %r is not valid and is ignored: fix it", file(), name)
     return models
 
 
@@ -88,11 +94,12 @@ def add(
         RegistryError: a name is not valid or belongs to another model, or the file cannot be
             written.
     """
-    check_names(name, aliases)
     model = RegisteredModel(name, path.absolute(), aliases, repo, revision)
     origin = {k: v for k in _ORIGIN if (v := getattr(model, k)) is not None}
     entry = {"path": str(model.path), "aliases": list(aliases), **origin}
-    _write(_read() | {name: entry})
+    with _changing():
+        check_names(name, aliases)
+        _write(_read() | {name: entry})
     return model
 
 
@@ -121,13 +128,15 @@ def remove(name: str) -> RegisteredModel:
     Raises:
         RegistryError: there is no such entry, or the file cannot be written.
     """
-    for model in models():
-        if name in (model.name, *model.aliases):
-            entries = _read()
-            del entries[model.name]
-            _write(entries)
-            return model
-    known = ", ".join(m.name for m in models()) or "none"
+    with _changing():
+        registered = models()
+        for model in registered:
+            if name in (model.name, *model.aliases):
+                entries = _read()
+                del entries[model.name]
+                _write(entries)
+                return model
+    known = ", ".join(m.name for m in registered) or "none"
     raise RegistryError(f"{name!r} is not registered; registered are: {known}")
 
 
@@ -150,7 +159,14 @@ def _read() -> dict[str, Any]:
 
 
 def _write(entries: dict[str, Any]) -> None:
+    user_dirs.write_settings(file(), {"version": 1, "models": entries})
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """Let one process at a time change the file; OSError becomes RegistryError."""
     try:
-        user_dirs.write_settings(file(), {"version": 1, "models": entries})
+        with user_dirs.changing(file()):
+            yield
     except OSError as e:
         raise RegistryError(f"{file()} cannot be written: {e}") from e

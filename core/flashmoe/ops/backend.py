@@ -11,6 +11,7 @@ from flashmoe_metal import kernel
 
 from ..errors import SettingError
 from ..streaming.compute import Backend
+from .compiled_code import protect_mlx
 
 #: The environment variable that selects a backend by its name, which helps to find faults.
 ENV = "FLASHMOE_OPS"
@@ -32,6 +33,8 @@ def on_gpu() -> bool:
 def pick(name: str | None = None) -> Backend:
     """Return the backend `name`; by default $FLASHMOE_OPS, or the fastest for this device.
 
+    MLX does not load code that others may have written from then on, see `protect_mlx`.
+
     Raises:
         SettingError: no backend has that name, or it does not run on this device.
     """
@@ -44,6 +47,7 @@ def pick(name: str | None = None) -> Backend:
             f"{ENV}={name!r} does not run on MLX's {device} device: unset it, or set it to one of "
             f"{', '.join(other for other in NAMES if _runs(other))}"
         )
+    protect_mlx()
     return import_module(_MODULES[name], __package__).BACKEND
 
 

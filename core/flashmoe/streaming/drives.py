@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import user_dirs
+from ..errors import SettingError
 from .io_modes import BLOCK, IO_MODES
 
 log = logging.getLogger("flashmoe")
@@ -72,7 +73,9 @@ def measured(path: Path) -> Drive | None:
     try:
         return Drive(**entry)
     except (TypeError, ValueError):
-        log.warning("%s: the entry of %s is not valid: it is ignored", file(), _key(path))
+        log.warning(
+            "%s: the entry of %s is not valid and is ignored: remove it", file(), _key(path)
+        )
         return None
 
 
@@ -82,8 +85,9 @@ def remember(path: Path, drive: Drive) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    drives = _read() | {_key(path): asdict(drive)}
-    user_dirs.write_settings(file(), {"version": 1, "drives": drives})
+    with user_dirs.changing(file()):
+        drives = _read() | {_key(path): asdict(drive)}
+        user_dirs.write_settings(file(), {"version": 1, "drives": drives})
 
 
 def _key(path: Path) -> str:
@@ -93,9 +97,10 @@ def _key(path: Path) -> str:
 
 def _read() -> dict:
     try:
+        user_dirs.remove_partial_settings(file())
         return dict(json.loads(file().read_text())["drives"])
-    except FileNotFoundError:
+    except (FileNotFoundError, SettingError):  # not measured; no home directory
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        log.warning("%s cannot be read (%s): it is ignored", file(), e)
+        log.warning("%s cannot be read (%s) and is ignored: fix it, or remove it", file(), e)
         return {}
