@@ -6,14 +6,15 @@ import mlx.core as mx
 import pytest
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.checkpoint.config import LINEAR_SIZE_LIMITS, SIZE_LIMITS
+from flashmoe.checkpoint.limits import HEAD_DIM, LINEAR_SIZES
+from flashmoe.checkpoint.limits import SIZES as COMMON_SIZES
 from flashmoe.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SWITCH = "language_model.model.layers.0.mlp.switch_mlp"
 
 #: The fields of config.json that are sizes of the model.
-SIZES = [*SIZE_LIMITS, *LINEAR_SIZE_LIMITS, "head_dim"]
+SIZES = [*COMMON_SIZES, *LINEAR_SIZES, *HEAD_DIM]
 
 
 def assert_refused(directory, *texts):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import parse_text_config
-from .safetensors_header import read_object
+from .json_files import read_object, read_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def capabilities(path: Path) -> Capabilities:
     """Return what the checkpoint in a directory can do.
 
     Raises:
-        CheckpointError: config.json is missing, or describes a model that flashmoe does not run.
+        CheckpointError: config.json is missing, or describes a model that flashmoe does not run; or
+            a file that may hold the template is damaged.
     """
     config = parse_text_config(read_object(path / "config.json"), path)
     template = chat_template(path) or ""
@@ -42,18 +43,18 @@ def capabilities(path: Path) -> Capabilities:
 
 
 def chat_template(path: Path) -> str | None:
-    """Return the chat template of the checkpoint in a directory, or None when it has none."""
-    try:
-        return (path / "chat_template.jinja").read_text()
-    except (OSError, ValueError):
-        pass
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        try:
-            template = json.loads((path / name).read_text())["chat_template"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(template, str):
-            return template
+    """Return the chat template of the checkpoint in a directory, or None when it has none.
+
+    Raises:
+        CheckpointError: a file that may hold it is damaged.
+    """
+    if (template := read_text(path / "chat_template.jinja")) is not None:
+        return template
+    for file in (path / "chat_template.json", path / "tokenizer_config.json"):
+        if os.path.lexists(file):
+            template = read_object(file).get("chat_template")
+            if isinstance(template, str):
+                return template
     return None
 
 

@@ -1,7 +1,7 @@
 """Open an MLX checkpoint directory: which tensors it holds, and at which bytes each expert is.
 
-Only config.json, the index and the safetensors headers are read, all as hostile input. Nothing that
-a checkpoint contains is executed. MLX is not imported.
+Only config.json, generation_config.json, the index and the safetensors headers are read, all as
+hostile input. Nothing that a checkpoint contains is executed. MLX is not imported.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from typing import Any
 
 from ..errors import CheckpointError, SettingError
 from .config import parse_quantization, parse_text_config
-from .expert_layers import ExpertLayer, check_dense, find_expert_layers, is_loaded
+from .dense_tensors import check_dense
+from .expert_layers import ExpertLayer, find_expert_layers, is_loaded
 from .file_identity import FileIdentity
-from .safetensors_header import (
-    EXPERT_TENSOR,
-    Tensor,
-    read_object,
-    read_tensors,
-    show,
-)
+from .generation_config import GenerationConfig, read_generation_config
+from .json_files import check_files, read_object, show
+from .safetensors_header import EXPERT_TENSOR, Tensor, read_tensors
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Checkpoint:
         tensors: all tensors by name.
         expert_layers: the experts of each MoE layer, by the index of the layer.
         identities: what the shards were when their headers were read.
+        generation: what the checkpoint says about generation.
     """
 
     path: Path
@@ -45,6 +43,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     expert_layers: dict[int, ExpertLayer]
     identities: dict[Path, FileIdentity]
+    generation: GenerationConfig
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -54,13 +53,15 @@ class Checkpoint:
             CheckpointError: says which values are wrong, and the way out.
         """
         path = _directory(path)
+        check_files(path)
         config = read_object(path / "config.json")
         text_config = parse_text_config(config, path)
+        generation = read_generation_config(path, config, text_config)
         quantization = parse_quantization(config, text_config, path)
         tensors, identities = read_tensors(path)
         layers = find_expert_layers(config["model_type"], text_config, quantization, tensors, path)
-        checkpoint = cls(path, config, text_config, tensors, layers, identities)
-        check_dense(checkpoint.dense, quantization)
+        checkpoint = cls(path, config, text_config, tensors, layers, identities, generation)
+        check_dense(checkpoint.dense, config["model_type"], text_config, quantization, path)
         return checkpoint
 
     @property

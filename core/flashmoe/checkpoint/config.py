@@ -11,7 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .safetensors_header import DOWNLOAD_AGAIN, Tensor, is_file, is_int, show
+from .json_files import DOWNLOAD_AGAIN, is_file, is_int, show
+from .limits import (
+    DENSE_LAYER_SIZES,
+    EPSILON,
+    HEAD_DIM,
+    LINEAR_SIZES,
+    SIZES,
+    check_flags,
+    check_layer_list,
+    check_number,
+    check_relations,
+    check_sizes,
+)
+from .rotation import check_rotation
+from .safetensors_header import Tensor
 
 #: The supported model types, and what comes before "layers.N" in the names of their tensors, as
 #: mlx-lm writes them.
@@ -23,30 +37,8 @@ TENSOR_PREFIXES = {
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FLOATS = ("BF16", "F16", "F32")
-#: Sizes that each supported model has, with a bound that no real model comes near.
-SIZE_LIMITS = {
-    "num_hidden_layers": 2**12,
-    "hidden_size": 2**18,
-    "moe_intermediate_size": 2**18,
-    "num_experts": 2**16,
-    "num_experts_per_tok": 2**16,
-    "vocab_size": 2**24,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "max_position_embeddings": 2**31,
-}
-#: Sizes that the models with linear attention and a shared expert have as well.
-LINEAR_SIZE_LIMITS = {
-    "full_attention_interval": 2**12,
-    "linear_num_key_heads": 2**14,
-    "linear_num_value_heads": 2**14,
-    "linear_key_head_dim": 2**14,
-    "linear_value_head_dim": 2**14,
-    "linear_conv_kernel_dim": 2**10,
-    "shared_expert_intermediate_size": 2**18,
-}
 #: The values that mlx-lm uses for absent fields, without those that are 0, which no model has.
-DEFAULTS: dict[str, dict[str, int]] = {
+DEFAULTS: dict[str, dict[str, int | float]] = {
     "qwen3_5_moe": {
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -60,9 +52,18 @@ DEFAULTS: dict[str, dict[str, int]] = {
         "linear_key_head_dim": 192,
         "linear_value_head_dim": 128,
         "linear_conv_kernel_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
     },
-    "qwen3_next": {"full_attention_interval": 4},
-    "qwen3_moe": {},
+    "qwen3_next": {
+        "full_attention_interval": 4,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    },
+    "qwen3_moe": {"attention_bias": False},
 }
 
 
@@ -102,39 +103,20 @@ def parse_text_config(config: dict, path: Path) -> dict[str, Any]:
     if not isinstance(text_config, dict):
         raise CheckpointError(f"{where} has text_config {show(text_config)}: it must be an object")
     text_config = {**DEFAULTS[model_type], **text_config}
-    limits = SIZE_LIMITS if model_type == "qwen3_moe" else SIZE_LIMITS | LINEAR_SIZE_LIMITS
+    sizes = SIZES if model_type == "qwen3_moe" else SIZES | LINEAR_SIZES
     if model_type != "qwen3_5_moe":
-        limits = limits | {"decoder_sparse_step": 2**12}
-        dense = text_config.get("mlp_only_layers")
-        if not isinstance(dense, list) or not all(is_int(n, 0, 2**12) for n in dense):
-            raise CheckpointError(
-                f"{where} has mlp_only_layers {show(dense)}: it must be a list of layer numbers"
-            )
-    _check_sizes(text_config, limits, where)
+        sizes = sizes | DENSE_LAYER_SIZES
+        check_layer_list(text_config.get("mlp_only_layers"), where)
+    check_sizes(text_config, sizes, where)
     if model_type == "qwen3_5_moe" and text_config.get("head_dim") is None:
         heads = text_config["num_attention_heads"]
         text_config["head_dim"] = text_config["hidden_size"] // heads
-    _check_sizes(text_config, {"head_dim": 2**14}, where)
-    pairs = [("num_experts_per_tok", "num_experts")]
-    if model_type != "qwen3_moe":
-        # mlx-lm uses the mask of the first layer of full attention: there must be one.
-        pairs.append(("full_attention_interval", "num_hidden_layers"))
-    for part, whole in pairs:
-        if text_config[part] > text_config[whole]:
-            raise CheckpointError(
-                f"{where} has {part} {text_config[part]}, more than {whole} {text_config[whole]}; "
-                "download config.json again"
-            )
+    check_sizes(text_config, HEAD_DIM, where)
+    check_relations({name: text_config[name] for name in sizes}, where)
+    check_flags(text_config, where)
+    check_number("rms_norm_eps", text_config.get("rms_norm_eps"), EPSILON, where)
+    check_rotation(model_type, text_config, where)
     return text_config
-
-
-def _check_sizes(text_config: dict[str, Any], limits: dict[str, int], where: Path) -> None:
-    for name, limit in limits.items():
-        if not is_int(text_config.get(name), 1, limit):
-            raise CheckpointError(
-                f"{where} has {name} {show(text_config.get(name))}: a whole number in 1..{limit} "
-                "is needed; download config.json again"
-            )
 
 
 def parse_quantization(config: dict, text_config: dict, path: Path) -> dict[str, Any] | None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .config import FLOATS, TENSOR_PREFIXES, Quantization, check_affine, infer_quantization
-from .safetensors_header import DOWNLOAD_AGAIN, EXPERT_TENSOR, Tensor, show
+from .dense_tensors import PARTS, has_experts
+from .json_files import DOWNLOAD_AGAIN, show
+from .safetensors_header import EXPERT_TENSOR, Tensor
 
-PARTS = ("weight", "scales", "biases")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 RAW_EXPERT = re.compile(
     r".*\.mlp\.experts\.(gate_up_proj|down_proj|\d+\.(gate|up|down)_proj)(\.\w+)?"
@@ -100,10 +101,7 @@ def find_expert_layers(
         )
     expert_layers: dict[int, ExpertLayer] = {}
     for layer in range(text_config["num_hidden_layers"]):
-        if model_type != "qwen3_5_moe" and (
-            layer in text_config["mlp_only_layers"]
-            or (layer + 1) % text_config["decoder_sparse_step"]
-        ):
+        if not has_experts(model_type, text_config, layer):
             continue
         prefix = f"{TENSOR_PREFIXES[model_type]}layers.{layer}.mlp.switch_mlp"
         parts: list[ExpertPart] = []
@@ -181,28 +179,6 @@ def _projection(
     for part, size in sizes.items():
         _check_shape(present[part], (text_config["num_experts"], outer, size), quantization)
     return quantization, [_part(projection, part, present[part]) for part in sizes]
-
-
-def check_dense(dense: tuple[Tensor, ...], config: dict[str, Any] | None) -> None:
-    """Check that the quantised modules among the dense tensors are affine, as mlx-lm assumes.
-
-    Args:
-        config: from `parse_quantization`.
-
-    Raises:
-        CheckpointError: a module is quantised in another way.
-    """
-    tensors = {t.name: t for t in dense}
-    for name in tensors:
-        if name.endswith(".scales"):
-            path = name.removesuffix(".scales")
-            module = check_affine(path, {p: tensors.get(f"{path}.{p}") for p in PARTS}, config)
-            scales, biases = module["scales"], module["biases"]
-            if scales.shape != biases.shape:
-                raise CheckpointError(
-                    f"{show(path)} has scales of shape {scales.shape} and biases of shape "
-                    f"{biases.shape}, which must be the same: convert the original weights again"
-                )
 
 
 def _check_shape(

@@ -6,22 +6,25 @@ range leaves this module. No tensor data is read, so a 200 GB checkpoint costs a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .file_identity import FileIdentity
+from .json_files import (
+    DOWNLOAD_AGAIN,
+    MAX_JSON_BYTES,
+    is_file,
+    is_int,
+    parse_object,
+    read_object,
+    show,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
-#: The limit of the safetensors format for a header.
-MAX_JSON_BYTES = 100_000_000
-#: The way out in the errors for files that end too early.
-DOWNLOAD_AGAIN = "the download is incomplete; download it again"
 EXPERT_TENSOR = re.compile(r".*\.layers\.(?P<layer>\d{1,9})\.mlp\.switch_mlp\..+")
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -29,18 +32,6 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 200
-_repr.maxlevel = 2
-
-
-def show(value: object) -> str:
-    """Return the repr of a value from a file for an error text.
-
-    Control characters are escaped, and hostile lengths and depths are cut.
-    """
-    return _repr.repr(value)
 
 
 @dataclass(frozen=True)
@@ -63,74 +54,6 @@ class Tensor:
     def nbytes(self) -> int:
         """Return the size of the tensor's data."""
         return self.stop - self.start
-
-
-def is_int(value: object, low: int, high: int) -> bool:
-    """Return whether a value is an int in low..high; JSON's true and false are not ints."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_file(path: Path) -> bool:
-    """Return whether a path is a regular file or a link to one: opening a FIFO would hang.
-
-    It never raises: what cannot be examined is not a file.
-    """
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def parse_object(text: bytes, what: str) -> dict:
-    """Parse one JSON object, which must not repeat a key.
-
-    Args:
-        what: names the text in errors.
-
-    Raises:
-        CheckpointError: the text is no such object.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        entries: dict[str, object] = {}
-        for name, value in pairs:
-            if name in entries:
-                raise CheckpointError(f"{what} holds the key {show(name)} twice: it is corrupt")
-            entries[name] = value
-        return entries
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as e:
-        raise CheckpointError(
-            f"{what} is not UTF-8 ({e.reason} at byte {e.start}); {DOWNLOAD_AGAIN}"
-        ) from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{what} is not valid JSON ({e}); {DOWNLOAD_AGAIN}") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} must hold a JSON object, it holds {show(value)}")
-    return value
-
-
-def read_object(path: Path) -> dict:
-    """Read a JSON file that must hold one object.
-
-    Raises:
-        CheckpointError: the file is missing, too long, or holds something else.
-    """
-    if not is_file(path):
-        raise CheckpointError(
-            f"{path} is missing or not a regular file: give the directory of a complete MLX "
-            "checkpoint"
-        )
-    try:
-        with open(path, "rb") as f:
-            text = f.read(MAX_JSON_BYTES + 1)
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is longer than {MAX_JSON_BYTES} bytes: it is corrupt")
-    return parse_object(text, str(path))
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIdentity]]:
@@ -181,7 +104,7 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIde
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_object(index, MAX_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} must have an object weight_map, it has {show(weight_map)}")
     for name, shard in weight_map.items():

@@ -28,7 +28,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import parse_quantization, parse_text_config
-from ..checkpoint.safetensors_header import read_object
+from ..checkpoint.json_files import read_object
 from ..errors import Cancelled, DownloadError
 from ..files import disk_too_full, free_nbytes
 from ..sizes import format_size

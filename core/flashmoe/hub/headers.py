@@ -16,7 +16,8 @@ from pathlib import Path
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.safetensors_header import INDEX_NAME, MAX_JSON_BYTES
+from ..checkpoint.json_files import MAX_JSON_BYTES
+from ..checkpoint.safetensors_header import INDEX_NAME
 from ..errors import DownloadError
 from ..sizes import format_size
 from . import api as hub

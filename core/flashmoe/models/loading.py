@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from ..checkpoint.checkpoint import Checkpoint, check_experts
+from ..checkpoint.json_files import show
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import BudgetError, CheckpointError, FlashMoEError
 from ..memory import system
@@ -143,10 +144,11 @@ def load_streaming(
             ) from e
         if isinstance(e, FlashMoEError):
             raise
-        if isinstance(e, KeyError | TypeError | ValueError | RuntimeError | OSError):
+        if isinstance(e, Exception):  # whatever it is, it comes from what the checkpoint says
             raise CheckpointError(
-                f"mlx-lm cannot load the {checkpoint.model_type} in {checkpoint.path}: {e}. "
-                "Download it again, or convert it again with this version of mlx-lm"
+                f"mlx-lm cannot load the {checkpoint.model_type} in {checkpoint.path}: "
+                f"{type(e).__name__}: {show(str(e))}. Download it again, or convert it again with "
+                "this version of mlx-lm"
             ) from e
         raise
     return model
@@ -184,7 +186,21 @@ def _build(
     for layer in model.layers:
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
+    _check_rotation(model)
     return model
+
+
+def _check_rotation(model: StreamingMoE) -> None:
+    """Rotate a head at the last position, so that what cannot be rotated shows before a prompt."""
+    config = model.checkpoint.text_config
+    rope = next(layer.self_attn.rope for layer in model.layers if hasattr(layer, "self_attn"))
+    last = config["max_position_embeddings"] - 1
+    rotated = rope(mx.ones((1, 1, 1, config["head_dim"])), offset=last)
+    if not mx.isfinite(rotated).all():
+        raise CheckpointError(
+            f"{model.checkpoint.path / 'config.json'} rotates heads to NaN or infinity (its fields "
+            "of RoPE): download it again"
+        )
 
 
 def reader_for(checkpoint: Checkpoint, options: LoadOptions, drive: Drive) -> Reader:
