@@ -68,7 +68,7 @@ class _Lane:
         try:
             with self._lock:
                 self._know(work.module)
-                process = self._idle.pop() if self._idle else self._new()
+                process = self._idle_process() or self._new()
             try:
                 return process.run(request, work.seconds, work.nbytes)
             finally:
@@ -86,6 +86,14 @@ class _Lane:
     def _know(self, module: str) -> None:
         if module not in self._modules:
             self._modules = (*self._modules, module)
+
+    def _idle_process(self) -> HelperProcess | None:
+        while self._idle:
+            process = self._idle.pop()
+            if process.alive():
+                return process
+            self._all.discard(process)  # killed by somebody, or by the system for its memory
+        return None
 
     def _new(self) -> HelperProcess:
         process = HelperProcess(self._niceness, self._modules)

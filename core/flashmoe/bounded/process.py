@@ -105,6 +105,10 @@ class HelperProcess:
             self.kill()
         return reply
 
+    def alive(self) -> bool:
+        """Return whether the process still runs."""
+        return self._process.poll() is None
+
     def kill(self) -> None:
         """End the process. May be called again, and from any thread."""
         self.usable = False

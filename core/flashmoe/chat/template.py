@@ -7,7 +7,9 @@ and models wrote is text: a special token in it is encoded as the characters tha
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +23,8 @@ from .tools import Tool
 
 #: A first turn (system prompt and tools) of at least this many tokens is followed by its own cut.
 LONG_FIRST_TURN = 64
+#: Characters of a text that takes a processor for long: such texts are encoded one after the other.
+LONG_TEXT = 500_000
 #: Processor seconds for rendering a prompt.
 RENDER_SECONDS = 5.0
 
@@ -44,7 +48,7 @@ class Prompt:
 
 
 class ChatTemplate:
-    """Renders prompts with the chat template of a tokenizer.
+    """Renders prompts with the chat template of a tokenizer, on any thread.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
@@ -54,6 +58,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, special: SpecialTokens):
         self._tokenizer = tokenizer
         self._special = special
+        self._long = threading.Lock()
 
     def build_prompt(
         self,
@@ -128,7 +133,8 @@ class ChatTemplate:
         # Lone surrogates, as from bytes of another encoding, are joined to pairs or replaced.
         texts = [p.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for p in pieces]
         encode = self._tokenizer.encode
-        return [t for p in texts for t in encode(p, add_special_tokens=False, verbose=False)]
+        with self._long if sum(map(len, texts)) > LONG_TEXT else nullcontext():
+            return [t for p in texts for t in encode(p, add_special_tokens=False, verbose=False)]
 
     def _render(self, messages, tools, *, think: bool | None, answer: bool = True) -> str:
         # think=None leaves the choice to the template; mlx-lm's default forces reasoning on.
