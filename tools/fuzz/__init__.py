@@ -1,0 +1,1 @@
+"""Feed mutated checkpoints and requests to flashmoe: `python -m fuzz --help`, or `make fuzz`."""

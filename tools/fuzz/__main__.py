@@ -1,0 +1,78 @@
+"""Run the fuzzers: `python -m fuzz [checkpoints | requests] [--seconds N] [--seed N]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from random import SystemRandom
+from time import monotonic
+
+from .findings import Findings
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    """Run what the command line asks for; the exit status is 1 if anything was found."""
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", default=["checkpoints", "requests"])
+    parser.add_argument("--seconds", type=float, help="of each; without --count the default is 120")
+    parser.add_argument("--count", type=int, help="inputs of each, unless the seconds pass before")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--replay", metavar="SEED:NUMBER", help="run one input alone")
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="with --replay: write it")
+    args = parser.parse_args()
+    if unknown := set(args.what) - {"checkpoints", "requests"}:
+        parser.error(f"{unknown.pop()!r} is neither checkpoints nor requests")
+    sys.path.insert(0, str(ROOT / "tests/helpers"))
+    if args.replay:
+        seed, number = map(int, args.replay.split(":"))
+        _replay(args.what[0], seed, number, args.keep)
+        return
+    seed = SystemRandom().randrange(10**6) if args.seed is None else args.seed
+    seconds = args.seconds or (120 if args.count is None else float("inf"))
+    found = False
+    for what in args.what:
+        print(f"{what}: seed {seed}", flush=True)
+        findings = Findings()
+        start = monotonic()
+        run = _make(what, seed, args.jobs, findings)
+        try:
+            run.run(args.first, args.count, start + seconds)
+        except KeyboardInterrupt:
+            print("stopped")
+        finally:
+            run.close()
+        if findings.broken is not None:
+            raise findings.broken
+        print(f"{what}: seed {seed}, {monotonic() - start:.0f} s\n{findings.summary()}", flush=True)
+        found = found or bool(findings.kinds)
+    sys.exit(found)
+
+
+def _make(what: str, seed: int, jobs: int, findings: Findings):
+    if what == "checkpoints":
+        from .checkpoints import Run
+    else:
+        from .requests import Run
+    return Run(seed, jobs, findings)
+
+
+def _replay(what: str, seed: int, number: int, keep: Path | None) -> None:
+    run = _make(what, seed, 1, Findings())
+    try:
+        if keep is not None:
+            run.keep(number, keep)
+        print(json.dumps(run.changes(number), indent=1))
+        print(json.dumps(run.replay(number), indent=1))
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Count outcomes, and report each kind of finding once."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+class Broken(Exception):
+    """Raised when valid inputs do not work either, so that nothing can be found."""
+
+
+@dataclass
+class Findings:
+    """What came of the inputs so far. Threads may share it.
+
+    Attributes:
+        outcomes: how many inputs had each outcome.
+        kinds: of each kind of finding: how many, and the first one's description.
+        broken: why the run had to end.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    broken: Exception | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, outcome: str) -> None:
+        """Count an input that did what it should."""
+        with self._lock:
+            self.outcomes[outcome] += 1
+
+    def add(self, outcome: str, where: str, replay: str, details: str) -> None:
+        """Count a finding, and print it if it is the first of its kind.
+
+        Args:
+            outcome: what happened, in a few words.
+            where: the place in the code, or whatever tells kinds apart.
+            replay: the arguments that repeat it.
+            details: the input and the consequence.
+        """
+        kind = f"{outcome} | {re.sub(r'0x[0-9a-f]+', '', where)}"
+        details = "".join(c if c.isprintable() or c == "\n" else "?" for c in details)
+        text = f"{kind}\n    replay: python -m fuzz {replay}\n    {details}"
+        with self._lock:
+            self.outcomes[outcome] += 1
+            seen, first = self.kinds.get(kind, (0, text))
+            self.kinds[kind] = seen + 1, first
+        if not seen:
+            print(f"FOUND {text}", flush=True)
+
+    def summary(self) -> str:
+        """Return the kinds, most frequent first, and the counts by outcome."""
+        kinds = sorted(self.kinds.values(), key=lambda item: -item[0])
+        lines = [f"{count} x {text}" for count, text in kinds]
+        total = sum(self.outcomes.values())
+        counts = ", ".join(f"{name}: {n}" for name, n in self.outcomes.most_common())
+        return "\n".join([*lines, f"{total} inputs: {counts}"])
