@@ -369,12 +369,12 @@ def test_top_k_may_be_the_whole_vocabulary(engine):
     assert answer(engine, ask("Tell me a story.", temperature=1.0, top_k=8192))
 
 
-def test_invalid_defaults_of_a_checkpoint_are_ignored(tmp_path):
+def test_impossible_defaults_of_a_checkpoint_are_refused(tmp_path):
     path = copy_of_demo(tmp_path)
-    config = {"temperature": -3, "top_p": "x", "top_k": 20.5, "min_p": 7, "eos_token_id": 8185}
-    (path / "generation_config.json").write_text(json.dumps(config))
-    with Engine(path, slots=12) as engine:
-        assert answer(engine, ask("Tell me a story.", temperature=None))
+    (path / "generation_config.json").write_text(json.dumps({"temperature": -3}))
+    refused = pytest.raises(CheckpointError, match="generation_config.json has temperature -3")
+    with Engine(path, slots=12) as engine, refused:
+        answer(engine, ask("Tell me a story.", temperature=None))
 
 
 EXITS = {

@@ -7,7 +7,7 @@ What a file may hold is bounded before anything parses it:
 |------------------------------------------------------|-------------|----------------|
 | header of a shard, model.safetensors.index.json      | 100,000,000 | 64             |
 | tokenizer.json and other files of a tokenizer        | 100,000,000 | that library's |
-| config.json, generation_config.json                  | 10,000,000  | 64             |
+| config.json, generation_ and tokenizer_config.json   | 10,000,000  | 64             |
 | chat_template.jinja, additional_chat_templates/*     | 1,000,000   |                |
 
 The first limit is the safetensors format's own. A real config.json has up to 0.3 MB and 6 levels, a
@@ -35,6 +35,7 @@ DOWNLOAD_AGAIN = "the download is incomplete; download it again"
 _LIMITS = {
     "config.json": MAX_CONFIG_BYTES,
     "generation_config.json": MAX_CONFIG_BYTES,
+    "tokenizer_config.json": MAX_CONFIG_BYTES,
     ".jinja": MAX_TEMPLATE_BYTES,
     ".json": MAX_JSON_BYTES,
     ".model": MAX_JSON_BYTES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
@@ -34,7 +36,6 @@ def read_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
             eos_token_ids=checkpoint.generation.end_tokens or None,
         )
         _check_tokens(tokenizer, checkpoint)
-        _fill_holes(tokenizer, checkpoint.text_config["vocab_size"])
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # of many kinds; a panic in Rust is no Exception
@@ -50,29 +51,49 @@ def _unreadable(checkpoint: Checkpoint, why: str) -> CheckpointError:
 
 
 def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
-    """Check that each token that can be encoded, banned or penalised has its rows."""
-    rows = checkpoint.text_config["vocab_size"]
-    vocabulary = tokenizer.get_vocab()
-    # The template of special tokens gives ids that no vocabulary needs to have.
-    around = tokenizer.encode("a", "b")
-    highest = max((*around, *tokenizer.eos_token_ids, max(vocabulary.values(), default=0)))
-    if highest >= rows:
-        text = next((text for text, token in vocabulary.items() if token == highest), None)
-        raise CheckpointError(
-            f"{checkpoint.path / 'tokenizer.json'} has token {highest}, {show(text)}, but the "
-            f"model has rows for {rows} tokens (vocab_size): the two are from two checkpoints; "
-            "download the model again"
-        )
+    """Check that each token that can be encoded, banned or penalised has rows, and its own id.
 
-
-def _fill_holes(tokenizer: TokenizerWrapper, rows: int) -> None:
-    """Give each row that has no token a text: a model may answer with it.
-
-    mlx-lm's table of texts has as many entries as there are tokens, with None for an id that is
-    left out before the last one.
+    Each row that has no token gets a text, because a model may answer with it.
     """
-    texts = getattr(tokenizer.detokenizer, "tokenmap", [])
-    if texts and isinstance(texts[0], bytes):
+    where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
+    # The template of special tokens gives ids that no vocabulary needs to have.
+    for token in (*tokenizer.encode("a", "b"), *tokenizer.eos_token_ids):
+        if token >= rows:
+            raise _too_high(where, token, tokenizer.convert_ids_to_tokens(token), rows)
+    for letter in string.ascii_letters + string.digits:
+        if not tokenizer.encode(letter, add_special_tokens=False):
+            raise CheckpointError(
+                f"{where} has no token for {letter!r}, and would leave it out of prompts: the file "
+                "is corrupt; download it again"
+            )
+    # mlx-lm's table of texts has an entry for as many ids as there are tokens. With each of them in
+    # use, no token is higher and no two are equal: a vocabulary takes a fifth of a second to read.
+    texts: list | None = getattr(tokenizer.detokenizer, "tokenmap", None)
+    if not texts or None in texts or len(texts) > rows:
+        _check_vocabulary(tokenizer.get_vocab(), where, rows)
+    if not texts:
+        return
+    if isinstance(texts[0], bytes):
         texts += [b""] * (rows - len(texts))
     elif None in texts:
         texts[:] = [text or "" for text in tokenizer.convert_ids_to_tokens(range(rows))]
+
+
+def _check_vocabulary(vocabulary: dict[str, int], where: Path, rows: int) -> None:
+    owners: dict[int, str] = {}
+    for text, token in vocabulary.items():
+        if token >= rows:
+            raise _too_high(where, token, text, rows)
+        if token in owners:
+            raise CheckpointError(
+                f"{where} gives both {show(owners[token])} and {show(text)} the id {token}: the "
+                "file is corrupt; download it again"
+            )
+        owners[token] = text
+
+
+def _too_high(where: Path, token: int, text: str | None, rows: int) -> CheckpointError:
+    return CheckpointError(
+        f"{where} has token {token}, {show(text)}, but the model has rows for {rows} tokens "
+        "(vocab_size): the two are from two checkpoints; download the model again"
+    )

@@ -186,21 +186,7 @@ def _build(
     for layer in model.layers:
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
-    _check_rotation(model)
     return model
-
-
-def _check_rotation(model: StreamingMoE) -> None:
-    """Rotate a head at the last position, so that what cannot be rotated shows before a prompt."""
-    config = model.checkpoint.text_config
-    rope = next(layer.self_attn.rope for layer in model.layers if hasattr(layer, "self_attn"))
-    last = config["max_position_embeddings"] - 1
-    rotated = rope(mx.ones((1, 1, 1, config["head_dim"])), offset=last)
-    if not mx.isfinite(rotated).all():
-        raise CheckpointError(
-            f"{model.checkpoint.path / 'config.json'} rotates heads to NaN or infinity (its fields "
-            "of RoPE): download it again"
-        )
 
 
 def reader_for(checkpoint: Checkpoint, options: LoadOptions, drive: Drive) -> Reader:
