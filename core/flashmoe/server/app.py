@@ -16,7 +16,8 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -35,10 +36,12 @@ from .openai_errors import ApiError
 from .openai_request import ChatCompletionCall, read_call
 from .openai_response import ChatCompletion, queue_full, shutting_down, to_api_error
 from .served_model import ServedModel
-from .sse import SseStream, read_body, send_in_time, wait_for_disconnect, with_pauses
+from .sse import BodyMemory, SseStream, read_body, send_in_time, wait_for_disconnect, with_pauses
 
 log = logging.getLogger("flashmoe")
 
+#: Bodies of the maximum size that are received at the same time, and threads that read requests.
+_BODIES, _READERS = 8, 32
 _CHAT, _MODELS, _HEALTH, _METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
 
 
@@ -84,6 +87,9 @@ class Server:
         self._model = model
         self._limits = limits or Limits()
         self._stopping = asyncio.Event()
+        self._bodies = BodyMemory(_BODIES * self._limits.body)
+        # Most of these threads wait for a helper process that checks a schema.
+        self._readers = ThreadPoolExecutor(_READERS, "flashmoe-request")
         routes = [
             Route(_CHAT, _Endpoint(self._chat), methods=["POST"]),
             Route(_MODELS, self._list_models),
@@ -144,10 +150,8 @@ class Server:
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = SseStream(send)
         try:
-            with self._in_flight():
-                body = await read_body(Request(scope, receive), self._limits.body)
-                call = await asyncio.to_thread(read_call, body, self._model)
-                del body
+            with ExitStack() as place:
+                call = await self._read(Request(scope, receive), place)
                 answer = self._stream(call, stream) if call.stream else self._complete(call)
                 response = await self._run_while_connected(receive, answer)
                 if response is not None:
@@ -161,6 +165,19 @@ class Server:
                 await stream.fail(error)
             else:
                 await send_error(error, scope, receive, send)
+
+    async def _read(self, request: Request, place: ExitStack) -> ChatCompletionCall:
+        """Return what a request asks for.
+
+        It takes its place among those in flight when it has arrived: a client that sends slowly
+        does not keep others waiting.
+        """
+        self._check_room()
+        with self._bodies.share() as take:
+            body = await read_body(request, self._limits.body, take)
+            place.enter_context(self._in_flight())
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._readers, read_call, body, self._model)
 
     async def _complete(self, call: ChatCompletionCall) -> Response:
         completion = self._new_completion(call)
@@ -208,9 +225,8 @@ class Server:
             include_usage=call.include_usage,
         )
 
-    @contextmanager
-    def _in_flight(self) -> Iterator[None]:
-        """Count a request as in flight while the context lasts.
+    def _check_room(self) -> None:
+        """Refuse a request that cannot be answered now.
 
         Raises:
             ApiError: too many requests are in flight, or the server is shutting down.
@@ -220,11 +236,20 @@ class Server:
             raise shutting_down()
         if metrics.in_flight >= self._limits.requests:
             raise queue_full(metrics.in_flight, metrics.mean_answer_seconds())
-        metrics.in_flight += 1
+
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        """Count a request as in flight while the context lasts.
+
+        Raises:
+            ApiError: see `_check_room`.
+        """
+        self._check_room()
+        self.metrics.in_flight += 1
         try:
             yield
         finally:
-            metrics.in_flight -= 1
+            self.metrics.in_flight -= 1
 
     async def _run_while_connected(
         self, receive: Receive, work: Coroutine[None, None, Response | None]

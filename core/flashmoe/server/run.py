@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from ..errors import SettingError
 from ..shutdown import STATUS, end_at_next, end_within
 from .app import Server
+from .connections import Connection, ConnectionLimits, check_times
 
 #: Seconds after Ctrl-C or SIGTERM in which answers in flight may end with an error, and after which
 #: the process has ended, whatever its threads do.
 _GRACE, _END = 1, 1.5
-#: Maximum number of connections: some wait for an answer, others are idle.
-_CONNECTIONS = 1000
+#: Files that may be opened while connections take all others, and connections that the operating
+#: system accepts at most before they are counted.
+_SPARE_FILES, _BACKLOG = 64, 512
+#: Seconds after which a client that is silent is asked whether it is still there.
+_PROBE_AFTER = 60
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -43,6 +52,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
         ) from e
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _probe_silent_clients(bound)
         bound.bind(address)
     except OSError as e:
         bound.close()
@@ -59,17 +69,49 @@ def api_url(host: str, bound: socket.socket) -> str:
     return f"http://{name}:{bound.getsockname()[1]}/v1"
 
 
-def make_uvicorn(server: Server, ready: Callable[[], None]) -> uvicorn.Server:
+def _probe_silent_clients(bound: socket.socket) -> None:
+    """Let the operating system close connections whose other end is gone without a word."""
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # macOS calls the first one otherwise; what a system does not know keeps its default.
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):
+        if hasattr(socket, name):
+            bound.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _PROBE_AFTER)
+    with suppress(OSError):
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+def connection_limits() -> tuple[ConnectionLimits, int]:
+    """Return the limits of connections and the length of the queue of new ones.
+
+    There are fewer where this process may open few files. Call it when the model is loaded.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = ConnectionLimits()
+    if soft == resource.RLIM_INFINITY:
+        return limits, _BACKLOG
+    free = soft - len(os.listdir("/dev/fd")) - limits.vital - _SPARE_FILES
+    backlog = max(8, min(_BACKLOG, free // 3))
+    return replace(limits, count=max(8, min(limits.count, free - backlog))), backlog
+
+
+def make_uvicorn(
+    server: Server, ready: Callable[[], None], limits: ConnectionLimits | None = None
+) -> uvicorn.Server:
     """Return the uvicorn server for an application.
 
     Its `run([socket])` serves until SIGINT or SIGTERM, or until its `should_exit` is set.
 
     Args:
         ready: called once connections are accepted.
+        limits: None: what `connection_limits` returns.
     """
+    possible, backlog = connection_limits()
+    # uvicorn only calls it, with keywords, for each connection.
+    connection: Any = partial(Connection, limits or possible)
     config = uvicorn.Config(
         server,
-        http="h11",
+        http=connection,
         ws="none",
         loop="asyncio",
         lifespan="off",
@@ -77,11 +119,10 @@ def make_uvicorn(server: Server, ready: Callable[[], None]) -> uvicorn.Server:
         log_level="critical",
         access_log=False,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE,
         # Longer than clients keep an idle connection, so that none sends on one being closed.
         timeout_keep_alive=75,
-        backlog=512,
+        backlog=backlog,
     )
     return _Uvicorn(config, server, ready)
 
@@ -95,6 +136,12 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        # Ten times a second.
+        if counter % 10 == 0:
+            check_times(self.server_state.connections)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.stop()

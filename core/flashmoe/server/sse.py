@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -75,12 +76,51 @@ class SseStream:
         await send_in_time(self._send(body))
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+class BodyMemory:
+    """The memory for bodies of requests that are not read yet.
+
+    Args:
+        limit: maximum number of bytes of all these bodies.
+    """
+
+    def __init__(self, limit: int):
+        self._free = limit
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes bytes for a body. All are given back at the end.
+
+        It raises ApiError (503) if there are not so many.
+        """
+        taken = 0
+
+        def take(nbytes: int) -> None:
+            nonlocal taken
+            if nbytes > self._free:
+                raise ApiError(
+                    503,
+                    "the server is receiving too many large requests: try again",
+                    code="too_many_bodies",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )
+            self._free -= nbytes
+            taken += nbytes
+
+        try:
+            yield take
+        finally:
+            self._free += taken
+
+
+async def read_body(request: Request, limit: int, take: Callable[[int], None]) -> bytes:
     """Read the JSON text of a request, at most `limit` bytes.
+
+    Args:
+        take: is called before each piece is kept, with its number of bytes.
 
     Raises:
         ApiError: 415 if the body is not plain JSON, 413 if it is too large, 408 if it does not
-            arrive in time.
+            arrive in time, or what `take` raises.
         ClientDisconnect: the client disconnected.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -92,16 +132,22 @@ async def read_body(request: Request, limit: int) -> bytes:
             code="not_json",
         )
     body = bytearray()
+    nbytes = 0
 
     async def read() -> None:
+        nonlocal nbytes
         async for piece in request.stream():
-            # The rest of a body that is too large is read and dropped: a client that is still
+            nbytes += len(piece)
+            # A body that is too large is read to its end and dropped: a client that is still
             # sending would not see the response.
-            if len(body) <= limit:
+            if nbytes > limit:
+                body.clear()
+            else:
+                take(len(piece))
                 body.extend(piece)
 
     in_time = await _finishes_within(BODY_SECONDS, read())
-    if len(body) > limit:
+    if nbytes > limit:
         raise ApiError(
             413,
             f"the body is larger than {limit} bytes: shorten it, or start the server with a larger "
