@@ -85,6 +85,7 @@ def test_missing_process_is_an_error_with_its_reason(monkeypatch):
         calls.call(mul, 2, 3)
 
 
+@pytest.mark.slow
 def test_slow_calls_do_not_hold_up_others():
     """Eight calls that take too long wait for one process; ordinary calls have others."""
     errors = []

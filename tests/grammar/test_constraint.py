@@ -6,6 +6,7 @@ import re
 import mlx.core as mx
 import pytest
 from example_tools import ADD
+from grammar_matching import MATCHER_FACTORY
 from mlx_lm.utils import load_tokenizer
 from schemas import outcome, random_root, requantise_experts, request_of
 from toys import write_chat_toy
@@ -376,3 +377,15 @@ def test_answer_cannot_end_in_reasoning_before_a_required_document(demands):
         assert (logits[token] == float("-inf")) == demands
     assert logits[special.think_end] == 0
     assert sum(x == 0 for x in logits) >= len(tokenizer) - 3
+
+
+@pytest.mark.parametrize(
+    ("lark", "wrong"),
+    [
+        ("start: " + '"a"? ' * 20_000, "for a token|cannot be enforced"),
+        ("start: X\nX: /.*a.{15}/ & /.*b.{15}/ & /.*c.{16}/ & ~/.*d.{14}/\n", "fuel exhausted"),
+    ],
+)
+def test_grammar_that_would_hold_up_other_answers_is_refused(lark, wrong):
+    with pytest.raises(SettingError, match=wrong):
+        MATCHER_FACTORY.create(lark)

@@ -15,43 +15,41 @@ _SHOWN = 300
 
 def render(
     template: str,
-    messages: list[dict],
+    conversations: list[list[dict]],
     tools: list[dict] | None,
-    answer: bool,
-    variables: dict[str, Any],
-) -> str:
-    """Return the text of a conversation, as transformers renders it in its sandbox.
+    variables: list[dict[str, Any]],
+) -> list[str]:
+    """Return the texts of conversations, as transformers renders them in its sandbox.
 
     Args:
         template: its source.
         tools: their complete definitions.
-        answer: end with the beginning of the assistant's turn.
-        variables: what else the template can use.
+        variables: what else the template can use, for each conversation.
 
     Raises:
-        CheckpointError: the template cannot be read, refuses the messages, or writes nothing or too
-            much.
+        CheckpointError: the template cannot be read, refuses the messages, or writes too much.
     """
-    try:
-        rendered = render_jinja_template(
-            conversations=[messages],
-            tools=tools,  # type: ignore[arg-type]  # a list of less than it takes
-            chat_template=template,
-            add_generation_prompt=answer,
-            **variables,
-        )
-    except MemoryError:
-        raise
-    except Exception as e:  # jinja2 and templates raise many types
-        reason = str(e) or type(e).__name__
-        reason = reason if len(reason) <= _SHOWN else reason[: _SHOWN - 3] + "..."
+    texts = []
+    for messages, more in zip(conversations, variables, strict=True):
+        try:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                tools=tools,  # type: ignore[arg-type]  # a list of less than it takes
+                chat_template=template,
+                **more,
+            )
+        except MemoryError:
+            raise
+        except Exception as e:  # jinja2 and templates raise many types
+            reason = str(e) or type(e).__name__
+            reason = reason if len(reason) <= _SHOWN else reason[: _SHOWN - 3] + "..."
+            raise CheckpointError(
+                f"the checkpoint's chat template refuses the messages: {reason}"
+            ) from e
+        texts.append(rendered[0][0])
+    if (count := sum(map(len, texts))) > MAX_CHARACTERS:
         raise CheckpointError(
-            f"the checkpoint's chat template refuses the messages: {reason}"
-        ) from e
-    text = rendered[0][0]
-    if len(text) > MAX_CHARACTERS:
-        raise CheckpointError(
-            f"the checkpoint's chat template writes {len(text)} characters, more than "
+            f"the checkpoint's chat template writes {count} characters, more than "
             f"{MAX_CHARACTERS}: shorten the messages, or download the template again"
         )
-    return text
+    return texts

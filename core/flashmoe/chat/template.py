@@ -26,7 +26,7 @@ LONG_FIRST_TURN = 64
 #: Characters of a text that takes a processor for long: such texts are encoded one after the other.
 LONG_TEXT = 500_000
 #: Processor seconds for rendering a prompt.
-RENDER_SECONDS = 5.0
+RENDER_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ class ChatTemplate:
             raise SettingError(
                 "the messages or tools have data that is nested too deeply: use flatter data"
             ) from e
-        text = self._render(messages, definitions, think=think)
+        may_reason = self._special.think_start is not None and think is not False
+        thinks = [think, False] if may_reason else [think]
+        text, *without = self._render([messages] * len(thinks), definitions, thinks)
         in_reasoning = False
         if self._special.think_start is not None:
             start, end = self._tokenizer.think_start, self._tokenizer.think_end
@@ -112,7 +114,7 @@ class ChatTemplate:
                 text += f"\n{end}\n\n"
                 in_reasoning = False
             elif not in_reasoning and think is not False:
-                responds = text != self._render(messages, definitions, think=False)
+                responds = text != without[0]
                 if think and not responds:
                     raise SettingError(
                         "think=True: this model's chat template has no reasoning; leave think out"
@@ -121,6 +123,11 @@ class ChatTemplate:
                     text += f"{start}\n"
                     in_reasoning = True
         tokens = self.encode(*text.split(seam))
+        if not tokens:
+            raise CheckpointError(
+                "the checkpoint's chat template writes nothing for these messages: download it "
+                "again"
+            )
         return Prompt(tokens, self._find_cuts(tokens), in_reasoning)
 
     def encode_text(self, text: str) -> list[int]:
@@ -136,23 +143,31 @@ class ChatTemplate:
         with self._long if sum(map(len, texts)) > LONG_TEXT else nullcontext():
             return [t for p in texts for t in encode(p, add_special_tokens=False, verbose=False)]
 
-    def _render(self, messages, tools, *, think: bool | None, answer: bool = True) -> str:
-        # think=None leaves the choice to the template; mlx-lm's default forces reasoning on.
-        # Rendered as text, since encoding a long prompt here would print a warning before our
-        # ContextError, which has both numbers, is raised.
+    def _render(
+        self,
+        conversations: list[list[dict]],
+        tools: list[dict] | None,
+        thinks: list[bool | None],
+        answer: bool = True,
+    ) -> list[str]:
+        """Return the texts of conversations, all within one limit of time.
+
+        They are not encoded here: for a long prompt that would print a warning before our
+        ContextError, which has both numbers, is raised.
+
+        Args:
+            thinks: whether to reason, for each of them. None leaves the choice to the template;
+                mlx-lm's default forces reasoning on.
+            answer: end with the beginning of the assistant's turn.
+        """
         tokenizer = self._tokenizer
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        fixed = {**special, "add_generation_prompt": answer}
         try:
             source = tokenizer.get_chat_template(tools=tools or None)
-            return calls.call(
-                render,
-                source,
-                messages,
-                tools or None,
-                answer,
-                {**special, "enable_thinking": think},
-                seconds=RENDER_SECONDS,
-            )
+            variables = [{**fixed, "enable_thinking": think} for think in thinks]
+            arguments = source, conversations, tools or None, variables
+            return calls.call(render, *arguments, seconds=RENDER_SECONDS)
         except LimitError as e:
             raise CheckpointError(
                 f"rendering the checkpoint's chat template {e}: shorten the messages, or download "
@@ -177,9 +192,8 @@ class ChatTemplate:
         ask = {"role": "user", "content": "x"}
         history = [ask, {"role": "assistant", "content": "y"}, ask]
         try:
-            base = self._render([ask], None, think=None, answer=False)
-            turns = [self._render([ask], None, think=think) for think in (True, False)]
-            turns.append(self._render(history, None, think=None, answer=False))
+            base, turn = self._render([[ask], history], None, [None, None], answer=False)
+            turns = [*self._render([[ask], [ask]], None, [True, False]), turn]
         except CheckpointError:
             return []
         if not all(turn.startswith(base) for turn in turns):

@@ -8,11 +8,12 @@ model opens a call.
 from __future__ import annotations
 
 import threading
+from time import thread_time
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
@@ -24,6 +25,10 @@ from .rules import OutputRules
 
 #: More digits than any token starts with.
 _LONGEST_DIGITS = 20
+#: Processor seconds that the first token may take.
+STEP_SECONDS = 1.0
+#: A state takes 1 to 2 kB; llguidance's own limit of 250,000 would allow half a gigabyte.
+_LIMITS = LLParserLimits(max_lexer_states=50_000)
 
 
 class MatcherFactory:
@@ -60,9 +65,18 @@ class MatcherFactory:
             SettingError: llguidance cannot enforce the grammar.
         """
         grammar = LLMatcher.grammar_from_lark(lark)
-        matcher = LLMatcher(self._vocabulary()[0], grammar, log_level=0)
-        if matcher.is_error():
-            raise SettingError(f"the grammar cannot be enforced: {matcher.get_error()[:500]}")
+        matcher = LLMatcher(self._vocabulary()[0], grammar, log_level=0, limits=_LIMITS)
+        # The first step tells grammars that would hold up all answers at each token.
+        first, start = matcher.deep_copy(), thread_time()
+        if not first.is_error():
+            fill_next_token_bitmask(first, allocate_token_bitmask(1, self.width), 0)
+        if first.is_error():
+            raise SettingError(f"the grammar cannot be enforced: {first.get_error()[:500]}")
+        if (seconds := thread_time() - start) > STEP_SECONDS:
+            raise SettingError(
+                f"the grammar takes {seconds:.1f} seconds for a token, more than {STEP_SECONDS:g}: "
+                "use a smaller schema or grammar"
+            )
         return matcher
 
     def _vocabulary(self) -> tuple[LLTokenizer, np.ndarray]:
