@@ -200,6 +200,44 @@ def test_engine_goes_on_after_a_refused_request(engine):
     assert answer(engine, ask("Hello."))
 
 
+def test_request_that_takes_long_to_check_does_not_hold_up_others(toy_engine):
+    """It is refused in the end, and a later request is answered meanwhile."""
+    list(toy_engine.stream(ask("Hello.", max_tokens=2)))  # the model is loaded
+    ended = []
+
+    def large():
+        schema = {"enum": [f"value {i}" for i in range(150_000)]}
+        with pytest.raises(SettingError, match="takes more than 2 seconds of processor time"):
+            list(
+                toy_engine.stream(
+                    ask("Hi", response_format={"type": "json_schema", "schema": schema})
+                )
+            )
+        ended.append("large")
+
+    thread = threading.Thread(target=large)
+    thread.start()
+    while toy_engine.waiting == 0:
+        assert thread.is_alive()
+    *_, end = toy_engine.stream(ask("Hello.", max_tokens=2))
+    ended.append("small")
+    thread.join()
+    assert ended == ["small", "large"]
+    assert end.generated_tokens == 2
+
+
+def test_template_without_an_end_is_an_error_and_the_engine_goes_on(tmp_path):
+    path = write_chat_toy(tmp_path / "toy")
+    file = path / "chat_template.jinja"
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    bomb = "{% if 'bomb' in messages[0].content %}" + loops + "{% endif %}"
+    file.write_text(bomb + file.read_text())
+    with Engine(path, slots=5) as engine:
+        with pytest.raises(CheckpointError, match="template takes more than 3 seconds"):
+            list(engine.stream(ask("A bomb.", max_tokens=2)))
+        assert isinstance([*engine.stream(ask("Hello.", max_tokens=2))][-1], End)
+
+
 def test_failed_load_is_reported_to_each_request(tmp_path):
     path = write_toy(tmp_path / "toy")
     (path / "config.json").rename(path / "away")
