@@ -19,6 +19,7 @@ import llm
 from flashmoe import catalog
 from flashmoe.errors import FlashMoEError
 from flashmoe.shutdown import end_on_signals
+from flashmoe.system_errors import explain
 from flashmoe.terminal import ProgressLine
 
 from .errors import UserError
@@ -116,12 +117,15 @@ class FlashMoE(_FlashMoEBase, llm.Model):
                             line.close()
                             yield from translate(event)
                 translate.raise_bad_calls()
-            except (FlashMoEError, UserError) as e:
+            except (FlashMoEError, UserError, OSError, RuntimeError) as e:
+                text = _text(e)
+                if text is None:
+                    raise
                 if not in_chat:
-                    raise UserError(str(e)) from e
+                    raise UserError(text) from e
                 # `llm chat` does not handle errors: raising this one would end the chat.
-                click.echo(f"Error: {e}", err=True)
-                yield failure_event(str(e))
+                click.echo(f"Error: {text}", err=True)
+                yield failure_event(text)
 
 
 class AsyncFlashMoE(_FlashMoEBase, llm.AsyncModel):
@@ -146,8 +150,11 @@ class AsyncFlashMoE(_FlashMoEBase, llm.AsyncModel):
                 for translated in translate(event):
                     yield translated
             translate.raise_bad_calls()
-        except FlashMoEError as e:
-            raise UserError(str(e)) from e
+        except (FlashMoEError, OSError, RuntimeError) as e:
+            text = _text(e)
+            if text is None:
+                raise
+            raise UserError(text) from e
 
 
 class Translator:
@@ -235,6 +242,11 @@ def log_statistics(response: llm.Response | llm.AsyncResponse, end: End, path: P
     pruned = f"@K={end.experts}" if end.experts != end.trained_experts else ""
     response.set_resolved_model(f"{name}{pruned}")
     response.response_json = end.figures() | {"path": str(path)}
+
+
+def _text(error: Exception) -> str | None:
+    """Return the text of an error for the user; None if it may be a bug."""
+    return str(error) if isinstance(error, FlashMoEError | UserError) else explain(error)
 
 
 def _in_command() -> bool:

@@ -19,7 +19,7 @@ Importing this package is cheap: MLX, mlx-lm and numba are imported by the first
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import open_files
+from . import process_limits
 from .errors import BudgetError, CheckpointError, FlashMoEError, ReadError, SettingError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-open_files.watch_import()
+process_limits.watch_import()
 
 
 def __getattr__(name: str):

@@ -36,6 +36,7 @@ from .events import End, Event
 from .generation.job import Cancellation, Job
 from .generation.preparation import AHEAD, HOLD_SECONDS, Preparation
 from .options import EngineOptions, with_settings
+from .process_limits import check_threads
 from .requests import Request, check_request
 from .shutdown import close_at_exit
 
@@ -343,6 +344,7 @@ class Engine:
         return True
 
     def _load(self) -> Batch:
+        check_threads()
         # It imports transformers, which takes a second, while the model is loaded.
         calls.start("flashmoe.chat.rendering")
         # Late, and here: the error of an MLX that cannot be imported is the caller's too.

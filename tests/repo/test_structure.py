@@ -24,10 +24,10 @@ flashmoe.chat flashmoe.hub flashmoe.memory
 flashmoe.checkpoint
 flashmoe.options flashmoe.user_dirs
 flashmoe.files
-flashmoe.bounded flashmoe.locks flashmoe.private_dirs
+flashmoe.bounded flashmoe.locks flashmoe.private_dirs flashmoe.process_limits flashmoe.system_errors
 flashmoe.sizes flashmoe.requests flashmoe.terminal
 flashmoe.errors
-flashmoe.events flashmoe.open_files flashmoe.shutdown flashmoe_metal
+flashmoe.events flashmoe.shutdown flashmoe_metal
 """
 
 #: `flashmoe` itself imports its public names when they are first used, for type checkers.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+from ..process_limits import check_threads
 from .checkpoint import Checkpoint
 from .json_files import is_file, show
 
@@ -25,6 +26,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     """
     from mlx_lm.utils import load_tokenizer
 
+    check_threads()
     file = checkpoint.path / "tokenizer.json"
     # Without this file transformers would make up a tokenizer with a single token.
     if not is_file(file):

@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from ..errors import FlashMoEError
+from ..process_limits import fill_standard_streams
 from ..shutdown import end_on_signals
+from ..system_errors import explain
 from . import models
 from .bench import bench
 from .doctor import doctor
@@ -23,12 +25,17 @@ class Commands(click.Group):
     """A group that shows what a user can fix as one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a FlashMoEError ends it with status 1."""
+        """Run the command; a FlashMoEError, or one of the system, ends it with status 1."""
         end_on_signals()
+        fill_standard_streams()
         try:
             return super().invoke(ctx)
         except FlashMoEError as e:
             raise click.ClickException(str(e)) from e
+        except (OSError, RuntimeError) as e:
+            if (text := explain(e)) is None:
+                raise
+            raise click.ClickException(text) from e
 
 
 @click.group(cls=Commands)

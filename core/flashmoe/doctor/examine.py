@@ -21,8 +21,9 @@ from ..errors import FlashMoEError
 from ..files import nearest_existing_parent
 from ..generation.prompt_cache import PromptStore
 from ..memory.system import default_budget
-from ..open_files import WANTED
+from ..process_limits import WANTED
 from ..streaming import drives
+from ..system_errors import explain
 from . import machine
 
 _REPORT = "report it, with the output of `flashmoe doctor --json`"
@@ -122,7 +123,10 @@ def _guarded(report: Report, section: str) -> Iterator[None]:
     except FlashMoEError as e:  # its text says the way out
         report.add_problem(section, str(e), "")
     except Exception as e:
-        report.add_problem(section, f"{type(e).__name__}: {e}", _REPORT)
+        if (text := explain(e)) is not None:
+            report.add_problem(section, text, "")
+        else:
+            report.add_problem(section, f"{type(e).__name__}: {e}", _REPORT)
 
 
 @contextmanager

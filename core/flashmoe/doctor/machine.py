@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory import system
-from ..open_files import raise_limit
+from ..process_limits import raise_limit
 
 DISTRIBUTION = "llm-flashmoe"
 

@@ -21,6 +21,7 @@ from ..memory.footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nby
 from ..ops import backend as backends
 from ..ops.activations import check_activations
 from ..options import LoadOptions, with_settings
+from ..process_limits import check_threads
 from ..streaming.compute import Backend
 from ..streaming.cuda import device_memory
 from ..streaming.drives import Drive, drive_of
@@ -125,6 +126,7 @@ def load_streaming(
         held: how many experts of a layer may be in slots on this machine. None: all.
         reserved: bytes of memory kept free for something else.
     """
+    check_threads()
     options = with_settings(options or LoadOptions(), settings)
     backend = backends.pick() if backend is None else backend
     check_activations(options.activations, backend)
