@@ -231,10 +231,11 @@ def _reduced(checkpoint: Checkpoint, k: int) -> Iterator[tuple[Checkpoint, int]]
         )
     text |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "num_experts": experts}
     text["num_experts_per_tok"] = k
+    for part in (config, text):
+        part.pop("eos_token_id", None)  # these rows are gone
     kept += [t for t in checkpoint.tensors.values() if _is_expert(t.name, checkpoint, layers)]
     targets = [_reduced_shape(t, experts, vocabulary) for t in kept]
-    with tempfile.TemporaryDirectory(prefix="flashmoe-probe-") as directory:
-        path = Path(directory)
+    with locks.temporary_directory("flashmoe-probe-") as path:
         (path / "config.json").write_text(json.dumps(config))
         with open(path / "model.safetensors", "wb") as f:
             f.write(encode_header(targets))
@@ -288,7 +289,9 @@ def _scratch_batches(
 def _scratch_file(directory: Path) -> Iterator[Path]:
     """Yield a file of random bytes that has been written to the disk, and remove it afterwards."""
     tile = random.Random(0).randbytes(1 << 24)
-    file = None
+    locks.remove_partials(directory, locks.partial_name("flashmoe-probe", ".bin"))
+    with locks.locked_partial(directory / "flashmoe-probe.bin") as file:
+        pass
     try:
         try:
             if shutil.disk_usage(directory).free < 4 * SCRATCH_NBYTES:
