@@ -294,6 +294,19 @@ def test_batch_benchmark_counts_shared_experts(small):
     assert whole["3 rows"]["request_bytes"] < whole["1 rows"]["request_bytes"]
 
 
+def test_hostile_clients_leave_other_answers_right():
+    command = [sys.executable, ROOT / "benchmarks/hostile_clients.py"]
+    command += ["--clients", "2", "--samples", "5", "--limit", "20"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["attacked"]["wrong"] == report["afterwards"]["wrong"] == 0
+    assert sum(report["hostile"].values()) > 0
+    assert not any(name.endswith("none") for name in report["hostile"]), report["hostile"]
+
+
 def test_concurrent_kernels_count_once():
     assert union([(5, 6), (0, 2), (1, 3), (5.5, 5.7), (6, 7)]) == 5
     assert union([]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from random import SystemRandom
@@ -30,6 +31,8 @@ def main() -> None:
     if unknown := set(args.what) - {"checkpoints", "requests"}:
         parser.error(f"{unknown.pop()!r} is neither checkpoints nor requests")
     sys.path.insert(0, str(ROOT / "tests/helpers"))
+    # What was written is removed, and what was found is printed, however the run ends.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.replay:
         seed, number = map(int, args.replay.split(":"))
         _replay(args.what[0], seed, number, args.keep)

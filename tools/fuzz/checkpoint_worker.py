@@ -51,6 +51,7 @@ def answer(directory: Path, fields: dict) -> str:
     """Return the text of a short answer, reasoning and calls included."""
     from flashmoe.engine import Engine
     from flashmoe.errors import OutputError
+    from flashmoe.events import Progress
     from flashmoe.requests import Request
 
     messages = [{"role": "user", "content": QUESTION}]
@@ -58,8 +59,10 @@ def answer(directory: Path, fields: dict) -> str:
     events = []
     # A grammar's answer is longer than the few tokens that are asked for.
     with Engine(directory, prompt_store=0) as engine, suppress(OutputError):
+        # How often progress is told depends on the clock.
         for event in engine.stream(request):
-            events.append((type(event).__name__, getattr(event, "text", "")))
+            if not isinstance(event, Progress):
+                events.append((type(event).__name__, getattr(event, "text", "")))
     return repr(events)
 
 

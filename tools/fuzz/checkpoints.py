@@ -143,12 +143,9 @@ class Worker:
             for thread in re.split(r"(?:Current t|T)hread 0x", text)
         ]
         # A thread that waits for the next work, or for another one, is not the cause.
-        busy = [
-            lines
-            for lines in threads
-            if any("/flashmoe/" in line for line in lines)
-            and not re.search(r"(threading|queue)\.py\"|in (_receive|__next__|wait)$", lines[0])
-        ]
+        idle = re.compile(r"(threading|queue)\.py\"|in (_receive|__next__|wait|work)$")
+        ours = [lines for lines in threads if any("/flashmoe/" in line for line in lines)]
+        busy = [lines for lines in ours if not idle.search(lines[0])]
         lines = (busy or [[]])[-1]
         inner = [line for line in lines if "/flashmoe/" in line][:1]
         return " < ".join(_shorten(line) for line in dict.fromkeys([*lines[:1], *inner]))
