@@ -156,6 +156,8 @@ def test_letters_that_prompts_would_lose_are_refused(toy):
         ("tokenizer_config.json", b"[1]"),
         ("tokenizer_config.json", b'{"eos_token": 5}'),
         ("tokenizer_config.json", b'{"tokenizer_class": ["x"]}'),
+        # transformers asks for the id of this token while it looks for the id of this token.
+        ("tokenizer_config.json", b'{"unk_token": "", "eos_token": "<|im_end|>"}'),
         ("tokenizer_config.json", b'{"tool_parser_type": "no such parser"}'),
     ],
 )

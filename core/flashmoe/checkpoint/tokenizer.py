@@ -59,8 +59,9 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     """
     where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
     # The template of special tokens gives ids that no vocabulary needs to have.
-    for token in (*tokenizer.encode("a", "b"), *tokenizer.eos_token_ids):
-        if token >= rows:
+    around = tokenizer.encode("a", "b")
+    for token in (*around, *tokenizer.eos_token_ids, *tokenizer.all_special_ids):
+        if token is not None and token >= rows:
             raise _too_high(where, token, tokenizer.convert_ids_to_tokens(token), rows)
     for letter in string.ascii_letters + string.digits:
         if not tokenizer.encode(letter, add_special_tokens=False):
