@@ -52,6 +52,7 @@ class Hub:
         faults: the faults by file name; "api" is the listing.
         requests: (name, first byte asked for) of each file that was sent.
         sent: bytes of all answers.
+        listings: bodies of the next answers about the listing, instead of the right one.
         claimed: sizes by file name that the listing gives instead of the real ones.
         needs_token: the repository is gated.
         held: set when an answer has come to its `Fault.hold`.
@@ -64,6 +65,7 @@ class Hub:
         self.faults: dict[str, Fault] = {}
         self.requests: list[tuple[str, int]] = []
         self.sent = 0
+        self.listings: list[bytes] = []
         self.claimed: dict[str, int] = {}
         self.needs_token = False
         self.held = threading.Event()
@@ -108,6 +110,10 @@ class Hub:
                 entry["lfs"] = {"sha256": sha, "size": size, "pointerSize": 134}
             files.append(entry)
         return files
+
+    def listing(self) -> dict:
+        """Return the listing of the repository."""
+        return {"id": self.repo, "sha": COMMIT, "siblings": self.siblings()}
 
     def fault(self, name: str) -> Fault:
         """Return the fault of the next answer about a file, and count the answer."""
@@ -160,8 +166,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif revision not in ("main", COMMIT):
                 self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             else:
-                listing = {"id": repo, "sha": COMMIT, "siblings": hub.siblings()}
-                self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+                body = hub.listings.pop(0) if hub.listings else json.dumps(hub.listing()).encode()
+                self._send(200, body, {"Content-Type": "application/json"})
 
         def _resolve(self, name):
             if hub.needs_token and self.headers["Authorization"] != f"Bearer {TOKEN}":

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import pty
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from toys import write_chat_toy
 
 from flashmoe import catalog
 from flashmoe.cli import cli
+from flashmoe.errors import DownloadError
+from flashmoe.hub import api as hub_api
 
 BIN = Path(sys.executable).parent
 NAME = "hub:owner/toy"
@@ -418,3 +422,121 @@ def test_invalid_name_is_refused_without_the_hub(environ, name, words):
     done = CliRunner().invoke(cli, ["download", name])
     assert done.exit_code == 1
     assert_refused(done.output, *words)
+
+
+# Answers of the hub that are not what they should be.
+
+
+def _set(path: str, value: object):
+    """Return a function that sets a field of a listing; `path` is like "siblings.0.size"."""
+
+    def change(listing: dict) -> dict:
+        *parents, last = path.split(".")
+        node = listing
+        for key in parents:
+            node = node[int(key) if isinstance(node, list) else key]
+        node[int(last) if isinstance(node, list) else last] = value
+        return listing
+
+    return change
+
+
+def _again(name: str):
+    def change(listing: dict) -> dict:
+        listing["siblings"] += [s for s in listing["siblings"] if s["rfilename"] == name]
+        return listing
+
+    return change
+
+
+WRONG = {
+    "size as text": _set("siblings.1.size", "1000"),
+    "negative size": _set("siblings.1.size", -1),
+    "size as a fraction": _set("siblings.1.size", 1.5),
+    "size as a bool": _set("siblings.1.size", True),
+    "huge size": _set("siblings.1.size", 10**30),
+    "null size": _set("siblings.1.size", None),
+    "hash as a number": _set("siblings.1.blobId", 12),
+    "hash in capitals": _set("siblings.1.blobId", "A" * 40),
+    "null siblings": _set("siblings", None),
+    "siblings as text": _set("siblings", "abc"),
+    "sibling as a number": _set("siblings.1", 3),
+    "sibling without a name": _set("siblings.1", {"size": 3}),
+    "name as a number": _set("siblings.1.rfilename", 3),
+    "lfs as text": _set("siblings.1.lfs", "yes"),
+    "lfs without a hash": _set("siblings.1.lfs", {"size": 1}),
+    "lfs with a negative size": _set(
+        "siblings.1.lfs", {"sha256": "a" * 64, "size": -1, "pointerSize": 1}
+    ),
+    "config.json twice": _again("config.json"),
+    "commit as a number": _set("sha", 12),
+    "commit as a path": _set("sha", "../../x"),
+    "date as a number": _set("lastModified", 12),
+    "a list": lambda listing: [listing],
+    "null": lambda listing: None,
+    "text": lambda listing: "x",
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_listing_of_wrong_kinds_is_refused(flashmoe, hub, change):
+    hub.listings = [json.dumps(change(hub.listing())).encode()]
+    assert_refused(flashmoe(hub, "download", NAME, code=1))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff" * 99, b"[" * 10**6, b'{"sha": 1e999}'])
+def test_listing_that_is_no_json_is_refused(flashmoe, hub, body):
+    hub.listings = [body]
+    assert_refused(flashmoe(hub, "download", NAME, code=1))
+
+
+@pytest.mark.parametrize("wait", ["soon", "-1", "²", "9" * 10000])
+def test_time_to_wait_may_be_anything(flashmoe, hub, wait):
+    hub.faults["api"] = Fault(status=429, headers={"Retry-After": wait.encode().decode("latin1")})
+    text = flashmoe(hub, "download", NAME, code=1)
+    assert_refused(text, "refuses more requests for now")
+    assert len(text) < 300
+
+
+def test_random_listings_are_read_or_refused(flashmoe, hub):
+    flashmoe(hub, "list")  # leads huggingface_hub to the server
+    rng, outcomes = random.Random(7), Counter()
+    values = [None, True, -1, 0, 2**70, 1.5, "", "x", "../x", [], [[]], {}, {"size": {}}]
+    for _ in range(300):
+        listing = hub.listing()
+        for _ in range(rng.randint(1, 3)):
+            node = listing
+            while True:
+                keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+                if not keys:
+                    break
+                key = rng.choice(keys)
+                if isinstance(node[key], dict | list) and rng.random() < 0.8:
+                    node = node[key]
+                    continue
+                if rng.random() < 0.2:
+                    del node[key]
+                else:
+                    node[key] = rng.choice(values)
+                break
+        hub.listings = [json.dumps(listing).encode()]
+        try:
+            found = hub_api.fetch_listing(hub.repo)
+        except DownloadError:
+            outcomes["refused"] += 1
+        else:
+            assert all(re.fullmatch(r"[\w.+-]+", f.name) and f.nbytes >= 0 for f in found.files)
+            outcomes["read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 10
+
+
+# What killed downloads left.
+
+
+def test_partial_file_of_an_older_commit_is_removed(flashmoe, hub, tmp_path):
+    blobs = cache(tmp_path) / "blobs"
+    blobs.mkdir(parents=True)
+    left = blobs / f"{'e' * 64}.flashmoe.incomplete"
+    left.write_text("left by a killed download")
+    flashmoe(hub, "download", NAME)
+    assert not list(blobs.glob("*.incomplete"))

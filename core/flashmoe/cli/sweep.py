@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import click
 from .. import catalog
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
+from ..locks import temporary_directory
 from ..options import EngineOptions
 from ..sizes import format_size
 from ..terminal import json_option, print_json, print_remark, print_table, progress_bar
@@ -128,8 +128,7 @@ def sweep(
     with ExitStack() as stack:
         keep = work is not None
         if work is None:
-            temporary = tempfile.TemporaryDirectory(prefix="flashmoe-sweep-")
-            work = Path(stack.enter_context(temporary))
+            work = stack.enter_context(temporary_directory("flashmoe-sweep-"))
         run = Sweep(checkpoint, versions, asked, work, keep=keep, progress=progress_bar)
         click.echo(
             f"{format_size(run.needed_nbytes())} to write in {work}, "

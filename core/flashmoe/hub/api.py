@@ -25,19 +25,32 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers
 
-from ..errors import DownloadError
+from ..errors import DownloadError, FlashMoEError
 
 T = TypeVar("T")
 
 #: How many attempts in a row may fail without a new byte.
 MAX_FAILURES = 3
+#: A file cannot be larger.
+MAX_FILE_NBYTES = 2**62
 #: The longest wait that a server may ask for, in seconds.
 MAX_WAIT_SECONDS = 300
 # Weights, configuration, chat templates, tokenizers; no code, no pickles. mlx-lm reads no other
 # weights, and nothing in folders.
 _NEEDED = re.compile(r"model[\w.+-]*\.safetensors|[\w+-][\w.+-]*\.(json|jinja|txt|model|tiktoken)")
+
+# What huggingface_hub raises for answers whose JSON or headers have fields of wrong kinds.
+_NOT_UNDERSTOOD = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -96,36 +109,49 @@ def fetch_listing(repo: str, revision: str | None = None) -> Listing:
         revision: a branch, tag or commit. None: the repository's default branch.
 
     Raises:
-        DownloadError: there is no such repository, it may not be read, or it holds no checkpoint.
+        DownloadError: there is no such repository, it may not be read, it holds no checkpoint, or
+            the answer is not a listing.
     """
     revision = revision or constants.DEFAULT_REVISION
     with translated_errors(repo, revision):
         info = with_retries(
             lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
         )
-    commit = info.sha or ""
-    if not constants.REGEX_COMMIT_OID.fullmatch(commit):  # it becomes the name of a directory
-        raise DownloadError(f"{_endpoint()} gives no commit of {repo}: check HF_ENDPOINT")
-    files = []
-    for sibling in info.siblings or ():
-        if _NEEDED.fullmatch(sibling.rfilename):
-            etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-            nbytes = sibling.lfs.size if sibling.lfs else sibling.size
-            etag = etag or ""
-            if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) or nbytes is None:
-                raise DownloadError(
-                    f"{_endpoint()} gives no hash or no size of {repo}/{sibling.rfilename}, so it "
-                    "could not be verified: check HF_ENDPOINT"
-                )
-            url = hf_hub_url(repo, sibling.rfilename, revision=commit)
-            files.append(HubFile(sibling.rfilename, nbytes, etag, url))
+        commit = info.sha or ""
+        if not constants.REGEX_COMMIT_OID.fullmatch(commit):  # it becomes the name of a directory
+            raise DownloadError(f"{_endpoint()} gives no commit of {repo}: check HF_ENDPOINT")
+        files = [
+            _hub_file(repo, commit, sibling)
+            for sibling in info.siblings or ()
+            if _NEEDED.fullmatch(sibling.rfilename)
+        ]
     names = {file.name for file in files}
+    if len(names) < len(files):
+        raise DownloadError(f"{_endpoint()} lists a file of {repo} twice: check HF_ENDPOINT")
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         raise DownloadError(
             f"{repo} at {revision} holds no config.json with model*.safetensors: only checkpoints "
             "in MLX format can be used, such as those of mlx-community"
         )
     return Listing(repo, revision, commit, tuple(sorted(files, key=lambda f: f.nbytes)))
+
+
+def _hub_file(repo: str, commit: str, sibling: RepoSibling) -> HubFile:
+    """Return a file of a listing, whose fields may have any kind."""
+    etag: object = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    nbytes: object = sibling.lfs.size if sibling.lfs else sibling.size
+    name = sibling.rfilename
+    if not isinstance(etag, str) or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        raise DownloadError(
+            f"{_endpoint()} gives no hash of {repo}/{name}, so it could not be verified: check "
+            "HF_ENDPOINT"
+        )
+    if type(nbytes) is not int or not 0 <= nbytes <= MAX_FILE_NBYTES:
+        raise DownloadError(
+            f"{_endpoint()} gives no size of {repo}/{name}, but {str(nbytes)[:40]!r}: check "
+            "HF_ENDPOINT"
+        )
+    return HubFile(name, nbytes, etag, hf_hub_url(repo, name, revision=commit))
 
 
 def request_headers() -> dict[str, str]:
@@ -167,7 +193,7 @@ def _wait(error: Exception, failures: int) -> float | None:
         asked = error.response.headers.get("Retry-After", "")
         if error.response.status_code not in (408, 429, 500, 502, 503, 504):
             return None
-        if asked.isdigit():
+        if re.fullmatch(r"[0-9]{1,9}", asked):
             return int(asked) if int(asked) <= MAX_WAIT_SECONDS else None
     elif not isinstance(error, HTTPError | TruncatedError):
         return None  # an error of the disk
@@ -207,6 +233,13 @@ def translated_errors(repo: str, revision: str) -> Iterator[None]:
             f"{repo} could not be fetched from {_endpoint()} ({_first_line(e)}): check the network "
             "and run this again; it continues where it stopped"
         ) from e
+    except _NOT_UNDERSTOOD as e:
+        if isinstance(e, FlashMoEError):
+            raise
+        raise DownloadError(
+            f"{_endpoint()} answers about {repo} with something that huggingface_hub cannot read "
+            f"({type(e).__name__}: {_first_line(e)}): check HF_ENDPOINT"
+        ) from e
 
 
 def _status_error(repo: str, error: HfHubHTTPError) -> str:
@@ -218,7 +251,7 @@ def _status_error(repo: str, error: HfHubHTTPError) -> str:
             "`hf auth login` or set HF_TOKEN, and run this again"
         )
     if status == 429:
-        wait = f"wait {asked} s" if asked else "wait some minutes"
+        wait = f"wait {asked[:20]} s" if asked else "wait some minutes"
         return f"{_endpoint()} refuses more requests for now (429): {wait}, and run this again"
     return (
         f"{_endpoint()} answers {status} for {repo}: run this again later; it continues where it "

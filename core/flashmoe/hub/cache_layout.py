@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DownloadError
+from ..files import write_bytes
 from ..user_dirs import hub_cache
 from .api import HubFile, Listing
+
+# The suffix of files that are not complete.
+_PARTIAL = ".flashmoe.incomplete"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class DownloadPaths:
 
     def partial(self, file: HubFile) -> Path:
         """Return the path of a file while it is not complete."""
-        return self.blobs / f"{self.key(file)}.flashmoe.incomplete"
+        return self.blobs / f"{self.key(file)}{_PARTIAL}"
 
     def key(self, file: HubFile) -> str:
         """Return the name of a file in `blobs`. In the cache, files of equal content share it."""
@@ -84,6 +88,13 @@ class DownloadPaths:
                     "empty directory, or remove the file"
                 )
 
+    def remove_partials_of_other_files(self, listing: Listing) -> None:
+        """Remove what killed downloads of other commits left; no other download may be running."""
+        mine = {self.partial(file) for file in listing.files}
+        for path in self.blobs.glob(f"*{_PARTIAL}"):
+            if path not in mine:
+                path.unlink()
+
     def move_into_place(self, listing: Listing) -> None:
         """Give all files their final names, config.json last: with it the checkpoint exists.
 
@@ -105,4 +116,4 @@ class DownloadPaths:
         elif listing.revision != listing.commit and ".." not in listing.revision:
             ref = self.blobs.parent / "refs" / listing.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(listing.commit)
+            write_bytes(ref, listing.commit.encode())

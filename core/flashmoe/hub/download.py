@@ -101,6 +101,7 @@ class Download:
             self._locked(),
         ):
             self.paths.check_no_other_shards(self.listing)
+            self.paths.remove_partials_of_other_files(self.listing)
             weights = [f for f in self.listing.files if f.name.endswith(".safetensors")]
             self._fetch_all([f for f in self.listing.files if f not in weights], advance)
             self._check_config()  # before hundreds of gigabytes that could not be used

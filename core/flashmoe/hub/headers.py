@@ -7,7 +7,6 @@ opens a model of 200 GB from some 100 kB.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.json_files import MAX_JSON_BYTES
 from ..checkpoint.safetensors_header import INDEX_NAME
 from ..errors import DownloadError
+from ..locks import temporary_directory
 from ..sizes import format_size
 from . import api as hub
 from .api import HubFile, Listing
@@ -45,8 +45,8 @@ def open_remote_checkpoint(listing: Listing) -> Iterator[Checkpoint]:
     """
     small = [f for f in listing.files if f.name in ("config.json", INDEX_NAME)]
     shards = [f for f in listing.files if f.name.endswith(".safetensors")]
-    with tempfile.TemporaryDirectory(prefix="flashmoe-headers-") as directory:
-        fetcher = _HeaderFetcher(listing.repo, Path(directory))
+    with temporary_directory("flashmoe-headers-") as directory:
+        fetcher = _HeaderFetcher(listing.repo, directory)
         with (
             hub.translated_errors(listing.repo, listing.revision),
             ThreadPoolExecutor(WORKERS) as pool,

@@ -26,9 +26,8 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -39,6 +38,7 @@ from ..checkpoint.file_identity import FileIdentity
 from ..checkpoint.safetensors_header import EXPERT_TENSOR, Tensor
 from ..checkpoint.safetensors_writer import TensorSpec, encode_header
 from ..errors import SettingError
+from ..locks import temporary_directory
 from ..memory import system as memory
 from ..models.loading import load_streaming
 from ..models.qwen_moe import StreamingMoE
@@ -235,7 +235,7 @@ def _reduced(checkpoint: Checkpoint, k: int) -> Iterator[tuple[Checkpoint, int]]
         part.pop("eos_token_id", None)  # these rows are gone
     kept += [t for t in checkpoint.tensors.values() if _is_expert(t.name, checkpoint, layers)]
     targets = [_reduced_shape(t, experts, vocabulary) for t in kept]
-    with locks.temporary_directory("flashmoe-probe-") as path:
+    with temporary_directory("flashmoe-probe-") as path:
         (path / "config.json").write_text(json.dumps(config))
         with open(path / "model.safetensors", "wb") as f:
             f.write(encode_header(targets))
@@ -289,16 +289,13 @@ def _scratch_batches(
 def _scratch_file(directory: Path) -> Iterator[Path]:
     """Yield a file of random bytes that has been written to the disk, and remove it afterwards."""
     tile = random.Random(0).randbytes(1 << 24)
-    locks.remove_partials(directory, locks.partial_name("flashmoe-probe", ".bin"))
-    with locks.locked_partial(directory / "flashmoe-probe.bin") as file:
-        pass
-    try:
+    with ExitStack() as stack:
         try:
             if shutil.disk_usage(directory).free < 4 * SCRATCH_NBYTES:
                 raise OSError(0, "too little space is free")
-            fd, name = tempfile.mkstemp(prefix=".flashmoe-probe-", dir=directory)
-            file = Path(name)
-            with os.fdopen(fd, "wb", buffering=0) as f:
+            own = stack.enter_context(temporary_directory(".flashmoe-probe-", directory))
+            file = own / "scratch"
+            with open(file, "wb", buffering=0) as f:
                 if sys.platform == "darwin":
                     fcntl.fcntl(f, F_NOCACHE, 1)
                 for _ in range(SCRATCH_NBYTES // len(tile)):
@@ -312,6 +309,3 @@ def _scratch_file(directory: Path) -> Iterator[Path]:
             ) from e
         forget(file)
         yield file
-    finally:
-        if file is not None:
-            file.unlink(missing_ok=True)

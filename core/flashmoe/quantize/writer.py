@@ -31,19 +31,18 @@ from ..checkpoint.safetensors_writer import ShardWriter
 from ..errors import CheckpointError, QuantizeError
 from ..files import PARTIAL, disk_too_full, free_nbytes, write_json
 from ..terminal import format_number
+from .extra_files import NOTE, copy_file, extra_files
 from .recipe import QuantizePlan, TensorPlan
 from .rounding import Rounded, round_weights, weighted_squares
 from .weights import narrow, read_back, read_bytes, read_weights
 
 #: Name of the directory, inside the one being filled, that a run keeps its state in until the end.
 WORK = ".quantize"
-NOTE = "flashmoe_quantize.json"
 
 #: Weights that are rounded together: 8 MB of float32, and the same again a few times.
 BLOCK_WEIGHTS = 2 * 2**20
 COPY_NBYTES = 8 * 2**20
 
-_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 _MARGIN_NBYTES = 16 * 2**20
 
 #: (layer, role, expert) -> importance of each column of a matrix; None: all count the same.
@@ -196,12 +195,9 @@ class Quantizer:
                 os.close(fd)
 
     def _finish(self) -> dict:
-        source, directory = self.plan.checkpoint.path, self.directory
-        for file in sorted(source.iterdir()):
-            if file.name in ("config.json", INDEX_NAME, NOTE) or not file.is_file():
-                continue
-            if file.suffix in _COPIED or file.name.startswith("LICENSE"):
-                shutil.copyfile(file, directory / file.name)
+        directory = self.directory
+        for name, file in extra_files(self.plan.checkpoint.path).items():
+            copy_file(file, directory / name)
         weight_map = {
             target.name: name
             for name, tensors in self.plan.shards.items()
@@ -225,6 +221,7 @@ def prepare_directory(plan: QuantizePlan, directory: Path, settings: dict) -> No
 
     Raises:
         QuantizeError: the directory holds something else, or the disk has too little space.
+        CheckpointError: the source has files that must not be copied, see `extra_files`.
     """
     source = plan.checkpoint.path
     if directory.exists() and directory.samefile(source):
@@ -240,6 +237,7 @@ def prepare_directory(plan: QuantizePlan, directory: Path, settings: dict) -> No
             )
     elif directory.exists() and any(directory.iterdir()):
         raise QuantizeError(f"{directory} is not empty: choose a new directory")
+    extra_files(source)
     check_free_space(plan, directory)
     with _writing(directory):
         write_json(state, settings)
