@@ -101,12 +101,10 @@ def test_template_of_special_tokens_above_the_rows_is_refused(toy, kind, token):
         a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         content["post_processor"] = {
             "type": "TemplateProcessing",
-            "single": [start, a],
-            "pair": [start, a, b],
+            "single": [start, a] if kind == "single" else [a],
+            "pair": [start, a, b] if kind == "pair" else [a, b],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}},
         }
-        if kind == "pair":
-            content["post_processor"]["single"] = [a]
 
     rewrite(toy, frame)
     assert f"has token {token}" in refusal(toy)

@@ -58,8 +58,9 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     Each row that has no token gets a text, because a model may answer with it.
     """
     where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
-    # The template of special tokens gives ids that no vocabulary needs to have.
-    around = tokenizer.encode("a", "b")
+    # The templates of special tokens, for a text and for a pair, give ids that no vocabulary needs to
+    # have.
+    around = (*tokenizer.encode("a"), *tokenizer.encode("a", "b"))
     for token in (*around, *tokenizer.eos_token_ids, *tokenizer.all_special_ids):
         if token is not None and token >= rows:
             raise _too_high(where, token, tokenizer.convert_ids_to_tokens(token), rows)
