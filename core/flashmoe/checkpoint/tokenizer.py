@@ -58,8 +58,7 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     Each row that has no token gets a text, because a model may answer with it.
     """
     where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
-    # The templates of special tokens, for a text and for a pair, give ids that no vocabulary needs to
-    # have.
+    # The templates of special tokens, for one text and for two, may give ids of no token.
     around = (*tokenizer.encode("a"), *tokenizer.encode("a", "b"))
     for token in (*around, *tokenizer.eos_token_ids, *tokenizer.all_special_ids):
         if token is not None and token >= rows:
