@@ -233,7 +233,7 @@ def test_template_without_an_end_is_an_error_and_the_engine_goes_on(tmp_path):
     bomb = "{% if 'bomb' in messages[0].content %}" + loops + "{% endif %}"
     file.write_text(bomb + file.read_text())
     with Engine(path, slots=5) as engine:
-        with pytest.raises(CheckpointError, match="template takes more than 3 seconds"):
+        with pytest.raises(SettingError, match="template takes more than 3 seconds"):
             list(engine.stream(ask("A bomb.", max_tokens=2)))
         assert isinstance([*engine.stream(ask("Hello.", max_tokens=2))][-1], End)
 

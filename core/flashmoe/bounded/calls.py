@@ -30,8 +30,8 @@ FAST_SECONDS = 0.2
 #: Processor seconds and bytes of memory of a call, unless others are given.
 SECONDS, NBYTES = 2.0, 1 << 30
 #: Seconds for which a call waits for a process.
-WAIT_SECONDS = 30.0
-FAST_PROCESSES, SLOW_PROCESSES, SLOW_NICENESS = 2, 1, 10
+WAIT_SECONDS = 10.0
+FAST_PROCESSES, SLOW_PROCESSES, SLOW_NICENESS = 2, 1, 5
 #: Calls that were refused and are refused at once when they come again.
 REFUSALS = 256
 

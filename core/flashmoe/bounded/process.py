@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, cast
 from ..errors import HelperError
 from .child import read_frame, write_frame
 
-#: Clock seconds in which a helper must answer, as a multiple of its processor seconds, and more.
-#: They pass only when the machine is far too busy.
-CLOCK_FACTOR, CLOCK_SECONDS = 10, 20
+#: The fewest clock seconds in which a helper must answer. They pass only when the machine is far
+#: too busy.
+CLOCK_SECONDS = 10.0
 #: Seconds between two looks at the memory of a helper, where the system has no limit for it.
 LOOK_SECONDS = 0.1
 
@@ -82,7 +82,7 @@ class HelperProcess:
             OutOfTime, OutOfMemory: the limit was reached; the process has ended.
             HelperError: the process could not start.
         """
-        end = monotonic() + CLOCK_FACTOR * seconds + CLOCK_SECONDS
+        end = monotonic() + max(CLOCK_SECONDS, 3 * seconds)
         try:
             write_frame(self._requests, request)
         except OSError:

@@ -169,7 +169,7 @@ class ChatTemplate:
             arguments = source, conversations, tools or None, variables
             return calls.call(render, *arguments, seconds=RENDER_SECONDS)
         except LimitError as e:
-            raise CheckpointError(
+            raise SettingError(
                 f"rendering the checkpoint's chat template {e}: shorten the messages, or download "
                 "the template again"
             ) from e
