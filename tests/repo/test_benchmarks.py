@@ -307,6 +307,19 @@ def test_hostile_clients_leave_other_answers_right():
     assert not any(name.endswith("none") for name in report["hostile"]), report["hostile"]
 
 
+def test_killed_writers_leave_nothing():
+    """`sweep` is left out, since a whole one takes a minute."""
+    command = [sys.executable, ROOT / "benchmarks/kill_writers.py", "--kills", "3"]
+    command += ["--only", "prompts", "register", "quantize", "download"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for writer in command[5:]:
+        result = json.loads(done.stdout.splitlines()[-1])[writer]
+        assert (result["wrong"], result["stayed"]) == (0, 0)
+        assert result["killed"] + result["ended"] == 3
+        assert result["whole"] > 0
+
+
 def test_concurrent_kernels_count_once():
     assert union([(5, 6), (0, 2), (1, 3), (5.5, 5.7), (6, 7)]) == 5
     assert union([]) == 0

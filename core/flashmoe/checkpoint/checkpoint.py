@@ -161,11 +161,22 @@ def check_experts(k: int | None, checkpoint: Checkpoint) -> int:
     return k
 
 
+def _check_text(path: Path) -> None:
+    """Check that libraries that take text can open the files of a directory."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as e:
+        raise CheckpointError(
+            f"the path {show(str(path))} is not UTF-8, which MLX needs: rename its directories"
+        ) from e
+
+
 def _directory(path: str | Path) -> Path:
     """Return the path of a directory that exists."""
     text, path = str(path), Path(path)
     try:
         if path.is_dir():
+            _check_text(path)
             return path
         exists = path.exists()
     except (OSError, ValueError):
