@@ -45,8 +45,8 @@ def test_template_is_ended_or_refused(template, wrong):
 
 
 def test_prompt_without_an_end_is_refused():
-    with pytest.raises(CheckpointError, match="writes 70000000 characters, more than 64000000"):
-        rendered("{{ 'a' * 70000000 }}", seconds=20)
+    with pytest.raises(CheckpointError, match="writes 11000000 characters, more than 10000000"):
+        rendered("{{ 'a' * 11000000 }}", seconds=20)
 
 
 def chat_template(text):

@@ -257,7 +257,7 @@ def test_response_format_and_tools_work_together(engine):
         ({"tools": [{"name": "f", "parameters": {"type": "array"}}]}, "must be of type 'object'"),
         ({"thinking_budget": -1}, "thinking_budget=-1"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1"),
-        ({"stop": "x"}, "give a tuple"),
+        ({"stop": "x"}, "a tuple of strings"),
     ],
 )
 def test_bad_option_raises_setting_error(engine, options, words):
@@ -389,3 +389,15 @@ def test_answer_cannot_end_in_reasoning_before_a_required_document(demands):
 def test_grammar_that_would_hold_up_other_answers_is_refused(lark, wrong):
     with pytest.raises(SettingError, match=wrong):
         MATCHER_FACTORY.create(lark)
+
+
+def test_grammar_with_too_many_states_is_an_error_of_the_request(engine):
+    request = Request(
+        [{"role": "user", "content": "Hi"}],
+        response_format={"type": "regex", "pattern": "(a|b)*a(a|b){16}[ab]{99999}"},
+        max_tokens=200,
+        temperature=1.0,
+        seed=1,
+    )
+    with pytest.raises((SettingError, OutputError)):
+        list(engine.stream(request))

@@ -62,15 +62,15 @@ def normalize_messages(messages: list[dict]) -> list[dict]:
     return first + _results_in_order(normalized)
 
 
-def _text(content: Any, index: int) -> str:
-    """Return the text of a message's content, of which all blocks must be text."""
+def _text(content: Any, index: int, name: str = "content") -> str:
+    """Return the text of a message's field, of which all blocks must be text."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise SettingError(
-            f"message {index} has the content {_show(content)}: give a string or a "
+            f"message {index} has the {name} {_show(content)}: give a string or a "
             "list of text blocks"
         )
     texts = []
@@ -80,8 +80,10 @@ def _text(content: Any, index: int) -> str:
             text = block.get("text")
         if not isinstance(text, str):
             kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+            where = "" if name == "content" else f" in its {name}"
             raise SettingError(
-                f"message {index} has a block of type {_show(kind)}: these models take text only"
+                f"message {index} has a block of type {_show(kind)}{where}: these models take "
+                "text only"
             )
         texts.append(text)
     return "".join(texts)
@@ -90,7 +92,7 @@ def _text(content: Any, index: int) -> str:
 def _assistant(message: dict, content: str, index: int) -> dict:
     turn: dict[str, Any] = {"role": "assistant", "content": content}
     if reasoning := message.get("reasoning_content"):
-        turn["reasoning_content"] = _text(reasoning, index)
+        turn["reasoning_content"] = _text(reasoning, index, "reasoning_content")
     if calls := message.get("tool_calls"):
         if not isinstance(calls, list):
             raise SettingError(f"message {index} has the tool_calls {_show(calls)}: give a list")

@@ -8,8 +8,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import CheckpointError
 
-#: The longest prompt, in characters. A context of a million tokens has some 5 million.
-MAX_CHARACTERS = 64 * 10**6
+#: The longest prompt, in characters. A context of a million tokens has some 5 million; encoding
+#: takes some hundred bytes of memory for each.
+MAX_CHARACTERS = 10**7
 _SHOWN = 300
 
 

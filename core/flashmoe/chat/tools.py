@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..checkpoint.json_files import show
 from ..errors import SettingError
 from . import json_schema as schemas
 from .raw_values import may_be_text
@@ -42,8 +43,8 @@ def read_tools(definitions: list[dict]) -> dict[str, Tool]:
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise SettingError(
-                f"a tool has the name {name!r}: use a name of 1 to 128 characters without spaces, "
-                "quotes, slashes, braces, =, < and >"
+                f"a tool has the name {show(name)}: use a name of 1 to 128 characters without "
+                "spaces, quotes, slashes, braces, =, < and >"
             )
         if name in tools:
             raise SettingError(f"two tools are named {name!r}: rename one of them")
@@ -77,23 +78,29 @@ def check_tool_choice(choice: str, tools: dict[str, Tool]) -> None:
         return
     if not tools:
         raise SettingError(
-            f"tool_choice={choice!r} needs tools, and the request has none: add tools, or leave "
-            "tool_choice out"
+            f"tool_choice={show(choice)} needs tools, and the request has none: add tools, or "
+            "leave tool_choice out"
         )
     if choice != "required" and choice not in tools:
         raise SettingError(
-            f"tool_choice={choice!r} is neither auto, none, required nor the name of a tool: the "
-            f"tools are {', '.join(tools)}"
+            f"tool_choice={show(choice)} is neither auto, none, required nor the name of a tool: "
+            f"the tools are {', '.join(tools)}"
         )
 
 
 def call_error(name: str, arguments: dict, tools: dict[str, Tool]) -> str | None:
     """Return why a call cannot be made, in one line, or None if it can."""
     if name not in tools:
-        known = ", ".join(tools) or "none"
+        known = _names(tools)
         return f"there is no tool {name!r}: the tools are {known}"
     error = schemas.validation_error(arguments, tools[name].parameters)
     return f"the arguments of {name} do not fit its schema: {error}" if error else None
+
+
+def _names(tools: dict[str, Tool]) -> str:
+    """Return the names of some tools for an error text."""
+    names = [*tools][:20]
+    return ", ".join([*names, "..."] if len(tools) > len(names) else names) or "none"
 
 
 def _object_schema(parameters: dict, name: str) -> dict:

@@ -7,6 +7,7 @@ model opens a call.
 
 from __future__ import annotations
 
+import re
 import threading
 from time import thread_time
 from typing import Any
@@ -240,8 +241,8 @@ class Constraint:
 
     def _matcher_error(self, matcher: LLMatcher, what: str) -> Exception:
         error = matcher.get_error()[:500]
-        # The matcher's stop reason does not tell this case, so its text must.
-        if "; max is " in error:
+        # The matcher's stop reason does not tell these cases, so its text must.
+        if re.search("max is|limit|fuel|too many", error, re.IGNORECASE):
             return SettingError(
                 f"the schemas or the grammar are too large to be enforced ({error}): use fewer or "
                 "smaller ones in one request"

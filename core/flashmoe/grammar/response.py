@@ -16,6 +16,7 @@ from functools import lru_cache
 from llguidance import LLMatcher
 
 from ..chat import json_schema as schemas
+from ..checkpoint.json_files import show
 from ..errors import SettingError
 
 log = logging.getLogger("flashmoe")
@@ -50,7 +51,7 @@ def read_response_format(wanted: dict) -> ResponseFormat | None:
         return None
     if kind == "regex":
         rules = f"document: DOCUMENT\nDOCUMENT: {lark_regex(wanted['pattern'])}\n"
-        _check_rules(rules, f"the pattern {wanted['pattern']!r}")
+        _check_rules(rules, f"the pattern {show(wanted['pattern'])}")
         return ResponseFormat(rules, None)
     if kind == "lark":
         # The grammar is nested, so that its `start` and other names do not clash with ours.
@@ -131,7 +132,8 @@ def grammar_error(lark: str) -> str | None:
         return None
     # The place in the grammar is left out, because users have not seen this grammar.
     text = re.split(r" \d+ \| ", " ".join(messages[0].split()))[0]
-    return re.sub(r"^((at )?\d+\(\d+\): )*(failed to compile JSON schema: )?", "", text)
+    text = re.sub(r"^((at )?\d+\(\d+\): )*(failed to compile JSON schema: )?", "", text)
+    return text if len(text) <= 500 else text[:497] + "..."
 
 
 def _check_rules(rules: str, what: str) -> None:
