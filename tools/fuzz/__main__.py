@@ -1,4 +1,4 @@
-"""Run the fuzzers: `python -m fuzz [checkpoints | requests] [--seconds N] [--seed N]`."""
+"""Run the fuzzers: `python -m fuzz [checkpoints[=COUNT]] [requests[=COUNT]] [--seed N]`."""
 
 from __future__ import annotations
 
@@ -19,34 +19,36 @@ ROOT = Path(__file__).parents[2]
 def main() -> None:
     """Run what the command line asks for; the exit status is 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=["checkpoints", "requests"])
-    parser.add_argument("--seconds", type=float, help="of each; without --count the default is 120")
-    parser.add_argument("--count", type=int, help="inputs of each, unless the seconds pass before")
+    parser.add_argument("what", nargs="*", default=["checkpoints", "requests"], metavar="WHAT")
+    parser.add_argument("--seconds", type=float, help="of each; 120 where no count is given")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replay", metavar="SEED:NUMBER", help="run one input alone")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="with --replay: write it")
     args = parser.parse_args()
-    if unknown := set(args.what) - {"checkpoints", "requests"}:
+    counts = {what: count for what, _, count in (text.partition("=") for text in args.what)}
+    if unknown := set(counts) - {"checkpoints", "requests"}:
         parser.error(f"{unknown.pop()!r} is neither checkpoints nor requests")
+    if any(count and not count.isdecimal() for count in counts.values()):
+        parser.error("a count is a number, as in checkpoints=1000")
     sys.path.insert(0, str(ROOT / "tests/helpers"))
     # What was written is removed, and what was found is printed, however the run ends.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.replay:
         seed, number = map(int, args.replay.split(":"))
-        _replay(args.what[0], seed, number, args.keep)
+        _replay(next(iter(counts)), seed, number, args.keep)
         return
     seed = SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    seconds = args.seconds or (120 if args.count is None else float("inf"))
     found = False
-    for what in args.what:
+    for what, count in counts.items():
+        seconds = args.seconds or (float("inf") if count else 120)
         print(f"{what}: seed {seed}", flush=True)
         findings = Findings()
         start = monotonic()
         run = _make(what, seed, args.jobs, findings)
         try:
-            run.run(args.first, args.count, start + seconds)
+            run.run(args.first, int(count) if count else None, start + seconds)
         except KeyboardInterrupt:
             print("stopped")
         finally:

@@ -305,8 +305,9 @@ def _resized(weights: Weights, old: int, new: int) -> Weights:
             for n in shape:
                 nbytes *= n
             tile = weights.data[start:end]
-            raw = (tile * (nbytes // max(1, len(tile)) + 1))[: min(nbytes, 10_000_000)]
-        except (TypeError, ValueError, KeyError):
+            nbytes = max(0, min(nbytes, 10_000_000))
+            raw = (tile * (nbytes // max(1, len(tile)) + 1))[:nbytes]
+        except (ArithmeticError, TypeError, ValueError, KeyError):
             return weights
         header[name] = entry | {"shape": shape, "data_offsets": [at, at + len(raw)]}
         parts.append(raw)
@@ -703,5 +704,9 @@ def mutated(random: Random, original: Mutant) -> Mutant:
     count = random.choice([1, 1, 1, 1, 1, 1, 2, 2, 3])
     for change in random.choices(list(CHANGES), list(CHANGES.values()), k=count):
         mutant.neutral = change is neutral and not mutant.changes
-        mutant.changes.append(change(random, mutant))
+        try:
+            mutant.changes.append(change(random, mutant))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # An earlier change left something that this one cannot be made in.
+            mutant.changes.append(f"no {change.__name__}")
     return mutant

@@ -161,7 +161,8 @@ def _inner(random: Random, depth: int) -> Any:
 
 def _list(random: Random, depth: int) -> list:
     if random.random() < 0.05:
-        return [_inner(random, depth)] * random.choice([50, 2000])
+        # Of leaves only: lists of such lists would be gigabytes of text.
+        return [_inner(random, 0)] * random.choice([50, 2000])
     return [_inner(random, depth) for _ in range(random.choice([0, 1, 2, 3]))]
 
 

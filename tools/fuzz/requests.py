@@ -44,7 +44,7 @@ class _Client:
         self._before: dict[str, int] = {}
         self._number = 0
         self._slowest = 0.0
-        self._over = threading.Event()
+        self._errors = ""
 
     def run(self, number: int) -> str:
         """Send the request of a number; return what came of it."""
@@ -85,7 +85,7 @@ class _Client:
                 outcome += f"; /health {server.health(HEALTH_SECONDS)}"
             server.kill()
             self._server = None
-        self._details = errors[-300:]
+        self._errors = errors
         return outcome
 
     def work(self, numbers: Iterator[int]) -> None:
@@ -105,7 +105,10 @@ class _Client:
                 kind = re.sub(r"\d\d+", "N", outcome)
                 what = f"{'; '.join(changes.changes)[:300]}\n    {text}\n    {outcome}"
                 replay = f"requests --replay {self._seed}:{number}"
-                self.findings.add(kind[:100], "", replay, what + f"\n    {self._details.strip()}")
+                if outcome.startswith("undocumented status 5"):
+                    kind = f"{outcome[:23]}: {_raised(self._errors)}"
+                what += f"\n    {self._errors[-300:].strip()}"
+                self.findings.add(kind[:160], "", replay, what)
             else:
                 self.findings.count(outcome)
 
@@ -114,7 +117,7 @@ class _Client:
         if self._server is None:
             return
         server, self._server = self._server, None
-        replay = f"requests --seed {self._seed} --count {self._number + 1}"
+        replay = f"requests={self._number + 1} --seed {self._seed}"
         # What connections held is given back soon after them.
         end = monotonic() + 10
         while (grown := self._grown(server)) and monotonic() < end:
@@ -159,6 +162,12 @@ class _Client:
             self._slowest = max(self._slowest, monotonic() - start)
             if status != 200:
                 self._slowest = SECONDS
+
+
+def _raised(errors: str) -> str:
+    """Return the line that names the last exception in a log."""
+    lines = [line for line in errors.splitlines() if re.match(r"[\w.]+: ", line)]
+    return re.sub(r"\d\d+", "N", lines[-1]) if lines else ""
 
 
 def _content(status: int, body: bytes) -> str:
