@@ -37,7 +37,7 @@ _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _FEATURES = ("avx2", "fma", "avx512f", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
 
 #: Open files that are not a checkpoint's: Python's, llm's database, the terminal.
-OTHER_FILES = 64
+OTHER_FILES = 32
 #: Open files per shard: the reader's and, while the model is loaded, MLX's.
 FILES_PER_SHARD = 2
 
