@@ -391,11 +391,12 @@ def test_grammar_that_would_hold_up_other_answers_is_refused(lark, wrong):
         MATCHER_FACTORY.create(lark)
 
 
+@pytest.mark.slow
 def test_grammar_with_too_many_states_is_an_error_of_the_request(engine):
     request = Request(
         [{"role": "user", "content": "Hi"}],
         response_format={"type": "regex", "pattern": "(a|b)*a(a|b){16}[ab]{99999}"},
-        max_tokens=200,
+        max_tokens=30,
         temperature=1.0,
         seed=1,
     )

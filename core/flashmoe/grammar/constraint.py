@@ -19,7 +19,7 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from ..chat.special_tokens import SpecialTokens
-from ..errors import SettingError
+from ..errors import CheckpointError, SettingError
 from ..requests import Request
 from .numbers import NumberGuard
 from .rules import OutputRules
@@ -247,7 +247,10 @@ class Constraint:
                 f"the schemas or the grammar are too large to be enforced ({error}): use fewer or "
                 "smaller ones in one request"
             )
-        return RuntimeError(f"{what}: {error}")
+        return CheckpointError(
+            f"{what} ({error}): tokenizer.json may be damaged; download the model again, or report "
+            "this with the output of flashmoe doctor --json"
+        )
 
     def _update_guard(self, tokens: list[int]) -> None:
         """Feed the text of the tokens that came to the number guard."""
