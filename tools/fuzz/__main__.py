@@ -40,7 +40,7 @@ def main() -> None:
         _replay(next(iter(counts)), seed, number, args.keep)
         return
     seed = SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    found = False
+    found = stopped = False
     for what, count in counts.items():
         seconds = args.seconds or (float("inf") if count else 120)
         print(f"{what}: seed {seed}", flush=True)
@@ -50,6 +50,7 @@ def main() -> None:
         try:
             run.run(args.first, int(count) if count else None, start + seconds)
         except KeyboardInterrupt:
+            stopped = True
             print("stopped")
         finally:
             run.close()
@@ -57,6 +58,8 @@ def main() -> None:
             raise findings.broken
         print(f"{what}: seed {seed}, {monotonic() - start:.0f} s\n{findings.summary()}", flush=True)
         found = found or bool(findings.kinds)
+        if stopped:
+            break
     sys.exit(found)
 
 

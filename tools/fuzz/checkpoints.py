@@ -97,9 +97,14 @@ class Worker:
         self.grown = _resident(self.pid) - self._base
         return reply
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
     def close(self) -> None:
-        """End the process."""
-        with suppress(OSError):
+        """End the process. May be called again."""
+        if self._process.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._replies.close()
@@ -179,10 +184,16 @@ class Run:
         self._root = Path(mkdtemp(prefix="flashmoe-fuzz-", dir=memory if memory.is_dir() else None))
         self._seed, self._jobs, self.findings = seed, jobs, findings
         self._lock = threading.Lock()
+        self._workers: set[Worker] = set()
+        self._over = False
         write_toys(self._root)
 
     def close(self) -> None:
-        """Remove the files."""
+        """End the workers, and remove the files."""
+        with self._lock:
+            self._over = True
+            for worker in self._workers:
+                worker.close()
         shutil.rmtree(self._root, ignore_errors=True)
 
     def run(self, first: int, count: int | None, until: float) -> None:
@@ -194,13 +205,11 @@ class Run:
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(1)
+        self.findings.wait(threads)
 
     def replay(self, number: int) -> dict:
         """Return what one mutant does in a fresh process."""
-        worker = Worker(self._root, self._root / f"alone-{number}", self._seed)
+        worker = self._start(f"alone-{number}")
         try:
             return worker.run(number)
         except Died as e:
@@ -226,9 +235,17 @@ class Run:
         mutant, original, _ = make(self._seed, number, toys)
         mutant.write(directory, original)
 
+    def _start(self, name: str) -> Worker:
+        worker = Worker(self._root, self._root / name, self._seed)
+        with self._lock:
+            self._workers = {w for w in self._workers if w.alive} | {worker}
+            if self._over:
+                worker.close()
+        return worker
+
     def _next(self, numbers: Iterator[int], until: float) -> int | None:
         with self._lock:
-            over = self.findings.broken is not None or monotonic() >= until
+            over = self._over or self.findings.broken is not None or monotonic() >= until
             return None if over else next(numbers, None)
 
     def _work(self, job: int, numbers: Iterator[int], until: float) -> None:
@@ -236,7 +253,7 @@ class Run:
         try:
             while (number := self._next(numbers, until)) is not None:
                 if worker is None:
-                    worker, done = Worker(self._root, self._root / f"work-{job}", self._seed), 0
+                    worker, done = self._start(f"work-{job}"), 0
                 try:
                     self._report(number, worker.run(number))
                     done += 1
@@ -250,7 +267,8 @@ class Run:
                     worker.close()
                     worker = None
         except Exception as e:  # this thread's caller would not see it
-            self.findings.broken = e
+            if not self._over:
+                self.findings.broken = e
         finally:
             if worker is not None:
                 worker.close()

@@ -6,6 +6,9 @@ import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from time import monotonic
+
+PROGRESS_SECONDS = 300
 
 
 class Broken(Exception):
@@ -51,10 +54,24 @@ class Findings:
         if not seen:
             print(f"FOUND {text}", flush=True)
 
+    def counts(self) -> str:
+        """Return how many inputs had each outcome, in a line."""
+        with self._lock:
+            total = sum(self.outcomes.values())
+            counts = ", ".join(f"{name}: {n}" for name, n in self.outcomes.most_common())
+        return f"{total} inputs: {counts}"
+
     def summary(self) -> str:
         """Return the kinds, most frequent first, and the counts by outcome."""
         kinds = sorted(self.kinds.values(), key=lambda item: -item[0])
-        lines = [f"{count} x {text}" for count, text in kinds]
-        total = sum(self.outcomes.values())
-        counts = ", ".join(f"{name}: {n}" for name, n in self.outcomes.most_common())
-        return "\n".join([*lines, f"{total} inputs: {counts}"])
+        return "\n".join([*(f"{count} x {text}" for count, text in kinds), self.counts()])
+
+    def wait(self, threads: list[threading.Thread]) -> None:
+        """Wait for threads that count here, and print the counts every five minutes."""
+        due = monotonic() + PROGRESS_SECONDS
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(1)
+                if monotonic() > due:
+                    due += PROGRESS_SECONDS
+                    print(self.counts(), flush=True)

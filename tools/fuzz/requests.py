@@ -45,6 +45,7 @@ class _Client:
         self._number = 0
         self._slowest = 0.0
         self._errors = ""
+        self._stopped = False
 
     def run(self, number: int) -> str:
         """Send the request of a number; return what came of it."""
@@ -93,12 +94,21 @@ class _Client:
         try:
             self._send_all(numbers)
         except Exception as e:  # this thread's caller would not see it
-            self.findings.broken = e
+            if not self._stopped:
+                self.findings.broken = e
         self.close()
+
+    def stop(self) -> None:
+        """End the server at once, whatever is under way."""
+        self._stopped = True
+        if (server := self._server) is not None:
+            server.kill()
 
     def _send_all(self, numbers: Iterator[int]) -> None:
         for number in numbers:
             outcome = self.run(number)
+            if self._stopped:
+                return
             if _bad(outcome):
                 changes = request_mutations.make(self._seed, number)
                 text = changes.body[:300].decode(errors="replace")
@@ -235,25 +245,28 @@ class Run:
         self._root = Path(mkdtemp(prefix="flashmoe-fuzz-", dir=memory if memory.is_dir() else None))
         self._seed, self._jobs, self.findings = seed, jobs, findings
         self._lock = threading.Lock()
+        self._clients: list[_Client] = []
+        self._over = False
         write_toys(self._root, {"toy": TOYS["qwen3_5"] | {"max_position_embeddings": 1024}})
 
     def close(self) -> None:
-        """Remove the files."""
+        """End the servers, and remove the files."""
+        self._over = True
+        for client in self._clients:
+            client.stop()
         shutil.rmtree(self._root, ignore_errors=True)
 
     def run(self, first: int, count: int | None, until: float) -> None:
         """Send requests from number `first` on, until a count or a time (monotonic) is reached."""
         numbers = iter(range(first, sys.maxsize if count is None else first + count))
-        clients = [self._client(job) for job in range(self._jobs)]
+        self._clients = [self._client(job) for job in range(self._jobs)]
         threads = [
             threading.Thread(target=client.work, args=[self._until(numbers, until)], daemon=True)
-            for client in clients
+            for client in self._clients
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(1)
+        self.findings.wait(threads)
 
     def replay(self, number: int) -> dict:
         """Return what one request does to a fresh server."""
@@ -279,7 +292,7 @@ class Run:
         )
 
     def _until(self, numbers: Iterator[int], until: float) -> Iterator[int]:
-        while monotonic() < until and self.findings.broken is None:
+        while monotonic() < until and self.findings.broken is None and not self._over:
             with self._lock:
                 number = next(numbers, None)
             if number is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -81,6 +82,8 @@ class ServedToy:
                 text=True,
             )
         self.pid = self._process.pid
+        # A run that is stopped leaves no processes.
+        atexit.register(self.kill)
         # Without TLS no certificates need to be read, which takes longer than most answers.
         self._client = httpx.Client(verify=False, limits=httpx.Limits(max_connections=None))
         assert self._process.stdout is not None
@@ -145,7 +148,8 @@ class ServedToy:
             return None
 
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process at once. May be called again."""
+        atexit.unregister(self.kill)
         if self.alive:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
