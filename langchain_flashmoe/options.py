@@ -7,7 +7,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flashmoe.requests import RANGES
+
 from .errors import InvalidRequest
+
+
+def _in_range(name: str) -> Any:
+    _, low, high = RANGES[name]
+    return Field(default=None, ge=low, le=high)
 
 
 class Options(BaseModel):
@@ -15,27 +22,27 @@ class Options(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = _in_range("max_tokens")
     """Generate at most this many tokens, reasoning included. `None`: 4096, or fewer if less of the
     context is left."""
 
-    temperature: float | None = Field(default=None, ge=0)
-    """Randomness, 0 or more; 0 always picks the likeliest token. `None`: the value in the model's
+    temperature: float | None = _in_range("temperature")
+    """Randomness, 0 to 100; 0 always picks the likeliest token. `None`: the value in the model's
     generation_config.json."""
 
-    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_p: float | None = _in_range("top_p")
     """Sample from the likeliest tokens with this total probability, 0 to 1."""
 
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = _in_range("top_k")
     """Sample from this many of the likeliest tokens; 0 means all tokens."""
 
-    min_p: float | None = Field(default=None, ge=0, le=1)
+    min_p: float | None = _in_range("min_p")
     """Leave out tokens less likely than the likeliest one times this value, 0 to 1."""
 
-    repetition_penalty: float | None = Field(default=None, ge=0)
-    """A value above 1 makes the last 20 tokens less likely to repeat."""
+    repetition_penalty: float | None = _in_range("repetition_penalty")
+    """A value above 1 makes the last 20 tokens less likely to repeat; 0.01 to 100."""
 
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    seed: int | None = _in_range("seed")
     """The same seed gives the same text. `None`: another text each time, unless `temperature` is
     0."""
 
@@ -43,7 +50,7 @@ class Options(BaseModel):
     """Reason before the answer; the reasoning is in `additional_kwargs["reasoning_content"]`.
     `None`: as the model's template does."""
 
-    thinking_budget: int | None = Field(default=None, ge=0)
+    thinking_budget: int | None = _in_range("thinking_budget")
     """End the reasoning after this many tokens, and answer."""
 
     experts: int | None = Field(default=None, ge=1)

@@ -24,7 +24,7 @@ class Options(llm.Model.Options):
     )
     temperature: float | None = Field(
         default=None,
-        description="Randomness, 0 or more; 0 always picks the likeliest token. "
+        description="Randomness, 0 to 100; 0 always picks the likeliest token. "
         "Default: the value in the model's generation_config.json",
     )
     top_p: float | None = Field(
@@ -40,7 +40,8 @@ class Options(llm.Model.Options):
         description="Leave out tokens less likely than the likeliest one times this value, 0 to 1",
     )
     repetition_penalty: float | None = Field(
-        default=None, description="A value above 1 makes the last 20 tokens less likely to repeat"
+        default=None,
+        description="A value above 1 makes the last 20 tokens less likely to repeat; 0.01 to 100",
     )
     seed: int | None = Field(default=None, description="The same seed gives the same text")
     stop: list[str] | None = Field(

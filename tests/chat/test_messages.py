@@ -68,7 +68,8 @@ def test_content_that_is_not_text_is_refused(role, content, text):
 
 def test_reasoning_that_is_not_text_is_refused():
     refuses(
-        [ASK, {**calls("a"), "reasoning_content": 3}, result("a")], "message 1 has the content 3"
+        [ASK, {**calls("a"), "reasoning_content": 3}, result("a")],
+        "message 1 has the reasoning_content 3",
     )
 
 

@@ -129,7 +129,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"frobnicate": 1}, "frobnicate", "leave it out"),
         ({"temperature": "hot"}, "temperature", "a number"),
         ({"temperature": True}, "temperature", "a number"),
-        ({"temperature": -1}, "temperature", "0 or more"),
+        ({"temperature": -1}, "temperature", "between 0 and 100"),
         ({"temperature": 10**400}, "temperature", "out of range"),
         ({"top_p": 1.5}, "top_p", "between 0 and 1"),
         ({"max_tokens": 0}, "max_tokens", "1 or more"),
@@ -138,7 +138,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "the same option"),
         ({"seed": -1}, "seed", "out of range"),
         ({"stop": [3]}, "stop", "must be text"),
-        ({"stop": ""}, None, "a stop string is empty"),
+        ({"stop": ""}, "stop", "an empty string"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"n": 2}, "n", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
@@ -176,6 +176,68 @@ def test_invalid_field_is_refused(fields, param, words):
     details = error.body()["error"]
     assert details["type"] == "invalid_request_error"
     assert details["message"] == str(error)
+
+
+def outcome(body):
+    """Return the call that is read, or the error."""
+    try:
+        return read_call((body if isinstance(body, str) else json.dumps(body)).encode(), SERVED)
+    except ApiError as e:
+        return e
+
+
+def nested(text):
+    """Return a list and an object that hold this JSON text 90 levels deep."""
+    return "[" * 90 + text + "]" * 90, '{"a":' * 90 + text + "}" * 90
+
+
+#: JSON texts of values of every kind and size.
+JUNK = [
+    *("null", "true", "false", "0", "-1", "1.5", "1e308", "1e-320", "-0.0", str(10**400)),
+    *('""', '"x"', '"auto"', json.dumps("x" * 10**5), "[]", "{}", "[null]", "[[]]", "[{}]", "[1]"),
+    *('["x"]', '{"type": []}', '{"type": {}}', '{"type": "json_schema", "json_schema": []}'),
+    *('{"type": "json_schema", "json_schema": {"schema": [1]}}', '{"type": "regex", "pattern": 1}'),
+    *('{"type": "regex", "pattern": "("}', '{"type": "lark", "grammar": "x"}'),
+    *('{"type": "function", "function": {"name": []}}', '{"include_usage": []}', '[{"role": []}]'),
+    *('[{"role": "user", "content": 1}]', '[{"role": "assistant", "tool_calls": 1}]'),
+    *('[{"role": "assistant", "reasoning_content": {}}]', '[{"role": "tool", "content": {}}]'),
+    *('[{"type": "function", "function": {"name": "a", "parameters": 1}}]', *nested("1")),
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_any_value_of_a_field_is_read_or_refused_by_its_name(field):
+    for value in JUNK:
+        fields = {"model": '"toy"', "messages": json.dumps(HELLO)} | {field: value}
+        body = "{" + ", ".join(f'"{name}": {text}' for name, text in fields.items()) + "}"
+        result = outcome(body)
+        if isinstance(result, ApiError):
+            assert result.status in (400, 404), value
+            assert result.param == field, (value, str(result))
+            assert len(str(result)) < 400, value
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        # Parsing such bodies would hold up all other threads.
+        (b'{"metadata": [' + b"[]," * 250_000 + b"1]}", None, "more than 200000 JSON values"),
+        (b'{"metadata": {' + b'"a":1,' * 250_000 + b'"a":1}}', None, "200000 JSON values"),
+        (b'{"' + b"x" * 10**6 + b'": 1}', "x" * 120, "is not a known field"),
+        (json.dumps({"model": "toy", "messages": HELLO * 5000}), "messages", "5000 messages"),
+    ],
+)
+def test_large_body_is_refused_early(body, param, words):
+    with pytest.raises(ApiError, match=words) as caught:
+        read_call(body if isinstance(body, bytes) else body.encode(), SERVED)
+    assert caught.value.param == param
+    assert len(str(caught.value)) < 300
+
+
+def test_text_may_have_any_number_of_separators():
+    text = '[{"a\\\\": ,' * 100_000
+    messages = [{"role": "user", "content": text}]
+    assert call(messages=messages).request.messages == messages
 
 
 def test_unknown_model_is_refused():
@@ -223,14 +285,6 @@ _json = st.recursive(
     ),
     max_leaves=12,
 )
-
-
-def outcome(fields):
-    """Return the call that is read, or the error."""
-    try:
-        return read_call(json.dumps(fields).encode(), SERVED)
-    except ApiError as e:
-        return e
 
 
 @settings(max_examples=100, deadline=None)

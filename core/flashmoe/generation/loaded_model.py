@@ -19,7 +19,7 @@ from ..grammar.rules import output_rules
 from ..memory.footprint import prompt_cache_nbytes
 from ..models.loading import load_streaming
 from ..options import EngineOptions
-from ..requests import Request
+from ..requests import SMALLEST, Request
 from .answer import AnswerState
 from .delivery import Delivery
 from .job import Job
@@ -167,9 +167,10 @@ class LoadedModel:
             return self._defaults.get(name, off) if own is None else own
 
         top_k = value("top_k", 0)
+        temperature = value("temperature", 0.0)
         return {
-            "temp": value("temperature", 0.0),
-            "top_p": value("top_p", 0.0),
+            "temp": temperature if temperature >= SMALLEST else 0.0,
+            "top_p": max(value("top_p", 1.0), SMALLEST),
             # mlx-lm wants fewer than the vocabulary has; that many is no limit.
             "top_k": 0 if top_k >= self.checkpoint.text_config["vocab_size"] else top_k,
             "min_p": value("min_p", 0.0),

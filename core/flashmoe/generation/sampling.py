@@ -7,12 +7,15 @@ layer anyway. So the generation loop is flashmoe's; samplers and penalties are m
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from ..errors import CheckpointError
 
 #: Tokens that mlx-lm's repetition penalty looks back.
 PENALTY_TOKENS = 20
@@ -47,11 +50,24 @@ class Sampler:
         self._history = [*self._history, *tokens][-PENALTY_TOKENS:]
 
     def sample(self, logits: mx.array, mask: Callable[[mx.array], mx.array]) -> int:
-        """Return a token that `mask` allows. logits: (1, vocabulary)."""
+        """Return a token that `mask` allows. logits: (1, vocabulary).
+
+        Raises:
+            CheckpointError: a logit is NaN or infinite, so that there is no likeliest token.
+        """
         for processor in self._processors:
             logits = processor(mx.array(self._history), logits)
         logits = mask(logits)
         # MLX's random state is one for all answers of a thread.
         mx.random.seed(self._seeds.getrandbits(64))
-        token: Any = self._sampler(logits - mx.logsumexp(logits, keepdims=True)).item()
+        total = mx.logsumexp(logits, keepdims=True)
+        chosen = self._sampler(logits - total)
+        mx.eval(chosen, total)
+        token: Any = chosen.item()
+        sum_of_logits: Any = total.item()
+        if not math.isfinite(sum_of_logits):
+            raise CheckpointError(
+                "the model computed logits that are NaN or infinite, so no token can be chosen: "
+                "its files may be damaged; download them again, and see flashmoe doctor MODEL"
+            )
         return token

@@ -11,18 +11,24 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
+
 from ..chat import json_schema as schemas
 from ..chat.messages import normalize_messages
 from ..chat.tools import check_tool_choice
 from ..errors import FlashMoEError
 from ..grammar.rules import check_response_format, checked_tools
-from ..requests import RANGES, Request, check_request
+from ..requests import Request, check_request, in_range
 from .openai_errors import ApiError, invalid_field, short_repr
 from .request_fields import FIELDS, check_flag, check_text
 from .served_model import ServedModel
 
 #: Maximum depth of objects and lists inside each other.
 MAX_DEPTH = 100
+#: Maximum number of values: while they are parsed, no other thread runs.
+MAX_VALUES = 200_000
+
+_SEPARATORS = np.isin(np.arange(256), list(b",[{"))
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,17 @@ def read_call(body: bytes, model: ServedModel) -> ChatCompletionCall:
     fields = _parse(body)
     for name, value in fields.items():
         if name not in FIELDS:
-            near = get_close_matches(name, FIELDS, 1)
+            # The comparison takes long for a long name.
+            near = get_close_matches(name[:40], FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise invalid_field(name, f"{short_repr(name)} is not a known field: {hint}")
+            raise invalid_field(name[:120], f"{short_repr(name)} is not a known field: {hint}")
         if value is not None:
             FIELDS[name](name, value)
     for name in ("model", "messages"):
         if fields.get(name) is None:
             raise invalid_field(name, f"{name} is missing", "missing_required_parameter")
     model.check_name(fields["model"])
+    _check_count(fields["messages"], model)
     tools = [_tool(tool) for tool in fields.get("tools") or ()]
     request = Request(
         messages=[_message(m, i) for i, m in enumerate(fields["messages"])],
@@ -87,6 +95,12 @@ def read_call(body: bytes, model: ServedModel) -> ChatCompletionCall:
 
 
 def _parse(body: bytes) -> dict:
+    if len(body) > MAX_VALUES and _count_values(body) > MAX_VALUES:
+        raise ApiError(
+            413,
+            f"the body has more than {MAX_VALUES} JSON values: shorten it",
+            code="body_too_large",
+        )
     try:
         fields = schemas.loads(body.decode())
         too_deep = _is_deeper(fields, MAX_DEPTH)
@@ -98,6 +112,28 @@ def _parse(body: bytes) -> dict:
     if too_deep:
         raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep", code="invalid_json")
     return fields
+
+
+def _check_count(messages: list, model: ServedModel) -> None:
+    """Refuse more messages than the context has tokens, before each of them is looked at."""
+    if len(messages) > model.context:
+        raise invalid_field(
+            "messages",
+            f"{len(messages)} messages are longer than the context of {model.context} tokens: "
+            "shorten the conversation",
+            "context_length_exceeded",
+        )
+
+
+def _count_values(body: bytes) -> int:
+    """Return about how many values a JSON text has, without parsing it.
+
+    numpy leaves the interpreter to other threads meanwhile, which json does not.
+    """
+    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    text = np.frombuffer(without_escapes, np.uint8)
+    in_string = np.bitwise_xor.accumulate(text == ord('"'))
+    return int(np.count_nonzero(_SEPARATORS[text] & ~in_string))
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
@@ -145,12 +181,14 @@ def _max_tokens(fields: dict) -> int | None:
     if None not in (new, old) and new != old:
         raise invalid_field(
             "max_tokens",
-            f"max_tokens={old} and max_completion_tokens={new} are the same option: pass only one",
+            f"max_tokens={short_repr(old)} and max_completion_tokens={short_repr(new)} are the "
+            "same option: pass only one",
         )
     limit = old if new is None else new
-    if limit is not None and limit < RANGES["max_tokens"][0]:
+    if limit is not None and not in_range("max_tokens", limit):
         name = "max_tokens" if new is None else "max_completion_tokens"
-        raise invalid_field(name, f"{name}={limit} is out of range: it must be 1 or more")
+        text = f"{name}={short_repr(limit)} is out of range: it must be an integer of 1 or more"
+        raise invalid_field(name, text)
     return limit
 
 
