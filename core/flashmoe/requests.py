@@ -111,9 +111,10 @@ class Request:
 def in_range(name: str, value: Any) -> bool:
     """Return whether the option may have this value, None apart. NaN is never allowed."""
     whole, low, high = RANGES[name]
+    number: Any = value
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
-    return bool(value >= low and (high is None or value <= high))
+    return bool(number >= low and (high is None or number <= high))
 
 
 def check_request(request: Request) -> None:
