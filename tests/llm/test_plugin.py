@@ -86,11 +86,11 @@ def test_options_of_a_response_are_used(run_llm):
     [
         (("experts", "0"), ("experts=0", "1 or more")),
         (("experts", "11"), ("experts=11", "between 1 and 10")),
-        (("temperature", "-1"), ("temperature=-1", "0 or more")),
+        (("temperature", "-1"), ("temperature=-1", "between 0 and 100")),
         (("memory", "1MB"), ("memory 1.0 MB is too small", "needs at least")),
         (("memory", "lots"), ("'lots' is not a memory size", "8GB")),
         (("max_tokens", "0"), ("max_tokens=0", "1 or more")),
-        (("stop", ""), ("stop string is empty",)),
+        (("stop", ""), ("has an empty string",)),
         (("io", "fast"), ("io='fast'", "buffered, uncached, direct")),
         (("activations", "int4"), ("activations='int4'", "float32, int8")),
         (("thinking_budget", "-1"), ("thinking_budget=-1", "0 or more")),
