@@ -38,14 +38,14 @@ def rendered(template, messages=HELLO, **limits):
     ],
 )  # fmt: skip
 def test_template_is_ended_or_refused(template, wrong):
-    with pytest.raises((LimitError, CheckpointError), match=wrong) as caught:
+    with pytest.raises((LimitError, CheckpointError, SettingError), match=wrong) as caught:
         rendered(template, seconds=0.5, nbytes=256 << 20)
     assert len(str(caught.value)) < 500
     assert rendered("{{ messages[0].content }}") == "Hello!"
 
 
 def test_prompt_without_an_end_is_refused():
-    with pytest.raises(CheckpointError, match="writes 11000000 characters, more than 10000000"):
+    with pytest.raises(SettingError, match="writes 11000000 characters, more than 10000000"):
         rendered("{{ 'a' * 11000000 }}", seconds=20)
 
 

@@ -147,6 +147,7 @@ def test_answer_cut_short_finishes_with_length():
     [
         (errors.ContextError("long"), 400, "context_length_exceeded"),
         (errors.SettingError("experts=9 is out of range"), 400, "invalid_value"),
+        (errors.LimitError("takes too long"), 400, "limit_exceeded"),
         (output_error("stop"), 422, "invalid_output"),
         (errors.TimedOut("late"), 504, "timeout"),
         (errors.ReadError("gone"), 500, "model_failed"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SettingError
 
 #: The longest prompt, in characters. A context of a million tokens has some 5 million; encoding
 #: takes some hundred bytes of memory for each.
@@ -28,7 +28,8 @@ def render(
         variables: what else the template can use, for each conversation.
 
     Raises:
-        CheckpointError: the template cannot be read, refuses the messages, or writes too much.
+        CheckpointError: the template cannot be read, or refuses the messages.
+        SettingError: it writes too much.
     """
     texts = []
     for messages, more in zip(conversations, variables, strict=True):
@@ -49,7 +50,7 @@ def render(
             ) from e
         texts.append(rendered[0][0])
     if (count := sum(map(len, texts))) > MAX_CHARACTERS:
-        raise CheckpointError(
+        raise SettingError(
             f"the checkpoint's chat template writes {count} characters, more than "
             f"{MAX_CHARACTERS}: shorten the messages, or download the template again"
         )

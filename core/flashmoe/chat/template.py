@@ -173,6 +173,8 @@ class ChatTemplate:
                 f"rendering the checkpoint's chat template {e}: shorten the messages, or download "
                 "the template again"
             ) from e
+        except SettingError:  # a ValueError, too
+            raise
         except ValueError as e:  # several templates, and none of them is the default
             raise CheckpointError(f"the checkpoint's chat template cannot be chosen: {e}") from e
 

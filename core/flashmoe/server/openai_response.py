@@ -15,7 +15,14 @@ import logging
 import math
 from typing import Any
 
-from ..errors import ContextError, FlashMoEError, OutputError, SettingError, TimedOut
+from ..errors import (
+    ContextError,
+    FlashMoEError,
+    LimitError,
+    OutputError,
+    SettingError,
+    TimedOut,
+)
 from ..events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
 from .openai_errors import ApiError
 from .openai_request import refused_request
@@ -185,6 +192,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(400, text, param="messages", code="context_length_exceeded")
     if isinstance(error, SettingError):
         return refused_request(error)
+    if isinstance(error, LimitError):
+        return ApiError(400, text, code="limit_exceeded")
     if isinstance(error, OutputError):
         return ApiError(422, text, code="invalid_output")
     if isinstance(error, TimedOut):

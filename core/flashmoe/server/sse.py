@@ -87,24 +87,20 @@ class BodyMemory:
         self._free = limit
 
     @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
+    def share(self) -> Iterator[Callable[[int], bool]]:
         """Yield a function that takes bytes for a body. All are given back at the end.
 
-        It raises ApiError (503) if there are not so many.
+        It returns False if there are not so many.
         """
         taken = 0
 
-        def take(nbytes: int) -> None:
+        def take(nbytes: int) -> bool:
             nonlocal taken
             if nbytes > self._free:
-                raise ApiError(
-                    503,
-                    "the server is receiving too many large requests: try again",
-                    code="too_many_bodies",
-                    headers={"Retry-After": "1", "Connection": "close"},
-                )
+                return False
             self._free -= nbytes
             taken += nbytes
+            return True
 
         try:
             yield take
@@ -112,15 +108,16 @@ class BodyMemory:
             self._free += taken
 
 
-async def read_body(request: Request, limit: int, take: Callable[[int], None]) -> bytes:
+async def read_body(request: Request, limit: int, take: Callable[[int], bool]) -> bytes:
     """Read the JSON text of a request, at most `limit` bytes.
 
     Args:
-        take: is called before each piece is kept, with its number of bytes.
+        take: is called before each piece is kept, with its number of bytes; it returns False if
+            there is no memory for the piece.
 
     Raises:
-        ApiError: 415 if the body is not plain JSON, 413 if it is too large, 408 if it does not
-            arrive in time, or what `take` raises.
+        ApiError: 415 if the body is not plain JSON, 413 if it is too large, 503 if there is no
+            memory for it, 408 if it does not arrive in time.
         ClientDisconnect: the client disconnected.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -132,28 +129,30 @@ async def read_body(request: Request, limit: int, take: Callable[[int], None]) -
             code="not_json",
         )
     body = bytearray()
-    nbytes = 0
+    refusal: ApiError | None = None
+    # h11 has checked that it is a number.
+    if int(request.headers.get("content-length", 0)) > limit:
+        refusal = _too_large(limit)
 
     async def read() -> None:
-        nonlocal nbytes
+        nonlocal refusal
         async for piece in request.stream():
-            nbytes += len(piece)
-            # A body that is too large is read to its end and dropped: a client that is still
-            # sending would not see the response.
-            if nbytes > limit:
-                body.clear()
+            # What is refused is read to its end and dropped: a client that is still sending would
+            # not see the response.
+            if refusal is not None:
+                continue
+            if len(body) + len(piece) > limit:
+                refusal = _too_large(limit)
+            elif not take(len(piece)):
+                refusal = _no_memory()
             else:
-                take(len(piece))
                 body.extend(piece)
+                continue
+            body.clear()
 
     in_time = await _finishes_within(BODY_SECONDS, read())
-    if nbytes > limit:
-        raise ApiError(
-            413,
-            f"the body is larger than {limit} bytes: shorten it, or start the server with a larger "
-            "--max-body",
-            code="body_too_large",
-        )
+    if refusal is not None:
+        raise refusal
     if not in_time:
         raise ApiError(
             408,
@@ -161,6 +160,24 @@ async def read_body(request: Request, limit: int, take: Callable[[int], None]) -
             code="timeout",
         )
     return bytes(body)
+
+
+def _no_memory() -> ApiError:
+    return ApiError(
+        503,
+        "the server is receiving too many large requests: try again",
+        code="too_many_bodies",
+        headers={"Retry-After": "1"},
+    )
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes: shorten it, or start the server with a larger "
+        "--max-body",
+        code="body_too_large",
+    )
 
 
 async def with_pauses(
