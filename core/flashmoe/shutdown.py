@@ -15,7 +15,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 #: The exit status of a process that a signal ended, as shells report it.
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -57,6 +59,17 @@ def end_within(seconds: float, status: int) -> None:
     timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """Run the exit functions, and end this process without freeing all that Python has loaded.
+
+    That alone may take a second.
+    """
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(status)
 
 
 def close_at_exit(close: Callable[[], None]) -> None:

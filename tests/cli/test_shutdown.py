@@ -86,6 +86,13 @@ def test_process_may_end_before_its_time_is_over():
     assert process.returncode == 0
 
 
+def test_exit_functions_run_before_an_exit_at_once():
+    code = "import atexit\natexit.register(print, 'closed')\nprint('ready')\nexit_at_once(7)"
+    process = start_python(code)
+    assert process.communicate(timeout=SECONDS) == (b"closed\n", b"")
+    assert process.returncode == 7
+
+
 def test_interrupt_ends_a_process_that_exits():
     code = f"close_at_exit(lambda: exec({FREE!r}))"
     assert send(start_python(code), INT) == (-INT, "")

@@ -9,6 +9,7 @@ import httpx
 from flashmoe.engine import Engine
 from flashmoe.server import run as serving
 from flashmoe.server.app import Limits, Server
+from flashmoe.server.connections import ConnectionLimits
 from flashmoe.server.served_model import ServedModel
 
 
@@ -19,9 +20,10 @@ def serve(
     name: str = "toy",
     limits: Limits | None = None,
     send_buffer: int | None = None,
+    connections: ConnectionLimits | None = None,
     **access,
 ):
-    """Yield the running `Server` with its address as `server.url`.
+    """Yield the running `Server` with `server.url`, its address, and `server.connections`.
 
     Args:
         send_buffer: bytes that the operating system buffers until the client reads them.
@@ -32,7 +34,8 @@ def serve(
     with serving.bind_socket("127.0.0.1", 0) as bound:
         if send_buffer is not None:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        uvicorn = serving.make_uvicorn(server, ready.set)
+        uvicorn = serving.make_uvicorn(server, ready.set, connections)
+        server.connections = uvicorn.server_state.connections
         server.url = serving.api_url("127.0.0.1", bound)
         thread = threading.Thread(target=uvicorn.run, args=([bound],))
         thread.start()

@@ -13,6 +13,7 @@ from ..checkpoint.capabilities import capabilities
 from ..errors import SettingError
 from ..options import EngineOptions
 from ..requests import Request
+from ..shutdown import exit_at_once
 from ..sizes import parse_size
 from .cluster import leads
 from .options import engine_options, with_preset
@@ -119,4 +120,7 @@ def serve(
         def ready() -> None:
             click.echo(f"{named.name} is served at {url}")
 
-        serving.make_uvicorn(server, ready).run([bound])
+        uvicorn = serving.make_uvicorn(server, ready)
+        uvicorn.run([bound])
+    if uvicorn.signalled:
+        exit_at_once(0)

@@ -97,7 +97,7 @@ def connection_limits() -> tuple[ConnectionLimits, int]:
 
 def make_uvicorn(
     server: Server, ready: Callable[[], None], limits: ConnectionLimits | None = None
-) -> uvicorn.Server:
+) -> UvicornServer:
     """Return the uvicorn server for an application.
 
     Its `run([socket])` serves until SIGINT or SIGTERM, or until its `should_exit` is set.
@@ -124,14 +124,21 @@ def make_uvicorn(
         timeout_keep_alive=75,
         backlog=backlog,
     )
-    return _Uvicorn(config, server, ready)
+    return UvicornServer(config, server, ready)
 
 
-class _Uvicorn(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
+    """uvicorn's server, which ends cleanly and soon at a signal.
+
+    Attributes:
+        signalled: whether a signal ended it.
+    """
+
     def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], None]):
         super().__init__(config)
         self._app = server
         self._ready = ready
+        self.signalled = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -158,7 +165,7 @@ class _Uvicorn(uvicorn.Server):
         try:
             yield
         finally:
-            if not self.should_exit:
+            if not self.signalled:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
@@ -166,4 +173,4 @@ class _Uvicorn(uvicorn.Server):
         for each in STATUS:
             end_at_next(each)
         end_within(_END, STATUS[signal.Signals(number)])
-        self.should_exit = True
+        self.signalled = self.should_exit = True
