@@ -42,6 +42,8 @@ log = logging.getLogger("flashmoe")
 
 #: Bodies of the maximum size that are received at the same time, and threads that read requests.
 _BODIES, _READERS = 8, 32
+#: Bytes from which bodies are read one after the other: no other thread runs while one is parsed.
+_LARGE = 10**6
 _CHAT, _MODELS, _HEALTH, _METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
 
 
@@ -90,6 +92,7 @@ class Server:
         self._bodies = BodyMemory(_BODIES * self._limits.body)
         # Most of these threads wait for a helper process that checks a schema.
         self._readers = ThreadPoolExecutor(_READERS, "flashmoe-request")
+        self._large_reader = ThreadPoolExecutor(1, "flashmoe-large-request")
         routes = [
             Route(_CHAT, _Endpoint(self._chat), methods=["POST"]),
             Route(_MODELS, self._list_models),
@@ -176,8 +179,9 @@ class Server:
         with self._bodies.share() as take:
             body = await read_body(request, self._limits.body, take)
             place.enter_context(self._in_flight())
+            readers = self._readers if len(body) < _LARGE else self._large_reader
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._readers, read_call, body, self._model)
+            return await loop.run_in_executor(readers, read_call, body, self._model)
 
     async def _complete(self, call: ChatCompletionCall) -> Response:
         completion = self._new_completion(call)

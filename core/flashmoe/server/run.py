@@ -91,8 +91,9 @@ def connection_limits() -> tuple[ConnectionLimits, int]:
     if soft == resource.RLIM_INFINITY:
         return limits, _BACKLOG
     free = soft - len(os.listdir("/dev/fd")) - limits.vital - _SPARE_FILES
-    backlog = max(8, min(_BACKLOG, free // 3))
-    return replace(limits, count=max(8, min(limits.count, free - backlog))), backlog
+    backlog = max(8, min(_BACKLOG, free // 4))
+    # The files of closed connections are given back only after the next ones were accepted.
+    return replace(limits, count=max(8, min(limits.count, free - 2 * backlog))), backlog
 
 
 def make_uvicorn(
