@@ -175,8 +175,9 @@ def call(function: Callable, *args: Any, seconds: float = SECONDS, nbytes: int =
         try:
             fast = min(seconds, FAST_SECONDS)
             reply = calls.fast.run(Work(module, name, data, fast, nbytes))
-        except OutOfTime:
-            if seconds <= FAST_SECONDS:
+        except (OutOfTime, OutOfMemory) as e:
+            # A process that broke may have been killed for what others did.
+            if isinstance(e, OutOfTime) and seconds <= FAST_SECONDS:
                 raise
             reply = calls.slow.run(Work(module, name, data, seconds, nbytes))
     except OutOfTime:

@@ -51,6 +51,8 @@ class HelperProcess:
 
     def __init__(self, niceness: int, modules: tuple[str, ...]):
         self.usable = True
+        # Held during a call, so that the pipes are not closed under it.
+        self._lock = threading.Lock()
         arguments = [sys.executable, "-P", "-c", _PROGRAM, str(niceness), *modules]
         environment = {**os.environ, **_ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
         try:
@@ -82,6 +84,12 @@ class HelperProcess:
             OutOfTime, OutOfMemory: the limit was reached; the process has ended.
             HelperError: the process could not start.
         """
+        with self._lock:
+            if not self.usable:
+                raise self._ended()
+            return self._run(request, seconds, nbytes)
+
+    def _run(self, request: bytes, seconds: float, nbytes: int) -> dict[str, Any]:
         end = monotonic() + max(CLOCK_SECONDS, 3 * seconds)
         try:
             write_frame(self._requests, request)
@@ -118,10 +126,11 @@ class HelperProcess:
 
     def _reap(self) -> None:
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                with suppress(OSError):  # what it still held is not wanted
-                    pipe.close()
+        with self._lock:
+            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+                if pipe is not None:
+                    with suppress(OSError):  # what it still held is not wanted
+                        pipe.close()
 
     def _ended(self) -> Exception:
         """Return the error of a process that has ended by itself."""
