@@ -3,16 +3,17 @@
     python benchmarks/hostile_clients.py --clients 8 --samples 300
 
 It serves a copy of the demo model, whose chat template loops when a message has a certain word.
-Three times it measures `/health` and a normal request: on a quiet server; while the clients send,
-each one after the other, schemas with patterns of exponential time, schemas whose validation is
-exponential, enums and objects that are too large, and that word; and on a quiet server again. No
-two hostile requests are equal, so that no cache of refusals hides their cost.
+Four times it measures `/health` and a normal request: on a quiet server; while the clients send
+normal requests as well, each one after the other; while they send schemas with patterns of
+exponential time, schemas whose validation is exponential, enums and objects that are too large,
+and that word; and on a quiet server again. No two hostile requests are equal, so that no cache of
+refusals hides their cost.
 
     health, normal  milliseconds: median, 99th percentile, maximum
     samples         how many of each; fewer normal ones where --limit ended the phase
     wrong           normal answers that differ from those of the quiet server
-    hostile         answered hostile requests by kind and status; "none": no answer in time
-    rss             bytes of the server's memory after each of the three
+    answered        requests of the clients by kind and status; "none": no answer in time
+    rss             bytes of the server's memory after each of the four
 
 Clients are processes on the same cores. The last line is JSON; the exit status is 1 if a normal
 request was not answered, or wrongly.
@@ -51,18 +52,21 @@ EXPLODES = (
     "{%- if 'explode' in messages[-1].content %}{% for a in range(99999) %}"
     "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif -%}"
 )
+SHARED = {"normal": lambda number: NORMAL}
+PHASES = ("quiet", "shared", "attacked", "afterwards")
 NORMAL = hostile_requests.ask("What is bread?", max_tokens=8)
 #: Seconds after which a hostile or a normal request counts as not answered.
 PATIENCE = 120.0
 
 
-def attack(url: str, model: str, client: int, clients: int, counts, over) -> None:
-    """Send hostile requests, one after the other, until `over` is set."""
+def send(what: str, url: str, model: str, client: int, clients: int, counts, over) -> None:
+    """Send requests, one after the other, until `over` is set."""
+    makers = {"shared": SHARED, "attacked": ATTACKS}[what]
     number = client
     while not over.is_set():
-        kind = list(ATTACKS)[number % len(ATTACKS)]
+        kind = list(makers)[number % len(makers)]
         try:
-            status, _ = ask_at(url, ATTACKS[kind](number) | {"model": model}, PATIENCE)
+            status, _ = ask_at(url, makers[kind](number) | {"model": model}, PATIENCE)
         except NoAnswer:
             status = None
         counts.put(f"{kind} {'none' if status is None else status}")
@@ -143,26 +147,34 @@ def main() -> None:
             server.kill()
     print(f"{'':<12}{'/health, ms':>28}{'normal request, ms':>32}{'wrong':>8}")
     print(f"{'':<12}{'p50':>10}{'p99':>9}{'most':>9}{'p50':>14}{'p99':>9}{'most':>9}")
-    for phase in ("quiet", "attacked", "afterwards"):
+    for phase in PHASES:
         row = report[phase]
         numbers = [*row["health"].values(), *row["normal"].values()]
         wide = zip(numbers, (10, 9, 9, 14, 9, 9), strict=True)
         print(f"{phase:<12}" + "".join(f"{n:>{w}.1f}" for n, w in wide) + f"{row['wrong']:>8}")
     print(json.dumps(report))
-    raise SystemExit(any(report[p]["wrong"] for p in ("quiet", "attacked", "afterwards")))
+    raise SystemExit(any(report[p]["wrong"] for p in PHASES))
 
 
 def run(server: ServedToy, args: argparse.Namespace) -> dict:
-    """Measure the three phases."""
+    """Measure the four phases."""
     right = [content(*server.ask(NORMAL, PATIENCE)) for _ in range(3)][-1]
     report: dict = {"clients": args.clients}
     report["quiet"] = measure(server, args, right)
+    report["shared"] = beside("shared", server, args, right)
+    report["attacked"] = beside("attacked", server, args, right)
+    report["afterwards"] = measure(server, args, right)
+    return report
+
+
+def beside(what: str, server: ServedToy, args: argparse.Namespace, right: str) -> dict:
+    """Measure while clients send requests; add what was answered to them."""
     context = multiprocessing.get_context("spawn")
     counts, over = context.Queue(), context.Event()
     clients = [
         context.Process(
-            target=attack,
-            args=(server.url, server.name, i, args.clients, counts, over),
+            target=send,
+            args=(what, server.url, server.name, i, args.clients, counts, over),
             daemon=True,
         )
         for i in range(args.clients)
@@ -171,7 +183,7 @@ def run(server: ServedToy, args: argparse.Namespace) -> dict:
         client.start()
     # The first requests are on their way.
     time.sleep(5)
-    report["attacked"] = measure(server, args, right)
+    report = measure(server, args, right)
     over.set()
     answered: Counter[str] = Counter()
     # A process ends only when what it put into the queue was taken out.
@@ -179,9 +191,7 @@ def run(server: ServedToy, args: argparse.Namespace) -> dict:
         while not counts.empty():
             answered[counts.get()] += 1
         time.sleep(0.1)
-    report["hostile"] = dict(sorted(answered.items()))
-    report["afterwards"] = measure(server, args, right)
-    return report
+    return report | {"answered": dict(sorted(answered.items()))}
 
 
 if __name__ == "__main__":

@@ -346,7 +346,7 @@ class Engine:
     def _load(self) -> Batch:
         check_threads()
         # It imports transformers, which takes a second, while the model is loaded.
-        calls.start("flashmoe.chat.rendering")
+        calls.start("flashmoe.chat.rendering", calls.TEMPLATES)
         # Late, and here: the error of an MLX that cannot be imported is the caller's too.
         from .generation.batch import DEFAULT_BATCH, Batch
         from .generation.loaded_model import LoadedModel

@@ -70,8 +70,7 @@ def test_refused_call_is_refused_at_once_when_it_comes_again(monkeypatch):
     with pytest.raises(LimitError):
         calls.call(fullmatch, *ENDLESS, seconds=0.3)
     monkeypatch.setattr(sys, "executable", "/no/python")
-    for lane in (calls._calls().fast, calls._calls().slow):
-        lane.close()
+    calls._calls().close()
     with pytest.raises(LimitError):
         calls.call(fullmatch, *ENDLESS, seconds=0.3)
 
@@ -107,6 +106,18 @@ def test_slow_calls_do_not_hold_up_others():
     # Each slow call takes a second of processor time, so these were not waited for.
     assert len(values) > 40
     assert values == list(range(0, 2 * len(values), 2))
+
+
+@pytest.mark.slow
+def test_calls_of_one_group_do_not_wait_for_those_of_another():
+    """All processes of a group start, one after the other, while the other one is asked."""
+    assert calls.call(mul, 2, 3, group=calls.TEMPLATES) == 6
+    pids = children()
+    for i in range(3):
+        with pytest.raises(LimitError):
+            calls.call(fullmatch, ENDLESS[0], ENDLESS[1] + str(i), seconds=0.3)
+    assert calls.call(mul, 2, 4, group=calls.TEMPLATES) == 8
+    assert set(pids) <= set(children())
 
 
 def test_arguments_that_are_nested_too_deeply_are_refused():
@@ -162,7 +173,7 @@ def test_processes_end_with_their_parent():
         from operator import mul
         from flashmoe.bounded import calls
         calls.call(mul, 1, 2)
-        pids = [p._process.pid for p in calls._calls().fast._all]
+        pids = [p._process.pid for p in calls._calls().group(calls.VALUES).fast._all]
         print(*pids, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """

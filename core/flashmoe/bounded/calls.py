@@ -2,7 +2,9 @@
 
 There are two lanes, so that a call that takes long does not hold up those that do not: a call first
 runs in the fast lane, and when it takes longer than all but a few do, again in the slow lane, which
-has one process of low priority. Processes start with the first call and are kept.
+has one process of low priority. Each group of functions has lanes of its own: a request that needs
+only what one group does never waits for what others do. Processes start with the first call and are
+kept.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ FAST_SECONDS = 0.2
 SECONDS, NBYTES = 2.0, 1 << 30
 #: Seconds for which a call waits for a process.
 WAIT_SECONDS = 10.0
+#: The groups of functions: what reads schemas, grammars and values, and what renders templates.
+VALUES, TEMPLATES = "values", "templates"
 FAST_PROCESSES, SLOW_PROCESSES, SLOW_NICENESS = 2, 1, 5
 #: Calls that were refused and are refused at once when they come again.
 REFUSALS = 256
@@ -113,13 +117,33 @@ class _Lane:
                     self._idle.append(self._new())
 
 
-class _Calls:
-    """The lanes of this process, and the calls that were refused."""
+class _Group:
+    """The two lanes of a group of functions."""
 
     def __init__(self) -> None:
         self.fast = _Lane(FAST_PROCESSES, 0)
         self.slow = _Lane(SLOW_PROCESSES, SLOW_NICENESS)
+
+
+class _Calls:
+    """The lanes of this process, and the calls that were refused."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, _Group] = {}
+        self._lock = threading.Lock()
         self.refused: dict[bytes, str] = {}
+
+    def group(self, name: str) -> _Group:
+        """Return the lanes of a group."""
+        with self._lock:
+            return self._groups.setdefault(name, _Group())
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            for group in self._groups.values():
+                group.fast.close()
+                group.slow.close()
 
     def refuse(self, key: bytes, text: str) -> LimitError:
         while len(self.refused) >= REFUSALS:
@@ -139,22 +163,29 @@ def _calls() -> _Calls:
 os.register_at_fork(after_in_child=_calls.cache_clear)
 
 
-def start(module: str) -> None:
+def start(module: str, group: str = VALUES) -> None:
     """Start a process for functions of a module that will be called soon; do not wait for it.
 
     Raises:
         HelperError: no process can be started.
     """
-    _calls().fast.start(module)
+    _calls().group(group).fast.start(module)
 
 
-def call(function: Callable, *args: Any, seconds: float = SECONDS, nbytes: int = NBYTES) -> Any:
+def call(
+    function: Callable,
+    *args: Any,
+    seconds: float = SECONDS,
+    nbytes: int = NBYTES,
+    group: str = VALUES,
+) -> Any:
     """Run a function of a module in a helper process, and return its value as JSON gives it.
 
     Args:
         args: can be pickled.
         seconds: processor seconds that it may take. Its imports are not counted.
         nbytes: memory that it may take.
+        group: VALUES or TEMPLATES: the calls that it shares processes with.
 
     Raises:
         LimitError: it takes too much; the text begins with a verb, as in "takes more than 2 s".
@@ -171,15 +202,16 @@ def call(function: Callable, *args: Any, seconds: float = SECONDS, nbytes: int =
     key = hashlib.sha256(f"{module} {name} ".encode() + data).digest()
     if key in calls.refused:
         raise LimitError(calls.refused[key])
+    lanes = calls.group(group)
     try:
         try:
             fast = min(seconds, FAST_SECONDS)
-            reply = calls.fast.run(Work(module, name, data, fast, nbytes))
+            reply = lanes.fast.run(Work(module, name, data, fast, nbytes))
         except (OutOfTime, OutOfMemory) as e:
             # A process that broke may have been killed for what others did.
             if isinstance(e, OutOfTime) and seconds <= FAST_SECONDS:
                 raise
-            reply = calls.slow.run(Work(module, name, data, seconds, nbytes))
+            reply = lanes.slow.run(Work(module, name, data, seconds, nbytes))
     except OutOfTime:
         text = f"takes more than {seconds:g} seconds of processor time"
         raise calls.refuse(key, text) from None
@@ -205,6 +237,5 @@ def close() -> None:
     if _calls.cache_info().currsize:
         calls = _calls()
         _calls.cache_clear()
-        for lane in (calls.fast, calls.slow):
-            lane.close()
+        calls.close()
         atexit.unregister(close)

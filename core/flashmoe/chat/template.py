@@ -167,7 +167,7 @@ class ChatTemplate:
             source = tokenizer.get_chat_template(tools=tools or None)
             variables = [{**fixed, "enable_thinking": think} for think in thinks]
             arguments = source, conversations, tools or None, variables
-            return calls.call(render, *arguments, seconds=RENDER_SECONDS)
+            return calls.call(render, *arguments, seconds=RENDER_SECONDS, group=calls.TEMPLATES)
         except LimitError as e:
             raise SettingError(
                 f"rendering the checkpoint's chat template {e}: shorten the messages, or download "
