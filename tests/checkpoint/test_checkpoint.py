@@ -13,8 +13,8 @@ from toys import FAMILIES, write_toy
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.checkpoint.config import BITS, GROUP_SIZES, Quantization
-from flashmoe.checkpoint.expert_layers import PROJECTIONS
+from flashmoe.checkpoint.expert_layers import GLU
+from flashmoe.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,9 +55,9 @@ def test_checkpoint_reports_layers_and_sizes(tmp_path, family):
     assert (checkpoint.model_type, checkpoint.num_layers) == (family, 4)
     assert (checkpoint.num_experts, checkpoint.top_k, checkpoint.max_context) == (9, 4, 512)
     layer = checkpoint.expert_layers[3]
-    order = [(p, part) for p in PROJECTIONS for part in ("weight", "scales", "biases")]
+    order = [(p, part) for p in GLU for part in ("weight", "scales", "biases")]
     assert [(p.projection, p.part) for p in layer.parts] == order
-    assert layer.quantization == dict.fromkeys(PROJECTIONS, Quantization(4, 32))
+    assert layer.quantization == dict.fromkeys(GLU, Quantization(4, 32))
     # 3 matrices of 64 x 96 weights: 4 bits for each, and 2 bf16 for each group of 32.
     assert layer.expert_nbytes == 3 * 64 * 96 * (4 / 8 + 4 / 32)
     assert checkpoint.expert_nbytes == len(checkpoint.expert_layers) * 9 * layer.expert_nbytes
@@ -121,7 +121,7 @@ def test_quantisation_is_inferred_from_shapes_as_in_mlx_lm(tmp_path, bits, group
     other = {"bits": 2 if bits == 6 else 6, "group_size": 32 if group_size == 64 else 64}
     edit_json(toy / "config.json", lambda c: c.update(quantization=other))
     layer = Checkpoint.open(toy).expert_layers[0]
-    assert layer.quantization == dict.fromkeys(PROJECTIONS, Quantization(bits, group_size))
+    assert layer.quantization == dict.fromkeys(GLU, Quantization(bits, group_size))
     arrays = {
         p.part: mx.zeros((7, *p.shape), {"U32": mx.uint32}.get(p.dtype, mx.bfloat16))
         for p in layer.parts

@@ -18,7 +18,8 @@ from checkpoint_edits import (
 from toys import write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.checkpoint.expert_layers import PROJECTIONS
+from flashmoe.checkpoint.expert_layers import GLU
+from flashmoe.checkpoint.quantization import FLOAT_MODES
 from flashmoe.errors import ReadError
 from flashmoe.streaming.reader import Reader, ReadRequest
 
@@ -172,7 +173,7 @@ def test_error_of_a_truncated_shard_names_the_dense_tensor(checkpoint_dir):
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("projection", GLU)
 def test_missing_expert_tensor_is_refused(checkpoint_dir, projection, part):
     name = f"{SWITCH}.{projection}.{part}"
     edit_weights(checkpoint_dir, lambda w: w.pop(name))
@@ -211,7 +212,11 @@ def test_unconverted_hugging_face_checkpoint_is_refused(checkpoint_dir, name):
         ("up_proj.weight", mx.zeros((7, 96, 8), mx.int32), "'weight': 'I32'"),
         ("up_proj.scales", mx.zeros((7, 96, 2), mx.float16), "'scales': 'F16', 'biases': 'BF16'"),
         ("up_proj.biases", mx.zeros((7, 96, 2), mx.int16), "'biases': 'I16'"),
-        ("up_proj.scales", mx.zeros((7, 96, 2), mx.uint8), "mxfp4, mxfp8 or nvfp4"),
+        (
+            "up_proj.scales",
+            mx.zeros((7, 96, 2), mx.uint8),
+            "for mxfp4 is a U32 weight, U8 scales, and no",
+        ),
         ("up_proj.global_scale", mx.zeros((7,)), "holds"),
         ("up_proj.bias", mx.zeros((7, 96)), "has no use for"),
     ],
@@ -229,12 +234,26 @@ def test_unquantised_expert_of_wrong_dtype_is_refused(originals, tmp_path, dtype
     assert_refused(toy, f"{SWITCH}.up_proj", "needed is one of BF16, F16, F32")
 
 
-@pytest.mark.parametrize(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32)])
-def test_quantisation_mode_other_than_affine_is_refused(tmp_path, mode, bits, group):
-    toy = write_toy(tmp_path, "qwen3_moe", bits=bits, group_size=group, mode=mode)
-    assert_refused(toy, f"mode '{mode}'", "only affine is supported")
-    edit_json(toy / "config.json", lambda c: c["quantization"].update(mode="affine"))
-    assert_refused(toy, "U8 scales", "only affine is supported")
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+def test_module_of_another_mode_than_config_names_is_refused(tmp_path, mode):
+    q = FLOAT_MODES[mode]
+    toy = write_toy(tmp_path, "qwen3_moe", bits=q.bits, group_size=q.group_size, mode=mode)
+    assert Checkpoint.open(toy).expert_layers[0].quantization["up_proj"] == q
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    affine = {"bits": q.bits, "group_size": 32, "mode": "affine"}
+    edit_json(toy / "config.json", lambda c: c["quantization"].update({name: affine}))
+    assert_refused(toy, f"{name}.biases' is missing")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [(mx.zeros((7,), mx.bfloat16), "dtype BF16, needed is F32"), (mx.zeros((8,)), "num_experts 7")],
+)
+def test_global_scale_of_wrong_shape_or_dtype_is_refused(tmp_path, array, message):
+    toy = write_toy(tmp_path, "qwen3_moe", bits=4, group_size=16, mode="nvfp4")
+    name = "model.layers.0.mlp.switch_mlp.up_proj.global_scale"
+    edit_weights(toy, lambda w: w.update({name: array}))
+    assert_refused(toy, name, message)
 
 
 def test_experts_of_a_surplus_layer_are_refused(checkpoint_dir):
@@ -259,9 +278,9 @@ def test_missing_part_of_a_quantised_dense_tensor_is_refused(checkpoint_dir, par
     [
         ({"weight": (8, mx.int32)}, "'weight': 'I32'"),
         ({"scales": (2, mx.float16)}, "'scales': 'F16', 'biases': 'BF16'"),
-        ({"scales": (2, mx.int16), "biases": (2, mx.int16)}, "needed is a U32 weight, and scales"),
+        ({"scales": (2, mx.int16), "biases": (2, mx.int16)}, "affine is a U32 weight, scales and"),
         ({"biases": (1, mx.bfloat16)}, "has shape (128, 1), but config.json needs (128, 2)"),
-        ({"scales": (2, mx.uint8)}, "U8 scales, so its mode is mxfp4, mxfp8 or nvfp4"),
+        ({"scales": (2, mx.uint8)}, "for mxfp4 is a U32 weight, U8 scales, and no biases"),
     ],
     ids=["weight", "scales", "both", "shape", "mode"],
 )

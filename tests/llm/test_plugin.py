@@ -220,8 +220,8 @@ BAD = {
     "config that disagrees": (config(num_experts=8), "8"),
     "unsupported model type": (config(model_type="llama"), "qwen3_5_moe, qwen3_next, qwen3_moe"),
     "unsupported quantisation": (
-        config(quantization={"bits": 4, "group_size": 32, "mode": "mxfp4"}),
-        "mxfp4",
+        config(quantization={"bits": 4, "group_size": 32, "mode": "mxfp6"}),
+        "mxfp6",
     ),
 }
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SettingError
-from .config import parse_quantization, parse_text_config
+from .config import parse_text_config
 from .dense_tensors import check_dense
 from .expert_layers import ExpertLayer, find_expert_layers, is_loaded
 from .file_identity import FileIdentity
 from .generation_config import GenerationConfig, read_generation_config
 from .json_files import check_files, read_object, show
+from .quantization import parse_quantization
 from .safetensors_header import EXPERT_TENSOR, Tensor, read_tensors
 
 

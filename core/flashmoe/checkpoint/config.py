@@ -1,17 +1,15 @@
-"""Check config.json, as hostile input: the sizes of the model, and its quantisation.
+"""Check config.json, as hostile input: the sizes of the model. The tensors must agree with them.
 
-The tensors must agree with both.
+Its quantisation is in `quantization`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .json_files import DOWNLOAD_AGAIN, is_file, is_int, show
+from .json_files import show
 from .limits import (
     DENSE_LAYER_SIZES,
     EPSILON,
@@ -25,7 +23,6 @@ from .limits import (
     check_sizes,
 )
 from .rotation import check_rotation
-from .safetensors_header import Tensor
 
 #: The supported model types, and what comes before "layers.N" in the names of their tensors, as
 #: mlx-lm writes them.
@@ -34,9 +31,6 @@ TENSOR_PREFIXES = {
     "qwen3_next": "model.",
     "qwen3_moe": "model.",
 }
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-FLOATS = ("BF16", "F16", "F32")
 #: The values that mlx-lm uses for absent fields, without those that are 0, which no model has.
 DEFAULTS: dict[str, dict[str, int | float]] = {
     "qwen3_5_moe": {
@@ -65,14 +59,6 @@ DEFAULTS: dict[str, dict[str, int | float]] = {
     },
     "qwen3_moe": {"attention_bias": False},
 }
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Affine quantisation: every `group_size` weights of a row share one scale and one bias."""
-
-    bits: int
-    group_size: int
 
 
 def parse_text_config(config: dict, path: Path) -> dict[str, Any]:
@@ -117,116 +103,3 @@ def parse_text_config(config: dict, path: Path) -> dict[str, Any]:
     check_number("rms_norm_eps", text_config.get("rms_norm_eps"), EPSILON, where)
     check_rotation(model_type, text_config, where)
     return text_config
-
-
-def parse_quantization(config: dict, text_config: dict, path: Path) -> dict[str, Any] | None:
-    """Return config["quantization"], checked, or None if the model is not quantised.
-
-    It holds the default bits and group_size, and overrides by the path of a module: an object with
-    bits and group_size, False for a module that is not quantised, True for the defaults.
-
-    Raises:
-        CheckpointError: the model is quantised in a way that is not supported.
-    """
-    where = path / "config.json"
-    quantization = config.get("quantization")
-    if quantization is None:
-        other = config.get("quantization_config") or text_config.get("quantization_config")
-        if other is None and is_file(path / "hf_quant_config.json"):
-            other = {"quant_method": "modelopt"}
-        if other:
-            method = other.get("quant_method") if isinstance(other, dict) else other
-            raise CheckpointError(
-                f"{path} is quantised by the method {show(method)}, which is not supported: "
-                "convert the original weights with mlx_lm.convert -q"
-            )
-        return None
-    if not isinstance(quantization, dict):
-        raise CheckpointError(
-            f"{where} has quantization {show(quantization)}: it must be an object"
-        )
-    entries = [("quantization", quantization)]
-    for name, value in quantization.items():
-        if name not in ("bits", "group_size", "mode") and not isinstance(value, bool):
-            entries.append((f"quantization[{show(name)}]", value))
-    for name, entry in entries:
-        if not isinstance(entry, dict):
-            raise CheckpointError(f"{where}: {name} is {show(entry)}: an object or bool is needed")
-        if entry.get("mode", "affine") != "affine":
-            raise CheckpointError(
-                f"{where}: {name} has mode {show(entry['mode'])}, only affine is supported: "
-                "convert the original weights with mlx_lm.convert -q --q-mode affine"
-            )
-        for key, allowed in (("bits", BITS), ("group_size", GROUP_SIZES)):
-            if not is_int(entry.get(key), 1, 128) or entry[key] not in allowed:
-                raise CheckpointError(
-                    f"{where}: {name} has {key} {show(entry.get(key))}, not one of {allowed}: "
-                    "convert the original weights again with mlx_lm.convert -q"
-                )
-    return quantization
-
-
-def check_affine(
-    path: str, tensors: Mapping[str, Tensor | None], quantization: dict[str, Any] | None
-) -> dict[str, Tensor]:
-    """Check that a quantised module has the three tensors of affine quantisation.
-
-    Args:
-        path: the module.
-        tensors: its "weight", "scales" and "biases", None for an absent one.
-        quantization: from `parse_quantization`; it must allow that the module is quantised.
-
-    Returns:
-        `tensors`, of which none is absent.
-
-    Raises:
-        CheckpointError: a tensor is absent or has a wrong dtype, the mode is not affine, or
-            config.json says that the module is not quantised.
-    """
-    scales = tensors["scales"]
-    if scales and scales.dtype == "U8":
-        raise CheckpointError(
-            f"{show(path)} has U8 scales, so its mode is mxfp4, mxfp8 or nvfp4, and only affine is "
-            "supported: convert the original weights with mlx_lm.convert -q --q-mode affine"
-        )
-    if quantization is None or quantization.get(path) is False:
-        raise CheckpointError(
-            f"{show(path)} is quantised, but config.json says that it is not: "
-            "download config.json again, or convert the original weights again"
-        )
-    present: dict[str, Tensor] = {}
-    for part, tensor in tensors.items():
-        if tensor is None:
-            raise CheckpointError(f"tensor {show(f'{path}.{part}')} is missing: {DOWNLOAD_AGAIN}")
-        present[part] = tensor
-    dtypes = {part: tensor.dtype for part, tensor in present.items()}
-    if dtypes["weight"] != "U32" or not dtypes["scales"] == dtypes["biases"] in FLOATS:
-        raise CheckpointError(
-            f"{show(path)} has dtypes {dtypes}, needed is a U32 weight, and scales and biases of "
-            f"one dtype of {', '.join(FLOATS)}: convert the original weights again"
-        )
-    return present
-
-
-def infer_quantization(path: str, tensors: Mapping[str, Tensor], inner: int) -> Quantization:
-    """Return the quantisation of a module that config.json does not name, as mlx-lm infers it.
-
-    Args:
-        path: the module.
-        tensors: its "weight" and "scales".
-        inner: the number of weights in a row.
-
-    Raises:
-        CheckpointError: no supported quantisation has tensors of these shapes.
-    """
-    weight, scales = (tensors[part].shape for part in ("weight", "scales"))
-    words, groups = ((shape or (0,))[-1] for shape in (weight, scales))
-    for bits in BITS:
-        for group_size in GROUP_SIZES:
-            if (words * 32, groups * group_size) == (inner * bits, inner):
-                return Quantization(bits, group_size)
-    raise CheckpointError(
-        f"{path} has a weight of shape {weight} and scales of shape {scales}: for the rows of "
-        f"{inner} weights that config.json gives, that is no quantisation to {BITS} bits in groups "
-        f"of {GROUP_SIZES}; config.json and the weights are from two checkpoints"
-    )

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .config import FLOATS, Quantization, check_affine, infer_quantization
 from .json_files import DOWNLOAD_AGAIN, show
+from .quantization import FLOATS, quantization_of
 from .safetensors_header import Tensor
 
 PARTS = ("weight", "scales", "biases")
@@ -173,23 +173,11 @@ def _check_matrix(
         if weight.shape != shape:
             raise _disagrees(weight, shape)
         return
-    present = check_affine(path, parts, quantization)
-    if named is None:
-        how = infer_quantization(path, present, columns)
-    else:
-        assert quantization is not None  # `named` is from it
-        settings = quantization if named is True else named
-        how = Quantization(settings["bits"], settings["group_size"])
-    if columns % how.group_size:
-        raise CheckpointError(
-            f"{show(path)} has rows of {columns} weights, not a multiple of the group size "
-            f"{how.group_size} that config.json gives: download config.json again"
-        )
-    groups = columns // how.group_size
-    widths = {"weight": columns * how.bits // 32, "scales": groups, "biases": groups}
-    for part, width in widths.items():
-        if present[part].shape != (rows, width):
-            raise _disagrees(present[part], (rows, width))
+    how = quantization_of(path, parts, columns, quantization)
+    for part, width in how.widths(columns).items():
+        tensor = _present(f"{path}.{part}", tensors)
+        if tensor.shape != (rows, width):
+            raise _disagrees(tensor, (rows, width))
 
 
 def _present(name: str, tensors: dict[str, Tensor]) -> Tensor:

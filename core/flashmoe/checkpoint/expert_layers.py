@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .config import FLOATS, TENSOR_PREFIXES, Quantization, check_affine, infer_quantization
+from .config import TENSOR_PREFIXES
 from .dense_tensors import PARTS, has_experts
 from .json_files import DOWNLOAD_AGAIN, show
+from .quantization import FLOATS, Quantization, quantization_of
 from .safetensors_header import EXPERT_TENSOR, Tensor
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+#: The matrices of mlx-lm's SwitchGLU, and those of its SwitchMLP.
+GLU = ("gate_proj", "up_proj", "down_proj")
+MLP = ("fc1", "fc2")
+#: What nvfp4 may have: one float32 for each expert.
+GLOBAL_SCALE = "global_scale"
 RAW_EXPERT = re.compile(
     r".*\.mlp\.experts\.(gate_up_proj|down_proj|\d+\.(gate|up|down)_proj)(\.\w+)?"
 )
@@ -25,7 +30,7 @@ class ExpertPart:
 
     Attributes:
         projection: one of PROJECTIONS.
-        part: one of PARTS.
+        part: one of PARTS, or GLOBAL_SCALE.
         dtype: the name that safetensors has for it, such as "BF16".
         shape: the shape for ONE expert, without the expert axis.
         start: the absolute byte in `file` of expert 0.
@@ -52,8 +57,8 @@ class ExpertLayer:
 
     Attributes:
         prefix: the path of the SwitchGLU in mlx-lm's module tree.
-        parts: the tensors in the order gate, up, down x weight, scales, biases (weight alone where
-            a projection is not quantised).
+        parts: the tensors in the order gate, up, down x weight, scales, biases, global scale: those
+            that the quantisation of a projection has, weight alone where it is not quantised.
         quantization: by projection; None: not quantised.
     """
 
@@ -62,6 +67,16 @@ class ExpertLayer:
     num_experts: int
     parts: tuple[ExpertPart, ...]
     quantization: dict[str, Quantization | None]
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Return the names of the matrices of an expert, GLU or MLP."""
+        return GLU if GLU[0] in self.quantization else MLP
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of the tensors."""
+        return {f"{self.prefix}.{part.projection}.{part.part}" for part in self.parts}
 
     @property
     def expert_nbytes(self) -> int:
@@ -106,7 +121,7 @@ def find_expert_layers(
         prefix = f"{TENSOR_PREFIXES[model_type]}layers.{layer}.mlp.switch_mlp"
         parts: list[ExpertPart] = []
         by_projection: dict[str, Quantization | None] = {}
-        for projection in PROJECTIONS:
+        for projection in GLU:
             by_projection[projection], new = _projection(
                 prefix, projection, text_config, quantization, tensors
             )
@@ -118,11 +133,7 @@ def find_expert_layers(
         raise CheckpointError(
             f"{path}: config.json leaves no layer with experts: nothing to stream"
         )
-    known = {
-        f"{x.prefix}.{part.projection}.{part.part}"
-        for x in expert_layers.values()
-        for part in x.parts
-    }
+    known = {name for x in expert_layers.values() for name in x.names}
     for name, tensor in tensors.items():
         if is_loaded(name) and EXPERT_TENSOR.fullmatch(name) and name not in known:
             raise CheckpointError(
@@ -155,20 +166,9 @@ def _projection(
     quantization = None
     sizes = {"weight": inner}
     if packed or named:
-        check_affine(path, {part: present.get(part) for part in PARTS}, config)
-        if named is None:
-            quantization = infer_quantization(path, present, inner)
-        else:
-            assert config is not None  # `named` is from it
-            settings = config if named is True else named
-            quantization = Quantization(settings["bits"], settings["group_size"])
-        if inner % quantization.group_size:
-            raise CheckpointError(
-                f"{path} has rows of {inner} weights, not a multiple of the group size "
-                f"{quantization.group_size} that config.json gives: download config.json again"
-            )
-        groups = inner // quantization.group_size
-        sizes = {"weight": inner * quantization.bits // 32, "scales": groups, "biases": groups}
+        parts = {part: present.get(part) for part in PARTS}
+        quantization = quantization_of(path, parts, inner, config)
+        sizes = quantization.widths(inner)
     elif weight is None:
         raise CheckpointError(f"tensor {show(f'{path}.weight')} is missing: {DOWNLOAD_AGAIN}")
     elif weight.dtype not in FLOATS:
@@ -176,9 +176,20 @@ def _projection(
             f"{path}.weight has dtype {weight.dtype}, needed is one of {', '.join(FLOATS)}: "
             "convert the original weights again"
         )
+    num_experts = text_config["num_experts"]
     for part, size in sizes.items():
-        _check_shape(present[part], (text_config["num_experts"], outer, size), quantization)
-    return quantization, [_part(projection, part, present[part]) for part in sizes]
+        _check_shape(present[part], (num_experts, outer, size), quantization)
+    parts_found = [_part(projection, part, present[part]) for part in sizes]
+    scale = tensors.get(f"{path}.{GLOBAL_SCALE}")
+    if scale is not None and quantization and quantization.mode == "nvfp4":
+        if scale.dtype != "F32":
+            raise CheckpointError(
+                f"{show(scale.name)} has dtype {scale.dtype}, needed is F32: convert the original "
+                "weights again"
+            )
+        _check_shape(scale, (num_experts,), quantization)
+        parts_found.append(_part(projection, GLOBAL_SCALE, scale))
+    return quantization, parts_found
 
 
 def _check_shape(
@@ -186,7 +197,7 @@ def _check_shape(
 ) -> None:
     if tensor.shape == needed:
         return
-    how = f"{quantization.bits}-bit, group {quantization.group_size}" if quantization else "plain"
+    how = str(quantization) if quantization else "plain"
     field = "num_experts, hidden_size, moe_intermediate_size or quantization"
     if tensor.shape[:1] != needed[:1]:
         field = f"num_experts {needed[0]}"

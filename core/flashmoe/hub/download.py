@@ -27,8 +27,9 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import parse_quantization, parse_text_config
+from ..checkpoint.config import parse_text_config
 from ..checkpoint.json_files import read_object
+from ..checkpoint.quantization import parse_quantization
 from ..errors import Cancelled, DownloadError
 from ..files import disk_too_full, free_nbytes
 from ..sizes import format_size

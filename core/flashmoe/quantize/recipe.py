@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import BITS, FLOATS, GROUP_SIZES, Quantization, parse_quantization
 from ..checkpoint.expert_layers import PARTS
+from ..checkpoint.quantization import (
+    BITS,
+    FLOATS,
+    GROUP_SIZES,
+    Quantization,
+    parse_quantization,
+)
 from ..checkpoint.safetensors_header import EXPERT_TENSOR, Tensor
 from ..checkpoint.safetensors_writer import TensorSpec
 from ..errors import SettingError

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from ..checkpoint.config import Quantization
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.safetensors_header import Tensor
 from ..checkpoint.safetensors_writer import ShardWriter
 from ..errors import CheckpointError

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.config import Quantization
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.safetensors_header import INDEX_NAME, Tensor, read_header
 from ..checkpoint.safetensors_writer import ShardWriter
 from ..errors import CheckpointError, QuantizeError

@@ -21,6 +21,7 @@ from .io_modes import BLOCK
 from .reader import ReadRequest
 
 MLX_DTYPES = {
+    "U8": mx.uint8,
     "U32": mx.uint32,
     "BF16": mx.bfloat16,
     "F16": mx.float16,

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
-from ...checkpoint.config import Quantization
+from ...checkpoint.quantization import Quantization
 from ...streaming.compute import Backend, ExpertObserver, ExpertWork
 from ...streaming.slot_memory import SlotMemory
 
