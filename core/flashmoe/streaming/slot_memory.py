@@ -17,6 +17,7 @@ import numpy as np
 
 from ..checkpoint.expert_layers import ExpertLayer, ExpertPart
 from .device_copy import DeviceBytes, DeviceMemory
+from .expert_form import SWIGLU, ExpertForm
 from .io_modes import BLOCK
 from .reader import ReadRequest
 
@@ -39,6 +40,7 @@ class SlotMemory:
         device: the GPU's own memory, where the stacks then stay: the host must not look at them,
             nor at slices of them (see `DeviceMemory.address`). None: memory that both share.
         activations: how activations meet the packed weights; see `flashmoe.ops.activations`.
+        form: what an expert computes.
 
     Attributes:
         views: what a compute backend has made of the stacks, kept here by the backend so that it
@@ -53,12 +55,14 @@ class SlotMemory:
         on_gpu: bool,
         device: DeviceMemory | None = None,
         activations: str = "float32",
+        form: ExpertForm = SWIGLU,
     ):
         self.layer = layer
         self.num_slots = num_slots
         self.on_gpu = on_gpu
         self.device = device
         self.activations = activations
+        self.form = form
         self.views: dict[str, Any] = {}
         self._arrays: dict[tuple[str, str], mx.array] = {}
         # (slots, bytes), or all bytes of the stack.
@@ -118,26 +122,34 @@ class SlotMemory:
     def stacks(self, projection: str) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
         """Return (weight, scales, biases) of one projection, each `(slots, ...)`. GPU only.
 
-        Scales and biases are None when the projection is not quantised.
+        Those that its quantisation does not have are None.
         """
         weight, scales, biases = (
-            self._arrays.get((projection, part)) for part in ("weight", "scales", "biases")
+            self.stack(projection, part) for part in ("weight", "scales", "biases")
         )
         return weight, scales, biases
 
-    def expert_arrays(self, projection: str, slot: int) -> list[mx.array | None]:
-        """Return (weight, scales, biases) of the expert in `slot`, without the slot axis.
+    def stack(self, projection: str, part: str) -> mx.array | None:
+        """Return one part of one projection, `(slots, ...)`, or None where it has none. GPU only.
+
+        part: "weight", "scales", "biases", "bias" or "global_scale".
+        """
+        return self._arrays.get((projection, part))
+
+    def expert_arrays(self, projection: str, slot: int) -> dict[str, mx.array]:
+        """Return the parts of one projection of the expert in `slot`, without the slot axis.
 
         On the CPU this copies: it is for the reference backend only.
         """
-        if self.on_gpu:
-            return [None if a is None else a[slot] for a in self.stacks(projection)]
         arrays: dict[str, mx.array] = {}
         for part in self.layer.parts:
             if part.projection == projection:
+                if self.on_gpu:
+                    arrays[part.part] = self._arrays[projection, part.part][slot]
+                    continue
                 raw = mx.array(self.host_bytes(projection, part.part)[slot])
                 arrays[part.part] = raw.view(MLX_DTYPES[part.dtype]).reshape(part.shape)
-        return [arrays.get(part) for part in ("weight", "scales", "biases")]
+        return arrays
 
     def _buffer(self, part: ExpertPart, slot: int) -> np.ndarray | DeviceBytes:
         stack = self._bytes[part.projection, part.part]

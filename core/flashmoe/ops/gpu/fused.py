@@ -26,6 +26,7 @@ from flashmoe_metal.gate_up import GateUpInputs, gate_up
 from flashmoe_metal.matrix import Matrix, lanes
 
 from ...streaming.compute import ExpertWork
+from ...streaming.expert_form import SWIGLU
 from ...streaming.slot_memory import SlotMemory
 from . import layers
 from .gather import GatherBackend
@@ -80,6 +81,8 @@ def expert_matrices(slots: SlotMemory) -> list[Matrix] | None:
 
     None where the kernels cannot read one of them.
     """
+    if slots.form != SWIGLU or any(p.part in ("bias", "global_scale") for p in slots.layer.parts):
+        return None
     if "matrices" not in slots.views:
         projections = ("gate_proj", "up_proj", "down_proj")
         slots.views["matrices"] = [_matrix(slots, projection) for projection in projections]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.activations import swiglu
 
 from ...streaming.compute import ExpertWork
 from ...streaming.slot_memory import SlotMemory
@@ -74,10 +73,16 @@ class GatherWork(ReferenceWork):
 
         x: (pairs, rows, hidden), slots: (pairs,) -> (pairs, rows, hidden).
         """
-        h = swiglu(self._linear("gate_proj", x, slots), self._linear("up_proj", x, slots))
-        return self._linear("down_proj", h, slots)
+        *inner, outer = self.slots.form.projections
+        h = self.slots.form.activate([self._linear(name, x, slots) for name in inner])
+        return self._linear(outer, h, slots)
 
     def _linear(self, projection: str, x: mx.array, slots: mx.array) -> mx.array:
+        y = self._product(projection, x, slots)
+        bias = self.slots.stack(projection, "bias")
+        return y if bias is None else y + bias[slots][:, None]
+
+    def _product(self, projection: str, x: mx.array, slots: mx.array) -> mx.array:
         weight, scales, biases = self.slots.stacks(projection)
         assert weight is not None, f"{projection} has no weights"
         quantization = self.slots.layer.quantization[projection]
@@ -93,6 +98,8 @@ class GatherWork(ReferenceWork):
             transpose=True,
             group_size=quantization.group_size,
             bits=quantization.bits,
+            mode=quantization.mode,
+            global_scale=self.slots.stack(projection, "global_scale"),
         )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.activations import swiglu
 
 from ...checkpoint.quantization import Quantization
 from ...streaming.compute import Backend, ExpertObserver, ExpertWork
@@ -86,44 +85,60 @@ class ReferenceWork(ExpertWork):
 
     def _expert(self, slot: int, x: mx.array) -> mx.array:
         quantization = self.slots.layer.quantization
+        *inner, outer = self.slots.form.projections
 
         def linear(projection: str, x: mx.array) -> mx.array:
-            weight, scales, biases = self.slots.expert_arrays(projection, slot)
-            assert weight is not None, f"{projection} has no weights"
-            return project(x, weight, scales, biases, quantization[projection])
+            parts = self.slots.expert_arrays(projection, slot)
+            return project(x, parts, quantization[projection])
 
-        h = swiglu(linear("gate_proj", x), linear("up_proj", x))
+        h = self.slots.form.activate([linear(projection, x) for projection in inner])
         if self._observer is not None:
             self._observer.intermediate(self.slots.layer.layer, slot, _float32(h))
-        return linear("down_proj", h)
+        return linear(outer, h)
 
 
 def project(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    quantization: Quantization | None,
+    x: mx.array, parts: Mapping[str, mx.array], quantization: Quantization | None
 ) -> mx.array:
-    """Return x @ W.T for one expert.
+    """Return x @ W.T + bias for one expert.
 
     Args:
         x: (rows, in).
-        weight: (out, in), packed where it is quantised.
-        scales, biases: (out, groups); None where `quantization` is None.
+        parts: "weight" (out, in), packed where it is quantised; "scales" and "biases" (out, groups)
+            as the quantisation has them; perhaps "bias" (out,) and "global_scale" ().
 
     Returns:
         (rows, out).
     """
+    y = _product(x, parts, quantization)
+    return y + parts["bias"].astype(y.dtype) if "bias" in parts else y
+
+
+def _product(
+    x: mx.array, parts: Mapping[str, mx.array], quantization: Quantization | None
+) -> mx.array:
+    weight = parts["weight"]
     if quantization is None:
         return x @ weight.T
-    assert scales is not None, "a quantised projection has scales"
-    bits, group_size = quantization.bits, quantization.group_size
-    if scales.shape[-1] == 1 and mx.cuda.is_available():
-        # For rows of one group MLX 0.32.4 returned NaN on Hopper.
-        return x @ mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).T
+    scales, biases = parts["scales"], parts.get("biases")
+    q = quantization
+    few_groups = scales.shape[-1] == 1 and mx.cuda.is_available()
+    if few_groups or "global_scale" in parts:
+        # For rows of one group MLX 0.32.4 returned NaN on Hopper; its product of one matrix has no
+        # global scale.
+        wide = mx.dequantize(
+            weight,
+            scales,
+            biases,
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+            global_scale=parts.get("global_scale"),
+            dtype=x.dtype,
+        )
+        return x @ wide.T
     return mx.quantized_matmul(
-        x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits
+        x, weight, scales, biases, transpose=True, group_size=q.group_size, bits=q.bits, mode=q.mode
     )
 
 
