@@ -8,7 +8,8 @@ import httpx
 
 from flashmoe.engine import Engine
 from flashmoe.server import run as serving
-from flashmoe.server.app import Limits, Server
+from flashmoe.server.answering import Limits
+from flashmoe.server.app import Server
 from flashmoe.server.connections import ConnectionLimits
 from flashmoe.server.served_model import ServedModel
 

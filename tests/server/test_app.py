@@ -16,7 +16,7 @@ from toys import write_chat_toy
 from flashmoe.engine import Engine
 from flashmoe.events import Text
 from flashmoe.requests import Request
-from flashmoe.server.app import Limits
+from flashmoe.server.answering import Limits
 
 SETTINGS = {"prompt_store": 0, "memory": "2GB"}
 
@@ -466,7 +466,7 @@ def test_allowed_web_page_is_served(toy):
 
 
 def test_incomplete_body_times_out(server, monkeypatch):
-    monkeypatch.setattr("flashmoe.server.sse.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("flashmoe.server.streams.BODY_SECONDS", 0.2)
     name = 'flashmoe_requests_total{path="/v1/chat/completions",status="408"}'
     before = metrics(server).get(name, 0)
 
@@ -480,7 +480,7 @@ def test_incomplete_body_times_out(server, monkeypatch):
 
 def test_client_that_does_not_read_is_dropped(toy, monkeypatch):
     """The answer is cancelled when the client has read nothing for SEND_SECONDS."""
-    monkeypatch.setattr("flashmoe.server.sse.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("flashmoe.server.streams.SEND_SECONDS", 0.2)
     fields = body("Go on.", model="alias", max_tokens=3900, stream=True)
     # Each chunk has the name of the model: a long one fills all buffers within a few tokens.
     name = "x" * 10_000

@@ -20,7 +20,7 @@ from server_in_thread import serve
 from toys import write_chat_toy
 
 from flashmoe.engine import Engine
-from flashmoe.server.app import Limits
+from flashmoe.server.answering import Limits
 from flashmoe.server.connections import VITAL_PATHS, ConnectionLimits
 
 HELLO = [{"role": "user", "content": "Hello"}]

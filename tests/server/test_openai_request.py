@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from flashmoe.server.openai_errors import ApiError
 from flashmoe.server.openai_request import read_call
 from flashmoe.server.request_fields import FIELDS
-from flashmoe.server.served_model import ServedModel
+from flashmoe.server.served_model import ServedModel, ServedModels
 
-SERVED = ServedModel(("toy", "t"), context=512, thinks=True, created=7)
+SERVED = ServedModels([ServedModel(("toy", "t"), context=512, thinks=True, created=7)])
 HELLO = [{"role": "user", "content": "Hello"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -77,7 +77,7 @@ def test_field_reaches_the_request(fields, expected):
 
 
 def test_effort_is_ignored_by_a_model_without_reasoning():
-    served = ServedModel(("toy",), 512, thinks=False, created=7)
+    served = ServedModels([ServedModel(("toy",), 512, thinks=False, created=7)])
     assert call(served, reasoning_effort="high").request.think is None
     assert call(served, reasoning_effort="none").request.think is False
 

@@ -87,7 +87,8 @@ def serve(
     from ..engine import Engine
     from ..server import run as serving  # late: starlette and uvicorn
     from ..server.access import check_key
-    from ..server.app import Limits, Server
+    from ..server.answering import Limits
+    from ..server.app import Server
     from ..server.served_model import ServedModel
 
     logging.basicConfig(

@@ -11,24 +11,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
-
-from ..chat import json_schema as schemas
 from ..chat.messages import normalize_messages
 from ..chat.tools import check_tool_choice
 from ..errors import FlashMoEError
 from ..grammar.rules import check_response_format, checked_tools
 from ..requests import Request, check_request, in_range
+from .json_body import parse_object
 from .openai_errors import ApiError, invalid_field, short_repr
 from .request_fields import FIELDS, check_flag, check_text
-from .served_model import ServedModel
-
-#: Maximum depth of objects and lists inside each other.
-MAX_DEPTH = 100
-#: Maximum number of values: while they are parsed, no other thread runs.
-MAX_VALUES = 200_000
-
-_SEPARATORS = np.isin(np.arange(256), list(b",[{"))
+from .served_model import ServedModel, ServedModels
 
 
 @dataclass(frozen=True)
@@ -36,25 +27,35 @@ class ChatCompletionCall:
     """A validated request for a chat completion.
 
     Attributes:
+        model: the model that is asked.
         request: what the engine is asked for.
         stream: whether the answer is sent in chunks.
         include_usage: whether a stream ends with its token counts.
     """
 
+    model: ServedModel
     request: Request
     stream: bool
     include_usage: bool
 
 
-def read_call(body: bytes, model: ServedModel) -> ChatCompletionCall:
+def read_call(body: bytes, models: ServedModels) -> ChatCompletionCall:
     """Parse and validate the body of a request.
+
+    Raises:
+        ApiError: see `checked_call`; or the body is not a JSON object within the limits.
+    """
+    return checked_call(parse_object(body), models)
+
+
+def checked_call(fields: dict, models: ServedModels) -> ChatCompletionCall:
+    """Validate the fields of a request, which other APIs translate theirs into.
 
     Everything that can be refused without running the model is refused here.
 
     Raises:
         ApiError: 400, or 404 for a model that is not served.
     """
-    fields = _parse(body)
     for name, value in fields.items():
         if name not in FIELDS:
             # The comparison takes long for a long name.
@@ -66,7 +67,7 @@ def read_call(body: bytes, model: ServedModel) -> ChatCompletionCall:
     for name in ("model", "messages"):
         if fields.get(name) is None:
             raise invalid_field(name, f"{name} is missing", "missing_required_parameter")
-    model.check_name(fields["model"])
+    model = models.find(fields["model"])
     _check_count(fields["messages"], model)
     tools = [_tool(tool) for tool in fields.get("tools") or ()]
     request = Request(
@@ -79,7 +80,7 @@ def read_call(body: bytes, model: ServedModel) -> ChatCompletionCall:
         repetition_penalty=fields.get("repetition_penalty"),
         seed=fields.get("seed"),
         stop=_stop(fields.get("stop")),
-        experts=fields.get("experts"),
+        experts=model.experts if fields.get("experts") is None else fields["experts"],
         tools=tools,
         tool_choice=_tool_choice(fields.get("tool_choice")),
         parallel_tool_calls=fields.get("parallel_tool_calls") is not False,
@@ -90,28 +91,8 @@ def read_call(body: bytes, model: ServedModel) -> ChatCompletionCall:
     _check_request(request)
     options = fields.get("stream_options") or {}
     return ChatCompletionCall(
-        request, bool(fields.get("stream")), bool(options.get("include_usage"))
+        model, request, bool(fields.get("stream")), bool(options.get("include_usage"))
     )
-
-
-def _parse(body: bytes) -> dict:
-    if len(body) > MAX_VALUES and _count_values(body) > MAX_VALUES:
-        raise ApiError(
-            413,
-            f"the body has more than {MAX_VALUES} JSON values: shorten it",
-            code="body_too_large",
-        )
-    try:
-        fields = schemas.loads(body.decode())
-        too_deep = _is_deeper(fields, MAX_DEPTH)
-    except (ValueError, RecursionError) as e:
-        text = f"the body is not JSON: {short_repr(str(e))}"
-        raise ApiError(400, text, code="invalid_json") from e
-    if not isinstance(fields, dict):
-        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
-    if too_deep:
-        raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep", code="invalid_json")
-    return fields
 
 
 def _check_count(messages: list, model: ServedModel) -> None:
@@ -123,29 +104,6 @@ def _check_count(messages: list, model: ServedModel) -> None:
             "shorten the conversation",
             "context_length_exceeded",
         )
-
-
-def _count_values(body: bytes) -> int:
-    """Return about how many values a JSON text has, without parsing it.
-
-    numpy leaves the interpreter to other threads meanwhile, which json does not.
-    """
-    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    text = np.frombuffer(without_escapes, np.uint8)
-    in_string = np.bitwise_xor.accumulate(text == ord('"'))
-    return int(np.count_nonzero(_SEPARATORS[text] & ~in_string))
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
 
 
 def _check_request(request: Request) -> None:

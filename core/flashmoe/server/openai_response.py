@@ -24,13 +24,14 @@ from ..errors import (
     TimedOut,
 )
 from ..events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
+from .api import Answer, check_cut_short
 from .openai_errors import ApiError
 from .openai_request import refused_request
 
 log = logging.getLogger("flashmoe")
 
 
-class ChatCompletion:
+class ChatCompletion(Answer):
     """One answer in OpenAI's format. Events must be given in the order of the engine.
 
     Args:
@@ -56,7 +57,7 @@ class ChatCompletion:
         assert self._end is not None, "the answer has not ended"
         return self._end
 
-    def chunks(self, event: Event) -> list[dict]:
+    def chunks(self, event: Event, index: int = 0) -> list[dict]:
         """Return the chunks of a stream for an event, and add it to the whole answer."""
         if isinstance(event, Text):
             self._texts.append(event.text)
@@ -74,14 +75,14 @@ class ChatCompletion:
             return self._finish(event)
         return []
 
-    def error_chunks(self, error: OutputError) -> list[dict]:
+    def error_chunks(self, error: OutputError, index: int = 0) -> list[dict]:
         """Return the last chunks of an answer that does not have the requested form.
 
         Raises:
             OutputError: the same error, if the reason is not that max_tokens cut the answer short.
         """
-        if error.end is None or error.end.finish_reason != "length":
-            raise error
+        check_cut_short(error)
+        assert error.end is not None, "an answer that was cut short has its end"
         return self._finish(error.end)
 
     def to_dict(self) -> dict:

@@ -1,49 +1,73 @@
-"""The model that the server offers, as clients see it."""
+"""The models that the server offers, as clients see them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .openai_errors import ApiError, short_repr
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Names and properties of the model that is served.
+    """Names and properties of a model that is served.
 
     Attributes:
         names: names that clients may ask for. Responses carry the first one.
         context: maximum number of tokens of prompt and answer together.
         thinks: whether the model can reason before its answer.
         created: when the model was loaded, in seconds since 1970.
+        experts: experts per token (K) of an answer that asks for no other; None: the engine's.
+        tools: whether it can call tools.
+        path: its checkpoint directory; None: tokens cannot be counted without the engine.
     """
 
     names: tuple[str, ...]
     context: int
     thinks: bool
     created: int
+    experts: int | None = None
+    tools: bool = True
+    path: Path | None = None
 
-    def check_name(self, name: str) -> None:
-        """Refuse a name that the model does not have.
+    @property
+    def name(self) -> str:
+        """The first name, which responses carry."""
+        return self.names[0]
+
+
+class ServedModels:
+    """The models of one server: one checkpoint under several names, with a K of their own.
+
+    Args:
+        models: at least one.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]):
+        self._models = tuple(models)
+
+    def __iter__(self):
+        return iter(self._models)
+
+    @property
+    def first(self) -> ServedModel:
+        """The first of the models."""
+        return self._models[0]
+
+    def find(self, name: str) -> ServedModel:
+        """Return the model that a client asks for. Ollama's tag "latest" may follow its name.
 
         Raises:
-            ApiError: 404; the text gives the name to ask for.
+            ApiError: 404; the text gives the names to ask for.
         """
-        if name not in self.names:
-            raise ApiError(
-                404,
-                f"the model {short_repr(name)} is not served here: ask for {self.names[0]!r}",
-                param="model",
-                code="model_not_found",
-            )
-
-    def model_object(self) -> dict:
-        """Return the entry of the model in OpenAI's list of models."""
-        return {
-            "id": self.names[0],
-            "object": "model",
-            "created": self.created,
-            "owned_by": "flashmoe",
-            "aliases": list(self.names[1:]),
-            "context_length": self.context,
-        }
+        for model in self._models:
+            if name in model.names or name.removesuffix(":latest") in model.names:
+                return model
+        names = " or ".join(repr(model.name) for model in self._models)
+        raise ApiError(
+            404,
+            f"the model {short_repr(name)} is not served here: ask for {names}",
+            param="model",
+            code="model_not_found",
+        )

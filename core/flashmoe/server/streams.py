@@ -1,12 +1,11 @@
-"""Reading request bodies and sending server-sent events, with time limits for slow clients."""
+"""Reading request bodies and sending streams, with time limits for slow clients."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +13,7 @@ from starlette.types import Receive, Send
 
 from ..terminal import format_number
 from .openai_errors import ApiError
+from .wire import Wire
 
 #: Seconds that a client may take to send its request, and to accept each piece of the response.
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
@@ -21,52 +21,58 @@ BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
 _T = TypeVar("_T")
 
 
-class SseStream:
-    """A response of server-sent events.
+class EventStream:
+    """A streamed response.
 
-    The response starts with the first event or comment, not before, so that an error that occurs
+    The response starts with the first chunk or comment, not before, so that an error that occurs
     earlier can still be sent with an HTTP status of its own.
 
     Attributes:
         started: whether the response has started.
     """
 
-    def __init__(self, send: Send):
+    def __init__(self, send: Send, wire: Wire):
         self.started = False
         self._send = send
+        self._wire = wire
         self._last = time.monotonic()
 
     def time_to_comment(self, pause: float) -> float:
         """Return the seconds until the stream has been silent for `pause` seconds; at least 0."""
         return max(0.0, self._last + pause - time.monotonic())
 
-    async def data(self, content: dict) -> None:
-        """Send an event that holds JSON."""
-        # In ASCII: some clients split lines at characters that do not end a line in JSON.
-        await self._write(f"data: {json.dumps(content, separators=(',', ':'))}\n\n")
+    async def chunks(self, chunks: Sequence[dict]) -> None:
+        """Send some chunks."""
+        if chunks:
+            await self._write("".join(map(self._wire.chunk, chunks)))
 
-    async def comment(self, text: str) -> None:
-        """Send a comment, which clients ignore: it keeps the connection alive."""
-        await self._write(f": {text}\n\n")
+    async def pause(self, chunks: Sequence[dict], comment: str) -> None:
+        """Keep the connection alive with chunks that say nothing new, or with a comment."""
+        self._last = time.monotonic()
+        if chunks:
+            await self.chunks(chunks)
+        elif self._wire.comment:
+            await self._write(self._wire.comment.format(comment))
 
-    async def end(self) -> None:
-        """Send the last event and end the response."""
-        await self._write("data: [DONE]\n\n", more=False)
+    async def end(self, chunks: Sequence[dict] = ()) -> None:
+        """Send the last chunks and end the response."""
+        text = "".join(map(self._wire.chunk, chunks)) + self._wire.end
+        await self._write(text, more=False)
 
-    async def fail(self, error: ApiError) -> None:
-        """Send an error as the last event. A client that does not accept it has disconnected."""
-        try:
-            await self.data(error.body())
-            await self._write("", more=False)
-        except ClientDisconnect:
-            pass
+    async def fail(self, chunks: Sequence[dict]) -> None:
+        """Send the last chunks of a stream that fails, without its usual end.
+
+        A client that does not accept them has disconnected.
+        """
+        with suppress(ClientDisconnect):
+            await self._write("".join(map(self._wire.chunk, chunks)), more=False)
 
     async def _write(self, text: str, more: bool = True) -> None:
         self._last = time.monotonic()
         if not self.started:
             self.started = True
             headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"content-type", self._wire.media_type.encode()),
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
             ]
