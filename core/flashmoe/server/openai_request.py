@@ -16,9 +16,10 @@ from ..chat.tools import check_tool_choice
 from ..errors import FlashMoEError
 from ..grammar.rules import check_response_format, checked_tools
 from ..requests import Request, check_request, in_range
+from .field_checks import check_flag, check_text
 from .json_body import parse_object
 from .openai_errors import ApiError, invalid_field, short_repr
-from .request_fields import FIELDS, check_flag, check_text
+from .request_fields import FIELDS
 from .served_model import ServedModel, ServedModels
 
 
