@@ -25,6 +25,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -60,10 +61,11 @@ PATIENCE = 120.0
 
 
 def send(what: str, url: str, model: str, client: int, clients: int, counts, over) -> None:
-    """Send requests, one after the other, until `over` is set."""
+    """Send requests, one after the other, until `over` is set or the benchmark was killed."""
     makers = {"shared": SHARED, "attacked": ATTACKS}[what]
     number = client
-    while not over.is_set():
+    parent = multiprocessing.parent_process()
+    while not over.is_set() and parent is not None and parent.is_alive():
         kind = list(makers)[number % len(makers)]
         try:
             status, _ = ask_at(url, makers[kind](number) | {"model": model}, PATIENCE)
@@ -135,6 +137,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=300, help="of each kind in each phase")
     parser.add_argument("--limit", type=float, default=300, help="seconds of each phase")
     args = parser.parse_args()
+    # The server is ended, however the benchmark is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as directory:
         model = Path(shutil.copytree(find(DEMO), Path(directory) / "model"))
         template = model / "chat_template.jinja"
