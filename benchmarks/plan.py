@@ -192,8 +192,9 @@ def planned(args: argparse.Namespace, case: dict) -> dict:
     """Plan for this process, with code of `flashmoe plan`."""
     from flashmoe.checkpoint.checkpoint import Checkpoint
     from flashmoe.plan import speed_probe
-    from flashmoe.plan.estimate import PlanOptions, Source, estimate
+    from flashmoe.plan.estimate import PlanOptions, estimate
     from flashmoe.plan.report import render_json
+    from flashmoe.plan.sources import Source
 
     if args.probe_seconds is not None:
         speed_probe.STEPS_SECONDS = speed_probe.DISK_SECONDS = args.probe_seconds

@@ -3,127 +3,36 @@
     python tools/model_table.py            # the table of docs/models.md
     python tools/model_table.py --short    # the table of README.md
 
-Nothing is downloaded. A checkpoint of the right shapes is made with a hole in place of the weights,
-and `flashmoe plan`'s own code plans its memory and predicts its speed. The shapes below are those
-of the published config.json files as they are repeated in other projects. They are held to the
-catalogue: the bytes of the tensors must be within `TOLERANCE` of the catalogue's bytes, apart from
-the image encoder of Qwen3.5, which flashmoe does not load.
+Nothing is downloaded. The layout of each checkpoint is computed (`flashmoe.hub.layouts`) and opened
+with a hole in place of the weights; `flashmoe plan`'s own code plans its memory and its speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flashmoe.checkpoint.checkpoint import Checkpoint
 
-CATALOGUE = Path(__file__).parents[1] / "core/flashmoe/hub/known_models.json"
-
 # Predictions are made for these Macs; docs/plan.md says how well they agree with measurements.
 MACHINES = {"m4-24gb": "24 GB M4", "m3-max-48gb": "48 GB M3 Max"}
-
-TOLERANCE = 0.002
-IMAGE_ENCODER_BYTES = range(800_000_000, 900_000_000)
 
 # Total size of the memory of Macs, in GiB.
 MAC_GB = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 
-BITS, GROUP_SIZE = 4, 64
-
-
-def qwen3_moe(hidden: int, layers: int, heads: int, kv_heads: int, expert: int, experts: int):
-    """Return the config.json of a Qwen3 MoE model."""
-    return {
-        "model_type": "qwen3_moe",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 128,
-        "intermediate_size": 3 * hidden,
-        "moe_intermediate_size": expert,
-        "num_experts": experts,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "vocab_size": 151_936,
-        "max_position_embeddings": 262_144,
-        "tie_word_embeddings": False,
-    }
-
-
-def linear(hidden: int, layers: int, heads: int, expert: int, experts: int, k: int, values: int):
-    """Return the fields that Qwen3-Next and Qwen3.5 share; `values`: linear value heads."""
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": values,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 4,
-        "moe_intermediate_size": expert,
-        "shared_expert_intermediate_size": expert,
-        "num_experts": experts,
-        "num_experts_per_tok": k,
-        "norm_topk_prob": True,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 262_144,
-        "tie_word_embeddings": False,
-    }
-
-
-def qwen3_5(*shapes: int):
-    """Return the config.json of a Qwen3.5 MoE model; `shapes`: the arguments of `linear`."""
-    rope = {"type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
-    text = {"model_type": "qwen3_5_moe_text", "vocab_size": 248_320, "attention_bias": False}
-    return {
-        "model_type": "qwen3_5_moe",
-        "text_config": {**text, **linear(*shapes), "rope_parameters": rope},
-        "tie_word_embeddings": False,
-    }
-
-
-QWEN3_NEXT = {
-    **{"model_type": "qwen3_next", "vocab_size": 151_936, "intermediate_size": 5120},
-    **{"rope_theta": 1e7, "partial_rotary_factor": 0.25, "decoder_sparse_step": 1},
-    **{"mlp_only_layers": [], **linear(2048, 48, 16, 512, 512, 10, 32)},
-}
-
-# By the name in the catalogue, in the order of the table.
-CONFIGS = {
-    "qwen3-30b-instruct": qwen3_moe(2048, 48, 32, 4, 768, 128),
-    "qwen3.5-35b": qwen3_5(2048, 40, 16, 512, 256, 8, 32),
-    "qwen3-next-80b": QWEN3_NEXT,
-    "qwen3.5-122b": qwen3_5(3072, 48, 32, 1024, 256, 8, 64),
-    "qwen3-235b": qwen3_moe(4096, 94, 64, 4, 1536, 128),
-    "qwen3.5-397b": qwen3_5(4096, 60, 32, 1024, 512, 10, 64),
-    "qwen3-coder-480b": qwen3_moe(6144, 62, 96, 8, 2560, 160),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tensor of the hollow checkpoint."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
+# Names in the catalogue, in the order of the table.
+NAMES = (
+    "qwen3-30b-instruct",
+    "qwen3.5-35b",
+    "qwen3-next-80b",
+    "qwen3.5-122b",
+    "qwen3-235b",
+    "qwen3.5-397b",
+    "qwen3-coder-480b",
+)
 
 
 @dataclass(frozen=True)
@@ -148,72 +57,17 @@ class Needs:
     pruned_speeds: list[float | None]
 
 
-def tensors(config: dict) -> tuple[list[Shape], dict]:
-    """Return the tensors of mlx-lm's 4-bit conversion, and its quantization entry.
-
-    MLX's arrays are lazy: their shapes are known, and no weight is ever computed.
-    """
-    import importlib
-
-    import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    entry: dict = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
-    chosen = getattr(model, "quant_predicate", lambda path, layer: True)
-
-    def predicate(path: str, layer: nn.Module) -> bool | dict:
-        if not hasattr(layer, "to_quantized"):
-            return False
-        bits = chosen(path, layer)
-        if isinstance(bits, dict):
-            entry[path] = bits
-        return bits
-
-    nn.quantize(model, GROUP_SIZE, BITS, class_predicate=predicate)
-    dtypes = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float32: "F32"}
-    shapes = [
-        Shape(name, dtypes[array.dtype], tuple(array.shape), array.nbytes)
-        for name, array in tree_flatten(model.parameters())
-    ]
-    return shapes, entry
-
-
-@contextmanager
-def hollow(config: dict) -> Iterator[Path]:
-    """Yield a checkpoint directory with a hole in the file in place of the weights."""
-    from flashmoe.checkpoint.safetensors_writer import encode_header
-
-    shapes, entry = tensors(config)
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory)
-        with open(path / "model.safetensors", "wb") as f:
-            f.write(encode_header(shapes))
-            f.truncate(f.tell() + sum(shape.nbytes for shape in shapes))
-        (path / "config.json").write_text(json.dumps({**config, "quantization": entry}))
-        yield path
-
-
-def check_size(name: str, nbytes: int, catalogue: int) -> None:
-    """Refuse shapes that do not add up to the bytes of the catalogue."""
-    encoder = catalogue - nbytes
-    if abs(encoder) > TOLERANCE * catalogue and encoder not in IMAGE_ENCODER_BYTES:
-        raise SystemExit(f"{name}: the shapes give {nbytes:,} bytes, the catalogue {catalogue:,}")
-
-
 def needs(name: str) -> Needs:
     """Plan the model `name` of the catalogue."""
-    from flashmoe.checkpoint.checkpoint import Checkpoint
+    from flashmoe.hub.known_models import CATALOGUE
+    from flashmoe.hub.layouts import compute_layout, open_computed_checkpoint
     from flashmoe.models.loading import PREFILL_SLOTS, plan_memory
     from flashmoe.options import LoadOptions
 
-    known = json.loads(CATALOGUE.read_text())["models"][name]
-    with hollow(CONFIGS[name]) as path:
-        checkpoint = Checkpoint.open(path)
-        check_size(name, sum(file.stat().st_size for file in checkpoint.files), known["bytes"])
+    known = CATALOGUE[name]
+    layout = compute_layout(known)
+    assert layout is not None, "the catalogue's layouts are known"
+    with open_computed_checkpoint(layout) as checkpoint:
         # As on a GPU with memory to spare, which takes a little more than a CPU.
         least, pruned_least = (
             plan_memory(
@@ -225,8 +79,8 @@ def needs(name: str) -> Needs:
         )
         return Needs(
             name=name,
-            repo=known["repo"],
-            disk=known["bytes"],
+            repo=known.repo,
+            disk=layout.nbytes,
             k=checkpoint.top_k,
             num_experts=checkpoint.num_experts,
             dense=checkpoint.dense_nbytes,
@@ -278,7 +132,7 @@ def full() -> Iterator[str]:
         *("memory, at least: K; K=4", "smallest Mac"),
         *(f"{mac}, tokens/s: K; K=4" for mac in MACHINES.values()),
     )
-    for model in map(needs, CONFIGS):
+    for model in map(needs, NAMES):
         speeds = zip(model.speeds, model.pruned_speeds, strict=True)
         yield _row(
             *(f"`{model.name}`", f"{model.disk / 1e9:.0f} GB", f"{model.num_experts}, {model.k}"),

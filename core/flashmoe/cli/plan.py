@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
 from .. import catalog
-from ..checkpoint.checkpoint import Checkpoint
-from ..errors import DownloadError
-from ..files import nearest_existing_parent
 from ..options import EngineOptions
 from ..plan.routing import REAL
 from ..terminal import format_number, json_option, print_json, print_table
 from .options import engine_options, with_preset
-
-if TYPE_CHECKING:
-    from ..plan.estimate import Source
 
 
 @click.command()
@@ -80,8 +73,9 @@ def plan(
     """Predict whether and how fast a model will run.
 
     MODEL is a name (see `flashmoe list`), hub:OWNER/NAME, or the directory of an MLX checkpoint. If
-    it is not on this disk, only its headers are fetched, less than 1 MB. This machine is measured
-    for some five seconds. The exit code is 1 if the model will not run.
+    it is not on this disk, only its headers are fetched, less than 1 MB; those of the names that
+    flashmoe knows are computed where there is no network. This machine is measured for some five
+    seconds. The exit code is 1 if the model will not run.
     """
     from ..plan.machines import find_machine
 
@@ -93,8 +87,9 @@ def plan(
     mac = find_machine(machine) if machine else None
     from ..plan.estimate import PlanOptions, estimate  # late: MLX
     from ..plan.report import render_json, render_text
+    from ..plan.sources import open_model
 
-    with _opened(model) as (checkpoint, source):
+    with open_model(model) as (checkpoint, source):
         options = with_preset(options, catalog.model(model))
         asked |= {"memory": options.memory, "experts": options.experts}
         result = estimate(
@@ -148,41 +143,3 @@ def _print_machines(*, as_json: bool) -> None:
         for mac in known
     ]
     print_table(rows, list(rows[0]), right=("memory", "memory GB/s", "SSD GB/s"))
-
-
-@contextmanager
-def _opened(name: str) -> Iterator[tuple[Checkpoint, Source]]:
-    """Yield the checkpoint of a name, with headers from the hub if it is not on this disk.
-
-    Raises:
-        CheckpointError: it cannot be used.
-        DownloadError: its headers cannot be fetched.
-    """
-    from ..plan.estimate import Source
-
-    model = catalog.model(name)
-    if model.path is not None:
-        path = catalog.find(name)
-        yield Checkpoint.open(path), Source(path)
-        return
-    assert model.published is not None  # or the name would stand for nothing
-    from ..hub import api as hub  # late: huggingface_hub
-    from ..hub import headers as hub_headers
-    from ..hub.download import Download
-
-    try:
-        listing = hub.fetch_listing(model.published.repo, model.published.revision)
-    except DownloadError as e:
-        raise DownloadError(
-            f"{name} is not on this disk ({model.published.size}), and its headers could not be "
-            f"fetched: {e}"
-        ) from e
-    planned = Download(listing)
-    directory = nearest_existing_parent(planned.paths.blobs)
-    with hub_headers.open_remote_checkpoint(listing) as checkpoint:
-        yield (
-            checkpoint,
-            Source(
-                directory, listing.repo, listing.commit, planned.missing_nbytes, planned.free_nbytes
-            ),
-        )

@@ -102,11 +102,12 @@ class TruncatedError(OSError):
     """A response that ended before the file did, without an error of the connection."""
 
 
-def fetch_listing(repo: str, revision: str | None = None) -> Listing:
+def fetch_listing(repo: str, revision: str | None = None, *, patient: bool = True) -> Listing:
     """Ask the hub which files of a repository a model needs.
 
     Args:
         revision: a branch, tag or commit. None: the repository's default branch.
+        patient: whether to ask again after a temporary error.
 
     Raises:
         DownloadError: there is no such repository, it may not be read, it holds no checkpoint, or
@@ -115,7 +116,8 @@ def fetch_listing(repo: str, revision: str | None = None) -> Listing:
     revision = revision or constants.DEFAULT_REVISION
     with translated_errors(repo, revision):
         info = with_retries(
-            lambda: HfApi().model_info(repo, revision=revision, files_metadata=True)
+            lambda: HfApi().model_info(repo, revision=revision, files_metadata=True),
+            attempts=MAX_FAILURES if patient else 1,
         )
         commit = info.sha or ""
         if not constants.REGEX_COMMIT_OID.fullmatch(commit):  # it becomes the name of a directory
@@ -163,7 +165,11 @@ def request_headers() -> dict[str, str]:
     return headers | {"Accept-Encoding": "identity"}
 
 
-def with_retries(call: Callable[[], T], progressed: Callable[[], bool] = lambda: False) -> T:
+def with_retries(
+    call: Callable[[], T],
+    progressed: Callable[[], bool] = lambda: False,
+    attempts: int = MAX_FAILURES,
+) -> T:
     """Return what `call` returns; call it again after temporary errors, with growing waits.
 
     Args:
@@ -171,7 +177,7 @@ def with_retries(call: Callable[[], T], progressed: Callable[[], bool] = lambda:
             count of failures starts anew.
 
     Raises:
-        OSError, HTTPError: the error is not temporary, or came MAX_FAILURES times in a row.
+        OSError, HTTPError: the error is not temporary, or came `attempts` times in a row.
     """
     failures = 0
     while True:
@@ -180,7 +186,7 @@ def with_retries(call: Callable[[], T], progressed: Callable[[], bool] = lambda:
         except (HTTPError, OSError) as e:
             failures = 1 if progressed() else failures + 1
             wait = _wait(e, failures)
-            if wait is None or failures >= MAX_FAILURES:
+            if wait is None or failures >= attempts:
                 raise
             time.sleep(wait)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 #: The prefix of names that are repositories of the hub.
@@ -21,13 +22,14 @@ class Published:
 
     Attributes:
         repo: the repository, owner/name.
-        nbytes: the approximate size of a download; None when only the hub knows.
+        nbytes: the bytes of the weights; None when only the hub knows.
         experts: K, when the name stands for a model with a pruned router.
         revision: a branch, tag or commit; None: the repository's default branch.
         bits: bits of an expert weight.
         trained_k: K that the model was trained with.
         evidence: why `experts` is good enough.
-        verified: name and size were compared with the hub.
+        verified: what the size was compared with: "no" for nothing, "layout" when published bytes
+            equal those of the computed layout, or "hub".
         source: where name and size are from.
     """
 
@@ -39,7 +41,7 @@ class Published:
     trained_k: int | None = None
     licence: str | None = None
     evidence: str | None = None
-    verified: bool = False
+    verified: str = "no"
     source: str | None = None
 
     @property
@@ -55,8 +57,18 @@ def parse_hub_name(name: str) -> Published | None:
     return None if match is None or ".." in name else Published(match[1], revision=match[2])
 
 
+def family_of(name: str) -> str:
+    """Return the family of a checkpoint of the catalogue, such as "Qwen3-30B-A3B"."""
+    return _data()["models"][name]["family"]
+
+
+@cache
+def _data() -> dict:
+    return json.loads((Path(__file__).parent / "known_models.json").read_text())
+
+
 def _read() -> dict[str, Published]:
-    data = json.loads((Path(__file__).parent / "known_models.json").read_text())
+    data = _data()
     catalogue = {}
     for name, entry in data["models"].items():
         catalogue[name] = _published(entry, data["families"][entry["family"]])

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
-from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint, check_experts
@@ -28,6 +27,7 @@ from ..terminal import format_number, waiting_line
 from . import speed_probe
 from .machines import Machine
 from .routing import REAL, Routing, find_routing
+from .sources import Source
 from .speed_model import Costs, Geometry, PromptTime, Step, decode_step, prompt_time
 
 #: Seconds until all machines of a cluster have the sum of a few bytes: assumed, with cables.
@@ -70,34 +70,6 @@ class CheckedOptions(PlanOptions):
     experts: int
     context: int
     prompt: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the headers of a checkpoint are from.
-
-    Attributes:
-        directory: where the weights are, or where they would be downloaded to.
-        repo, commit: repository of the hub; None if the weights are on this machine.
-        to_fetch: bytes that would be downloaded.
-        free: free bytes on the disk that they would be downloaded to.
-    """
-
-    directory: Path
-    repo: str | None = None
-    commit: str | None = None
-    to_fetch: int = 0
-    free: int = 0
-
-    @property
-    def here(self) -> bool:
-        """Whether the weights are on this machine."""
-        return self.repo is None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the disk has enough space for the weights."""
-        return self.here or self.to_fetch < self.free
 
 
 @dataclass(frozen=True)

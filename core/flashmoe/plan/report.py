@@ -36,6 +36,8 @@ def render_json(estimate: PlanEstimate) -> dict[str, Any]:
         "assumed": list(machine.assumed) if machine else [],
         "repo": source.repo,
         "commit": source.commit,
+        "computed": source.unreachable is not None,
+        "layout": source.layout,
         "bytes": _nbytes(checkpoint),
         "to_fetch": source.to_fetch,
         "free": source.free if not source.here else None,
@@ -80,10 +82,14 @@ def render_text(estimate: PlanEstimate) -> Iterator[tuple[str, str]]:
         yield (
             "disk",
             f"{format_size(source.to_fetch)} to download from {source.repo}, "
-            f"{format_size(source.free)} free in {source.directory}; headers only so far",
+            f"{format_size(source.free)} free in {source.directory}",
         )
     else:
         yield "disk", f"on this disk: {source.directory}"
+    if source.unreachable is not None:
+        yield "headers", f"COMPUTED from the known layout, not fetched: {source.unreachable}"
+    elif not source.here:
+        yield "headers", f"fetched{f'; {source.layout}' if source.layout else ''}"
     if estimate.memory is not None:
         yield from _memory_lines(estimate, estimate.memory)
     if estimate.speed is not None:
