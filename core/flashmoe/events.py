@@ -58,7 +58,11 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """A piece of a call's arguments. The pieces of a call, joined, are a JSON object."""
+    """A piece of a call's arguments.
+
+    The pieces of a call, joined, are a JSON object. Those of a call that turns out to have an error
+    are none: its last brace is missing, so that it cannot be taken for a call that can be made.
+    """
 
     index: int
     id: str
@@ -91,7 +95,7 @@ class End:
 
     Attributes:
         finish_reason: "stop" (the model or a stop string ended it), "length" (max_tokens),
-            "tool_calls" (it ended with tool calls) or "cancelled".
+            "tool_calls" (it ended with tool calls, each of which can be made) or "cancelled".
         prompt_tokens, cached_tokens, generated_tokens, reasoning_tokens: token counts. Cached
             tokens are part of the prompt, reasoning tokens part of the generated tokens.
         forced_tokens: generated tokens for which a grammar left no choice. They go through the

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe.chat.messages import ROLES, normalize_messages
+from flashmoe.chat.messages import ROLES, fold_system_messages, normalize_messages
 from flashmoe.errors import SettingError
 
 ASK = {"role": "user", "content": "q"}
@@ -21,6 +21,10 @@ def calls(*ids, name="f", **arguments):
 
 def result(of, content="r"):
     return {"role": "tool", "tool_call_id": of, "content": content}
+
+
+SAID = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def refuses(messages, text):
@@ -81,20 +85,6 @@ def test_reasoning_that_is_not_text_is_refused():
         ({"function": None}, "without the name of a function"),
         ({"function": "f"}, "without the name of a function"),
         ({"function": {"name": 3}}, "without the name of a function"),
-        (
-            {"name": "f", "arguments": "{"},
-            "message 1 calls f with the arguments '{', which are not JSON",
-        ),
-        ({"name": "f", "arguments": '{"a": NaN}'}, "NaN is not JSON"),
-        ({"name": "f", "arguments": '{"a": 1e999}'}, "1e999 is not JSON"),
-        ({"name": "f", "arguments": "[" * 10**5}, "which are not JSON: "),
-        (
-            {"name": "f", "arguments": "3"},
-            "message 1 calls f with the arguments 3: they must be an",
-        ),
-        ({"name": "f", "arguments": "null"}, "with the arguments None: they must be an object"),
-        ({"name": "f", "arguments": []}, "with the arguments []: they must be an object"),
-        ({"name": "f", "arguments": 0}, "with the arguments 0: they must be an object"),
         ({"name": "f", "id": ["a"]}, "message 1 has the id ['a'] for a tool call: give a string"),
         ({"name": "f", "id": 3}, "message 1 has the id 3 for a tool call"),
     ],
@@ -121,7 +111,7 @@ LONG = "x" * 10**6
         {"role": LONG},
         {"role": "user", "content": {LONG: 1}},
         {"role": "user", "content": [{"type": LONG}]},
-        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": LONG}]},
+        {"role": "assistant", "tool_calls": [{"name": 3, "arguments": LONG}]},
         {"role": "tool", "tool_call_id": [LONG]},
     ],
     ids=["role", "content", "block", "arguments", "id"],
@@ -140,19 +130,38 @@ def test_error_text_shortens_long_values(message):
         [{"role": "user", "content": ""}],
         [{"role": "user", "content": " \n"}],
         [{"role": "user", "content": []}],
-        [{"role": "system", "content": "s"}],
+        [{"role": "system", "content": ""}],
         [ASK, {"role": "assistant", "content": "a"}, {"role": "user", "content": "\t"}],
-        [{"role": "user", "content": ""}, {"role": "system", "content": "s"}],
+        [{"role": "user", "content": ""}, {"role": "system", "content": ""}],
     ],
 )
 def test_empty_prompt_is_refused(messages):
     refuses(messages, "the prompt is empty: end with a message that the model can answer")
 
 
-@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
-def test_last_message_from_the_assistant_is_refused(system):
-    answer = {"role": "assistant", "content": "a"}
-    refuses([ASK, answer, *system], "the last message is the assistant's own: end with a message")
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [SYSTEM],
+        [SYSTEM, {"role": "user", "content": ""}],
+        [SYSTEM, {"role": "user", "content": None}],
+    ],
+)
+def test_system_message_alone_is_what_is_answered(messages):
+    assert normalize_messages(messages) == [{"role": "user", "content": "s"}]
+
+
+@pytest.mark.parametrize("start", [[], [SYSTEM]])
+@pytest.mark.parametrize("rest", [[SAID], [calls("a"), result("a")]], ids=["answer", "call"])
+def test_templates_get_a_message_of_the_user(start, rest):
+    first, *others = normalize_messages([*start, *rest])
+    assert first == {"role": "user", "content": "s" if start else ""}
+    assert [m["role"] for m in others] == [m["role"] for m in rest]
+
+
+def test_empty_message_after_a_late_system_message_is_dropped():
+    messages = [ASK, SAID, SYSTEM, {"role": "user", "content": " "}]
+    assert normalize_messages(messages) == [ASK, SAID, SYSTEM]
 
 
 def test_empty_tool_result_is_accepted():
@@ -164,8 +173,50 @@ def test_empty_tool_result_is_accepted():
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_system_messages_are_joined_at_the_start(role):
-    messages = [{"role": role, "content": "one"}, ASK, {"role": "developer", "content": "two"}, ASK]
-    assert normalize_messages(messages) == [{"role": "system", "content": "one\n\ntwo"}, ASK, ASK]
+    messages = [{"role": role, "content": "one"}, {"role": "developer", "content": "two"}, ASK]
+    assert normalize_messages(messages) == [{"role": "system", "content": "one\n\ntwo"}, ASK]
+
+
+def test_late_system_messages_stay_where_they_stand():
+    late = {"role": "developer", "content": "late"}
+    messages = [SYSTEM, ASK, late, SAID, late, ASK]
+    stays = {"role": "system", "content": "late"}
+    assert normalize_messages(messages) == [SYSTEM, ASK, stays, SAID, stays, ASK]
+
+
+def said_by_user(text):
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("messages", "folded"),
+    [
+        ([SYSTEM, ASK], [SYSTEM, ASK]),
+        ([SYSTEM, ASK, SYSTEM], [SYSTEM, said_by_user("q\n\ns")]),
+        ([ASK, SYSTEM, SYSTEM, ASK], [said_by_user("q\n\ns\n\ns"), ASK]),
+        ([ASK, SAID, SYSTEM], [ASK, SAID, said_by_user("s")]),
+        ([ASK, SAID, SYSTEM, ASK], [ASK, SAID, said_by_user("s\n\nq")]),
+        ([ASK, SAID, SYSTEM, SYSTEM, SAID], [ASK, SAID, said_by_user("s\n\ns"), SAID]),
+        (
+            [ASK, calls("a"), result("a"), SYSTEM, SAID],
+            [ASK, calls("a"), result("a"), said_by_user("s"), SAID],
+        ),
+    ],
+)
+def test_late_system_messages_become_text_of_the_user(messages, folded):
+    assert fold_system_messages([{"content": "", **m} for m in messages]) == [
+        {"content": "", **m} for m in folded
+    ]
+
+
+@given(st.lists(st.sampled_from([ASK, SAID, SYSTEM]), min_size=1, max_size=8))
+def test_longer_conversation_keeps_the_folded_messages_before_an_answer(messages):
+    """Otherwise the model would read them again in each turn."""
+    ends = [i for i, m in enumerate(messages) if m is SAID]
+    whole = fold_system_messages(messages)
+    for end in ends:
+        begun = fold_system_messages(messages[:end])
+        assert whole[: len(begun)] == begun
 
 
 @pytest.mark.parametrize("content", ["", None, []])
@@ -248,6 +299,101 @@ def test_empty_tool_calls_are_left_out(tool_calls):
     answer = {"role": "assistant", "content": "x", "tool_calls": tool_calls}
     turn = normalize_messages([ASK, answer, ASK])[1]
     assert turn == {"role": "assistant", "content": "x"}
+
+
+# History is taken as it comes.
+
+
+CUT = '{"path": "filter'
+NOT_MADE = "The call was not made: its arguments are not complete JSON."
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [CUT, "<function=f>\n<parameter=a>\n", '{"a": NaN}', '{"a": 1e999}', "3", "null", "[" * 10**5],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_call_whose_arguments_are_no_object_becomes_text(arguments, nested):
+    function = {"name": "f", "arguments": arguments}
+    call = {"id": "c", "type": "function", "function": function} if nested else function
+    for content in ("", "So:"):
+        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+        turn = normalize_messages([ASK, answer, ASK])[1]
+        text = f"[This call of f was not made: {arguments}]"
+        assert turn == {"role": "assistant", "content": f"{content}\n\n{text}" if content else text}
+
+
+@pytest.mark.parametrize("arguments", [[], 0, ["a"]])
+def test_call_with_arguments_of_another_type_becomes_text(arguments):
+    answer = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    assert "tool_calls" not in normalize_messages([ASK, answer, ASK])[1]
+
+
+@pytest.mark.parametrize("name", ["f", None])
+def test_call_with_an_error_becomes_text(name):
+    call = {"id": "c", "name": name, "arguments": '{"a": 1}', "error": "no such tool"}
+    turn = normalize_messages([ASK, {"role": "assistant", "tool_calls": [call]}, ASK])[1]
+    assert turn["content"].endswith('was not made: {"a": 1}]')
+    assert "tool_calls" not in turn
+
+
+def test_result_of_a_call_that_became_text_says_so():
+    answer = calls("good", "cut")
+    answer["tool_calls"][1] = {"id": "cut", "function": {"name": "f", "arguments": CUT}}
+    messages = [ASK, answer, result("cut", "Invalid JSON"), result("good")]
+    _, turn, *results = normalize_messages(messages)
+    assert [call["id"] for call in turn["tool_calls"]] == ["good"]
+    assert [r["content"] for r in results] == ["r", f"Error: Invalid JSON\n\n{NOT_MADE}"]
+
+
+@pytest.mark.parametrize("arguments", [" ", "\n\t"])
+def test_blank_arguments_are_an_empty_dict(arguments):
+    turn = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    assert normalize_messages([ASK, turn, ASK])[1]["tool_calls"][0]["arguments"] == {}
+
+
+def test_half_a_surrogate_pair_in_arguments_is_replaced():
+    turn = {
+        "role": "assistant",
+        "tool_calls": [{"name": "f", "arguments": '{"a\\ud83d": "\\ude00"}'}],
+    }
+    arguments = normalize_messages([ASK, turn, ASK])[1]["tool_calls"][0]["arguments"]
+    assert arguments == {"a\ufffd": "\ufffd"}
+
+
+@pytest.mark.parametrize(
+    ("content", "thought", "rest"),
+    [
+        ("<think>\nhm\n</think>\n\ny", "hm", "y"),
+        ("\n<think>hm</think>y", "hm", "y"),
+        ("<think>a</think>\n<think>b</think>y", "a\n\nb", "y"),
+        ("<think>\ncut off", "cut off", ""),
+        ("[THINK]hm[/THINK]y", "hm", "y"),
+        ("<think></think>\n\ny", None, "y"),
+        ("y <think>hm</think>", None, "y <think>hm</think>"),
+        ("so: </think>", None, "so: </think>"),
+        ("  y", None, "  y"),
+    ],
+)
+def test_thought_at_the_start_of_a_content_is_a_thought(content, thought, rest):
+    answer = {"role": "assistant", "content": content}
+    turn = normalize_messages([ASK, answer, ASK], ("[THINK]", "[/THINK]"))[1]
+    assert (turn.get("reasoning_content"), turn["content"]) == (thought, rest)
+    given = normalize_messages([ASK, {**answer, "reasoning_content": "own"}, ASK])[1]
+    assert given["reasoning_content"] == "own"
+    asked = normalize_messages([{"role": "user", "content": content}])[0]
+    assert asked["content"] == content
+
+
+def test_blocks_of_thoughts_and_refusals_are_taken_from_the_assistant():
+    blocks = [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "refusal", "refusal": "No"},
+        {"type": "output_text", "text": "."},
+    ]
+    turn = normalize_messages([ASK, {"role": "assistant", "content": blocks}, ASK])[1]
+    assert turn == {"role": "assistant", "content": "No.", "reasoning_content": "hm"}
+    refuses([{"role": "user", "content": blocks[:1]}], "a block of type 'thinking'")
 
 
 # The order of results.
@@ -345,4 +491,6 @@ def test_hostile_messages_are_normalised_or_refused(messages):
         return
     assert all(isinstance(m["content"], str) for m in messages)
     assert all(isinstance(c["arguments"], dict) for m in messages for c in m.get("tool_calls", []))
-    assert [m["role"] for m in messages].count("system") <= (messages[0]["role"] == "system")
+    folded = fold_system_messages(messages)
+    assert "system" not in [m["role"] for m in folded[1:]]
+    assert "user" in [m["role"] for m in messages]

@@ -44,6 +44,12 @@ def parse(tokens, stop=(), in_reasoning=False, why="it ended", tools=TOOLS, spec
             if event.error is None:
                 assert pieces[1] == event.name
                 assert json.loads("".join(pieces[2:])) == event.arguments
+            else:
+                # Clients make a call whose pieces are JSON.
+                with pytest.raises(json.JSONDecodeError):
+                    json.loads("".join(pieces[2:]))
+    errors = [end[2] for end in summary if len(end) == 3]
+    assert parser.calls_are_good == (bool(errors) and errors == [None] * len(errors))
     assert [*calls] == list(range(parser.calls))
     assert len({pieces[0] for pieces in calls.values()}) == len(calls)
     assert parser.answer == "".join(text for kind, text, *_ in summary if kind == "text")

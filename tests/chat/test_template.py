@@ -23,6 +23,9 @@ ADDED = TOKENIZER.get_added_vocab()
 START = ADDED["<|im_start|>"]
 
 
+SYSTEM = {"role": "system", "content": "s"}
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -435,13 +438,145 @@ def test_think_opens_or_closes_the_reasoning(template, think, free, in_structure
     assert prompt.in_reasoning == (expected == OPEN)
 
 
-def test_qwen_template_that_refuses_the_messages_raises_checkpoint_error():
-    tokenizer = qwen.tokenizer("qwen3_5_think", "demo")
-    template = ChatTemplate(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
-    with pytest.raises(CheckpointError, match="refuses the messages: No user query found"):
-        template.build_prompt(called("f", {})[1:])
-    # The template would refuse these messages if normalize_messages did not rewrite them.
-    system = {"role": "system", "content": "s"}
+def qwen_template(name):
+    tokenizer = qwen.tokenizer(name, "demo")
+    return tokenizer, ChatTemplate(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
+
+
+#: Templates, and whether they write system messages where they stand.
+TEMPLATES = [
+    ("qwen3", True),
+    ("qwen3_instruct_2507", True),
+    ("qwen3_5_think", False),
+    ("qwen3_5_nothink", False),
+    ("qwen3_6", False),
+]
+
+
+def test_messages_that_qwen_templates_refuse_are_rewritten():
+    _, template = qwen_template("qwen3_5_think")
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}
     result = {"role": "tool", "content": "r"}
-    assert template.build_prompt([user("q"), call, result, system, user("q")]).in_reasoning
+    assert template.build_prompt([user("q"), call, result, SYSTEM, user("q")]).in_reasoning
+    # "No user query found in messages."
+    assert template.build_prompt([SYSTEM, call, result]).in_reasoning
+    assert template.build_prompt([SYSTEM]).tokens == template.build_prompt([user("s")]).tokens
+
+
+@pytest.mark.parametrize(("name", "keeps"), TEMPLATES)
+def test_late_system_messages_keep_the_start_of_the_prompt(name, keeps):
+    """A conversation with a reminder in each turn is read once."""
+    tokenizer, template = qwen_template(name)
+    messages, last = [SYSTEM], []
+    for turn in range(4):
+        late = {"role": "system", "content": f"Remember {turn}."}
+        messages += [late, user(f"q{turn}")] if turn % 2 else [user(f"q{turn}"), late]
+        prompt = template.build_prompt(messages)
+        assert prompt.tokens[: len(last)] == last
+        last = prompt.tokens[: prompt.cuts[-1]]
+        text = tokenizer.decode(prompt.tokens)
+        assert text.index("Remember 0.") > text.index("q0")
+        # The first system message, and where the template has it so, each of the others.
+        assert text.count("<|im_start|>system") == (turn + 2 if keeps else 1)
+        messages.append({"role": "assistant", "content": "a"})
+    turn = user("q0\n\nRemember 0.")
+    if not keeps:
+        assert (
+            template.build_prompt([SYSTEM, turn]).tokens[: prompt.cuts[0]]
+            == prompt.tokens[: prompt.cuts[0]]
+        )
+
+
+def end_of(tokenizer, prompt):
+    text = tokenizer.decode(prompt.tokens)
+    return text[text.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n") :]
+
+
+@pytest.mark.parametrize("think", [None, True, False])
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("qwen3", CLOSED),
+        ("qwen3_instruct_2507", ""),
+        ("qwen3_5_think", CLOSED),
+        ("qwen3_5_nothink", CLOSED),
+        ("qwen3_6", CLOSED),
+    ],
+)
+def test_last_message_of_the_assistant_is_continued(name, before, think):
+    tokenizer, template = qwen_template(name)
+    if name == "qwen3_instruct_2507" and think:
+        think = None  # this model does not think
+    said = {"role": "assistant", "content": "The answer <|im_end|> is"}
+    prompt = template.build_prompt([SYSTEM, user("q"), said], think=think)
+    assert end_of(tokenizer, prompt) == f"{before}The answer <|im_end|> is"
+    assert (prompt.continues, prompt.in_reasoning) == (True, False)
+    assert ADDED["<|im_end|>"] not in prompt.tokens[prompt.cuts[-1] :]
+    # Up to the turn it is the prompt of a new turn.
+    fresh = template.build_prompt([SYSTEM, user("q")], think=think)
+    assert prompt.cuts == fresh.cuts
+    assert prompt.tokens[: prompt.cuts[-1]] == fresh.tokens[: prompt.cuts[-1]]
+    if before:
+        thought = said | {"reasoning_content": "hm"}
+        prompt = template.build_prompt([SYSTEM, user("q"), thought], think=think)
+        assert end_of(tokenizer, prompt) == f"{OPEN}hm\n</think>\n\nThe answer <|im_end|> is"
+        assert not prompt.in_reasoning
+        thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+        prompt = template.build_prompt([SYSTEM, user("q"), thought], think=think)
+        assert end_of(tokenizer, prompt) == f"{OPEN}hm"
+        assert (prompt.continues, prompt.in_reasoning) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ({"content": "The answer is"}, {"continue_last": False}),
+        ({"content": "The answer is"}, {"structured": True}),
+        ({"content": "", "tool_calls": [{"name": "f", "arguments": {}}]}, {}),
+    ],
+)
+@pytest.mark.parametrize("name", [name for name, _ in TEMPLATES])
+def test_complete_turn_of_the_assistant_is_followed_by_another(name, said, options):
+    tokenizer, template = qwen_template(name)
+    prompt = template.build_prompt([user("q"), {"role": "assistant", **said}], **options)
+    assert end_of(tokenizer, prompt).strip() in ("", OPEN.strip(), CLOSED.strip())
+    assert tokenizer.decode(prompt.tokens).count("<|im_start|>assistant") == 2
+    assert not prompt.continues
+
+
+def test_empty_turn_of_the_assistant_at_the_end_is_left_out():
+    said = {"role": "assistant", "content": ""}
+    assert TEMPLATE.build_prompt([user("q"), said]) == TEMPLATE.build_prompt([user("q")])
+
+
+def test_template_gets_the_variables_that_it_uses():
+    tokenizer, template = qwen_template("qwen3_6")
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "long thought"}
+    messages = [user("q"), thought, user("q")]
+
+    def text(**variables):
+        return tokenizer.decode(template.build_prompt(messages, variables=variables).tokens)
+
+    assert "long thought" in text(preserve_thinking=True)
+    assert text() == text(preserve_thinking=False) == text(unused=["<|im_end|>", {"a": 1}])
+    assert "long thought" not in text()
+
+
+def test_variable_cannot_write_special_tokens():
+    source = "{{ note }}{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    tokenizer = load_tokenizer(find(DEMO))
+    tokenizer._tokenizer.chat_template = source
+    template = ChatTemplate(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
+    prompt = template.build_prompt([user("q")], variables={"note": "<|im_start|>system"})
+    assert tokenizer.decode(prompt.tokens) == "<|im_start|>system<|im_start|>q"
+    assert prompt.tokens.count(START) == 1
+
+
+def test_thought_in_the_content_is_dropped_as_the_template_drops_thoughts():
+    _, template = qwen_template("qwen3_6")
+
+    def length(content):
+        said = {"role": "assistant", "content": content}
+        return len(template.build_prompt([user("x"), said, user("z")]).tokens)
+
+    assert length("<think>\n" + "hm " * 50 + "</think>\n\ny") == length("y")

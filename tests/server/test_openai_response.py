@@ -113,18 +113,20 @@ def test_empty_answer_has_empty_content():
 
 
 def test_invalid_call_is_reported_as_such():
-    """The raw text of arguments that could not be read is kept, and the error is named."""
+    """Its arguments are no JSON, and what the model wrote is beside its error."""
     completion, chunks = complete(
-        ToolCallStart(0, "c0", "add"), ToolCall(0, "c0", "add", None, "<x", "no"), end("tool_calls")
+        ToolCallStart(0, "c0", "add"), ToolCall(0, "c0", "add", None, "<x", "no"), end("stop")
     )
-    assert joined(chunks)["calls"][0]["arguments"] == "<x"
+    assert joined(chunks)["calls"][0]["arguments"] == "{"
     whole = completion.to_dict()
-    assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "<x"
-    assert whole["flashmoe"]["invalid_tool_calls"][0]["error"] == "no"
-    # Without a name the text cannot be shown as a call.
-    completion, chunks = complete(ToolCall(0, "c0", "", None, "<x", "no"), end("tool_calls"))
+    assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "{"
+    assert whole["choices"][0]["finish_reason"] == "stop"
+    invalid = {"index": 0, "id": "c0", "name": "add", "error": "no", "text": "<x"}
+    assert whole["flashmoe"]["invalid_tool_calls"] == [invalid]
+    # Without a name it cannot be shown as a call.
+    completion, chunks = complete(ToolCall(0, "c0", "", None, "<x", "no"), end("stop"))
     assert joined(chunks)["reason"] == "stop"
-    assert completion.to_dict()["choices"][0]["finish_reason"] == "stop"
+    assert "tool_calls" not in completion.to_dict()["choices"][0]["message"]
 
 
 def output_error(reason: str) -> errors.OutputError:

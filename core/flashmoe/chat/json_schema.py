@@ -311,8 +311,12 @@ def _target(root: Any, pointer: str) -> Any:
     return target
 
 
-def loads(text: str) -> Any:
+def loads(text: str, *, lone_surrogates: bool = False) -> Any:
     """Parse JSON text strictly, so that every value can be written as JSON again.
+
+    Args:
+        lone_surrogates: replace half of a surrogate pair by U+FFFD. Clients that cut text inside an
+            emoji send one.
 
     Raises:
         ValueError: the text is not JSON, or it has numbers beyond the range of floats, or half of a
@@ -328,5 +332,18 @@ def loads(text: str) -> Any:
 
     value = json.loads(text, parse_constant=refuse, parse_float=finite)
     if "\\ud" in text.lower():
+        if lone_surrogates:
+            return _without_lone_surrogates(value)
         json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _without_lone_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_lone_surrogates(v) for v in value]
+    if isinstance(value, dict):
+        clean = _without_lone_surrogates
+        return {clean(k): clean(v) for k, v in value.items()}
     return value

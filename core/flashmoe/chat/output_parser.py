@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,8 @@ class OutputParser:
         stop: stop strings: the text of the answer ends before the first of them.
         in_reasoning: the prompt ends inside reasoning.
         run: calls a function that checks values by a schema.
+        continues: the answer goes on with a text that has begun, so that white space at its start
+            belongs to it.
 
     Attributes:
         kind: what the next token belongs to: "answer", "reasoning" or "call".
@@ -46,6 +49,8 @@ class OutputParser:
         stop: tuple[str, ...] = (),
         in_reasoning: bool = False,
         run: Run = directly,
+        *,
+        continues: bool = False,
     ):
         self._run = run
         self._out: list[Iterable[Event]] = []
@@ -53,9 +58,13 @@ class OutputParser:
         self._special = special
         self._tools = tools or {}
         self._stop = stop
+        self._made: list[_CallEvents] = []
         self._detokenizer = tokenizer.detokenizer
         self._held = ""
-        self._at_start = True  # nothing of this stretch of text was emitted yet
+        if continues:
+            with suppress(AttributeError):  # a detokenizer that does not drop a space at the start
+                self._detokenizer.text, self._detokenizer.offset = "x", 1
+        self._at_start = not continues  # nothing of this stretch of text was emitted yet
         self._call: _CallEvents | None = None
         self.kind = "reasoning" if in_reasoning else "answer"
         self.stopped = False
@@ -100,6 +109,11 @@ class OutputParser:
         elif self.kind == "answer":
             self._emit(len(self._held))
         return self._taken()
+
+    @property
+    def calls_are_good(self) -> bool:
+        """Whether each call of the answer can be made, after all events were iterated."""
+        return bool(self._made) and all(call.good for call in self._made)
 
     def _taken(self) -> Iterable[Event]:
         """Return what `_out` holds, and empty it."""
@@ -171,6 +185,7 @@ class OutputParser:
             assert name is not None, "call_start is a token only where there is a parser"
             parser = TOOL_PARSERS[name](self._tools, self._run)
             self._call = _CallEvents(self.calls, parser, self._tools, self._run)
+            self._made.append(self._call)
             self.calls += 1
 
 
@@ -189,6 +204,7 @@ class _CallEvents:
         self._parser = parser
         self._tools = tools
         self._started = False
+        self.good = False
         self._text = ""
         self._error: str | None = None
 
@@ -212,13 +228,14 @@ class _CallEvents:
                 error = self._run(call_error, name, parsed, self._tools)
                 arguments = None if error else parsed
                 yield from self._start()
-                if rest:
+                if rest and error is None:
                     yield ToolCallArguments(self._index, self._id, rest)
             except MalformedCall as e:
                 error = f"the call cannot be read: {e}"
             except LimitError as e:
                 error = f"checking the arguments {e}"
         text = self._text.strip("\n")
+        self.good = error is None
         yield ToolCall(self._index, self._id, self._parser.name or "", arguments, text, error)
 
     def _start(self) -> Iterator[Event]:

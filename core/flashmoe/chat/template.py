@@ -7,6 +7,7 @@ and models wrote is text: a special token in it is encoded as the characters tha
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..bounded import calls
 from ..errors import CheckpointError, LimitError, SettingError
-from .messages import normalize_messages
+from .messages import THINK, fold_system_messages, normalize_messages
 from .rendering import render
 from .special_tokens import SpecialTokens
 from .tools import Tool
@@ -40,11 +41,13 @@ class Prompt:
             there is a cut at a place depends only on the tokens up to it, so a longer conversation
             is split at the same places. The last cut is just before the turn to be generated.
         in_reasoning: the prompt ends inside reasoning.
+        continues: the prompt ends inside a turn of the assistant that has begun.
     """
 
     tokens: list[int]
     cuts: tuple[int, ...]
     in_reasoning: bool
+    continues: bool = False
 
 
 class ChatTemplate:
@@ -67,8 +70,10 @@ class ChatTemplate:
         *,
         think: bool | None = None,
         structured: bool = False,
+        variables: dict[str, Any] | None = None,
+        continue_last: bool = True,
     ) -> Prompt:
-        """Return the prompt for the next turn of the assistant.
+        """Return the prompt for the next turn of the assistant, or for the rest of its last one.
 
         Args:
             messages: the conversation; see `flashmoe.chat.messages`.
@@ -76,6 +81,9 @@ class ChatTemplate:
             think: True opens reasoning, False closes it, and None leaves that to the template.
             structured: the answer will follow a grammar. The grammar begins after the reasoning,
                 so for a model that opens reasoning by itself the prompt must open it.
+            variables: more variables for the template.
+            continue_last: go on with the last message if it is the assistant's own. A turn that has
+                called tools is complete, and so is one before an answer that is structured.
 
         Raises:
             SettingError: the messages or options cannot be used.
@@ -93,22 +101,31 @@ class ChatTemplate:
             )
         if think and self._special.think_start is None:
             raise SettingError("think=True: this model does not reason; leave think out")
-        messages = normalize_messages(messages)
+        messages = normalize_messages(messages, self._think_markers)
+        if any(m["role"] == "system" for m in messages[1:]) and not self._keeps_system_messages:
+            messages = fold_system_messages(messages)
         definitions = [tool.definition for tool in (tools or {}).values()]
         try:
-            seam, (messages, definitions) = _break_special_tokens(
-                self._tokenizer, (messages, definitions)
+            seam, (messages, definitions, variables) = _break_special_tokens(
+                self._tokenizer, (messages, definitions, variables or {})
             )
         except RecursionError as e:
             raise SettingError(
                 "the messages or tools have data that is nested too deeply: use flatter data"
             ) from e
+        begun = None
+        if messages[-1] == {"role": "assistant", "content": ""}:
+            messages = messages[:-1]  # nothing was said
+        if continue_last and not structured and _can_go_on(messages[-1]):
+            *messages, begun = messages
+            # A thought that was cut off goes on; after a text it is too late to begin one.
+            think = think if begun.get("reasoning_content") and not begun["content"] else False
         may_reason = self._special.think_start is not None and think is not False
         thinks = [think, False] if may_reason else [think]
-        text, *without = self._render([messages] * len(thinks), definitions, thinks)
+        text, *without = self._render([messages] * len(thinks), definitions, thinks, variables)
         in_reasoning = False
         if self._special.think_start is not None:
-            start, end = self._tokenizer.think_start, self._tokenizer.think_end
+            start, end = self._think_markers
             in_reasoning = text.rfind(start) > text.rfind(end)
             if in_reasoning and think is False:
                 text += f"\n{end}\n\n"
@@ -122,13 +139,37 @@ class ChatTemplate:
                 if responds and structured:
                     text += f"{start}\n"
                     in_reasoning = True
+        if begun is not None:
+            text, in_reasoning = self._go_on(text, begun)
         tokens = self.encode(*text.split(seam))
         if not tokens:
             raise CheckpointError(
                 "the checkpoint's chat template writes nothing for these messages: download it "
                 "again"
             )
-        return Prompt(tokens, self._find_cuts(tokens), in_reasoning)
+        return Prompt(tokens, self._find_cuts(tokens), in_reasoning, begun is not None)
+
+    @property
+    def _think_markers(self) -> tuple[str, str]:
+        """What the model writes around its thoughts."""
+        if self._special.think_start is None:
+            return THINK
+        return self._tokenizer.think_start, self._tokenizer.think_end
+
+    def _go_on(self, text: str, begun: dict[str, Any]) -> tuple[str, bool]:
+        """Return a prompt with the turn that has begun, and whether it ends inside reasoning.
+
+        Args:
+            text: the prompt up to the turn, and how the template begins a turn without reasoning.
+        """
+        thought, content = begun.get("reasoning_content"), begun["content"]
+        start, end = self._think_markers
+        turn = self._turn_start[1].partition(start)[0]
+        if not thought or not turn or self._special.think_start is None:
+            return text + content, False
+        before = f"{text[: text.rindex(turn)]}{turn}{start}\n{thought}"
+        # The model was cut off inside its thought, or has closed it.
+        return (f"{before}\n{end}\n\n{content}", False) if content else (before, True)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of a text as it is encoded in a message: without special tokens."""
@@ -148,6 +189,8 @@ class ChatTemplate:
         conversations: list[list[dict]],
         tools: list[dict] | None,
         thinks: list[bool | None],
+        variables: dict[str, Any] | None = None,
+        *,
         answer: bool = True,
     ) -> list[str]:
         """Return the texts of conversations, all within one limit of time.
@@ -158,15 +201,16 @@ class ChatTemplate:
         Args:
             thinks: whether to reason, for each of them. None leaves the choice to the template;
                 mlx-lm's default forces reasoning on.
+            variables: more variables, for all of them.
             answer: end with the beginning of the assistant's turn.
         """
         tokenizer = self._tokenizer
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        fixed = {**special, "add_generation_prompt": answer}
+        fixed = {**(variables or {}), **special, "add_generation_prompt": answer}
         try:
             source = tokenizer.get_chat_template(tools=tools or None)
-            variables = [{**fixed, "enable_thinking": think} for think in thinks]
-            arguments = source, conversations, tools or None, variables
+            all_variables = [{**fixed, "enable_thinking": think} for think in thinks]
+            arguments = source, conversations, tools or None, all_variables
             return calls.call(render, *arguments, seconds=RENDER_SECONDS, group=calls.TEMPLATES)
         except LimitError as e:
             raise SettingError(
@@ -179,7 +223,7 @@ class ChatTemplate:
             raise CheckpointError(f"the checkpoint's chat template cannot be chosen: {e}") from e
 
     def _find_cuts(self, tokens: list[int]) -> tuple[int, ...]:
-        header = self._header
+        header, _ = self._turn_start
         if not header:
             return ()
         starts = [i for i, token in enumerate(tokens) if token == header[0] and i]
@@ -189,20 +233,46 @@ class ChatTemplate:
         return tuple(sorted(cuts))
 
     @cached_property
-    def _header(self) -> list[int]:
-        """The tokens that each turn of the assistant starts with, or [] if no marker is first."""
+    def _turn_start(self) -> tuple[list[int], str]:
+        """The tokens and the text that each turn of the assistant starts with.
+
+        The tokens are [] if no marker is first. The text is "" if there is none, and ends as the
+        text of a turn that has no reasoning begins.
+        """
         ask = {"role": "user", "content": "x"}
         history = [ask, {"role": "assistant", "content": "y"}, ask]
         try:
             base, turn = self._render([[ask], history], None, [None, None], answer=False)
             turns = [*self._render([[ask], [ask]], None, [True, False]), turn]
         except CheckpointError:
-            return []
+            return [], ""
         if not all(turn.startswith(base) for turn in turns):
-            return []
+            return [], ""
+        text = os.path.commonprefix([t[len(base) :] for t in turns])
         # White space at the end is left out: it may form one token with the text that follows.
-        header = self.encode(os.path.commonprefix([t[len(base) :] for t in turns]).rstrip())
-        return header if header and header[0] in self._special.non_text else []
+        header = self.encode(text.rstrip())
+        return header if header and header[0] in self._special.non_text else [], text
+
+    @cached_property
+    def _keeps_system_messages(self) -> bool:
+        """Whether the template writes a system message that stands after others, and there."""
+        ask, said = {"role": "user", "content": "1x1"}, {"role": "assistant", "content": "2x2"}
+        late = {"role": "system", "content": "3x3"}
+        ends = [[ask, said, ask, late], [ask, said, late, ask], [ask, late], [ask, said, late]]
+        try:
+            before, *texts = self._render([[ask], *ends], None, [None] * 5, answer=False)
+        except CheckpointError:
+            return False
+        order = [[m["content"] for m in messages] for messages in ends]
+        found = [re.findall(r"(\d)x\1", text) for text in texts]
+        places = [[content[0] for content in contents] for contents in order]
+        return found == places and all(text.startswith(before) for text in texts)
+
+
+def _can_go_on(message: dict[str, Any]) -> bool:
+    """Return whether a message is a turn of the assistant that is not complete."""
+    begun = message["role"] == "assistant" and "tool_calls" not in message
+    return begun and bool(message["content"] or message.get("reasoning_content"))
 
 
 def _break_special_tokens(tokenizer: Any, value: Any) -> tuple[str, Any]:

@@ -54,6 +54,9 @@ class MalformedCall(ValueError):
 class ToolCallParser(Protocol):
     """Parses one tool call, given in pieces without its markers.
 
+    The last brace of the arguments comes only from `finish`, so that the pieces of a call that
+    turns out to be none are no JSON.
+
     Attributes:
         name: the name of the function, or None while it is not known.
         text: all text that was fed.
@@ -203,8 +206,8 @@ class HermesCallParser:
         while self._at < len(self.text) and not self._complete:
             self._complete = self._closes(self.text[self._at])
             self._at += 1
-        if self._at > start:
-            yield self.text[start : self._at]
+        if (end := self._at - self._complete) > start:
+            yield self.text[start:end]
 
     def finish(self) -> tuple[str, dict, str]:
         """Check the call after its last piece; see `ToolCallParser.finish`.
@@ -229,7 +232,7 @@ class HermesCallParser:
         yielded = schemas.loads(self.text[self._start : self._at])
         if self.name != call["name"] or json.dumps(yielded, ensure_ascii=False) != text:
             raise MalformedCall('it has a "name" or "arguments" twice')
-        return self.name, arguments, ""
+        return self.name, arguments, "}"
 
     def _closes(self, c: str) -> bool:
         """Follow the next character of the arguments, and return whether they end with it."""

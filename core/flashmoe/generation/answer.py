@@ -90,8 +90,6 @@ class AnswerState:
         }[reason]
         in_reasoning = self.parser.kind == "reasoning"
         self.delivery.events(self.parser.finish(why))
-        if self.parser.calls and reason == "stop":
-            reason = "tool_calls"
         checked = reason != "cancelled" and not self.parser.calls and self.constraint.covers_answer
 
         def last() -> Event:
@@ -101,7 +99,9 @@ class AnswerState:
             except OutputError as e:
                 e.end = end
                 raise
-            return replace(end, finish_reason=reason)
+            # Whether a call can be made is known when its events were made, which may take long.
+            called = reason == "stop" and self.parser.calls_are_good
+            return replace(end, finish_reason="tool_calls" if called else reason)
 
         self.delivery.last(last, late=checked and self.rules.schema is not None)
 

@@ -30,7 +30,7 @@ from .sequence import ActiveSequence
 
 if TYPE_CHECKING:
     from ..cluster.lead import Cluster
-    from ..models.qwen_moe import StreamingMoE
+    from ..models.streaming_moe import StreamingMoE
 
 DEFAULT_MAX_TOKENS = 4096
 
@@ -94,6 +94,8 @@ class LoadedModel:
             rules.tools,
             think=request.think,
             structured=request.constrain and (rules.structured or must_call),
+            variables=request.chat_template_kwargs,
+            continue_last=request.continue_last,
         )
         max_tokens = self._max_tokens(request, prompt.tokens)
         newlines = self.template.encode("\n"), self.template.encode("\n\n")
@@ -104,6 +106,7 @@ class LoadedModel:
             request.stop,
             prompt.in_reasoning,
             calls.call,
+            continues=prompt.continues,
         )
         return AnswerState(
             request=request,

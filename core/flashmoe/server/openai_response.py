@@ -125,15 +125,20 @@ class ChatCompletion(Answer):
         if call.error is None:
             return []
         self._invalid.append(
-            {"index": call.index, "id": call.id, "name": call.name, "error": call.error}
+            {
+                "index": call.index,
+                "id": call.id,
+                "name": call.name,
+                "error": call.error,
+                "text": call.text,
+            }
         )
         known = self._calls.get(call.index)
         if not call.name or (known and known["function"]["arguments"]):
             return []
-        # The raw text is sent as arguments: clients would take a call without arguments for one
-        # that needs none.
+        # Clients would take a call without arguments for one that needs none.
         first = [] if known else [self._start_call(call.index, call.id, call.name)]
-        return [*first, self._add_arguments(call.index, call.text)]
+        return [*first, self._add_arguments(call.index, "{")]
 
     def _finish(self, end: End) -> list[dict]:
         self._end = end
@@ -145,8 +150,7 @@ class ChatCompletion(Answer):
 
     @property
     def _finish_reason(self) -> str:
-        reason = self.end.finish_reason
-        return "stop" if reason == "tool_calls" and not self._calls else reason
+        return self.end.finish_reason
 
     @property
     def _figures(self) -> dict:
