@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 
+from flashmoe.checkpoint.quantization import FLOAT_MODES
 from flashmoe.ops.cpu import gemm, matvec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -33,6 +34,27 @@ def quantised(shape, bits, group_size, dtype, seed=0):
     parts = _raw(scales, dtype), _raw(biases, dtype)
     packed = matvec.Packed(np.array(q.view(mx.uint8)), *parts, bits, group_size, dtype)
     return packed, np.array(values)
+
+
+def small_floats(shape, mode, seed=0):
+    """Return a random stack of small floats, as Packed, and its values in float32.
+
+    Args:
+        shape: (slots, rows, columns).
+        mode: one of `FLOAT_MODES`.
+    """
+    form = FLOAT_MODES[mode]
+    w = mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16)
+    how = {"group_size": form.group_size, "bits": form.bits, "mode": mode}
+    q, scales = mx.quantize(w, **how)
+    values = np.array(mx.dequantize(q, scales, dtype=mx.float32, **how))
+    return packed_floats(np.array(q.view(mx.uint8)), np.array(scales), mode), values
+
+
+def packed_floats(weight, scales, mode):
+    """Return a stack of small floats from its bytes and scales."""
+    form = FLOAT_MODES[mode]
+    return matvec.Packed(weight, scales, None, form.bits, form.group_size, form.scale_dtype)
 
 
 def unquantised(shape, dtype, seed=0):

@@ -9,8 +9,9 @@ from functools import reduce
 from llvmlite import ir
 from numba.core import cgutils
 
-#: Bytes of a stored value of each dtype.
-SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+FLOATS = ("bfloat16", "float16", "float32")
+#: Bytes of a stored value of each dtype. e8m0 and e4m3 are the scales of small floats.
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "e8m0": 1, "e4m3": 1}
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F32 = ir.FloatType()
@@ -49,7 +50,13 @@ def floats(builder, address, count, dtype):
     def every(value):
         return constants([value] * count)
 
-    raw = builder.zext(load(builder, address, ir.IntType(16), count), ints)
+    raw = builder.zext(load(builder, address, ir.IntType(8 * SIZES[dtype]), count), ints)
+    if dtype == "e4m3":
+        return e4m3(builder, raw)
+    if dtype == "e8m0":  # the exponent; that of 0 is a denormal
+        denormal = builder.icmp_unsigned("==", raw, every(0))
+        power = builder.select(denormal, every(1 << 22), builder.shl(raw, every(23)))
+        return builder.bitcast(power, floats)
     if dtype == "bfloat16":
         return builder.bitcast(builder.shl(raw, every(16)), floats)
     # By integers: without F16C, LLVM calls a library function for fpext that numba does not have.
@@ -62,6 +69,45 @@ def floats(builder, address, count, dtype):
     is_tiny = builder.icmp_unsigned("<", size, every(0x400))
     bits = builder.select(is_tiny, builder.bitcast(tiny, ints), normal)
     return builder.bitcast(builder.or_(bits, sign), floats)
+
+
+def e4m3(builder, raw):
+    """Return the values of a vector of int32 that hold e4m3, in float32."""
+    ints, floats = raw.type, ir.VectorType(F32, raw.type.count)
+
+    def every(value):
+        return constants([value] * ints.count)
+
+    size = builder.and_(raw, every(0x7F))
+    sign = builder.shl(builder.xor(raw, size), every(24))
+    normal = builder.add(builder.shl(size, every(20)), every(120 << 23))
+    tiny = builder.fmul(builder.sitofp(size, floats), ir.Constant(floats, [2.0**-9] * ints.count))
+    is_tiny = builder.icmp_unsigned("<", size, every(8))
+    bits = builder.select(is_tiny, builder.bitcast(tiny, ints), normal)
+    is_nan = builder.icmp_unsigned("==", size, every(0x7F))
+    bits = builder.select(is_nan, every(0x7FC00000), bits)
+    return builder.bitcast(builder.or_(bits, sign), floats)
+
+
+def in_steps(builder, part, many, sums, step, rest) -> None:
+    """Emit loops over the part start..stop of n, in steps of `many`.
+
+    If it is the last part, what is left of n after whole steps follows one by one.
+
+    Args:
+        part: (start, stop, n).
+        sums: two for each row of x: for `step` and for `rest`.
+        step, rest: emit the body of a loop, from the index and the sums.
+    """
+    start, stop, n = part
+    whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
+    is_last = builder.icmp_signed("==", stop, n)
+    end, left = builder.select(is_last, whole, stop), builder.select(is_last, whole, n)
+    bodies, rests = zip(*sums, strict=True)
+    with cgutils.for_range_slice(builder, start, end, I64(many)) as (at, _):
+        step(at, bodies)
+    with cgutils.for_range_slice(builder, left, n, I64(1)) as (at, _):
+        rest(at, rests)
 
 
 def add_product(builder, total, a, b):

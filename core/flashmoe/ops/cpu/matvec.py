@@ -22,8 +22,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from . import int8
-from .llvm import SIZES
+from . import int8, small_floats
+from .llvm import FLOATS, SIZES
 from .multi_row import BLOCK, rows_kernel, rows_scratch
 from .unpack import BITS, GROUP_SIZES, arrange, arrangement, block_kernel
 
@@ -53,18 +53,18 @@ _SCRATCH = rows_scratch(_MANY)
 class Packed:
     """A stack of S matrices (out, in) as they are stored in an MLX checkpoint, seen by numpy.
 
-    A quantised value is scale * q + bias. All arrays are C-contiguous. Keep the object: it holds
-    what each call needs of these arrays.
+    A quantised value is scale * q + bias, or scale * q where q is a small float. All arrays are
+    C-contiguous. Keep the object: it holds what each call needs of these arrays.
 
     Attributes:
-        weight: (S, out, row_bytes) uint8. Affine: MLX's little-endian bit stream, `bits` for each
-            value along `in`. Unquantised: the raw bytes of bf16, f16 or f32 values.
-        scales, biases: (S, out, in // group_size) uint16 (raw bits of bf16 or f16) or float32; None
-            when unquantised.
-        bits: 2, 3, 4, 5, 6, 8 (affine), 16 or 32.
-        group_size: 32, 64, 128, or 0 when unquantised.
+        weight: (S, out, row_bytes) uint8. Quantised: MLX's little-endian bit stream, `bits` for
+            each value along `in`. Unquantised: the raw bytes of bf16, f16 or f32 values.
+        scales, biases: (S, out, in // group_size) uint16 (raw bits of bf16 or f16), float32, or
+            uint8 (the scales of small floats, which have no biases); None when unquantised.
+        bits: 2, 3, 4, 5, 6, 8 (quantised), 16 or 32.
+        group_size: 32, 64, 128, or 0 when unquantised; see `small_floats.FORMATS` too.
         dtype: the dtype of scales and biases, or of unquantised weights: "bfloat16", "float16" or
-            "float32".
+            "float32"; "e8m0" or "e4m3" for the scales of small floats.
         activations: "float32", or "int8": products of up to INT8_ROWS rows round x, where
             `int8.supports` the format.
 
@@ -81,15 +81,18 @@ class Packed:
     activations: str = "float32"
 
     def __post_init__(self):
-        affine = self.bits in BITS and self.group_size in GROUP_SIZES and self.dtype in SIZES
-        if not affine and (self.group_size or self.bits != 8 * SIZES.get(self.dtype, 0)):
+        affine = self.bits in BITS and self.group_size in GROUP_SIZES and self.dtype in FLOATS
+        plain = not self.group_size and self.dtype in FLOATS and self.bits == 8 * SIZES[self.dtype]
+        if not (affine or plain or self.is_small_float):
             raise ValueError(
                 f"no CPU kernel for {self.bits} bits, group size {self.group_size}, {self.dtype}"
             )
         slots, height, width = self.shape
         check_array("weight", self.weight, np.uint8, (slots, height, width * self.bits // 8))
-        stored = np.float32 if self.dtype == "float32" else np.uint16
-        for name in ("scales", "biases") if affine else ():
+        stored = np.uint16 if affine else np.uint8
+        if self.dtype == "float32":
+            stored = np.float32
+        for name in ("scales", "biases") if affine else () if plain else ("scales",):
             shape = slots, height, width // self.group_size
             check_array(name, getattr(self, name), stored, shape)
             if width % self.group_size:
@@ -102,9 +105,15 @@ class Packed:
         return slots, height, row_bytes * 8 // self.bits
 
     @property
+    def is_small_float(self) -> bool:
+        """Whether a quantised value is a float of 4 or 8 bits."""
+        return (self.bits, self.group_size, self.dtype) in small_floats.FORMATS
+
+    @property
     def rounds_x(self) -> bool:
         """Whether products of few rows round x to int8."""
-        return self.activations == "int8" and int8.supports(self.bits, self.group_size)
+        supported = not self.is_small_float and int8.supports(self.bits, self.group_size)
+        return self.activations == "int8" and supported
 
     @property
     def matvec_rows(self) -> int:
@@ -126,9 +135,9 @@ class Packed:
         return *parts, self.weight.shape[2], scale_row, n
 
     @property
-    def x_order(self) -> tuple[int, int, bool]:
+    def x_order(self) -> tuple[int, int, bool, bool]:
         """What the order of x in memory depends on: see `_arranged`."""
-        return self.bits, self.group_size, self.rounds_x
+        return self.bits, self.group_size, self.rounds_x, self.is_small_float
 
     def kernel(self, op: str) -> int:
         """Return the address of the kernel for this format and `op`, see `block_kernel`."""
@@ -292,11 +301,12 @@ def _tiles(slots: np.ndarray, many: int) -> np.ndarray:
 
 def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     """Return the rows of x, (R, in), in the order in which the kernels of w read them: (R, ...)."""
-    if not w.group_size:
+    if not w.group_size or (w.is_small_float and w.bits == 8):
         return x
     if w.rounds_x:
         return int8.quantised(x, w.bits, w.group_size)
-    index, factor, sums = arrangement(w.bits, w.group_size, w.shape[2] // w.group_size)
+    groups = w.shape[2] // w.group_size
+    index, factor, sums = arrangement(w.bits, w.group_size, groups, not w.is_small_float)
     out = aligned(len(x), index.size)
     arrange(x, index, factor, sums, out)
     return out

@@ -15,7 +15,8 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from .llvm import F32, I64, load, offset, pointer, store_sum, zeros
-from .unpack import affine_dot, plain_dot, row_bytes, step_words, sum_lanes
+from .small_floats import decoder
+from .unpack import emitters, row_bytes, step_words, sum_lanes
 
 #: The most matrix rows of a task.
 BLOCK = 16
@@ -27,24 +28,24 @@ _SUMS = 64
 
 @intrinsic(prefer_literal=True)
 def _emit_part(
-    typingctx, rows, bits, group_size, dtype, w, scales, biases, xs, start, stop, n, out, kept
+    typingctx, rows, bits, group_size, dtype, how, w, scales, biases, xs, start, stop, n, out, kept
 ):
     """Multiply the part start..stop of a matrix row by `rows` rows of x.
 
     The sums are stored at the address `kept` between parts, and added up into `out` after the last.
 
     Args:
-        rows, bits, group_size, dtype: literals, the number of rows of x and the format.
+        rows, bits, group_size, dtype, how: literals, the number of rows of x and the format.
         w, scales, biases: addresses, of the matrix row.
         xs: the address of the addresses of the rows of x.
         start, stop, n: groups, or inputs when unquantised; n is those of the whole row.
         out, kept: addresses.
     """
-    form = [t.literal_value for t in (bits, group_size, dtype)]
-    count, dot = rows.literal_value, affine_dot if form[1] else plain_dot
+    form = [t.literal_value for t in (bits, group_size, dtype, how)]
+    count, (_, dot) = rows.literal_value, emitters(form)
 
     def codegen(context, builder, signature, args):
-        *weights, xs, start, stop, n, out, kept = args[4:]
+        *weights, xs, start, stop, n, out, kept = args[5:]
         ats = [offset(builder, xs, I64(r), 8) for r in range(count)]
         xs = [builder.load(builder.inttoptr(at, I64.as_pointer())) for at in ats]
         sums, places = [], []
@@ -69,7 +70,7 @@ def _emit_part(
                     store_sum(builder, sums[r], builder.add(out, I64(4 * BLOCK * r)))
         return context.get_dummy_value()
 
-    return types.void(rows, bits, group_size, dtype, *[types.int64] * 9), codegen
+    return types.void(rows, bits, group_size, dtype, how, *[types.int64] * 9), codegen
 
 
 @cache
@@ -85,7 +86,7 @@ def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
             (rows, BLOCK).
     """
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
-    depth = _DEPTH
+    depth, how = _DEPTH, decoder()
     if group_size:
         whole = step_words(bits, group_size) * 32 // (bits * group_size)
         depth = max(1, _DEPTH // (whole * group_size)) * whole
@@ -103,6 +104,7 @@ def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
                     bits,
                     group_size,
                     dtype,
+                    how,
                     w_at,
                     scales + skip,
                     biases + skip,

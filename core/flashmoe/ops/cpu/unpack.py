@@ -9,12 +9,13 @@ register of values, at any bit width.
 The vectors are written as LLVM vectors: LLVM's loop vectoriser reached half of this speed on the
 same loops, and took 20 times as long to compile. LLVM splits them where registers are narrower.
 
-In the functions that emit code, `form` is the format (bits, group_size, dtype), and w, scales,
-biases, x and out are addresses as LLVM values.
+In the functions that emit code, `form` is the format (bits, group_size, dtype, how); `how` is for
+small floats (see `small_floats`). w, scales, biases, x and out are addresses as LLVM values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import lcm
 
@@ -25,6 +26,7 @@ from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from . import small_floats
 from .llvm import (
     F32,
     I32,
@@ -33,6 +35,7 @@ from .llvm import (
     add_product,
     constants,
     floats,
+    in_steps,
     load,
     offset,
     pointer,
@@ -82,13 +85,15 @@ def step_words(bits: int, group_size: int) -> int:
 
 
 @cache
-def arrangement(bits: int, group_size: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrangement(
+    bits: int, group_size: int, n: int, has_biases: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the order in which the product of rows of n groups reads x: (index, factor, sums).
 
     Element i is x[index[i]] * factor[i]; but element sums[b] is the sum of the 32 values from
     32 * b on, which is multiplied by the bias. For each vector of words, the values for its piece
     0, then those for piece 1, ..., and the sums are stored together. Groups that do not fill a step
-    are vectors of their own.
+    are vectors of their own. Without biases there are no sums, and all factors are 1.
     """
     mask, source, power = pieces(bits)
     count, group = len(mask), bits * group_size // 32
@@ -96,9 +101,13 @@ def arrangement(bits: int, group_size: int, n: int) -> tuple[np.ndarray, np.ndar
     whole = word.size - word.size % step_words(bits, group_size)
     lanes = np.where(word < whole, _LANES, group)
     lane = np.where(word < whole, word, word - whole) % lanes
-    at = (word - lane) * (count + 1) + lane + np.arange(count + 1)[:, None] * lanes
-    index, factor = np.zeros(at.size, np.int32), np.zeros(at.size, np.float32)
-    index[at[:-1]] = word // bits * 32 + source[:, word % bits]
+    rows = count + has_biases
+    at = (word - lane) * rows + lane + np.arange(rows)[:, None] * lanes
+    index, factor = np.zeros(at.size, np.int32), np.ones(at.size, np.float32)
+    index[at[:count]] = word // bits * 32 + source[:, word % bits]
+    if not has_biases:
+        return index, factor, np.zeros(0, np.int32)
+    factor[at[-1]] = 0
     factor[at[:-1]] = power[:, word % bits]
     return index, factor, at[-1, ::bits].astype(np.int32)
 
@@ -125,7 +134,7 @@ def affine_dot(builder, form, w, scales, biases, xs, part, sums):
         sums: for each row of x the two vector sums to which the product is added: one of _LANES
             lanes over whole steps, and one of a group's words over groups that do not fill a step.
     """
-    bits, group_size, dtype = form
+    bits, group_size, dtype, _ = form
     mask, _, _ = pieces(bits)
     words = bits * group_size // 32  # of a group
 
@@ -166,7 +175,7 @@ def affine_dot(builder, form, w, scales, biases, xs, part, sums):
             builder.store(value, total)
 
     many = step_words(bits, group_size) // words
-    _in_steps(
+    in_steps(
         builder,
         part,
         many,
@@ -185,7 +194,7 @@ def plain_dot(builder, form, w, scales, biases, xs, part, sums):
         sums: for each row of x the two vector sums to which the product is added: one over whole
             steps, and one over the rest.
     """
-    _, _, dtype = form
+    dtype = form[2]
 
     def step(i, lanes, totals):
         at = offset(builder, w, i, SIZES[dtype])
@@ -196,7 +205,7 @@ def plain_dot(builder, form, w, scales, biases, xs, part, sums):
             builder.store(add_product(builder, builder.load(total), values, factor), total)
 
     many = 2 * _LANES
-    _in_steps(
+    in_steps(
         builder,
         part,
         many,
@@ -206,30 +215,9 @@ def plain_dot(builder, form, w, scales, biases, xs, part, sums):
     )
 
 
-def _in_steps(builder, part, many, sums, step, rest) -> None:
-    """Emit loops over the part start..stop of n, in steps of `many`.
-
-    If it is the last part, what is left of n after whole steps follows one by one.
-
-    Args:
-        part: (start, stop, n).
-        sums: two for each row of x: for `step` and for `rest`.
-        step, rest: emit the body of a loop, from the index and the sums.
-    """
-    start, stop, n = part
-    whole = builder.mul(builder.udiv(n, I64(many)), I64(many))
-    is_last = builder.icmp_signed("==", stop, n)
-    end, left = builder.select(is_last, whole, stop), builder.select(is_last, whole, n)
-    bodies, rests = zip(*sums, strict=True)
-    with cgutils.for_range_slice(builder, start, end, I64(many)) as (at, _):
-        step(at, bodies)
-    with cgutils.for_range_slice(builder, left, n, I64(1)) as (at, _):
-        rest(at, rests)
-
-
 def _affine_unpack(builder, form, w, scales, biases, x, n, out):
     """Emit the unpacking of a quantised matrix row of n groups."""
-    bits, group_size, dtype = form
+    bits, group_size, dtype, _ = form
     bit = [value * bits for value in range(32)]
     words = [b // 32 for b in bit]
     # The word with the upper bits of a value that crosses into it. Those of a value that does not
@@ -282,13 +270,13 @@ def sum_lanes(bits: int, group_size: int) -> tuple[int, int]:
 
 
 @intrinsic(prefer_literal=True)
-def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out):
-    form = [t.literal_value for t in (bits, group_size, dtype)]
-    unpack, dot = (_affine_unpack, affine_dot) if form[1] else (_plain_unpack, plain_dot)
+def _emit(typingctx, op, bits, group_size, dtype, how, w, scales, biases, x, n, out):
+    form = [t.literal_value for t in (bits, group_size, dtype, how)]
+    unpack, dot = emitters(form)
     op_ = op.literal_value
 
     def codegen(context, builder, signature, args):
-        *weights, x, n, out = args[4:]
+        *weights, x, n, out = args[5:]
         if op_ == "unpack":
             unpack(builder, form, *weights, x, n, out)
         else:
@@ -297,11 +285,19 @@ def _emit(typingctx, op, bits, group_size, dtype, w, scales, biases, x, n, out):
             store_sum(builder, sums[0], out)
         return context.get_dummy_value()
 
-    return types.void(op, bits, group_size, dtype, *[types.int64] * 6), codegen
+    return types.void(op, bits, group_size, dtype, how, *[types.int64] * 6), codegen
+
+
+def emitters(form: Sequence) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return the functions that emit the code of a format: to unpack a row, and to multiply it."""
+    bits, group_size, dtype, _ = form
+    if (bits, group_size, dtype) in small_floats.FORMATS:
+        return small_floats.unpack, small_floats.dot
+    return (_affine_unpack, affine_dot) if group_size else (_plain_unpack, plain_dot)
 
 
 @cache
-def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
+def block_kernel(op: str, bits: int, group_size: int, dtype: str, how: str | None = None) -> CFunc:
     """Return the compiled kernel of one format, whose code lives as long as this object does.
 
     The kernel's arguments, all int64:
@@ -314,10 +310,12 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
 
     Args:
         op: "dot" to write one float32 for each matrix row, "unpack" to write the rows themselves.
+        how: how small floats are decoded, see `small_floats.fastest`; by default as this CPU does.
     """
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
     out_bytes = 4 * (group_size or 1)
     unpacks = op == "unpack"
+    how_ = how or small_floats.decoder()
 
     @cfunc(types.void(*[types.int64] * 7), cache=True)
     def block(w, scales, biases, x, height, n, out):
@@ -325,7 +323,7 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str) -> CFunc:
         for r in range(height):
             w_at, skip = w + r * n * weight_bytes, r * n * scale_bytes
             to = out + r * out_row
-            _emit(op, bits, group_size, dtype, w_at, scales + skip, biases + skip, x, n, to)
+            _emit(op, bits, group_size, dtype, how_, w_at, scales + skip, biases + skip, x, n, to)
 
     return block
 
