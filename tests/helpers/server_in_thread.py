@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import httpx
@@ -22,15 +23,17 @@ def serve(
     limits: Limits | None = None,
     send_buffer: int | None = None,
     connections: ConnectionLimits | None = None,
-    **access,
+    models: Sequence[ServedModel] = (),
+    **options,
 ):
     """Yield the running `Server` with `server.url`, its address, and `server.connections`.
 
     Args:
+        models: if none, one model of this name, with an alias.
         send_buffer: bytes that the operating system buffers until the client reads them.
     """
-    served = ServedModel((name, "alias"), context=4096, thinks=True, created=7)
-    server = Server(engine, served, limits, **access)
+    served = ServedModel((name, "alias"), context=4096, thinks=True, created=7, path=engine.path)
+    server = Server(engine, models or served, limits, **options)
     ready = threading.Event()
     with serving.bind_socket("127.0.0.1", 0) as bound:
         if send_buffer is not None:

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import SettingError
-from .openai_errors import ApiError
+from .openai_errors import ApiError, body_for
 
 #: Paths that need no key. They tell nothing but that the server runs.
 PUBLIC_PATHS = ("/health",)
@@ -110,7 +110,7 @@ class AccessMiddleware:
             return
         error = ApiError(
             401,
-            "the API key is missing or wrong: send it as Authorization: Bearer KEY",
+            "the API key is missing or wrong: send it as Authorization: Bearer KEY or as x-api-key",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -118,10 +118,13 @@ class AccessMiddleware:
 
 
 def _carries_key(scope: Scope, key: bytes) -> bool:
-    scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-    # compare_digest takes the same time wherever the first difference is.
-    same = hmac.compare_digest(given.strip().encode("latin-1"), key)
-    return scheme.lower() == "bearer" and same
+    headers = Headers(scope=scope)
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    bearer = given if scheme.lower() == "bearer" else ""
+    # Anthropic's clients send x-api-key. compare_digest takes the same time wherever the first
+    # difference is.
+    sent = [text.strip().encode("latin-1") for text in (bearer, headers.get("x-api-key", ""))]
+    return any([hmac.compare_digest(text, key) for text in sent])
 
 
 def _hostname(host: str) -> str:
@@ -133,6 +136,6 @@ def _hostname(host: str) -> str:
 
 
 async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send an error as the whole response."""
-    response = JSONResponse(error.body(), error.status, error.headers)
+    """Send an error as the whole response, in the form of the API that the path belongs to."""
+    response = JSONResponse(body_for(scope["path"], error), error.status, error.headers)
     await response(scope, receive, send)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from .. import requests
@@ -96,7 +96,7 @@ class Answering:
         answer: Answer | None = None
         try:
             with ExitStack() as place:
-                call = await self.read(Request(scope, receive), api.read, place)
+                call = await self._read(Request(scope, receive), api.read, place)
                 answer = call.answer
                 work = self._stream(call, stream) if call.stream else self._complete(call)
                 response = await self._run_while_connected(receive, work)
@@ -112,7 +112,28 @@ class Answering:
             else:
                 await send_error(error, scope, receive, send)
 
-    async def read(
+    async def compute(
+        self,
+        read: Callable[[bytes, ServedModels], dict],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Answer a request whose response is made without the engine, as an ASGI application.
+
+        Args:
+            read: turns the body into the JSON of the response.
+        """
+        try:
+            with ExitStack() as place:
+                content = await self._read(Request(scope, receive), read, place)
+            await send_in_time(JSONResponse(content)(scope, receive, send))
+        except ClientDisconnect:
+            self.metrics.count("disconnects")
+        except Exception as e:
+            await send_error(to_api_error(e), scope, receive, send)
+
+    async def _read(
         self, request: Request, read: Callable[[bytes, ServedModels], _T], place: ExitStack
     ) -> _T:
         """Return what `read` makes of the body of a request, on a thread.

@@ -23,14 +23,19 @@ from ..engine import Engine
 from .access import AccessMiddleware
 from .answering import Answering, Limits
 from .chat_completions import CHAT_COMPLETIONS
+from .messages import MESSAGES, count_tokens
 from .model_list import model_list, model_object
-from .openai_errors import ApiError
+from .openai_errors import ApiError, body_for
 from .openai_response import shutting_down
+from .responses import ResponseStore, responses_api
 from .served_model import ServedModel, ServedModels
+from .token_counts import tokenize
 
 log = logging.getLogger("flashmoe")
 
 _MODELS, _HEALTH, _METRICS = "/v1/models", "/health", "/metrics"
+#: Endpoints that answer without the engine.
+_COMPUTED = {"/v1/messages/count_tokens": count_tokens, "/tokenize": tokenize}
 
 
 class Server:
@@ -40,6 +45,7 @@ class Server:
         engine: the engine that answers.
         models: the model as clients see it, or several names of it with a K of their own.
         limits: None: the defaults.
+        store: how many responses are kept for clients of the Responses API.
         key, origins: see `flashmoe.server.access.AccessMiddleware`.
     """
 
@@ -49,18 +55,25 @@ class Server:
         models: ServedModel | Sequence[ServedModel],
         limits: Limits | None = None,
         *,
+        store: int = 0,
         key: str | None = None,
         origins: Sequence[str] = (),
     ):
         self._engine = engine
         self._models = ServedModels([models] if isinstance(models, ServedModel) else models)
+        self._store = ResponseStore(store)
         self._answering = Answering(engine, self._models, limits or Limits())
         self.metrics = self._answering.metrics
         routes = [
             *(
                 Route(api.path, _Endpoint(partial(self._answering.answer, api)), methods=["POST"])
-                for api in (CHAT_COMPLETIONS,)
+                for api in (CHAT_COMPLETIONS, responses_api(self._store), MESSAGES)
             ),
+            *(
+                Route(path, _Endpoint(partial(self._answering.compute, read)), methods=["POST"])
+                for path, read in _COMPUTED.items()
+            ),
+            Route("/v1/responses/{id}", self._stored_response, methods=["GET", "DELETE"]),
             Route(_MODELS, self._list_models),
             Route(_MODELS + "/{name:path}", self._get_model),
             Route(_HEALTH, self._health),
@@ -102,6 +115,11 @@ class Server:
     async def _get_model(self, request: Request) -> Response:
         return JSONResponse(model_object(self._models.find(request.path_params["name"])))
 
+    async def _stored_response(self, request: Request) -> Response:
+        id = request.path_params["id"]
+        use = self._store.delete if request.method == "DELETE" else self._store.response
+        return JSONResponse(use(id))
+
     async def _health(self, request: Request) -> Response:
         if self._answering.stopping.is_set() or self._engine.closed:
             raise shutting_down()
@@ -129,15 +147,15 @@ class _Endpoint:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path[:200]
-    chat = CHAT_COMPLETIONS.path
     texts = {
-        404: f"there is no {path!r} here: use POST {chat}, GET {_MODELS}, {_HEALTH} or {_METRICS}",
-        405: f"{path!r} does not accept {request.method}: use POST for {chat} and GET for the "
-        "others",
+        404: f"there is no {path!r} here: use POST {CHAT_COMPLETIONS.path}, /v1/responses, "
+        f"{MESSAGES.path} or /v1/completions, GET {_MODELS}, {_HEALTH} or {_METRICS}",
+        405: f"{path!r} does not accept {request.method}: answers are asked for with POST, and the "
+        "others with GET",
     }
     text = texts.get(error.status_code, error.detail)
     return await _api_error(request, ApiError(error.status_code, text, headers=error.headers))
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, error.headers)
+    return JSONResponse(body_for(request.url.path, error), error.status, error.headers)

@@ -1,4 +1,4 @@
-"""Errors of the server in the form of OpenAI's API."""
+"""Errors of the server, in the form of each API."""
 
 from __future__ import annotations
 
@@ -38,6 +38,29 @@ class ApiError(Exception):
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {"message": str(self), "type": kind.get(self.status, default)}
         return {"error": error | {"param": self.param, "code": self.code}}
+
+
+#: Anthropic's names of errors by status.
+_ANTHROPIC = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_ANTHROPIC |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+_ANTHROPIC |= {504: "timeout_error"}
+
+
+def anthropic_body(error: ApiError) -> dict:
+    """Return an error as Anthropic's API has it."""
+    default = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC.get(error.status, default)
+    text = str(error) if error.param is None else f"{error.param}: {error}"
+    return {"type": "error", "error": {"type": kind, "message": text}}
+
+
+def body_for(path: str, error: ApiError) -> dict:
+    """Return the JSON of an error in the form of the API to which a path belongs."""
+    if path.startswith("/v1/messages"):
+        return anthropic_body(error)
+    if path.startswith("/api/"):
+        return {"error": str(error)}  # Ollama's
+    return error.body()
 
 
 def invalid_field(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
