@@ -35,6 +35,37 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log probability.
+
+    Attributes:
+        text, data: what it stands for, which may be a part of a character.
+        logprob: after penalties and grammar, before temperature and the options that leave out
+            tokens.
+    """
+
+    text: str
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The log probability of a token of the text, for a request that asks for it.
+
+    It comes before the Text that the token completes. A token that a grammar forced has the
+    probability 1. Tokens of the reasoning and of tool calls have no such event.
+
+    Attributes:
+        token: the token that was chosen.
+        top: the likeliest tokens in its place, in order.
+    """
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Reasoning:
     """A piece of the reasoning before the answer."""
 
@@ -172,4 +203,6 @@ class End:
         }
 
 
-Event = Progress | Text | Reasoning | ToolCallStart | ToolCallArguments | ToolCall | End
+Event = (
+    Progress | Text | Logprobs | Reasoning | ToolCallStart | ToolCallArguments | ToolCall | End
+)

@@ -71,6 +71,15 @@ class OutputParser:
         self.calls = 0
         self.answer = ""
 
+    @property
+    def holds_text(self) -> bool:
+        """Whether there is text of which it is not known yet whether it belongs to the answer."""
+        return self.kind == "answer" and (self.stopped or bool(self._held))
+
+    def is_text(self, token: int) -> bool:
+        """Return whether the next token belongs to the text of the answer."""
+        return self.kind == "answer" and not self.stopped and token not in self._special.non_text
+
     def feed(self, token: int) -> Iterable[Event]:
         """Return the events that the next token completes, and none after a stop string.
 

@@ -15,6 +15,8 @@ from ..grammar.rules import OutputRules
 from ..requests import Request
 from .delivery import Delivery
 from .job import Cancellation
+from .logprobs import LogprobReporter
+from .sampling import Sampled
 
 
 @dataclass
@@ -35,6 +37,7 @@ class AnswerState:
         generated: tokens generated so far.
         reasoning: the generated tokens that are reasoning.
         forced: the generated tokens that a grammar forced.
+        logprobs: reports the probabilities of tokens; None: they were not asked for.
         cut: max_tokens kept some forced tokens out, so that the answer is not complete.
     """
 
@@ -50,6 +53,7 @@ class AnswerState:
     generated: int = 0
     reasoning: int = 0
     forced: int = 0
+    logprobs: LogprobReporter | None = None
     cut: bool = False
 
     def finish_reason(self) -> str | None:
@@ -66,13 +70,23 @@ class AnswerState:
         self.cut = len(tokens) > left
         return tokens[:left]
 
-    def emit_tokens(self, tokens: list[int], *, forced: int) -> None:
-        """Count generated tokens, of which `forced` were forced, and emit their events."""
-        self.forced += forced
+    def emit_tokens(self, tokens: list[int], first: Sampled | None = None) -> None:
+        """Count generated tokens and emit their events.
+
+        Args:
+            first: the first of them, which was sampled; None if all of them were forced.
+        """
+        self.forced += len(tokens) - (first is not None)
         for token in tokens:
             self.reasoning += self.parser.kind == "reasoning"
             self.generated += 1
-            self.delivery.events(self.parser.feed(token))
+            if self.logprobs is not None and self.parser.is_text(token):
+                self.logprobs.add(first or Sampled(token))
+            first = None
+            events = self.parser.feed(token)
+            if self.logprobs is not None and not self.parser.holds_text:
+                self.delivery.events(self.logprobs.take())
+            self.delivery.events(events)
 
     def finish(self, reason: str, end: End) -> None:
         """Emit what the parser held back, and the last event.
@@ -89,6 +103,8 @@ class AnswerState:
             "cancelled": "it was cancelled",
         }[reason]
         in_reasoning = self.parser.kind == "reasoning"
+        if self.logprobs is not None and not self.parser.stopped:
+            self.delivery.events(self.logprobs.take())
         self.delivery.events(self.parser.finish(why))
         checked = reason != "cancelled" and not self.parser.calls and self.constraint.covers_answer
 

@@ -13,19 +13,20 @@ from ..chat.special_tokens import SpecialTokens
 from ..chat.template import ChatTemplate
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import read_tokenizer
-from ..errors import ContextError
+from ..errors import ContextError, SettingError
 from ..grammar.constraint import Constraint, MatcherFactory
 from ..grammar.rules import output_rules
 from ..memory.footprint import prompt_cache_nbytes
 from ..models.loading import load_streaming
 from ..options import EngineOptions
-from ..requests import SMALLEST, Request
+from ..requests import SMALLEST, Request, bias_token
 from .answer import AnswerState
 from .delivery import Delivery
 from .job import Job
+from .logprobs import LogprobReporter
 from .prompt import PromptPrefill, PromptReader
 from .prompt_cache import PromptCache, open_store
-from .sampling import Sampler
+from .sampling import Penalties, Sampler
 from .sequence import ActiveSequence
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class LoadedModel:
         """
         start, request = perf_counter(), job.request
         self.experts_per_token(request)
+        self._biases(request)
         rules = output_rules(request, self.special_tokens)
         must_call = request.tool_choice not in ("auto", "none")
         prompt = self.template.build_prompt(
@@ -120,6 +122,7 @@ class LoadedModel:
             delivery=Delivery(job),
             cancelled=job.cancelled,
             started=perf_counter() - start,
+            logprobs=None if request.logprobs is None else LogprobReporter(self.tokenizer),
         )
 
     def start_sequence(self, answer: AnswerState) -> ActiveSequence:
@@ -131,12 +134,15 @@ class LoadedModel:
         prefill = self._reader.start(
             answer.prompt, answer.delivery.event, experts=k, keep=request.cache, forced=forced
         )
-        sampler = Sampler(
-            self._sampler_settings(request),
+        penalties = Penalties(
             request.repetition_penalty,
-            secrets.randbits(64) if request.seed is None else request.seed,
-            [*answer.prompt.tokens, *forced],
+            request.presence_penalty,
+            request.frequency_penalty,
+            self._biases(request),
         )
+        seed = secrets.randbits(64) if request.seed is None else request.seed
+        settings = self._sampler_settings(request)
+        sampler = Sampler(settings, penalties, seed, answer.prompt.tokens, request.logprobs)
         return ActiveSequence(self.model, answer, prefill, sampler, k, forced)
 
     def experts_per_token(self, request: Request) -> int:
@@ -161,6 +167,23 @@ class LoadedModel:
             )
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         return min(left, wanted)
+
+    def _biases(self, request: Request) -> dict[int, float]:
+        """Return what is added to the logits, by token.
+
+        Raises:
+            SettingError: the model has no such token.
+        """
+        biases = {}
+        size = self.checkpoint.text_config["vocab_size"]
+        for key, bias in (request.logit_bias or {}).items():
+            token = bias_token(key)
+            if token is None or token >= size:
+                raise SettingError(
+                    f"logit_bias has the token {key!r}: this model has the tokens 0 to {size - 1}"
+                )
+            biases[token] = float(bias)
+        return biases
 
     def _sampler_settings(self, request: Request) -> dict[str, Any]:
         """Return arguments of mlx-lm's make_sampler."""

@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..events import End
 from ..memory.system import peak
 from ..models.layerwise import Chunk, ChunkResult
-from ..models.qwen_moe import StreamingMoE, StreamingStats
+from ..models.streaming_moe import StreamingMoE, StreamingStats
 from .answer import AnswerState
 from .prompt import PromptPrefill
 from .sampling import Sampler
@@ -105,7 +105,8 @@ class ActiveSequence:
             return None
         self._steps = 1
         self._first_token = perf_counter()
-        self.answer.emit_tokens(self._forced, forced=len(self._forced))
+        self._sampler.record(self._forced)
+        self.answer.emit_tokens(self._forced)
         assert self.prefill.logits is not None, "the whole prompt is prefilled"
         return self.answer.finish_reason() or self._sample(self.prefill.logits)
 
@@ -120,12 +121,13 @@ class ActiveSequence:
 
     def _sample(self, logits: mx.array) -> str | None:
         answer = self.answer
-        token = self._sampler.sample(logits, answer.constraint.mask)
+        sampled = self._sampler.sample(logits, answer.constraint.mask)
+        token = sampled.token
         if answer.constraint.is_end(token):
             return "stop"
         self._next = answer.within_limit([token, *answer.constraint.accept(token)])
         self._sampler.record(self._next)
-        answer.emit_tokens(self._next, forced=len(self._next) - 1)
+        answer.emit_tokens(self._next, sampled)
         self._context += len(self._next)
         return answer.finish_reason()
 
