@@ -27,7 +27,7 @@ flashmoe.files
 flashmoe.bounded flashmoe.locks flashmoe.private_dirs flashmoe.process_limits flashmoe.system_errors
 flashmoe.sizes flashmoe.requests flashmoe.terminal
 flashmoe.errors
-flashmoe.events flashmoe.shutdown flashmoe_metal
+flashmoe.events flashmoe.macos flashmoe.shutdown flashmoe_metal
 """
 
 #: `flashmoe` itself imports its public names when they are first used, for type checkers.

@@ -18,6 +18,11 @@ from ..files import PARTIAL, publish
 from .safetensors_header import ITEM_BYTES
 
 
+#: The data of a file begins at a multiple of this, a page of a Mac: drives write whole blocks of a
+#: file into memory by themselves.
+DATA_ALIGNMENT = 16384
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor to write. dtype is the name that safetensors has for it, such as "BF16"."""
@@ -32,8 +37,11 @@ class TensorSpec:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def encode_header(tensors: Sequence[TensorSpec]) -> bytes:
-    """Return the header of a file of these tensors in this order, its length in front of it."""
+def encode_header(tensors: Sequence[TensorSpec], alignment: int = 8) -> bytes:
+    """Return the header of a file of these tensors in this order, its length in front of it.
+
+    The data behind it begins at a multiple of `alignment`.
+    """
     entries: dict[str, dict] = {"__metadata__": {"format": "mlx"}}
     end = 0
     for t in tensors:
@@ -44,7 +52,7 @@ def encode_header(tensors: Sequence[TensorSpec]) -> bytes:
         }
         end += t.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -65,7 +73,7 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
         self.path = path
         self.partial = path.with_name(path.name + PARTIAL)
-        head = encode_header(tensors)
+        head = encode_header(tensors, DATA_ALIGNMENT)
         self.nbytes = len(head)
         self._starts = {}
         for t in tensors:

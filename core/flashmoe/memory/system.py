@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+from .. import macos
 
 #: What a machine keeps for itself when no budget is given: at least this much, and a tenth.
 _RESERVE = 10**9
@@ -46,9 +47,12 @@ def default_budget(free: int) -> int:
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process holds now (on macOS: the same as `peak`)."""
+    """Return the bytes of memory that this process holds now.
+
+    On macOS this is its footprint, which counts the memory of the GPU as well.
+    """
     if sys.platform == "darwin":
-        return peak()
+        return macos.footprint()[0]
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -56,7 +60,7 @@ def resident() -> int:
 def peak() -> int:
     """Return the most bytes of memory that this process has held so far."""
     if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return macos.footprint()[1]
     # Not getrusage: on Linux its figure starts from what the parent held at the fork.
     status = Path("/proc/self/status").read_text()
     high_water = re.search(r"^VmHWM:\s+([0-9]+) kB", status, re.MULTILINE)

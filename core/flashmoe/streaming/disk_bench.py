@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 
+from .. import macos
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.file_identity import FileIdentity
 from .drives import Drive
@@ -213,6 +214,8 @@ def forget(file: Path) -> None:
     if sys.platform == "linux":
         with open(file, "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    elif sys.platform == "darwin":
+        macos.drop_cached_pages(file)
 
 
 def _cpu_seconds() -> float:

@@ -1,7 +1,7 @@
 """Remember how each drive is read fastest, as `flashmoe bench disk` measured it.
 
 The file is {"version": 1, "drives": {"254:0": {"io": "direct", "depth": 8, "split": 0}}}, by device
-number.
+number, on macOS by the UUID of the volume.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import user_dirs
+from .. import macos, user_dirs
 from ..errors import SettingError
 from .io_modes import BLOCK, IO_MODES
 
@@ -47,9 +47,8 @@ class Drive:
 
 
 #: The default where nothing was measured. On Linux direct reads gave 1.6 to 2 times the tokens per
-#: second of buffered ones when memory was short (docs/experiments.md). Nobody has measured macOS
-#: yet; F_NOCACHE comes closest to direct reads there.
-DEFAULT = Drive("uncached" if sys.platform == "darwin" else "direct")
+#: second of buffered ones when memory was short (docs/experiments.md). Nobody has measured macOS.
+DEFAULT = Drive("direct")
 
 
 def file() -> Path:
@@ -67,15 +66,14 @@ def drive_of(path: Path) -> Drive:
 
 def measured(path: Path) -> Drive | None:
     """Return what was measured for the drive that holds `path`, or None."""
-    entry = _read().get(_key(path))
-    if entry is None:
+    drives = _read()
+    if not drives:
         return None
+    key = _key(path)
     try:
-        return Drive(**entry)
+        return Drive(**drives[key]) if key in drives else None
     except (TypeError, ValueError):
-        log.warning(
-            "%s: the entry of %s is not valid and is ignored: remove it", file(), _key(path)
-        )
+        log.warning("%s: the entry of %s is not valid and is ignored: remove it", file(), key)
         return None
 
 
@@ -91,6 +89,8 @@ def remember(path: Path, drive: Drive) -> None:
 
 
 def _key(path: Path) -> str:
+    if sys.platform == "darwin" and (uuid := macos.volume_id(path)):
+        return uuid
     device = os.stat(path).st_dev
     return f"{os.major(device)}:{os.minor(device)}"
 

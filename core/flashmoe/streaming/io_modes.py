@@ -3,10 +3,11 @@
     buffered   through the page cache, which keeps the bytes
     uncached   through the page cache, which does not keep them (RWF_DONTCACHE of Linux 6.14, or
                dropped after the read; F_NOCACHE on macOS)
-    direct     past the page cache (O_DIRECT): the drive writes into the buffer itself if the buffer
-               lies in blocks of memory as the range lies in blocks of the file (see `BLOCK`), and
-               otherwise into an aligned buffer of each thread, from which the bytes are copied.
-               Where the system has no O_DIRECT, the same as uncached
+    direct     past the page cache (O_DIRECT; on macOS F_NOCACHE with whole blocks): the drive
+               writes into the buffer itself if the buffer lies in blocks of memory as the range
+               lies in blocks of the file (see `BLOCK`), and otherwise into an aligned buffer of
+               each thread, from which the bytes are copied. Where the system has neither, the
+               same as uncached
 
 The last two are for slots that hold most of what is used again.
 """
@@ -102,7 +103,11 @@ class Direct(Uncached):
 
     def open(self, path: Path) -> int:
         if not _O_DIRECT:
-            return super().open(path)
+            fd = super().open(path)
+            if sys.platform == "darwin":
+                # macOS copies a read through the page cache unless it is of whole blocks.
+                self.direct.add(fd)
+            return fd
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
         except OSError as e:

@@ -1,0 +1,183 @@
+"""Tests what macOS is asked, with a stand-in of its library: no test runs on a Mac."""
+
+import ctypes
+import fcntl
+import os
+import plistlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from flashmoe import macos
+from flashmoe.memory import system
+from flashmoe.streaming import drives, io_modes
+from flashmoe.streaming.disk_bench import forget
+from flashmoe.streaming.io_modes import BLOCK, Direct
+
+#: `rusage_info_v4` of <sys/resource.h>: a UUID, then 64-bit numbers in this order.
+FIELDS = [
+    "user_time",
+    "system_time",
+    "pkg_idle_wkups",
+    "interrupt_wkups",
+    "pageins",
+    "wired_size",
+    "resident_size",
+    "phys_footprint",
+    "proc_start_abstime",
+    "proc_exit_abstime",
+    "child_user_time",
+    "child_system_time",
+    "child_pkg_idle_wkups",
+    "child_interrupt_wkups",
+    "child_pageins",
+    "child_elapsed_abstime",
+    "diskio_bytesread",
+    "diskio_byteswritten",
+    "cpu_time_qos_default",
+    "cpu_time_qos_maintenance",
+    "cpu_time_qos_background",
+    "cpu_time_qos_utility",
+    "cpu_time_qos_legacy",
+    "cpu_time_qos_user_initiated",
+    "cpu_time_qos_user_interactive",
+    "billed_system_time",
+    "serviced_system_time",
+    "logical_writes",
+    "lifetime_max_phys_footprint",
+    "instructions",
+    "cycles",
+    "billed_energy",
+    "serviced_energy",
+    "interval_max_phys_footprint",
+    "runnable_time",
+]
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in of libSystem, which says what is put into it."""
+    told = SimpleNamespace(usage={}, status=0, pressure=1, dropped=[])
+
+    def proc_pid_rusage(pid, flavor, buffer):
+        assert (pid, flavor) == (os.getpid(), 4)
+        numbers = (ctypes.c_uint64 * len(FIELDS)).from_address(ctypes.addressof(buffer._obj) + 16)
+        for i, name in enumerate(FIELDS):
+            numbers[i] = told.usage.get(name, i)
+        return told.status
+
+    def sysctlbyname(name, old, size, new, new_size):
+        assert name == b"kern.memorystatus_vm_pressure_level"
+        assert (size._obj.value, new, new_size.value) == (4, None, 0)
+        old._obj.value = told.pressure
+        return told.status
+
+    def msync(start, size, flags):
+        told.dropped.append((start.value % BLOCK, size.value, flags.value))
+        return 0
+
+    calls = proc_pid_rusage, sysctlbyname, msync
+    stand_in = SimpleNamespace(**{call.__name__: call for call in calls})
+    monkeypatch.setattr(macos, "_library", lambda: stand_in)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    return told
+
+
+def test_footprint_has_the_size_of_apples_struct():
+    assert ctypes.sizeof(macos._ProcessUsage) == 16 + 8 * len(FIELDS)
+
+
+def test_memory_of_the_process_falls_when_it_is_freed(library):
+    library.usage = {"phys_footprint": 500, "lifetime_max_phys_footprint": 900}
+    assert (system.resident(), system.peak()) == (500, 900)
+    library.usage["phys_footprint"] = 200
+    assert (system.resident(), system.peak()) == (200, 900)
+
+
+def test_memory_that_is_not_told_is_an_error(library):
+    library.status = -1
+    with pytest.raises(OSError, match="does not tell the memory"):
+        system.resident()
+
+
+def test_pressure_is_normal_where_it_is_not_told(library):
+    library.pressure = 4
+    assert macos.pressure() == 4
+    library.status = -1
+    assert macos.pressure() == 1
+
+
+def test_cached_pages_of_a_file_are_dropped_once(library, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(3 * BLOCK + 5))
+    forget(file)
+    assert library.dropped == [(0, 3 * BLOCK + 5, 2)]
+    file.write_bytes(b"")
+    forget(file)
+    assert len(library.dropped) == 1
+
+
+def test_drive_is_known_by_the_uuid_of_its_volume(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CONFIG", str(tmp_path / "config"))
+    volumes = {"VolumeUUID": "A-1"}
+
+    def run(command, **kwargs):
+        assert command[:3] == ["/usr/sbin/diskutil", "info", "-plist"]
+        assert os.path.ismount(command[3])
+        return SimpleNamespace(stdout=plistlib.dumps(volumes))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    model = tmp_path / "model"
+    model.mkdir()
+    drives.remember(model, drives.Drive("uncached", 3))
+    assert drives.measured(model) == drives.Drive("uncached", 3)
+    volumes["VolumeUUID"] = "B-2"
+    assert drives.measured(model) is None
+    assert drives.drive_of(model).io == "direct"
+    del volumes["VolumeUUID"]  # network drives have none: by number, as elsewhere
+    assert drives.measured(model) is None
+
+
+@pytest.mark.parametrize("phase", [0, 8, 59])
+def test_direct_reads_are_of_whole_blocks_past_the_page_cache(
+    library, tmp_path, monkeypatch, phase
+):
+    """Only such reads go by DMA on macOS."""
+    file = tmp_path / "file"
+    content = np.random.default_rng(0).integers(0, 256, 5 * BLOCK, np.uint8)
+    file.write_bytes(content.tobytes())
+    flags, reads = [], []
+
+    def preadv(fd, buffers, start):
+        for buffer in buffers:
+            view = np.frombuffer(buffer, np.uint8)
+            reads.append((start % BLOCK, view.size % BLOCK, view.ctypes.data % BLOCK))
+        return real_preadv(fd, buffers, start)
+
+    def fcntl_(fd, command, argument=0):
+        if command == io_modes.F_NOCACHE:
+            flags.append(argument)
+            return 0
+        return real_fcntl(fd, command, argument)
+
+    real_preadv, real_fcntl = os.preadv, fcntl.fcntl
+    monkeypatch.setattr(io_modes, "_O_DIRECT", 0)
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(fcntl, "fcntl", fcntl_)
+    memory = np.zeros(6 * BLOCK, np.uint8)
+    start = -memory.ctypes.data % BLOCK
+    reader = Direct()
+    fd = reader.open(file)
+    try:
+        for offset in (0, phase):  # lies as the file does, and otherwise
+            buffer = memory[start + offset :][: 3 * BLOCK + 7]
+            assert reader.read(fd, buffer, BLOCK + phase) == buffer.size
+            assert np.array_equal(buffer, content[BLOCK + phase :][: buffer.size])
+    finally:
+        os.close(fd)
+    assert flags == [1]
+    assert reads
+    assert set(reads) == {(0, 0, 0)}
