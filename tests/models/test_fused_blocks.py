@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model
 from toys import HIDDEN
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.models import qwen_moe as models
+from flashmoe.models import streaming_moe as models
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import logits, same
 from flashmoe.ops.gpu import fused

@@ -10,7 +10,7 @@ from toys import HIDDEN, write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.errors import DeviceError, ReadError
-from flashmoe.models import qwen_moe as models
+from flashmoe.models import streaming_moe as models
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import load_resident, logits, same
 from flashmoe.ops import backend as ops

@@ -21,7 +21,7 @@ from toys import write_chat_toy, write_toy
 from flashmoe.catalog import DEMO
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.cli import cli
-from flashmoe.models.qwen_moe import StreamingMoE
+from flashmoe.models.streaming_moe import StreamingMoE
 from flashmoe.sweep import cost as sweep_cost
 from flashmoe.sweep import pass_rates
 from flashmoe.sweep import run as driver

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SettingError
-from .config import parse_text_config
+from . import stacked_experts
+from .config import is_checked_type, parse_text_config
 from .dense_tensors import check_dense
 from .expert_layers import ExpertLayer, find_expert_layers, is_loaded
 from .file_identity import FileIdentity
 from .generation_config import GenerationConfig, read_generation_config
 from .json_files import check_files, read_object, show
 from .quantization import parse_quantization
-from .safetensors_header import EXPERT_TENSOR, Tensor, read_tensors
+from .safetensors_header import Tensor, read_tensors
+from .stacked_experts import find_stacked_experts
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,22 @@ class Checkpoint:
         generation = read_generation_config(path, config, text_config)
         quantization = parse_quantization(config, text_config, path)
         tensors, identities = read_tensors(path)
+        if not is_checked_type(config):
+            layers = find_stacked_experts(text_config, quantization, tensors, path)
+            text_config |= _expert_sizes(layers, text_config, path)
+            return cls(path, config, text_config, tensors, layers, identities, generation)
         layers = find_expert_layers(config["model_type"], text_config, quantization, tensors, path)
         checkpoint = cls(path, config, text_config, tensors, layers, identities, generation)
         check_dense(checkpoint.dense, config["model_type"], text_config, quantization, path)
         return checkpoint
+
+    @property
+    def is_checked_type(self) -> bool:
+        """Return whether all tensors were compared with config.json when it was opened.
+
+        Otherwise they are compared with mlx-lm's model when that is built.
+        """
+        return is_checked_type(self.config)
 
     @property
     def model_type(self) -> str:
@@ -121,9 +136,11 @@ class Checkpoint:
 
         These are all but experts, the vision tower and multi-token prediction.
         """
-        return tuple(
-            t for n, t in self.tensors.items() if is_loaded(n) and not EXPERT_TENSOR.fullmatch(n)
-        )
+        experts = {name for layer in self.expert_layers.values() for name in layer.names}
+        loaded: Callable[[str], bool] = is_loaded
+        if not self.is_checked_type:
+            loaded = partial(stacked_experts.is_loaded, layers=self.num_layers)
+        return tuple(t for n, t in self.tensors.items() if n not in experts and loaded(n))
 
     @property
     def expert_bits(self) -> float:
@@ -144,6 +161,22 @@ class Checkpoint:
     def dense_nbytes(self) -> int:
         """Return the bytes of `dense` on disk."""
         return sum(t.nbytes for t in self.dense)
+
+
+def _expert_sizes(
+    layers: dict[int, ExpertLayer], text_config: dict[str, Any], path: Path
+) -> dict[str, int]:
+    """Return the sizes of the experts as their tensors have them."""
+    experts = {layer.num_experts for layer in layers.values()}
+    k = text_config["num_experts_per_tok"]
+    if len(experts) > 1 or k > max(experts):
+        raise CheckpointError(
+            f"{path} has layers of {sorted(experts)} experts, of which config.json gives {k} to a "
+            "token: each layer must have as many as the others, and no fewer than that"
+        )
+    first = next(iter(layers.values()))
+    rows = next(p for p in first.parts if p.projection == first.projections[0]).shape[0]
+    return {"num_experts": experts.pop(), "moe_intermediate_size": rows}
 
 
 def check_experts(k: int | None, checkpoint: Checkpoint) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from . import model_types
+from .generic_config import parse_generic_config
 from .json_files import show
 from .limits import (
     DENSE_LAYER_SIZES,
@@ -24,8 +26,8 @@ from .limits import (
 )
 from .rotation import check_rotation
 
-#: The supported model types, and what comes before "layers.N" in the names of their tensors, as
-#: mlx-lm writes them.
+#: The model types whose fields and tensors are all known here, and what comes before "layers.N" in
+#: the names of their tensors, as mlx-lm writes them. Of others see `generic_config`.
 TENSOR_PREFIXES = {
     "qwen3_5_moe": "language_model.model.",
     "qwen3_next": "model.",
@@ -61,6 +63,12 @@ DEFAULTS: dict[str, dict[str, int | float]] = {
 }
 
 
+def is_checked_type(config: dict) -> bool:
+    """Return whether the fields and tensors of a config.json's model type are all known here."""
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in TENSOR_PREFIXES
+
+
 def parse_text_config(config: dict, path: Path) -> dict[str, Any]:
     """Return the part of config.json that describes the language model, checked.
 
@@ -80,11 +88,16 @@ def parse_text_config(config: dict, path: Path) -> dict[str, Any]:
             f"{where} asks to run its own code, model_file {show(config['model_file'])}, which is "
             "never done: use a checkpoint that mlx-lm supports by itself"
         )
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in TENSOR_PREFIXES:
-        raise CheckpointError(
-            f"{where} has model_type {show(model_type)}; supported are {', '.join(TENSOR_PREFIXES)}"
-        )
+    if not is_checked_type(config):
+        resolved = model_types.resolve(config)
+        if resolved is None:
+            raise CheckpointError(
+                f"{where} has model_type {show(config.get('model_type'))}, which is no "
+                "Mixture-of-Experts model of mlx-lm; supported are "
+                f"{', '.join(model_types.moe_types())}"
+            )
+        return parse_generic_config(config, resolved, where)
+    model_type = config["model_type"]
     text_config = config.get("text_config", config) if model_type == "qwen3_5_moe" else config
     if not isinstance(text_config, dict):
         raise CheckpointError(f"{where} has text_config {show(text_config)}: it must be an object")

@@ -29,8 +29,8 @@ class ExpertPart:
     """One tensor of the stacked experts.
 
     Attributes:
-        projection: one of PROJECTIONS.
-        part: one of PARTS, or GLOBAL_SCALE.
+        projection: one of GLU or MLP.
+        part: one of PARTS, GLOBAL_SCALE, or "bias", which is added to the product.
         dtype: the name that safetensors has for it, such as "BF16".
         shape: the shape for ONE expert, without the expert axis.
         start: the absolute byte in `file` of expert 0.
@@ -56,9 +56,9 @@ class ExpertLayer:
     """The routed experts of one layer.
 
     Attributes:
-        prefix: the path of the SwitchGLU in mlx-lm's module tree.
-        parts: the tensors in the order gate, up, down x weight, scales, biases, global scale: those
-            that the quantisation of a projection has, weight alone where it is not quantised.
+        prefix: the path of the SwitchGLU or SwitchMLP in mlx-lm's module tree.
+        parts: the tensors in the order of `projections` x weight, scales, biases, global scale,
+            bias: those that a projection has, weight alone where it is plain.
         quantization: by projection; None: not quantised.
     """
 

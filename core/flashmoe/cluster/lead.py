@@ -37,7 +37,7 @@ from .collectives import Exchange, ExpertRequest, own_pairs, switch_inputs
 from .placement import owners, parse_shares
 
 if TYPE_CHECKING:
-    from ..models.qwen_moe import StreamingMoE
+    from ..models.streaming_moe import StreamingMoE
 
 log = logging.getLogger("flashmoe")
 

@@ -19,7 +19,7 @@ from ..memory.budget import split_budget
 from ..memory.footprint import CHUNK_TOKENS, RUNTIME_NBYTES
 from ..memory.system import resident
 from ..models.loading import PREFILL_SLOTS, reader_for
-from ..models.qwen_moe import streaming_layers
+from ..models.streaming_moe import streaming_layers
 from ..ops.activations import check_activations
 from ..ops.arrays import to_numpy
 from ..options import LoadOptions, with_settings

@@ -18,7 +18,7 @@ from mlx_lm.generate import wired_limit
 
 from ..errors import Cancelled, ClusterError, ContextError
 from ..models.layerwise import chunks_within, run_pass
-from ..models.qwen_moe import StreamingStats
+from ..models.streaming_moe import StreamingStats
 from .answer import AnswerState
 from .job import Job
 from .loaded_model import LoadedModel

@@ -26,7 +26,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..events import Event, Progress
 from ..memory.footprint import CHUNK_TOKENS
 from ..models.layerwise import Chunk, ChunkResult, split
-from ..models.qwen_moe import StreamingMoE
+from ..models.streaming_moe import StreamingMoE
 from .prompt_cache import PromptCache, PromptStore, entry_name
 
 #: Counts changes of what a prompt cache entry means.

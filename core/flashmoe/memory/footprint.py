@@ -1,7 +1,8 @@
 """Estimate the bytes that a model takes besides its dense weights and its expert slots.
 
 The estimates come from config.json alone, before anything is loaded. They are rather too high: it
-matters more that a budget is kept than that there are a few more slots.
+matters more that a budget is kept than that there are a few more slots. Of the three Qwen families
+the caches are computed; of others they are measured (`dry_run`).
 """
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -68,6 +69,10 @@ def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
     config = checkpoint.text_config
     # mlx-lm allocates 256 tokens at a time.
     tokens = min(checkpoint.max_context, -(-context // 256) * 256)
+    if not checkpoint.is_checked_type:
+        from .dry_run import cache_sizes  # late: it imports MLX
+
+        return cache_sizes(checkpoint.config).nbytes(tokens)
     # One of `interval` layers has full attention; the others keep a recurrent state.
     interval = 1 if checkpoint.model_type == "qwen3_moe" else config["full_attention_interval"]
     full = checkpoint.num_layers // interval
@@ -107,7 +112,7 @@ def chunk_nbytes(
     # outputs as they are weighted and summed.
     each = (16 + (2 * experts if on_gpu else 0)) * config["hidden_size"]
     heads = config["num_attention_heads"]
-    if on_gpu:
+    if on_gpu or not checkpoint.is_checked_type:
         scores = 2 * heads * tokens * context
     else:
         shared = heads // config["num_key_value_heads"]

@@ -8,6 +8,9 @@ it were alone: attention rounds by the size of a chunk, and experts by how many 
 have. So the split of a sequence into chunks determines every bit of what comes out; the split of
 chunks into passes, and what else is in a pass, changes none. Where the backend can, chunks of one
 token are one array, which costs less and gives the same bits.
+
+All of this needs to know the layers of a model. Where only mlx-lm knows them, and so
+`StreamingMoE.layerwise` is false, each chunk goes through the whole model by mlx-lm's own call.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from ..memory.footprint import CHUNK_TOKENS
 from ..streaming.block import ExpertBlock
 from ..streaming.compute import Backend
-from .qwen_moe import StreamingMoE
+from .streaming_moe import StreamingMoE
 
 #: The most chunks of prompts in a pass.
 MAX_CHUNKS = 64
@@ -53,7 +56,8 @@ class ChunkResult:
     """What a pass left of a chunk.
 
     Attributes:
-        hidden: (1, 1, hidden), normed, of its last token.
+        hidden: (1, 1, hidden), normed, of its last token; or its logits where the layers are known
+            to mlx-lm alone.
         state: a copy of the prompt cache after it, if it was asked for.
     """
 
@@ -105,6 +109,8 @@ def chunks_within(chunks: Sequence[Chunk], limit: int) -> int:
 
 def run_pass(model: StreamingMoE, chunks: Sequence[Chunk]) -> list[ChunkResult]:
     """Take chunks into their caches; those of one sequence are given in its order."""
+    if not model.layerwise:
+        return [_run_alone(model, chunk) for chunk in chunks]
     if not _in_halves(model, chunks):
         (run,) = runs = [_Pass(model, chunks)]
         for _ in run.phases():
@@ -129,13 +135,29 @@ def hidden_states(model: StreamingMoE, texts: Sequence[list[int]]) -> list[mx.ar
     bits that it has alone.
 
     Returns:
-        (1, tokens, hidden) of each text, normed.
+        (1, tokens, hidden) of each text, normed, which `StreamingMoE.head` takes.
     """
+    if not model.layerwise:
+        logits = [model(mx.array([text])) for text in texts]
+        mx.eval(logits)
+        return logits
     no_cache = [None] * len(model.layers)  # nothing comes after these texts
     run = _Pass(model, [Chunk(text, no_cache) for text in texts])
     for _ in run.phases():
         pass
     return run.all_hidden()
+
+
+def _run_alone(model: StreamingMoE, chunk: Chunk) -> ChunkResult:
+    """Take one chunk through a model whose layers are known to mlx-lm alone, by its own call."""
+    logits = model.next_logits(list(chunk.tokens), chunk.cache)
+    states = [c.state for c in chunk.cache]
+    if chunk.step:
+        mx.eval(logits, states)
+    else:
+        mx.eval(states)  # the logits of most chunks of a prompt are never asked for
+        mx.clear_cache()
+    return ChunkResult(chunk, logits[:, None], copy.deepcopy(chunk.cache) if chunk.keep else None)
 
 
 _OVER = object()

@@ -26,7 +26,8 @@ from ..streaming.compute import Backend
 from ..streaming.cuda import device_memory
 from ..streaming.drives import Drive, drive_of
 from ..streaming.reader import Reader
-from .qwen_moe import FAMILIES, StreamingMoE
+from .families import family_of
+from .streaming_moe import StreamingMoE
 
 log = logging.getLogger("flashmoe")
 
@@ -92,7 +93,7 @@ def load(path: str | Path, options: LoadOptions | None = None, **settings: Any):
     """Load the dense weights of a local MLX checkpoint; its experts stay on disk.
 
     Args:
-        path: the checkpoint directory: qwen3_5_moe, qwen3_next or qwen3_moe in MLX format.
+        path: the checkpoint directory, in MLX format, of a MoE model type that mlx-lm has.
         options: how to load it.
         settings: fields of `LoadOptions` (memory, slots, experts, depth, io, activations,
             prompt_cache), which replace those of `options`.
@@ -165,25 +166,26 @@ def _build(
     held: int,
 ) -> StreamingMoE:
     """Make the model, and load its dense weights."""
-    model_class, args_class = FAMILIES[checkpoint.model_type]
+    family = family_of(checkpoint.config)
 
     def make(args):
-        model = model_class(args)
+        model: Any = family.model(args)
         model.stream_from(checkpoint, plan, reader, backend, activations, held)
         return model
 
     def classes(config: dict) -> tuple[Any, Any]:
-        return make, args_class
+        return make, family.args
 
     model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=classes)
     assert isinstance(model, StreamingMoE), "`make` makes it"
     backend.set_dtypes(model)
-    if backend.fuses_blocks:
+    if backend.fuses_blocks and family.fused:
         # Late: it needs the kernels. Before the dense layers, because only plain ones are joined.
         from .fused_blocks import recast_blocks
 
         recast_blocks(model)
     backend.prepare_layers(model, head(model))
+    model.finish_layers()
     # Layer by layer, so that what a cast reads and what it makes do not both grow.
     for layer in model.layers:
         mx.eval(layer.parameters())

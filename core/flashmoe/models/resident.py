@@ -22,8 +22,9 @@ from ..streaming.block import ExpertSwitch, SwitchStats
 from ..streaming.compute import Backend, ExpertWork
 from ..streaming.cuda import device_memory
 from ..streaming.slot_memory import SlotMemory
+from ..streaming.switch_glu import StreamingSwitchGLU
 from .loading import load_streaming
-from .qwen_moe import StreamingMoE
+from .streaming_moe import StreamingMoE
 
 
 class ResidentSwitch(ExpertSwitch, nn.Module):
@@ -43,7 +44,8 @@ class ResidentSwitch(ExpertSwitch, nn.Module):
         inputs: Sequence[tuple[mx.array, mx.array]],
         look: Callable[[mx.array], np.ndarray] = np.array,
     ) -> ResidentCall:
-        return ResidentCall([self._work(x, indices) for x, indices in inputs])
+        shapes = [(*indices.shape, x.shape[-1]) for x, indices in inputs]
+        return ResidentCall([self._work(x, indices) for x, indices in inputs], shapes)
 
     def _work(self, x: mx.array, indices: mx.array) -> ExpertWork:
         flat = x.reshape(-1, x.shape[-1])
@@ -57,16 +59,20 @@ class ResidentSwitch(ExpertSwitch, nn.Module):
 class ResidentCall:
     """One call of a ResidentSwitch."""
 
-    def __init__(self, works: Sequence[ExpertWork]):
+    def __init__(self, works: Sequence[ExpertWork], shapes: Sequence[tuple[int, ...]]):
         self._works = works
+        self._shapes = shapes
 
     def finish(
         self,
         scores: Sequence[mx.array] | None = None,
         extras: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[mx.array]:
-        """Yield each input's sum weighted by its scores (..., top_k)."""
-        assert scores is not None, "a ResidentSwitch gives weighted sums only"
+        """Yield what an `ExpertCall` does."""
+        if scores is None:
+            for work, shape in zip(self._works, self._shapes, strict=True):
+                yield work.result().reshape(shape)
+            return
         extras = extras or [{}] * len(scores)
         for work, s, extra in zip(self._works, scores, extras, strict=True):
             flat = s.reshape(-1, s.shape[-1])
@@ -86,18 +92,21 @@ def load_resident(path: str | Path, activations: str = "float32") -> StreamingMo
     model = load_streaming(checkpoint, slots=checkpoint.num_experts, activations=activations)
     device = device_memory()
     for index, layer in checkpoint.expert_layers.items():
+        switch = model.switches[index]
+        assert isinstance(switch, StreamingSwitchGLU), "the model was just loaded"
         memory = SlotMemory(
             layer,
             layer.num_experts,
             on_gpu=backends.on_gpu(),
             device=device,
             activations=activations,
+            form=switch.form,
         )
         for expert in range(layer.num_experts):
             for part, request in zip(layer.parts, memory.requests(expert, expert), strict=True):
                 stack = weights[f"{layer.prefix}.{part.projection}.{part.part}"]
                 request.buffer[:] = np.array(mx.contiguous(stack[expert]).view(mx.uint8)).ravel()
-        model.blocks[index].switch_mlp = ResidentSwitch(memory, model.backend)
+        model.set_switch(index, ResidentSwitch(memory, model.backend))
     return model
 
 

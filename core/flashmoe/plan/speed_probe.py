@@ -41,7 +41,7 @@ from ..errors import SettingError
 from ..locks import temporary_directory
 from ..memory import system as memory
 from ..models.loading import load_streaming
-from ..models.qwen_moe import StreamingMoE
+from ..models.streaming_moe import StreamingMoE
 from ..ops import backend as ops
 from ..sizes import format_size
 from ..streaming import drives

@@ -21,7 +21,7 @@ from ..errors import SettingError
 from ..files import replacing
 
 if TYPE_CHECKING:
-    from ..models.qwen_moe import StreamingMoE
+    from ..models.streaming_moe import StreamingMoE
     from ..streaming.compute import Backend
 
 #: Default number of tokens of the text that are used.

@@ -28,6 +28,7 @@ from ..errors import ReadError
 from .block import ExpertSwitch, SwitchStats
 from .compute import Backend, ExpertWork
 from .device_copy import Mailbox
+from .expert_form import ExpertForm
 from .reader import PendingRead, Reader
 from .slot_memory import SlotMemory
 from .slot_table import SlotTable
@@ -95,6 +96,11 @@ class StreamingSwitchGLU(ExpertSwitch, nn.Module):
     def stats(self) -> SwitchStats:
         """Counts since the layer was made."""
         return self._stats
+
+    @property
+    def form(self) -> ExpertForm:
+        """What an expert computes."""
+        return self._memory.form
 
     @property
     def expert_nbytes(self) -> int:

@@ -16,7 +16,7 @@ from ..errors import SettingError
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..models.qwen_moe import StreamingMoE
+    from ..models.streaming_moe import StreamingMoE
 
 #: Predicted tokens of each window of a file.
 WINDOW = 256

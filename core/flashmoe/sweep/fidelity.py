@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..files import replacing
 from ..models.layerwise import hidden_states
-from ..models.qwen_moe import StreamingMoE
+from ..models.streaming_moe import StreamingMoE
 from .documents import EvalDocument
 
 #: Bytes of a block of logits in float64. A few blocks exist at the same time.

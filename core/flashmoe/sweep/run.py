@@ -28,7 +28,7 @@ from .versions import OWN, Version
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..models.qwen_moe import StreamingMoE
+    from ..models.streaming_moe import StreamingMoE
 
 _MARGIN_NBYTES = 64 * 2**20
 

@@ -12,16 +12,16 @@ from typing import TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
+from mlx_lm.models import mla, qwen3_5, qwen3_moe, qwen3_next
 from numba import njit, prange
 
 from ...streaming.compute import Backend, ExpertObserver, ExpertWork
 from ...streaming.slot_memory import SlotMemory
 from ..arrays import to_numpy
 from ..recast import recast
-from . import attention, gemm, layers, linear_attention
-from .matvec import Packed, launch_lock
-from .swiglu import MlpMatrices, few_rows, many_rows
+from . import attention, layers, linear_attention
+from .expert_matrices import ExpertMatrices
+from .matvec import launch_lock
 
 #: The most pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
 PAIRS_AT_ONCE = 512
@@ -34,6 +34,8 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: layers.Linear,
     nn.QuantizedLinear: layers.QuantizedLinear,
     nn.QuantizedEmbedding: layers.QuantizedEmbedding,
+    mla.MultiLinear: layers.MultiLinear,
+    mla.QuantizedMultiLinear: layers.QuantizedMultiLinear,
     qwen3_next.Qwen3NextMLP: layers.NextMLP,
     qwen3_moe.MLP: layers.MLP,
     qwen3_next.Qwen3NextAttention: attention.NextAttention,
@@ -41,8 +43,6 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     qwen3_5.GatedDeltaNet: linear_attention.GatedDeltaNet,
     qwen3_next.Qwen3NextGatedDeltaNet: linear_attention.NextGatedDeltaNet,
 }
-
-_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 #: Pairs of one expert in the work that they belong to.
 WorkPairs: TypeAlias = "tuple[CpuWork, np.ndarray]"
@@ -77,7 +77,7 @@ class CpuBackend(Backend):
         """Do `run` of several works of one layer, each with its own experts.
 
         A slot is multiplied by the rows of all works that need it: no bit of a pair depends on
-        which other pairs there are, see `swiglu`.
+        which other pairs there are, see `swiglu` and `expert_matrices`.
         """
         if self._observer is not None:
             super().run_all(works, experts)
@@ -126,9 +126,7 @@ class CpuWork(ExpertWork):
         (self.x,) = to_numpy(x)
         self.top_k = top_k
         self._separate = separate
-        self.matrices = MlpMatrices(
-            packed(slots, "gate_proj"), packed(slots, "up_proj"), packed(slots, "down_proj")
-        )
+        self.matrices = ExpertMatrices.of(slots)
         self.y = np.empty((x.shape[0] * top_k, x.shape[1]), np.float32)
 
     def run(self, experts: Mapping[int, np.ndarray]) -> None:
@@ -164,48 +162,10 @@ class _ObservedWork(CpuWork):
         observer.hidden(self._layer, self.x)
 
     def run(self, experts: Mapping[int, np.ndarray]) -> None:
-        gate, up, down = self.matrices
         for slot, pairs in experts.items():
-            x = self.rows(pairs)
-            h = np.empty((len(x), gate.shape[1]), np.float32)
-            y = np.empty_like(x)
-            gemm.product(gate, slot, x, h, up)
-            gemm.product(down, slot, h, y)
+            h = self.matrices.intermediate(slot, self.rows(pairs))
             self._observer.intermediate(self._layer, slot, h)
-            self.y[pairs] = y
-
-
-def packed(slots: SlotMemory, projection: str) -> Packed:
-    """Return the stack of one projection of a layer's experts, as the kernels take it."""
-    key = f"packed {projection}"
-    if key not in slots.views:
-        slots.views[key] = _pack(slots, projection)
-    return slots.views[key]
-
-
-def _pack(slots: SlotMemory, projection: str) -> Packed:
-    quantization = slots.layer.quantization[projection]
-    parts = {p.part: p for p in slots.layer.parts if p.projection == projection}
-    rows = parts["weight"].shape[0]
-
-    def stack(name: str, dtype: type) -> np.ndarray:
-        return slots.host_bytes(projection, name).view(dtype).reshape(slots.num_slots, rows, -1)
-
-    if quantization is None:
-        dtype = parts["weight"].dtype
-        bits = 32 if dtype == "F32" else 16
-        return Packed(stack("weight", np.uint8), None, None, bits, 0, _DTYPE_NAMES[dtype])
-    dtype = parts["scales"].dtype
-    scale_type = np.float32 if dtype == "F32" else np.uint16
-    return Packed(
-        stack("weight", np.uint8),
-        stack("scales", scale_type),
-        stack("biases", scale_type),
-        quantization.bits,
-        quantization.group_size,
-        _DTYPE_NAMES[dtype],
-        slots.activations,
-    )
+            self.y[pairs] = self.matrices.outer(slot, h)
 
 
 def _run_together(works: Sequence[CpuWork], experts: Sequence[Mapping[int, np.ndarray]]) -> None:
@@ -223,12 +183,12 @@ def _run_together(works: Sequence[CpuWork], experts: Sequence[Mapping[int, np.nd
         sizes = [pairs.size for _, _, pairs in group]
         slots = np.repeat([slot for slot, _, _ in group], sizes)
         x = np.concatenate([work.rows(pairs) for _, work, pairs in group])
-        y = few_rows(works[0].matrices, slots, x, np.arange(len(x)))
+        y = works[0].matrices.few_rows(slots, x, np.arange(len(x)))
         _distribute(y, [(work, pairs) for _, work, pairs in group])
     for slot, parts in many.items():
         for group in _groups_of_pairs(PAIRS_AT_ONCE, parts):
             x = np.concatenate([work.rows(pairs) for work, pairs in group])
-            _distribute(many_rows(works[0].matrices, slot, x), group)
+            _distribute(works[0].matrices.many_rows(slot, x), group)
 
 
 def _groups_of_pairs(limit: int, parts: Sequence[tuple]) -> Iterator[Sequence[tuple]]:
