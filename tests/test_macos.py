@@ -6,6 +6,7 @@ import os
 import plistlib
 import subprocess
 import sys
+from time import monotonic, sleep
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,43 +19,16 @@ from flashmoe.streaming.disk_bench import forget
 from flashmoe.streaming.io_modes import BLOCK, Direct
 
 #: `rusage_info_v4` of <sys/resource.h>: a UUID, then 64-bit numbers in this order.
-FIELDS = [
-    "user_time",
-    "system_time",
-    "pkg_idle_wkups",
-    "interrupt_wkups",
-    "pageins",
-    "wired_size",
-    "resident_size",
-    "phys_footprint",
-    "proc_start_abstime",
-    "proc_exit_abstime",
-    "child_user_time",
-    "child_system_time",
-    "child_pkg_idle_wkups",
-    "child_interrupt_wkups",
-    "child_pageins",
-    "child_elapsed_abstime",
-    "diskio_bytesread",
-    "diskio_byteswritten",
-    "cpu_time_qos_default",
-    "cpu_time_qos_maintenance",
-    "cpu_time_qos_background",
-    "cpu_time_qos_utility",
-    "cpu_time_qos_legacy",
-    "cpu_time_qos_user_initiated",
-    "cpu_time_qos_user_interactive",
-    "billed_system_time",
-    "serviced_system_time",
-    "logical_writes",
-    "lifetime_max_phys_footprint",
-    "instructions",
-    "cycles",
-    "billed_energy",
-    "serviced_energy",
-    "interval_max_phys_footprint",
-    "runnable_time",
-]
+FIELDS = """
+    user_time system_time pkg_idle_wkups interrupt_wkups pageins wired_size resident_size
+    phys_footprint proc_start_abstime proc_exit_abstime child_user_time child_system_time
+    child_pkg_idle_wkups child_interrupt_wkups child_pageins child_elapsed_abstime
+    diskio_bytesread diskio_byteswritten cpu_time_qos_default cpu_time_qos_maintenance
+    cpu_time_qos_background cpu_time_qos_utility cpu_time_qos_legacy
+    cpu_time_qos_user_initiated cpu_time_qos_user_interactive billed_system_time
+    serviced_system_time logical_writes lifetime_max_phys_footprint instructions cycles
+    billed_energy serviced_energy interval_max_phys_footprint runnable_time
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture
@@ -181,3 +155,18 @@ def test_direct_reads_are_of_whole_blocks_past_the_page_cache(
     assert flags == [1]
     assert reads
     assert set(reads) == {(0, 0, 0)}
+
+
+def test_mac_is_kept_awake_until_the_process_ends(library, tmp_path, monkeypatch):
+    program = tmp_path / "caffeinate"
+    program.write_text(f'#!/bin/sh\ncd {tmp_path}; echo "$@" > part; mv part said\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(macos, "CAFFEINATE", str(program))
+    macos.keep_awake()
+    end = monotonic() + 30
+    while not (tmp_path / "said").exists():
+        assert monotonic() < end
+        sleep(0.01)
+    assert (tmp_path / "said").read_text().split() == ["-i", "-w", str(os.getpid())]
+    monkeypatch.setattr(macos, "CAFFEINATE", str(tmp_path / "missing"))
+    macos.keep_awake()

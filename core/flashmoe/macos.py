@@ -1,4 +1,4 @@
-"""Ask macOS for what only its own libraries tell: memory of a process, memory pressure, volumes.
+"""Ask macOS for what only it can tell or do: memory of a process, memory pressure, volumes, sleep.
 
 Nothing here imports anything of macOS before it is called. Nobody has run it on a Mac yet: the
 layouts are those of Apple's headers, and the tests call it with a stand-in of the library.
@@ -11,6 +11,8 @@ import mmap
 import os
 import plistlib
 import subprocess
+import sys
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 _RUSAGE_INFO_V4 = 4
 _FOOTPRINT, _LARGEST_FOOTPRINT = 7, 28
 _MS_INVALIDATE = 0x2
+CAFFEINATE = "/usr/bin/caffeinate"
 #: `kern.memorystatus_vm_pressure_level`: the system is short of memory from here on.
 PRESSURE_WARNING = 2
 
@@ -86,3 +89,18 @@ def volume_id(path: Path) -> str | None:
     except (OSError, subprocess.SubprocessError, ValueError, plistlib.InvalidFileException):
         return None
     return uuid if isinstance(uuid, str) else None
+
+
+def keep_awake() -> None:
+    """Keep a Mac from idle sleep until this process ends; elsewhere do nothing.
+
+    A busy process alone does not: hours of work would stand still.
+    """
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            subprocess.Popen(
+                [CAFFEINATE, "-i", "-w", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )

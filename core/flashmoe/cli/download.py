@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .. import catalog
+from .. import catalog, macos
 from ..errors import DownloadError
 from ..hub import registry
 from ..sizes import format_size
@@ -68,6 +68,7 @@ def download(
     click.echo(_describe(planned), err=as_json)
     planned.check_free_space()
     if not dry_run:
+        macos.keep_awake()
         with _progress(listing.nbytes) as advance:
             path = planned.fetch(advance)
         registry.add(model.name, path, model.aliases, repo=listing.repo, revision=listing.commit)

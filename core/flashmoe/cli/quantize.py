@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .. import catalog
+from .. import catalog, macos
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
 from ..options import EngineOptions
@@ -115,6 +115,7 @@ def quantize(
         _print_sizes(sizes)
     if dry_run:
         return
+    macos.keep_awake()
     calibration = None if text is None else (text, tokens, options.memory)
     note = _write(plan, directory, calibration, shard_nbytes)
     if as_json:

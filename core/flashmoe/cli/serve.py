@@ -8,7 +8,7 @@ import time
 
 import click
 
-from .. import catalog
+from .. import catalog, macos
 from ..checkpoint.capabilities import capabilities
 from ..errors import SettingError
 from ..options import EngineOptions
@@ -105,6 +105,7 @@ def serve(
     if not leads(path, options):
         return
     can = capabilities(path)
+    macos.keep_awake()
     with serving.bind_socket(host, port) as bound, Engine(path, options) as engine:
         # Load the model and compile its kernels now, so that the first client does not wait.
         hello = [{"role": "user", "content": "Hello"}]

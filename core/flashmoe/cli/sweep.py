@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import catalog
+from .. import catalog, macos
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
 from ..locks import temporary_directory
@@ -135,6 +135,7 @@ def sweep(
             f"{format_size(run.free_nbytes())} free",
             err=True,
         )
+        macos.keep_awake()
         try:
             run.run()
         except KeyboardInterrupt:
