@@ -453,6 +453,7 @@ def test_allowed_web_page_is_served(toy):
                 "Origin": page,
                 "Access-Control-Request-Method": "POST",
                 "Access-Control-Request-Headers": "authorization, content-type",
+                "Access-Control-Request-Private-Network": "true",
             },
         )
         assert preflight.status_code == 200

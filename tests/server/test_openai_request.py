@@ -65,7 +65,40 @@ def refusal(**fields) -> ApiError:
         ({"think": True, "thinking_budget": 9}, {"think": True, "thinking_budget": 9}),
         ({"experts": 2, "top_k": 4, "min_p": 0.1}, {"experts": 2, "top_k": 4, "min_p": 0.1}),
         ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
-        ({"n": 1, "logprobs": False, "logit_bias": {}, "presence_penalty": 0.0}, {}),
+        (
+            {"n": 1, "logprobs": False, "logit_bias": {}, "presence_penalty": 0.0},
+            {"logprobs": None},
+        ),
+        (
+            {"presence_penalty": 1.5, "frequency_penalty": -1},
+            {"presence_penalty": 1.5, "frequency_penalty": -1},
+        ),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 3}, {"logprobs": 3}),
+        ({"logit_bias": {"7": -100}}, {"logit_bias": {"7": -100}}),
+        ({}, {"max_tokens": 512, "continue_last": True, "chat_template_kwargs": {}}),
+        ({"max_tokens": -1, "top_k": -1, "seed": -1}, {"max_tokens": 512, "top_k": None}),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False, "preserve_thinking": True}},
+            {"think": False, "chat_template_kwargs": {"preserve_thinking": True}},
+        ),
+        ({"enable_thinking": False}, {"think": False}),
+        ({"preserve_thinking": True}, {"chat_template_kwargs": {"preserve_thinking": True}}),
+        ({"reasoning": {"effort": "none"}}, {"think": False}),
+        ({"reasoning": {"enabled": True}}, {"think": True}),
+        ({"continue_final_message": False}, {"continue_last": False}),
+        ({"add_generation_prompt": True}, {"continue_last": False}),
+        ({"add_generation_prompt": True, "continue_final_message": True}, {"continue_last": True}),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, {"continue_last": False}),
+        (
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+        ),
+        (
+            {"response_format": {"type": "json_schema", "schema": {"type": "object"}}},
+            {"response_format": {"type": "json_schema", "schema": {"type": "object"}}},
+        ),
+        ({"keep_alive": "5m", "cache_prompt": True, "usage": {"include": True}}, {}),
         ({"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}, {}),
         ({name: None for name in FIELDS if name not in ("model", "messages")}, {"think": None}),
     ],
@@ -80,6 +113,23 @@ def test_effort_is_ignored_by_a_model_without_reasoning():
     served = ServedModels([ServedModel(("toy",), 512, thinks=False, created=7)])
     assert call(served, reasoning_effort="high").request.think is None
     assert call(served, reasoning_effort="none").request.think is False
+
+
+def test_half_a_surrogate_pair_is_replaced():
+    """JavaScript clients that cut text inside an emoji send one."""
+    body = b'{"model": "toy", "messages": [{"role": "user", "content": "cut \\ud83d"}]}'
+    assert read_call(body, SERVED).request.messages[0]["content"] == "cut \ufffd"
+
+
+def test_answers_of_one_request_are_unlike():
+    assert [r.seed for r in call(n=3, seed=2**64 - 2).requests] == [2**64 - 2, 2**64 - 1, 0]
+    assert call(n=2).requests == (call().request,) * 2
+
+
+def test_default_length_is_the_option_of_the_server():
+    served = ServedModels([ServedModel(("toy",), 512, thinks=True, created=7, max_tokens=99)])
+    assert call(served).request.max_tokens == 99
+    assert call(served, max_tokens=200).request.max_tokens == 200
 
 
 def test_stream_options_are_read():
@@ -136,15 +186,22 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"max_tokens": 1.5}, "max_tokens", "an integer"),
         ({"max_completion_tokens": -3}, "max_completion_tokens", "1 or more"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "the same option"),
-        ({"seed": -1}, "seed", "out of range"),
+        ({"seed": -2}, "seed", "out of range"),
         ({"stop": [3]}, "stop", "must be text"),
         ({"stop": ""}, "stop", "an empty string"),
         ({"stream": "yes"}, "stream", "true or false"),
-        ({"n": 2}, "n", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
-        ({"top_logprobs": 3}, "top_logprobs", "not supported"),
-        ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "repetition_penalty"),
+        ({"n": 0}, "n", "between 1 and 16"),
+        ({"n": 17}, "n", "between 1 and 16"),
+        ({"n": True}, "n", "an integer"),
+        ({"logprobs": 3}, "logprobs", "true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "between 0 and 20"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"logit_bias": {"x": 2}}, "logit_bias", "the id of a token"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "between -100 and 100"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "between -2 and 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "between -2 and 2"),
+        ({"enable_thinking": "yes"}, "enable_thinking", "true or false"),
+        ({"reasoning": {"effort": "much"}}, "reasoning", "one of none"),
         ({"modalities": ["text", "audio"]}, "modalities", "text only"),
         ({"audio": {"voice": "x"}}, "audio", "text only"),
         ({"functions": [{}]}, "functions", "tools"),
@@ -165,7 +222,23 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
             "not a valid JSON schema",
         ),
         ({"reasoning_effort": "much"}, "reasoning_effort", "one of none, minimal"),
-        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "enable_thinking"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "leave it out"),
+        ({"chat_template_kwargs": {"enable_thinking": 3}}, "chat_template_kwargs", "true or"),
+        (
+            {"response_format": {"type": "json_object", "shema": {}}},
+            "response_format",
+            "has 'shema', which the type json_object does not have",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}},
+            "response_format",
+            "has 'x'",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}, "x": 1}},
+            "response_format",
+            "has 'x' beside its json_schema",
+        ),
     ],
 )
 def test_invalid_field_is_refused(fields, param, words):
@@ -259,7 +332,6 @@ def test_unknown_model_is_refused():
         b'\xef\xbb\xbf{"model": "toy"}',
         b'{"model": NaN}',
         b'{"model": 1e999}',
-        b'{"model": "\\ud800"}',
         b'{"model": ' + b"9" * 5000 + b"}",
         b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"model": ' + b"[" * 200 + b"]" * 200 + b"}",

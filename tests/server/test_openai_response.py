@@ -3,7 +3,16 @@
 import pytest
 
 from flashmoe import errors
-from flashmoe.events import End, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
+from flashmoe.events import (
+    End,
+    Logprobs,
+    Reasoning,
+    Text,
+    TokenLogprob,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallStart,
+)
 from flashmoe.server.openai_response import ChatCompletion, to_api_error
 
 END = End(
@@ -127,6 +136,44 @@ def test_invalid_call_is_reported_as_such():
     completion, chunks = complete(ToolCall(0, "c0", "", None, "<x", "no"), end("stop"))
     assert joined(chunks)["reason"] == "stop"
     assert "tool_calls" not in completion.to_dict()["choices"][0]["message"]
+
+
+def test_answers_of_one_completion_are_told_apart():
+    completion = ChatCompletion("chatcmpl-1", 5, "toy", include_usage=True, n=2)
+    events = [(1, Text("b")), (0, Text("a")), (1, END), (0, end("length"))]
+    chunks = [chunk for index, event in events for chunk in completion.chunks(event, index)]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert [(c["index"], c["delta"].get("content")) for c in choices] == [
+        *((1, "b"), (0, "a")),
+        *((1, None), (0, None)),
+    ]
+    assert all(c["delta"]["role"] == "assistant" for c in choices[:2])
+    whole = completion.to_dict()
+    assert [c["message"]["content"] for c in whole["choices"]] == ["a", "b"]
+    assert [c["finish_reason"] for c in whole["choices"]] == ["length", "stop"]
+    # The prompt is counted once.
+    assert whole["usage"]["prompt_tokens"] == 10
+    assert whole["usage"]["completion_tokens"] == 14
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert [c["usage"] for c in chunks[:-1]] == [None] * 4
+    assert len(whole["flashmoe"]["choices"]) == 2
+
+
+def test_probabilities_come_with_the_text_that_they_belong_to():
+    a, b = (TokenLogprob(t, t.encode(), -0.5) for t in "ab")
+    completion, chunks = complete(
+        Reasoning("hm"), Logprobs(a, (a, b)), Logprobs(b), Text("ab"), Logprobs(b), END
+    )
+    entry = {"token": "a", "logprob": -0.5, "bytes": [97]}
+    other = {"token": "b", "logprob": -0.5, "bytes": [98]}
+    first = {**entry, "top_logprobs": [entry, other]}
+    second = {**other, "top_logprobs": []}
+    sent = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert sent[0] is None
+    assert [logprobs["content"] for logprobs in sent[1:]] == [[first, second], [second]]
+    whole = completion.to_dict()["choices"][0]["logprobs"]
+    assert whole == {"content": [first, second, second], "refusal": None}
+    assert complete(Text("x"), END)[0].to_dict()["choices"][0]["logprobs"] is None
 
 
 def output_error(reason: str) -> errors.OutputError:

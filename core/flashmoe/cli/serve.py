@@ -60,6 +60,13 @@ from .options import engine_options, with_preset
     help="End an answer that takes longer, time in the queue included.",
 )
 @click.option(
+    "--max-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    show_default="what is left of the context",
+    help="Length of an answer whose request has no limit.",
+)
+@click.option(
     "--max-body",
     metavar="SIZE",
     default="8MB",
@@ -76,6 +83,7 @@ def serve(
     origins: tuple[str, ...],
     queue: int,
     timeout: float | None,
+    max_tokens: int | None,
     max_body: str,
     verbose: bool,
 ) -> None:
@@ -114,7 +122,9 @@ def serve(
         from ..generation.batch import DEFAULT_BATCH  # late: MLX, which is loaded now
 
         names = tuple(dict.fromkeys((named.name, *named.aliases, model)))
-        served = ServedModel(names, can.context, can.reasoning, int(time.time()))
+        served = ServedModel(
+            names, can.context, can.reasoning, int(time.time()), max_tokens=max_tokens
+        )
         limits = Limits(body_nbytes, (options.batch or DEFAULT_BATCH) + queue, timeout)
         server = Server(engine, served, limits, key=api_key, origins=origins)
         url = serving.api_url(host, bound)

@@ -77,6 +77,8 @@ class AccessMiddleware:
                 allow_origins=list(origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
+                # A page that is allowed in is a page of the internet, and this address is not.
+                allow_private_network=True,
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,9 +18,13 @@ def read_chat(body: bytes, models: ServedModels) -> Call:
     """
     call = read_call(body, models)
     answer = ChatCompletion(
-        new_id("chatcmpl-"), int(time.time()), call.model.name, include_usage=call.include_usage
+        new_id("chatcmpl-"),
+        int(time.time()),
+        call.model.name,
+        include_usage=call.include_usage,
+        n=call.n,
     )
-    return Call((call.request,), answer, call.stream)
+    return Call(call.requests, answer, call.stream)
 
 
 CHAT_COMPLETIONS = Api("/v1/chat/completions", read_chat)

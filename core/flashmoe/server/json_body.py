@@ -30,7 +30,7 @@ def parse_object(body: bytes) -> dict:
             code="body_too_large",
         )
     try:
-        fields = schemas.loads(body.decode())
+        fields = schemas.loads(body.decode(), lone_surrogates=True)
         too_deep = _is_deeper(fields, MAX_DEPTH)
     except (ValueError, RecursionError) as e:
         text = f"the body is not JSON: {short_repr(str(e))}"

@@ -7,7 +7,7 @@ accepted and ignored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,12 +15,15 @@ from ..chat.messages import normalize_messages
 from ..chat.tools import check_tool_choice
 from ..errors import FlashMoEError
 from ..grammar.rules import check_response_format, checked_tools
-from ..requests import Request, check_request, in_range
+from ..requests import RANGES, Request, check_request, in_range
 from .field_checks import check_flag, check_text
 from .json_body import parse_object
 from .openai_errors import ApiError, invalid_field, short_repr
 from .request_fields import FIELDS
 from .served_model import ServedModel, ServedModels
+
+#: The largest `n`.
+MAX_ANSWERS = 16
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,22 @@ class ChatCompletionCall:
         request: what the engine is asked for.
         stream: whether the answer is sent in chunks.
         include_usage: whether a stream ends with its token counts.
+        n: the number of answers.
     """
 
     model: ServedModel
     request: Request
     stream: bool
     include_usage: bool
+    n: int = 1
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What the engine is asked for, once for each answer; those of a seed are unlike, too."""
+        seed = self.request.seed
+        if seed is None:
+            return (self.request,) * self.n
+        return tuple(replace(self.request, seed=(seed + i) % 2**64) for i in range(self.n))
 
 
 def read_call(body: bytes, models: ServedModels) -> ChatCompletionCall:
@@ -68,17 +81,22 @@ def checked_call(fields: dict, models: ServedModels) -> ChatCompletionCall:
     for name in ("model", "messages"):
         if fields.get(name) is None:
             raise invalid_field(name, f"{name} is missing", "missing_required_parameter")
+    fields = {name: value for name, value in fields.items() if not _means_default(name, value)}
     model = models.find(fields["model"])
     _check_count(fields["messages"], model)
     tools = [_tool(tool) for tool in fields.get("tools") or ()]
     request = Request(
         messages=[_message(m, i) for i, m in enumerate(fields["messages"])],
-        max_tokens=_max_tokens(fields),
+        max_tokens=_max_tokens(fields, model),
         temperature=fields.get("temperature"),
         top_p=fields.get("top_p"),
         top_k=fields.get("top_k"),
         min_p=fields.get("min_p"),
         repetition_penalty=fields.get("repetition_penalty"),
+        presence_penalty=fields.get("presence_penalty"),
+        frequency_penalty=fields.get("frequency_penalty"),
+        logit_bias=fields.get("logit_bias"),
+        logprobs=_logprobs(fields),
         seed=fields.get("seed"),
         stop=_stop(fields.get("stop")),
         experts=model.experts if fields.get("experts") is None else fields["experts"],
@@ -88,12 +106,62 @@ def checked_call(fields: dict, models: ServedModels) -> ChatCompletionCall:
         response_format=_response_format(fields.get("response_format")),
         think=_think(fields, model),
         thinking_budget=fields.get("thinking_budget"),
+        chat_template_kwargs=_template_variables(fields),
+        continue_last=_continue_last(fields),
     )
     _check_request(request)
     options = fields.get("stream_options") or {}
-    return ChatCompletionCall(
-        model, request, bool(fields.get("stream")), bool(options.get("include_usage"))
-    )
+    stream, include_usage = bool(fields.get("stream")), bool(options.get("include_usage"))
+    return ChatCompletionCall(model, request, stream, include_usage, _count(fields))
+
+
+def _means_default(name: str, value: Any) -> bool:
+    """Return whether a value is how other servers write that an option has no value."""
+    words = ("max_tokens", "max_completion_tokens", "seed", "top_k")
+    return name in words and value == -1 and not isinstance(value, bool)
+
+
+def _count(fields: dict) -> int:
+    count = 1 if fields.get("n") is None else fields["n"]
+    if not 1 <= count <= MAX_ANSWERS:
+        raise invalid_field(
+            "n", f"n={short_repr(count)} is out of range: it must be between 1 and {MAX_ANSWERS}"
+        )
+    return count
+
+
+def _logprobs(fields: dict) -> int | None:
+    """Return how many of the likeliest tokens are reported with each; None: no probabilities."""
+    top = fields.get("top_logprobs") or 0
+    if not in_range("logprobs", top):
+        _, low, high = RANGES["logprobs"]
+        raise invalid_field(
+            "top_logprobs",
+            f"top_logprobs={short_repr(top)} is out of range: it must be between {low} and {high}",
+        )
+    if top and not fields.get("logprobs"):
+        raise invalid_field("top_logprobs", f"top_logprobs={top} needs logprobs: pass true there")
+    return top if fields.get("logprobs") else None
+
+
+def _template_variables(fields: dict) -> dict:
+    variables = dict(fields.get("chat_template_kwargs") or {})
+    variables.pop("enable_thinking", None)
+    if fields.get("preserve_thinking") is not None:
+        variables.setdefault("preserve_thinking", fields["preserve_thinking"])
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if isinstance(variables.get(name), bool):
+            del variables[name]
+    return variables
+
+
+def _continue_last(fields: dict) -> bool:
+    """Return whether the last message is continued if it is the assistant's own."""
+    variables = fields.get("chat_template_kwargs") or {}
+    continues = fields.get("continue_final_message", variables.get("continue_final_message"))
+    if continues is not None:
+        return continues is True
+    return fields.get("add_generation_prompt", variables.get("add_generation_prompt")) is not True
 
 
 def _check_count(messages: list, model: ServedModel) -> None:
@@ -132,10 +200,10 @@ def refused_request(error: FlashMoEError, param: str | None = None) -> ApiError:
         param: field to name if the error's text does not begin with one, as in "top_p=3 is out".
     """
     name = str(error).partition("=")[0]
-    return invalid_field(name if name in FIELDS else param, str(error))
+    return invalid_field(name if name.isidentifier() else param, str(error))
 
 
-def _max_tokens(fields: dict) -> int | None:
+def _max_tokens(fields: dict, model: ServedModel) -> int:
     new, old = fields.get("max_completion_tokens"), fields.get("max_tokens")
     if None not in (new, old) and new != old:
         raise invalid_field(
@@ -148,6 +216,9 @@ def _max_tokens(fields: dict) -> int | None:
         name = "max_tokens" if new is None else "max_completion_tokens"
         text = f"{name}={short_repr(limit)} is out of range: it must be an integer of 1 or more"
         raise invalid_field(name, text)
+    if limit is None:
+        # The engine takes what is left of the context from it.
+        limit = model.max_tokens or model.context
     return limit
 
 
@@ -162,16 +233,19 @@ def _think(fields: dict, model: ServedModel) -> bool | None:
     """Return whether to reason first, from flashmoe's field, the templates' or the effort."""
     if fields.get("think") is not None:
         return fields["think"]
+    if fields.get("enable_thinking") is not None:
+        return fields["enable_thinking"]
     template = fields.get("chat_template_kwargs") or {}
-    if unknown := sorted(set(template) - {"enable_thinking"}):
-        raise invalid_field(
-            "chat_template_kwargs",
-            f"{short_repr(unknown[0])} is not supported: only enable_thinking is",
-        )
     if template.get("enable_thinking") is not None:
         check_flag("chat_template_kwargs", template["enable_thinking"])
         return template["enable_thinking"]
     effort = fields.get("reasoning_effort")
+    reasoning = fields.get("reasoning") or {}
+    if effort is None and isinstance(reasoning.get("enabled"), bool):
+        return reasoning["enabled"] if model.thinks else None
+    if effort is None and reasoning.get("effort") is not None:
+        effort = reasoning["effort"]
+        FIELDS["reasoning_effort"]("reasoning", effort)
     if effort is None:
         return None
     return False if effort in ("none", "minimal") else True if model.thinks else None
@@ -212,14 +286,23 @@ def _response_format(wanted: dict | None) -> dict | None:
         return None
     if wanted.get("type") != "json_schema":
         return wanted  # json_object, or flashmoe's own types: regex and lark
-    inner = wanted.get("json_schema")
+    inner = wanted.get("json_schema", wanted)
+    if unknown := set(wanted) - {"type", "json_schema"} if inner is not wanted else None:
+        raise invalid_field(
+            "response_format",
+            f"response_format has {short_repr(sorted(unknown)[0])} beside its json_schema: leave "
+            "it out",
+        )
     if not isinstance(inner, dict) or inner.get("schema") is None:
         raise invalid_field(
             "response_format",
             'response_format has no schema: write it as {"type": "json_schema", "json_schema": '
             '{"name": ..., "schema": {...}}}',
         )
-    return {"type": "json_schema", "schema": inner["schema"]}
+    # The name and the description are not for the model; the grammar is strict in any case.
+    left_out = ("type", "name", "description", "strict")
+    kept = {k: v for k, v in inner.items() if k not in left_out and v is not None}
+    return {"type": "json_schema", **kept}
 
 
 def _message(message: Any, index: int) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 from ..errors import (
     ContextError,
@@ -23,8 +22,9 @@ from ..errors import (
     SettingError,
     TimedOut,
 )
-from ..events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
+from ..events import End, Event
 from .api import Answer, check_cut_short
+from .chat_choice import ChatChoice
 from .openai_errors import ApiError
 from .openai_request import refused_request
 
@@ -32,48 +32,37 @@ log = logging.getLogger("flashmoe")
 
 
 class ChatCompletion(Answer):
-    """One answer in OpenAI's format. Events must be given in the order of the engine.
+    """A completion in OpenAI's format. Events must be given in the order of the engine.
 
     Args:
         id: id of the completion.
         created: seconds since 1970.
         model: name of the model in the answer.
         include_usage: whether the stream ends with a chunk that holds only the usage.
+        n: number of answers.
     """
 
-    def __init__(self, id: str, created: int, model: str, *, include_usage: bool = False):
+    def __init__(
+        self, id: str, created: int, model: str, *, include_usage: bool = False, n: int = 1
+    ):
         self._head = {"id": id, "created": created, "model": model}
         self._include_usage = include_usage
-        self._end: End | None = None
-        self._texts: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: dict[int, dict] = {}
-        self._invalid: list[dict] = []
-        self._started = False
+        self._choices = [ChatChoice(index) for index in range(n)]
 
     @property
-    def end(self) -> End:
-        """The last event. It must have been given to `chunks` or `error_chunks` before."""
-        assert self._end is not None, "the answer has not ended"
-        return self._end
+    def ends(self) -> list[End]:
+        """The last events of the answers that have ended."""
+        return [choice.end for choice in self._choices if choice.end is not None]
 
     def chunks(self, event: Event, index: int = 0) -> list[dict]:
         """Return the chunks of a stream for an event, and add it to the whole answer."""
-        if isinstance(event, Text):
-            self._texts.append(event.text)
-            return [self._delta({"content": event.text})]
-        if isinstance(event, Reasoning):
-            self._reasoning.append(event.text)
-            return [self._delta({"reasoning_content": event.text})]
-        if isinstance(event, ToolCallStart):
-            return [self._start_call(event.index, event.id, event.name)]
-        if isinstance(event, ToolCallArguments):
-            return [self._add_arguments(event.index, event.text)]
-        if isinstance(event, ToolCall):
-            return self._finish_call(event)
+        choice = self._choices[index]
+        chunks = [self._chunk([part]) for part in choice.add(event)]
         if isinstance(event, End):
-            return self._finish(event)
-        return []
+            chunks[-1]["flashmoe"] = choice.figures()
+            if self._include_usage and len(self.ends) == len(self._choices):
+                chunks.append(self._chunk([]) | {"usage": usage(*self.ends)})
+        return chunks
 
     def error_chunks(self, error: OutputError, index: int = 0) -> list[dict]:
         """Return the last chunks of an answer that does not have the requested form.
@@ -83,104 +72,39 @@ class ChatCompletion(Answer):
         """
         check_cut_short(error)
         assert error.end is not None, "an answer that was cut short has its end"
-        return self._finish(error.end)
+        return self.chunks(error.end, index)
 
     def to_dict(self) -> dict:
         """Return the answer as one chat.completion object. Its end must have been given before."""
-        message: dict[str, Any] = {"role": "assistant"}
-        message["content"] = "".join(self._texts) if self._texts or not self._calls else None
-        message["refusal"] = None
-        if self._reasoning:
-            message["reasoning_content"] = "".join(self._reasoning)
-        if self._calls:
-            message["tool_calls"] = [call for _, call in sorted(self._calls.items())]
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": self._finish_reason,
-        }
+        figures = [choice.figures() for choice in self._choices]
         return {
             **self._head,
             "object": "chat.completion",
-            "choices": [choice],
-            "usage": usage(self.end),
-            "flashmoe": self._figures,
+            "choices": [choice.to_dict() for choice in self._choices],
+            "usage": usage(*self.ends),
+            "flashmoe": figures[0] if len(figures) == 1 else {"choices": figures},
         }
-
-    def _start_call(self, index: int, id: str, name: str) -> dict:
-        self._calls[index] = {
-            "id": id,
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
-        call = {"index": index, "id": id, "type": "function"}
-        return self._delta({"tool_calls": [call | {"function": {"name": name, "arguments": ""}}]})
-
-    def _add_arguments(self, index: int, text: str) -> dict:
-        self._calls[index]["function"]["arguments"] += text
-        return self._delta({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
-
-    def _finish_call(self, call: ToolCall) -> list[dict]:
-        if call.error is None:
-            return []
-        self._invalid.append(
-            {
-                "index": call.index,
-                "id": call.id,
-                "name": call.name,
-                "error": call.error,
-                "text": call.text,
-            }
-        )
-        known = self._calls.get(call.index)
-        if not call.name or (known and known["function"]["arguments"]):
-            return []
-        # Clients would take a call without arguments for one that needs none.
-        first = [] if known else [self._start_call(call.index, call.id, call.name)]
-        return [*first, self._add_arguments(call.index, "{")]
-
-    def _finish(self, end: End) -> list[dict]:
-        self._end = end
-        last = self._delta({}, self._finish_reason)
-        chunks = [last | {"flashmoe": self._figures}]
-        if self._include_usage:
-            chunks.append(self._chunk([]) | {"usage": usage(end)})
-        return chunks
-
-    @property
-    def _finish_reason(self) -> str:
-        return self.end.finish_reason
-
-    @property
-    def _figures(self) -> dict:
-        figures = self.end.figures()
-        return figures | ({"invalid_tool_calls": self._invalid} if self._invalid else {})
-
-    def _delta(self, delta: dict, finish_reason: str | None = None) -> dict:
-        if not self._started:
-            self._started = True
-            delta = {"role": "assistant", "content": ""} | delta
-        return self._chunk(
-            [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
-        )
 
     def _chunk(self, choices: list[dict]) -> dict:
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
         return chunk | ({"usage": None} if self._include_usage else {})
 
 
-def usage(end: End) -> dict:
-    """Return the token counts of an answer in OpenAI's format.
+def usage(first: End, *others: End) -> dict:
+    """Return the token counts of answers to one prompt in OpenAI's format.
 
-    As there, reasoning tokens are part of the completion and cached tokens part of the prompt.
+    As there, the prompt is counted once, reasoning tokens are part of the completion and cached
+    tokens part of the prompt.
     """
+    ends = [first, *others]
+    generated = sum(end.generated_tokens for end in ends)
+    reasoning = sum(end.reasoning_tokens for end in ends)
     return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.generated_tokens,
-        "total_tokens": end.prompt_tokens + end.generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": end.reasoning_tokens},
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": first.prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
 
 

@@ -23,6 +23,12 @@ FIELDS: dict[str, Check] = {
     "top_p": check_number,
     "min_p": check_number,
     "repetition_penalty": check_number,
+    "presence_penalty": check_number,
+    "frequency_penalty": check_number,
+    "logit_bias": check_object,
+    "logprobs": check_flag,
+    "top_logprobs": check_integer,
+    "n": check_integer,
     "seed": check_integer,
     "top_k": check_integer,
     "thinking_budget": check_integer,
@@ -40,22 +46,26 @@ FIELDS: dict[str, Check] = {
     "response_format": check_object,
     "reasoning_effort": one_of(*EFFORTS, way_out=f"use one of {', '.join(EFFORTS)}"),
     "think": check_flag,
+    "reasoning": check_object,
     "chat_template_kwargs": check_object,
-    "n": one_of(1, way_out="each request gets one answer; send it again for another"),
-    "logprobs": one_of(False, way_out="leave it out"),
-    "top_logprobs": one_of(0, way_out="leave it out"),
-    "logit_bias": one_of({}, way_out="leave it out"),
-    "presence_penalty": one_of(0, way_out="leave it out, or try repetition_penalty"),
-    "frequency_penalty": one_of(0, way_out="leave it out, or try repetition_penalty"),
+    # Variables of Qwen's templates, which some clients send beside the other fields.
+    "enable_thinking": check_flag,
+    "preserve_thinking": check_flag,
+    # As vLLM calls it: whether a last message of the assistant is continued.
+    "continue_final_message": check_flag,
+    "add_generation_prompt": check_flag,
     "modalities": one_of(["text"], way_out="these models write text only"),
     "audio": one_of(way_out="these models write text only"),
     "web_search_options": one_of(way_out="there is no web search here; pass a tool that searches"),
     "functions": one_of([], way_out="use tools instead"),
     "function_call": one_of("auto", "none", way_out="use tools and tool_choice instead"),
-    # These are settings of OpenAI's own service, or hints: they do not affect the answer.
+    # These are settings of OpenAI's own service or of other servers, or hints: they do not affect
+    # the answer.
     **dict.fromkeys(
         ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-        + ("prompt_cache_retention", "prediction", "verbosity", "moderation"),
+        + ("prompt_cache_retention", "prediction", "verbosity", "moderation", "keep_alive")
+        + ("cache_prompt", "id_slot", "num_keep", "timings_per_token", "return_progress")
+        + ("include_reasoning", "usage", "provider"),
         ignored,
     ),
 }

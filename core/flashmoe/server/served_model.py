@@ -21,6 +21,8 @@ class ServedModel:
         experts: experts per token (K) of an answer that asks for no other; None: the engine's.
         tools: whether it can call tools.
         path: its checkpoint directory; None: tokens cannot be counted without the engine.
+        max_tokens: the most tokens of an answer that has no limit of its own; None: what is left of
+            the context.
     """
 
     names: tuple[str, ...]
@@ -30,6 +32,7 @@ class ServedModel:
     experts: int | None = None
     tools: bool = True
     path: Path | None = None
+    max_tokens: int | None = None
 
     @property
     def name(self) -> str:
