@@ -67,6 +67,7 @@ _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("continue_last", (bool,), "True or False"),
     ("parallel_tool_calls", (bool,), "True or False"),
     ("think", (bool, _NONE), "True, False or None"),
+    ("prompt", (str, list, tuple, _NONE), "a text, or a list of tokens"),
     ("cache", (bool,), "True or False"),
     ("constrain", (bool,), "True or False"),
 )
@@ -107,6 +108,8 @@ class Request:
         think: whether to reason before the answer. None: the model's default.
         thinking_budget: the number of reasoning tokens after which the reasoning is closed. None:
             no limit.
+        prompt: a prompt that is continued as it is, in place of messages: a text, in which special
+            tokens count, or tokens. No prompt cache is used.
         cache: False neither looks up the prompt in the prompt cache nor adds it there.
         constrain: False describes tools to the model but enforces neither tools nor response_format
             with a grammar.
@@ -134,6 +137,7 @@ class Request:
     thinking_budget: int | None = None
     chat_template_kwargs: dict | None = None
     continue_last: bool = True
+    prompt: str | Sequence[int] | None = None
     cache: bool = True
     constrain: bool = True
 

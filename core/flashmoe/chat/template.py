@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,6 +175,27 @@ class ChatTemplate:
         """Return the tokens of a text as it is encoded in a message: without special tokens."""
         seam, broken = _break_special_tokens(self._tokenizer, text)
         return self.encode(*broken.split(seam))
+
+    def raw_prompt(self, prompt: str | Sequence[int]) -> Prompt:
+        """Return a prompt that is not rendered: a text, in which special tokens count, or tokens.
+
+        Raises:
+            SettingError: it is empty, or has tokens that the model does not have.
+        """
+        tokens = [*prompt] if not isinstance(prompt, str) else []
+        if isinstance(prompt, str):
+            text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            with self._long if len(text) > LONG_TEXT else nullcontext():
+                tokens = self._tokenizer.encode(text, verbose=False)
+        if not tokens:
+            raise SettingError("the prompt is empty: give a text that the model can continue")
+        wrong = [t for t in tokens if not 0 <= t < len(self._tokenizer)]
+        if wrong:
+            raise SettingError(
+                f"prompt=[{wrong[0]}] is no token: this model's tokens are 0 to "
+                f"{len(self._tokenizer) - 1}"
+            )
+        return Prompt(tokens, (), False)
 
     def encode(self, *pieces: str) -> list[int]:
         """Return the tokens of pieces of text, each of them encoded by itself."""

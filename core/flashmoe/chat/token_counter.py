@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import CheckpointError, SettingError
+from .infill import infill_tokens
 from .special_tokens import SpecialTokens
 from .template import ChatTemplate
 from .tools import Tool, read_tools
@@ -27,6 +28,7 @@ class TokenCounter:
 
     def __init__(self, path: Path):
         tokenizer = read_tokenizer(Checkpoint.open(path))
+        self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, SpecialTokens.from_tokenizer(tokenizer))
         self._lock = threading.Lock()
 
@@ -34,6 +36,15 @@ class TokenCounter:
         """Return the tokens of a text as it is encoded in a message."""
         with self._lock:
             return self._template.encode_text(text)
+
+    def infill(self, prefix: str, suffix: str) -> list[int]:
+        """Return the tokens of a prompt that asks for the text between two texts.
+
+        Raises:
+            SettingError: the tokenizer has no special tokens for that.
+        """
+        with self._lock:
+            return infill_tokens(self._tokenizer, self._template.encode_text, prefix, suffix)
 
     def count(
         self, messages: list[dict], tools: list[dict] | None = None, think: bool | None = None

@@ -91,14 +91,17 @@ class LoadedModel:
         self._biases(request)
         rules = output_rules(request, self.special_tokens)
         must_call = request.tool_choice not in ("auto", "none")
-        prompt = self.template.build_prompt(
-            request.messages,
-            rules.tools,
-            think=request.think,
-            structured=request.constrain and (rules.structured or must_call),
-            variables=request.chat_template_kwargs,
-            continue_last=request.continue_last,
-        )
+        if request.prompt is not None:
+            prompt = self.template.raw_prompt(request.prompt)
+        else:
+            prompt = self.template.build_prompt(
+                request.messages,
+                rules.tools,
+                think=request.think,
+                structured=request.constrain and (rules.structured or must_call),
+                variables=request.chat_template_kwargs,
+                continue_last=request.continue_last,
+            )
         max_tokens = self._max_tokens(request, prompt.tokens)
         newlines = self.template.encode("\n"), self.template.encode("\n\n")
         parser = OutputParser(

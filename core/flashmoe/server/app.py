@@ -23,6 +23,7 @@ from ..engine import Engine
 from .access import AccessMiddleware
 from .answering import Answering, Limits
 from .chat_completions import CHAT_COMPLETIONS
+from .completions import COMPLETIONS
 from .messages import MESSAGES, count_tokens
 from .model_list import model_list, model_object
 from .openai_errors import ApiError, body_for
@@ -64,10 +65,11 @@ class Server:
         self._store = ResponseStore(store)
         self._answering = Answering(engine, self._models, limits or Limits())
         self.metrics = self._answering.metrics
+        apis = (CHAT_COMPLETIONS, responses_api(self._store), MESSAGES, COMPLETIONS)
         routes = [
             *(
                 Route(api.path, _Endpoint(partial(self._answering.answer, api)), methods=["POST"])
-                for api in (CHAT_COMPLETIONS, responses_api(self._store), MESSAGES)
+                for api in apis
             ),
             *(
                 Route(path, _Endpoint(partial(self._answering.compute, read)), methods=["POST"])
