@@ -11,9 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from toys import write_toy
 
 from flashmoe import macos
+from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.memory import system
+from flashmoe.models.loading import plan_memory
+from flashmoe.ops import backend as backends
+from flashmoe.options import LoadOptions
 from flashmoe.streaming import drives, io_modes
 from flashmoe.streaming.disk_bench import forget
 from flashmoe.streaming.io_modes import BLOCK, Direct
@@ -75,6 +80,43 @@ def test_memory_that_is_not_told_is_an_error(library):
     library.status = -1
     with pytest.raises(OSError, match="does not tell the memory"):
         system.resident()
+
+
+GB = 10**9
+#: Memory of a Mac, what Metal recommends, what is free, pressure, and the most that a load takes.
+MACS = {
+    "16 GB, macOS 27, idle": (17.2, 12.7, 11.8, 1, 10.8),
+    "16 GB, macOS 14, idle": (17.2, 11.5, 12.5, 1, 10.35),
+    "16 GB, busy": (17.2, 12.7, 8.0, 2, 3.2),
+    "64 GB, idle": (68.7, 55.7, 60.0, 1, 45.8),
+    "128 GB, macOS 14, idle": (137.4, 103.1, 128.0, 1, 91.6),
+    "128 GB, no GPU": (137.4, None, 60.0, 1, 54.2),
+}
+
+
+@pytest.mark.parametrize("mac", MACS.values(), ids=MACS)
+def test_default_memory_leaves_a_mac_enough(library, monkeypatch, mac):
+    memory, working_set, free, library.pressure, expected = mac
+    sizes = {"SC_PHYS_PAGES": int(memory * GB) // 16384, "SC_PAGE_SIZE": 16384}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    monkeypatch.setattr(system, "available", lambda: int(free * GB))
+    total = system.default_total(GB // 5, working_set and int(working_set * GB))
+    assert total == pytest.approx(expected * GB, rel=0.02)
+
+
+def test_default_memory_is_no_less_than_what_is_held(library, monkeypatch):
+    monkeypatch.setattr(system, "available", lambda: 0)
+    assert system.default_total(5 * GB, 2 * GB) == 5 * GB
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_memory_beyond_the_working_set_is_warned_of(tmp_path, monkeypatch, caplog, warned):
+    monkeypatch.setattr(backends, "working_set", lambda: 3 * GB)
+    with caplog.at_level("WARNING", "flashmoe"):
+        plan_memory(
+            Checkpoint.open(write_toy(tmp_path)), LoadOptions(memory="2.8GB" if warned else "2.6GB")
+        )
+    assert ("iogpu.wired_limit_mb=2966" in caplog.text) == warned
 
 
 def test_pressure_is_normal_where_it_is_not_told(library):

@@ -188,12 +188,14 @@ def _ops(report: Report) -> dict[str, Any]:
 
 
 def _memory(report: Report) -> dict[str, Any]:
-    facts = machine.memory_facts()
-    if report.sections.get("backend", {}).get("name") == "CUDA":
+    backend = report.sections.get("backend", {})
+    working_set = backend.get("info", {}).get("max_recommended_working_set_size")
+    facts = machine.memory_facts(working_set if backend.get("name") == "Metal" else None)
+    if backend.get("name") == "CUDA":
         from ..streaming.cuda import device_memory
 
         if device_memory() is not None:
-            free = report.sections["backend"]["info"]["free_memory"]
+            free = backend["info"]["free_memory"]
             facts |= {"limit": "card", "default": default_budget(free)}
     return facts
 

@@ -91,8 +91,11 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
     }
 
 
-def memory_facts() -> dict[str, Any]:
+def memory_facts(working_set: int | None = None) -> dict[str, Any]:
     """Return the memory of the machine.
+
+    Args:
+        working_set: bytes that Metal recommends to use at most, on a Mac's GPU.
 
     Returns:
         total, available: bytes of the machine, and bytes that are free. limit: which limit is the
@@ -103,12 +106,11 @@ def memory_facts() -> dict[str, Any]:
     if sys.platform == "linux":
         available_by_limit = system.available_by_limit()
         limit = min(available_by_limit, key=lambda name: available_by_limit[name])
-    free = system.available()
     return {
         "total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "available": free,
+        "available": system.available(),
         "limit": limit,
-        "default": system.resident() + system.default_budget(free),
+        "default": system.default_total(system.resident(), working_set),
     }
 
 

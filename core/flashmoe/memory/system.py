@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .. import macos
 
 #: What a machine keeps for itself when no budget is given: at least this much, and a tenth.
 _RESERVE = 10**9
+
+#: The share of Metal's recommended working set beyond which MLX keeps no buffers for reuse (from
+#: 0.95 on), and soon after which work fails.
+WORKING_SET_SHARE = 0.9
 
 _V1_LIMITS = ("memory.limit_in_bytes",)
 _V2_LIMITS = ("memory.max", "memory.high")
@@ -46,6 +53,27 @@ def default_budget(free: int) -> int:
     return max(0, free - max(_RESERVE, free // 10))
 
 
+def default_total(base: int, working_set: int | None = None) -> int:
+    """Return the bytes of a process that was not told a budget, with the `base` that it holds.
+
+    A Mac that gives away nearly all of its memory slows down at once, or stops: there it is at
+    most two thirds of the memory and WORKING_SET_SHARE of the working set, and half as much is
+    taken of what is free when the system says that memory is short.
+
+    Args:
+        working_set: bytes that Metal recommends to use at most, on a Mac's GPU.
+    """
+    free = available()
+    if sys.platform != "darwin":
+        return base + default_budget(free)
+    if macos.pressure() >= macos.PRESSURE_WARNING:
+        free //= 2
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 2 // 3]
+    if working_set is not None:
+        limits.append(int(working_set * WORKING_SET_SHARE))
+    return max(base, min(base + default_budget(free), *limits))
+
+
 def resident() -> int:
     """Return the bytes of memory that this process holds now.
 
@@ -66,6 +94,21 @@ def peak() -> int:
     high_water = re.search(r"^VmHWM:\s+([0-9]+) kB", status, re.MULTILINE)
     assert high_water is not None, "Linux has VmHWM in the status of each process"
     return int(high_water[1]) * 1024
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the allocator keeps it (glibc)."""
+    release = _malloc_trim()
+    if release is not None:
+        release(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    if sys.platform != "linux":
+        return None
+    # Other allocators and other C libraries have no such function.
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def _fields(text: str) -> dict[str, int]:

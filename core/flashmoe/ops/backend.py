@@ -30,6 +30,13 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.gpu or kernel.available()
 
 
+def working_set() -> int | None:
+    """Return the bytes that Metal recommends to use at most; None where MLX does not use Metal."""
+    if mx.default_device() != mx.gpu or not mx.metal.is_available():
+        return None
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
 def pick(name: str | None = None) -> Backend:
     """Return the backend `name`; by default $FLASHMOE_OPS, or the fastest for this device.
 

@@ -10,6 +10,7 @@ the GPU has memory of its own, by copies (see `flashmoe.streaming.device_copy`).
 from __future__ import annotations
 
 import mmap
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,9 @@ from .device_copy import DeviceBytes, DeviceMemory
 from .expert_form import SWIGLU, ExpertForm
 from .io_modes import BLOCK
 from .reader import ReadRequest
+
+#: Tells the system that pages are free; macOS keeps them when it is told MADV_DONTNEED.
+_GIVE_BACK = mmap.MADV_FREE if sys.platform == "darwin" else mmap.MADV_DONTNEED
 
 MLX_DTYPES = {
     "U8": mx.uint8,
@@ -111,7 +115,7 @@ class SlotMemory:
             start = -(-(phase + slot * nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
             stop = (phase + (slot + 1) * nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if start < stop:
-                pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
+                pages.madvise(_GIVE_BACK, start, stop - start)
 
     def host_bytes(self, projection: str, part: str) -> np.ndarray:
         """Return the stack of one part as bytes, (slots, bytes of a slot) uint8. CPU only."""
