@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -79,6 +80,7 @@ def write_toy(
     dtype: str = "bfloat16",
     shards: int = 1,
     seed: int = 0,
+    choose: Callable[[str], dict | None] = lambda path: None,
     **config,
 ) -> Path:
     """Write a toy checkpoint, which stock mlx-lm can load, and return its directory.
@@ -86,6 +88,7 @@ def write_toy(
     Args:
         bits: bits of a quantised weight; None leaves the model unquantised.
         shards: the number of files. Neighbouring tensors are in different ones.
+        choose: returns the quantisation of a module, by its path; None for that of the others.
         config: arguments of `toy_config`. hidden_size must be a multiple of 64, as in any Qwen MoE,
             since mlx-lm quantises routers in groups of 64.
     """
@@ -98,7 +101,15 @@ def write_toy(
     random = _weights(model, mx.random.key(seed), getattr(mx, dtype))
     model.update(tree_unflatten(random))
     if bits is not None:
-        model, settings = quantize_model(model, settings, group_size, bits, mode=mode)
+        default = getattr(model, "quant_predicate", lambda path, module: True)
+        model, settings = quantize_model(
+            model,
+            settings,
+            group_size,
+            bits,
+            mode=mode,
+            quant_predicate=lambda path, module: choose(path) or default(path, module),
+        )
     weights = sorted(tree_flatten(model.parameters()))
     weight_map = {}
     for shard in range(shards):

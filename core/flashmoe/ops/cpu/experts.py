@@ -44,6 +44,9 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     qwen3_next.Qwen3NextGatedDeltaNet: linear_attention.NextGatedDeltaNet,
 }
 
+# Layers whose packed weights the kernels read.
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, mla.QuantizedMultiLinear)
+
 #: Pairs of one expert in the work that they belong to.
 WorkPairs: TypeAlias = "tuple[CpuWork, np.ndarray]"
 
@@ -90,7 +93,7 @@ class CpuBackend(Backend):
     def set_dtypes(self, model: nn.Module) -> None:
         """Convert the arrays of all layers that are not quantised to float32."""
         for module in model.modules():
-            if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            if isinstance(module, _PACKED):
                 continue  # the kernels widen their scales exactly
             for name, value in list(module.items()):
                 if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):

@@ -13,10 +13,11 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import qwen3_moe, qwen3_next
+from mlx_lm.models import mla, qwen3_moe, qwen3_next
 
+from ...checkpoint.quantization import Quantization
 from ..arrays import to_numpy
-from . import gemm
+from . import gemm, matvec
 from .matvec import Packed
 from .swiglu import MlpMatrices, few_rows, many_rows
 
@@ -69,13 +70,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         # MLX's own embedding dequantises, and so rounds, in the dtype of the scales.
-        return mx.dequantize(
-            self["weight"][x],
-            self["scales"][x].astype(mx.float32),
-            self["biases"][x].astype(mx.float32),
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+        return dequantised(self, x)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits of x, (..., tokens, hidden), as a tied head; see `Head`."""
@@ -108,6 +103,44 @@ class MLP(_MLP, qwen3_moe.MLP):
     """The MLP of qwen3_moe."""
 
 
+class MultiLinear(mla.MultiLinear):
+    """The matrices of the heads of latent attention (MLA), by BLAS where they are unquantised."""
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        weight, rows = to_numpy(self.weight, x)
+        return mx.array(np.matmul(rows, weight.swapaxes(-1, -2) if transpose else weight))
+
+
+class QuantizedMultiLinear(mla.QuantizedMultiLinear):
+    """The same where they are quantised: each head's rows go through the kernels.
+
+    x is (..., heads, tokens, in), or has one head, which all matrices share.
+    """
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        if not hasattr(self, "_packed"):
+            self._packed = _stack(self)
+        heads, height, width = self._packed.shape
+        tokens, rows = x.shape[-2], to_numpy(x)[0]
+        rows = rows.reshape(-1, *rows.shape[-3:])  # (batch, heads or 1, tokens, in)
+        if not transpose:
+            weight = np.empty((heads, height, width), np.float32)
+            for head in range(heads):
+                matvec.dequantize(self._packed, head, weight[head])
+            return mx.array(np.matmul(rows, weight).reshape(*x.shape[:-3], heads, tokens, width))
+        batch = len(rows)
+        rows = np.broadcast_to(rows, (batch, heads, tokens, width))
+        y = np.empty((batch, heads, tokens, height), np.float32)
+        if tokens <= self._packed.matvec_rows:
+            flat = np.ascontiguousarray(rows).reshape(-1, width)
+            slots = np.tile(np.repeat(np.arange(heads), tokens), batch)
+            matvec.matvec(self._packed, slots, flat, np.arange(len(flat)), y.reshape(-1, height))
+        else:
+            for b, head in np.ndindex(batch, heads):
+                gemm.product(self._packed, head, np.ascontiguousarray(rows[b, head]), y[b, head])
+        return mx.array(y.reshape(*x.shape[:-3], heads, tokens, height))
+
+
 def sequence_length(x: mx.array) -> int:
     """Return the tokens of each sequence of x, (..., tokens, in)."""
     return x.shape[-2] if x.ndim > 1 else 1
@@ -121,17 +154,26 @@ def _projected(layer: nn.Module, x: mx.array) -> mx.array:
 def packed(layer: nn.Module) -> Packed:
     """Return the matrix of a quantised layer for the kernels, as a stack of one."""
     if not hasattr(layer, "_packed"):
-        parts = {n: mx.contiguous(layer[n]) for n in ("weight", "scales", "biases")}
-        dtype = _NAMES[parts["scales"].dtype]
-        views = {"weight": parts["weight"].view(mx.uint8)}
-        for name in ("scales", "biases"):
-            views[name] = parts[name] if dtype == "float32" else parts[name].view(mx.uint16)
-        mx.eval(views)
-        weight, scales, biases = (np.array(v, copy=False)[None] for v in views.values())
-        layer._packed = Packed(
-            weight, scales, biases, layer.bits, layer.group_size, dtype, layer.activations
-        )
+        layer._packed = _stack(layer, layer.activations)
     return layer._packed
+
+
+def _stack(layer: nn.Module, activations: str = "float32") -> Packed:
+    """Return the matrices of a quantised layer, (out, in) or a stack (S, out, in) of them."""
+    form = Quantization(layer.bits, layer.group_size, layer.mode)
+    names = [n for n in ("weight", "scales", "biases") if layer.get(n) is not None]
+    parts = {n: mx.contiguous(layer[n]) for n in names}
+    dtype = form.scale_dtype or _NAMES[parts["scales"].dtype]
+    views = {"weight": parts["weight"].view(mx.uint8)}
+    for name in names[1:]:
+        as_stored = dtype == "float32" or form.scale_dtype is not None
+        views[name] = parts[name] if as_stored else parts[name].view(mx.uint16)
+    mx.eval(views)
+    weight, scales, *biases = (
+        np.array(v, copy=False).reshape(-1, *v.shape[-2:]) for v in views.values()
+    )
+    last = biases[0] if biases else None
+    return Packed(weight, scales, last, layer.bits, layer.group_size, dtype, activations)
 
 
 def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
@@ -155,6 +197,22 @@ def project(layer: nn.Module, x: np.ndarray, tokens: int) -> np.ndarray:
     return y + to_numpy(layer.bias)[0] if "bias" in layer else y
 
 
+def dequantised(layer: nn.Module, rows: mx.array | slice) -> mx.array:
+    """Return some rows of a quantised matrix in float32, unevaluated."""
+    parts = {n: layer[n][rows] for n in ("weight", "scales", "biases") if layer.get(n) is not None}
+    if layer.mode == "affine":  # else MLX would round to the dtype of the scales
+        parts |= {n: parts[n].astype(mx.float32) for n in ("scales", "biases")}
+    return mx.dequantize(
+        parts["weight"],
+        parts["scales"],
+        parts.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
+    )
+
+
 def lazy_matmul(layer: nn.Module, x: mx.array) -> mx.array:
     """Return x @ W.T in float32, unevaluated.
 
@@ -163,12 +221,5 @@ def lazy_matmul(layer: nn.Module, x: mx.array) -> mx.array:
     tiles = []
     for start in range(0, layer["weight"].shape[0], HEAD_TILE):
         rows = slice(start, start + HEAD_TILE)
-        weight = mx.dequantize(
-            layer["weight"][rows],
-            layer["scales"][rows].astype(mx.float32),
-            layer["biases"][rows].astype(mx.float32),
-            group_size=layer.group_size,
-            bits=layer.bits,
-        )
-        tiles.append(x @ weight.T)
+        tiles.append(x @ dequantised(layer, rows).T)
     return mx.concatenate(tiles, axis=-1)
