@@ -48,6 +48,8 @@ class Kernel:
             much as one that is, so each variant has its own inputs.
     """
 
+    ending = "metal"
+
     def __init__(
         self,
         name: str,
@@ -59,6 +61,7 @@ class Kernel:
         self.name = name
         self.inputs, self.outputs = list(inputs), list(outputs)
         self.helpers, self.defines = list(helpers), defines
+        self._settings: dict[str, Any] = {}
         self._built: dict[tuple[str, tuple[mx.Dtype, ...]], Any] = {}
 
     def __call__(
@@ -101,7 +104,7 @@ class Kernel:
     @property
     def source(self) -> str:
         """The text of the body."""
-        return read_text(f"kernels/{self.name}.metal")
+        return read_text(f"kernels/{self.name}.{self.ending}")
 
     @property
     def source_without_comments(self) -> str:
@@ -150,8 +153,32 @@ class Kernel:
                 output_names=self.outputs,
                 source=self.source if target == "metal" else self.source_without_comments,
                 header=self.header(target),
+                **self._settings,
             )
         return self._built[target, dtypes]
+
+
+class CudaKernel(Kernel):
+    """A kernel in CUDA's own language, `kernels/NAME.cu`, where Metal needs none.
+
+    Args:
+        shared_memory: bytes of a block's shared memory.
+    """
+
+    ending = "cu"
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        helpers: Sequence[str] = (),
+        *,
+        shared_memory: int = 0,
+        **defines: bool,
+    ):
+        super().__init__(name, inputs, outputs, helpers, **defines)
+        self._settings = {"shared_memory": shared_memory}
 
 
 def available() -> bool:

@@ -18,6 +18,7 @@ from expert_problems import (
 )
 
 from flashmoe_metal.add_norm import add_norm
+from flashmoe_metal.gated_delta_prompt import gated_delta_prompt
 from flashmoe_metal.gated_delta_step import gated_delta_step
 from flashmoe_metal.kernel import launched_by
 from flashmoe_metal.qk_norm_rope import HeadLayout, QkInputs, qk_norm_rope
@@ -39,6 +40,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"add_norm of {dtype}", lambda dtype=dtype: norm(dtype)
         yield f"qk_norm_rope of {dtype}", lambda dtype=dtype: rotation(dtype)
         yield f"gated_delta_step of {dtype}", lambda dtype=dtype: step(dtype)
+        yield f"gated_delta_prompt of {dtype}", lambda dtype=dtype: prompt(dtype)
 
 
 def problems() -> Iterator[tuple[str, Problem]]:
@@ -76,6 +78,13 @@ def step(dtype: mx.Dtype):
     shape = "one_head" if dtype == BF16 else "few_rows"
     inputs, rest = gated_delta_problems.case(gated_delta_problems.SHAPES[shape], dtype)
     return gated_delta_step(inputs, **rest)
+
+
+def prompt(dtype: mx.Dtype):
+    heads, tokens = (2, 3) if dtype == BF16 else (1, 2)
+    key, value = mx.ones((1, tokens, 1, 36), dtype), mx.ones((1, tokens, heads, 20), dtype)
+    gates = mx.ones((1, tokens, heads))
+    return gated_delta_prompt(key, key, value, gates, gates, mx.ones((1, heads, 20, 36)))
 
 
 def launches(call) -> list[tuple]:

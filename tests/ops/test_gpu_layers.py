@@ -105,7 +105,8 @@ def test_model_with_gpu_layers_equals_mlx_lm(tmp_path, family, bits):
             outs.append(model(mx.array(np.repeat(tokens, 2, axis=0))))
         results.append([numpy(out) for out in outs])
     for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+        # Logits of up to 4; each layer sums in another order than mlx-lm.
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0)
     linear = sum(getattr(layer, "is_linear", False) for layer in ours.layers)
     assert launches.count("gated_delta_step") == 2 * linear
     assert launches.count("qk_norm_rope") == 2 * (len(ours.layers) - linear)

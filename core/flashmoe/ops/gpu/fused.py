@@ -1,7 +1,8 @@
 """Compute experts on a GPU with flashmoe's own kernels: two launches for all experts of few tokens.
 
-The kernels take up to MAX_TOKENS tokens, as decoding has; more go through MLX's `gather_qmm`. The
-choice depends on the shape of a call alone, so no bit depends on which experts are resident.
+The kernels here take up to MAX_TOKENS tokens, as decoding has. More go through the tensor cores of
+CUDA (`many_tokens`), or through MLX's `gather_qmm`. The choice depends on the shape of a call
+alone, so no bit depends on which experts are resident.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from flashmoe_metal import grouped
 from flashmoe_metal.down import (
     CombineInputs,
     DownInputs,
@@ -30,6 +32,7 @@ from ...streaming.expert_form import SWIGLU
 from ...streaming.slot_memory import SlotMemory
 from . import layers
 from .gather import GatherBackend
+from .many_tokens import ManyTokensWork
 
 #: MLX hands launches to the GPU in batches, and ends a batch at these limits: MB of inputs, and
 #: launches. Whole stacks of experts count, so by default each launch would be a batch of its own.
@@ -55,7 +58,17 @@ class FusedBackend(GatherBackend):
     ) -> ExpertWork:
         if x.size <= MAX_TOKENS * x.shape[-1] and self.has_kernels(slots):
             return FewTokensWork(slots, x, top_k)
+        if self._uses_tensor_cores(slots, x.dtype):
+            matrices = expert_matrices(slots)
+            assert matrices is not None, "the kernels can read these experts"
+            return ManyTokensWork(matrices, x, top_k)
         return super().start(slots, x, top_k)
+
+    def _uses_tensor_cores(self, slots: SlotMemory, dtype: mx.Dtype) -> bool:
+        # Metal has a good product of sorted rows in MLX itself.
+        if not mx.cuda.is_available() or not self.has_kernels(slots):
+            return False
+        return grouped.supports(dtype, *slots.views["matrices"])
 
     def start_resident(self, slots: SlotMemory, x: mx.array, indices: mx.array) -> ExpertWork:
         work = FewTokensWork(slots, x, indices.shape[-1])

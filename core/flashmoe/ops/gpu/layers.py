@@ -26,17 +26,42 @@ from .compiled_step import CompiledStep, compile_step
 from .joined import JoinedProjections, matrix_of
 from .linear_attention import GatedDeltaNet, NextGatedDeltaNet
 
+#: From so many rows on, weights are unpacked and multiplied by all of them: the product of MLX that
+#: unpacks on the way is several times slower.
+UNPACKED_ROWS = 64
+
+#: The most weights that are unpacked at a time. The head of a large vocabulary has more, and sees
+#: one row of a prompt.
+UNPACKED_WEIGHTS = 1 << 28
+
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """A quantised layer that multiplies one row by flashmoe's kernel, and more by MLX's.
+    """A quantised layer that multiplies one row by flashmoe's kernel, and many after unpacking.
 
     On Metal MLX's own layer is left, which nobody has measured against the kernel.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size != x.shape[-1] or self._matrix is None or not kernel.available():
-            return super().__call__(x)
-        return matvec(x, self._matrix)
+        rows = x.size // x.shape[-1]
+        if rows == 1 and self._matrix is not None and kernel.available():
+            return matvec(x, self._matrix)
+        if rows >= UNPACKED_ROWS and self._can_unpack(x.dtype):
+            return x @ self._unpacked().T
+        return super().__call__(x)
+
+    def _can_unpack(self, dtype: mx.Dtype) -> bool:
+        matrix = self._matrix
+        return (
+            matrix is not None
+            and matrix.scales.dtype == dtype
+            and matrix.rows * matrix.columns <= UNPACKED_WEIGHTS
+            and mx.cuda.is_available()
+        )
+
+    def _unpacked(self) -> mx.array:
+        return mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        )
 
     @cached_property
     def _matrix(self) -> Matrix | None:

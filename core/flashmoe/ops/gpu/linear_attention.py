@@ -1,7 +1,8 @@
-"""Compute GatedDeltaNet of one token on a GPU in one launch between its two projections.
+"""Compute GatedDeltaNet on a GPU: one token in one launch between its two projections.
 
-The modules of a loaded model are replaced by these subclasses of theirs. Everything but one token
-without padding goes through mlx-lm's own forward.
+The modules of a loaded model are replaced by these subclasses of theirs. The tokens of a prompt go
+through a kernel where mlx-lm has none, which is everywhere but on Metal. The rest, such as batches
+with padding, goes through mlx-lm's own forward.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import qwen3_5, qwen3_next
+from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
+from flashmoe_metal import gated_delta_prompt as prompts
 from flashmoe_metal import kernel
 from flashmoe_metal.gated_delta_step import GatedDeltaInputs, gated_delta_step, supports
 
@@ -23,6 +27,8 @@ class _GatedDeltaNet(JoinedProjections):
 
     def __call__(self, inputs: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         products = self.project(inputs)
+        if mask is None and self._is_prompt(inputs, cache):
+            return self._forward_prompt(products, inputs, cache)
         if mask is not None or not self.can_use_kernel(inputs, products[0].dtype, cache):
             return self.call_mlx_lm(products, inputs, mask, cache)
         qkv, z, b, a = (products[part.product] for part in self._slices)
@@ -56,6 +62,49 @@ class _GatedDeltaNet(JoinedProjections):
             and self._kernel_fits
         )
 
+    def _is_prompt(self, inputs: mx.array, cache: Any) -> bool:
+        """Return whether the kernel for prompts takes a call: several tokens of one sequence."""
+        return (
+            inputs.shape[0] == 1
+            and inputs.shape[1] > 1
+            and (cache is None or cache.lengths is None)
+            and not self.training
+            and getattr(self, "sharding_group", None) is None
+            and kernel.available()
+            and not mx.metal.is_available()
+            and prompts.supports(
+                value_heads=self.num_v_heads, key_heads=self.num_k_heads, width=self.head_k_dim
+            )
+        )
+
+    def _forward_prompt(self, products: list[mx.array], inputs: mx.array, cache: Any) -> mx.array:
+        """Do what mlx-lm's forward does, with one launch for the recurrence of all tokens.
+
+        Args:
+            products: what `project` returned for the inputs.
+        """
+        qkv, z, b, a = (part.select_from(products) for part in self._slices)
+        tokens, kept = inputs.shape[1], self.conv_kernel_size - 1
+        before, state = (None, None) if cache is None else (cache[0], cache[1])
+        if before is None:
+            before = mx.zeros((1, kept, self.conv_dim), qkv.dtype)
+        if state is None:
+            state = mx.zeros(self._state_shapes[1])
+        seen = mx.concatenate([before, qkv], axis=1)
+        mixed = _convolve(seen, self.conv1d.weight)
+        q, k, v = mx.split(mixed, [self.key_dim, 2 * self.key_dim], axis=-1)
+        heads = (1, tokens, self.num_k_heads, self.head_k_dim)
+        q, k = normalize_qk(
+            q.reshape(heads), k.reshape(heads), inv_scale=self.head_k_dim**-0.5, eps=1e-6
+        )
+        values = (1, tokens, self.num_v_heads, self.head_v_dim)
+        decay = compute_g(self.A_log, a, self.dt_bias)
+        y, state = prompts.gated_delta_prompt(q, k, v.reshape(values), decay, mx.sigmoid(b), state)
+        if cache is not None:
+            cache[0], cache[1] = mx.contiguous(seen[:, -kept:]), state
+            cache.advance(tokens)
+        return self.out_proj(self.norm(y, z.reshape(values)).reshape(1, tokens, -1))
+
     @cached_property
     def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (
@@ -88,6 +137,27 @@ class _GatedDeltaNet(JoinedProjections):
         )
         mx.eval(taps, a_log, dt_bias, norm, eps)
         return taps, a_log, dt_bias, norm, eps
+
+
+@mx.compile
+def _convolve(seen: mx.array, weight: mx.array) -> mx.array:
+    """Return silu of the convolution of each channel, summed in float32.
+
+    MLX's own takes long for channels that have a filter each.
+
+    Args:
+        seen: (1, taps - 1 + tokens, channels).
+        weight: (channels, taps, 1).
+
+    Returns:
+        (1, tokens, channels), of the dtype of `seen`.
+    """
+    taps = weight.shape[1]
+    tokens = seen.shape[1] - taps + 1
+    total = mx.zeros((), mx.float32)
+    for t in range(taps):
+        total = total + seen[:, t : t + tokens].astype(mx.float32) * weight[:, t, 0]
+    return nn.silu(total).astype(seen.dtype)
 
 
 class GatedDeltaNet(_GatedDeltaNet, qwen3_5.GatedDeltaNet):  # type: ignore[misc]

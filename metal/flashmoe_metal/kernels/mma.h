@@ -1,0 +1,143 @@
+// Tensor-core helpers for CUDA: pieces of 16 bytes in shared memory, and products of 16 x 8 x 16.
+// T is __nv_bfloat16 or __half.
+
+template <class T>
+struct Pair {
+  using Type = __nv_bfloat162;
+  // A code below 128, or-ed into the bits of this number, gives the sum of both.
+  static constexpr uint OFFSET = 0x43004300; // 128
+  static constexpr int BITS = 7;
+  static __device__ inline Type of(float v) { return __float2bfloat162_rn(v); }
+  static __device__ inline Type of(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+  static constexpr uint OFFSET = 0x64006400; // 1024
+  static constexpr int BITS = 10;
+  static __device__ inline Type of(float v) { return __float2half2_rn(v); }
+  static __device__ inline Type of(float x, float y) { return __floats2half2_rn(x, y); }
+};
+
+// Two codes, which lie in the low bits of the halves of `codes`, times scale plus bias, rounded
+// once.
+template <class T, int BITS>
+__device__ inline uint unpack_pair(uint codes, typename Pair<T>::Type scale, typename Pair<T>::Type bias) {
+  using P = Pair<T>;
+  typename P::Type q;
+  if constexpr (BITS <= P::BITS) {
+    constexpr float offset = P::BITS == 7 ? 128.0f : 1024.0f;
+    q = __hsub2(as_type<typename P::Type>(codes | P::OFFSET), P::of(offset));
+  } else {
+    q = P::of(float(codes & 0xffff), float(codes >> 16));
+  }
+  return as_type<uint>(__hfma2(q, scale, bias));
+}
+
+// The code of weight i among packed words.
+template <int BITS>
+__device__ inline uint code_at(const uint* words, int i) {
+  const int at = i * BITS;
+  uint v = words[at / 32] >> (at % 32);
+  if (at % 32 + BITS > 32) v |= words[at / 32 + 1] << (32 - at % 32);
+  return v & ((1u << BITS) - 1);
+}
+
+// 32 weights of a row, unpacked: 16 words of two each.
+template <class T, int BITS>
+__device__ inline void unpack(
+    const uint* words, typename Pair<T>::Type scale, typename Pair<T>::Type bias, uint* out) {
+  if constexpr (BITS == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint pair[4]; // codes j and j + 4
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pair[j] = unpack_pair<T, 4>((words[i] >> (4 * j)) & 0x000f000f, scale, bias);
+      }
+      out[4 * i] = __byte_perm(pair[0], pair[1], 0x5410);
+      out[4 * i + 1] = __byte_perm(pair[2], pair[3], 0x5410);
+      out[4 * i + 2] = __byte_perm(pair[0], pair[1], 0x7632);
+      out[4 * i + 3] = __byte_perm(pair[2], pair[3], 0x7632);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const uint codes = code_at<BITS>(words, 2 * i) | code_at<BITS>(words, 2 * i + 1) << 16;
+      out[i] = unpack_pair<T, BITS>(codes, scale, bias);
+    }
+  }
+}
+
+// Reads BITS words by the widest loads that their alignment allows.
+template <int BITS>
+__device__ inline void load_words(const uint* from, uint* words) {
+  if constexpr (BITS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < BITS; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from + i);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  } else if constexpr (BITS % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < BITS; i += 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from + i);
+      words[i] = v.x, words[i + 1] = v.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) words[i] = from[i];
+  }
+}
+
+// Where piece `unit` of a row of 64 values is in shared memory: rows are 128 bytes, and their
+// pieces are shuffled so that eight rows at one unit are in different banks.
+__device__ inline uint piece(int row, int unit) {
+  return (row * 8 + (unit ^ (row & 7))) * 16;
+}
+
+// Starts to copy 16 bytes to shared memory, or zeros.
+__device__ inline void copy_piece(uint to, const void* from, bool zero) {
+  const int nbytes = zero ? 0 : 16;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(nbytes));
+}
+__device__ inline void end_copies() {
+  asm volatile("cp.async.commit_group;");
+}
+template <int LEFT>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ inline void store_piece(uint to, const uint* v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+               "r"(v[3])
+               : "memory");
+}
+
+__device__ inline void load_matrices(uint* v, uint from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+
+// c += a b, for 16 x 16 values of a and 16 x 8 of b.
+template <class T>
+__device__ inline void multiply_add(float* c, const uint* a, uint b0, uint b1) {
+  if constexpr (sizeof(Pair<T>) && Pair<T>::BITS == 7) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// MLX writes the first line of a kernel. Two blocks of 256 threads shall fit into a multiprocessor.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(256, 2)
