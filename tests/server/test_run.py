@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,10 @@ from toys import write_chat_toy
 
 from flashmoe.catalog import CATALOGUE
 from flashmoe.cli import cli
+from flashmoe.cli.serving import one_checkpoint, served_models, shared_experts
+from flashmoe.errors import SettingError
 from flashmoe.hub import registry
+from flashmoe.options import EngineOptions
 
 FLASHMOE = str(Path(sys.executable).parent / "flashmoe")
 
@@ -158,3 +162,19 @@ def test_importing_the_command_line_does_not_import_the_server():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "", done.stderr
+
+
+def test_names_of_one_checkpoint_share_its_engine(own_directories, toy, tmp_path):
+    registry.add("big", toy, ("b",))
+    registry.add("other", write_chat_toy(tmp_path / "other"), ())
+    path, known = one_checkpoint(["big", str(toy)])
+    assert (path, [m.name for m in known]) == (toy, ["big", str(toy)])
+    first, second = served_models(path, known, ["b", str(toy)], EngineOptions())
+    assert first.names == ("big", "b")
+    assert second.names == (str(toy),)
+    models = [replace(known[0], experts=2), replace(known[0], experts=1)]
+    assert shared_experts(EngineOptions(), models).experts == 2
+    assert shared_experts(EngineOptions(), [models[0], known[0]]).experts is None
+    assert shared_experts(EngineOptions(experts=3), models).experts == 3
+    with pytest.raises(SettingError, match="different checkpoints"):
+        one_checkpoint(["big", "other"])

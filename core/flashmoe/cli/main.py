@@ -14,6 +14,7 @@ from . import models
 from .bench import bench
 from .doctor import doctor
 from .download import download
+from .launch import launch
 from .plan import plan
 from .quantize import quantize
 from .run import run
@@ -50,5 +51,16 @@ def cli() -> None:
     """
 
 
-for command in (*models.COMMANDS, download, plan, quantize, sweep, bench, doctor, serve, run):
+for command in (
+    *models.COMMANDS,
+    download,
+    plan,
+    quantize,
+    sweep,
+    bench,
+    doctor,
+    serve,
+    launch,
+    run,
+):
     cli.add_command(command)

@@ -1,33 +1,32 @@
-"""`flashmoe serve`: a model for clients of OpenAI's API."""
+"""`flashmoe serve`: a model for clients of OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import time
 
 import click
 
-from .. import catalog, macos
-from ..checkpoint.capabilities import capabilities
 from ..errors import SettingError
 from ..options import EngineOptions
-from ..requests import Request
 from ..shutdown import exit_at_once
 from ..sizes import parse_size
 from .cluster import leads
-from .options import engine_options, with_preset
+from .options import engine_options
+from .serving import ServerSettings, one_checkpoint, opened, served_models, shared_experts
+
+#: Where Ollama listens.
+OLLAMA_PORT = 11434
 
 
 @click.command()
-@click.argument("model")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen at this address.")
 @click.option(
     "--port",
     metavar="PORT",
     type=click.IntRange(0, 65535),
-    default=8080,
-    show_default=True,
+    show_default="8080, or 11434 with --ollama",
     help="Listen at this port; 0 takes a free one.",
 )
 @click.option(
@@ -73,31 +72,40 @@ from .options import engine_options, with_preset
     show_default=True,
     help="Refuse larger requests.",
 )
+@click.option(
+    "--store",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Keep the last N responses of the Responses API in memory, to be continued by their id.",
+)
+@click.option(
+    "--ollama", is_flag=True, help="Serve Ollama's API, too, for programs that know only that."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and each request.")
 def serve(
-    model: str,
+    models: tuple[str, ...],
     options: EngineOptions,
     host: str,
-    port: int,
+    port: int | None,
     api_key: str | None,
     origins: tuple[str, ...],
     queue: int,
     timeout: float | None,
     max_tokens: int | None,
     max_body: str,
+    store: int,
+    ollama: bool,
     verbose: bool,
 ) -> None:
-    """Serve a model over an OpenAI-compatible API.
+    """Serve a model over the APIs of OpenAI and Anthropic, with a page to chat.
 
-    MODEL is a name (see `flashmoe list`) or the directory of an MLX checkpoint. Only programs on
-    this machine can connect, unless --host says otherwise.
+    MODEL is a name (see `flashmoe list`) or the directory of an MLX checkpoint. Several names of
+    one checkpoint share its memory and differ in the experts per token. Only programs on this
+    machine can connect, unless --host says otherwise.
     """
-    from ..engine import Engine
-    from ..server import run as serving  # late: starlette and uvicorn
-    from ..server.access import check_key
-    from ..server.answering import Limits
-    from ..server.app import Server
-    from ..server.served_model import ServedModel
+    from ..server.access import check_key  # late: starlette
 
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
@@ -107,32 +115,28 @@ def serve(
         raise SettingError(f"queue={queue} must be 0 or more: it is a number of requests")
     if timeout is not None and not timeout > 0:
         raise SettingError(f"timeout={timeout} must be above 0: it is a number of seconds")
-    body_nbytes = parse_size(max_body)
-    named, path = catalog.model(model), catalog.find(model)
-    options = with_preset(options, named)
+    settings = ServerSettings(
+        host=host,
+        port=(OLLAMA_PORT if ollama else 8080) if port is None else port,
+        key=api_key,
+        origins=origins,
+        queue=queue,
+        seconds=timeout,
+        body_nbytes=parse_size(max_body),
+        store=store,
+        ollama=ollama,
+    )
+    path, known = one_checkpoint(models)
+    served = served_models(path, known, models, options)
+    options = shared_experts(options, known)
     if not leads(path, options):
         return
-    can = capabilities(path)
-    macos.keep_awake()
-    with serving.bind_socket(host, port) as bound, Engine(path, options) as engine:
-        # Load the model and compile its kernels now, so that the first client does not wait.
-        hello = [{"role": "user", "content": "Hello"}]
-        for _ in engine.stream(Request(hello, max_tokens=3, cache=False)):
-            pass
-        from ..generation.batch import DEFAULT_BATCH  # late: MLX, which is loaded now
+    names = " and ".join(model.name for model in served)
 
-        names = tuple(dict.fromkeys((named.name, *named.aliases, model)))
-        served = ServedModel(
-            names, can.context, can.reasoning, int(time.time()), max_tokens=max_tokens
-        )
-        limits = Limits(body_nbytes, (options.batch or DEFAULT_BATCH) + queue, timeout)
-        server = Server(engine, served, limits, key=api_key, origins=origins)
-        url = serving.api_url(host, bound)
+    def ready(url: str) -> None:
+        click.echo(f"{names} {'is' if len(served) == 1 else 'are'} served at {url}")
 
-        def ready() -> None:
-            click.echo(f"{named.name} is served at {url}")
-
-        uvicorn = serving.make_uvicorn(server, ready)
+    with opened(path, served, options, settings, ready) as (uvicorn, bound):
         uvicorn.run([bound])
     if uvicorn.signalled:
         exit_at_once(0)

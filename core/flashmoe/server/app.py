@@ -47,6 +47,7 @@ class Server:
         models: the model as clients see it, or several names of it with a K of their own.
         limits: None: the defaults.
         store: how many responses are kept for clients of the Responses API.
+        ollama: serve Ollama's API, too.
         key, origins: see `flashmoe.server.access.AccessMiddleware`.
     """
 
@@ -57,6 +58,7 @@ class Server:
         limits: Limits | None = None,
         *,
         store: int = 0,
+        ollama: bool = False,
         key: str | None = None,
         origins: Sequence[str] = (),
     ):
