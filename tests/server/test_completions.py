@@ -136,4 +136,7 @@ def test_names_of_one_checkpoint_differ_in_experts(client):
         **COLD | {"model": "toy-flash"}, **ask, extra_body={"experts": 1}
     )
     assert more.flashmoe["experts"] == 1
-    assert [m.id for m in client.models.list()] == ["toy", "toy-flash"]
+    models = client.models.list()
+    assert [m.id for m in models] == ["toy", "toy-flash"]
+    assert [m["slug"] for m in models.models] == ["toy", "toy-flash"]
+    assert (models.has_more, models.first_id) == (False, "toy")

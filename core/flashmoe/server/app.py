@@ -26,6 +26,7 @@ from .chat_completions import CHAT_COMPLETIONS
 from .completions import COMPLETIONS
 from .messages import MESSAGES, count_tokens
 from .model_list import model_list, model_object
+from .ollama import ollama_api, show, tags, version_object
 from .openai_errors import ApiError, body_for
 from .openai_response import shutting_down
 from .responses import ResponseStore, responses_api
@@ -35,8 +36,6 @@ from .token_counts import tokenize
 log = logging.getLogger("flashmoe")
 
 _MODELS, _HEALTH, _METRICS = "/v1/models", "/health", "/metrics"
-#: Endpoints that answer without the engine.
-_COMPUTED = {"/v1/messages/count_tokens": count_tokens, "/tokenize": tokenize}
 
 
 class Server:
@@ -67,7 +66,11 @@ class Server:
         self._store = ResponseStore(store)
         self._answering = Answering(engine, self._models, limits or Limits())
         self.metrics = self._answering.metrics
-        apis = (CHAT_COMPLETIONS, responses_api(self._store), MESSAGES, COMPLETIONS)
+        apis = [CHAT_COMPLETIONS, responses_api(self._store), MESSAGES, COMPLETIONS]
+        computed = {"/v1/messages/count_tokens": count_tokens, "/tokenize": tokenize}
+        if ollama:
+            apis.append(ollama_api(time.time))
+            computed["/api/show"] = show
         routes = [
             *(
                 Route(api.path, _Endpoint(partial(self._answering.answer, api)), methods=["POST"])
@@ -75,7 +78,7 @@ class Server:
             ),
             *(
                 Route(path, _Endpoint(partial(self._answering.compute, read)), methods=["POST"])
-                for path, read in _COMPUTED.items()
+                for path, read in computed.items()
             ),
             Route("/v1/responses/{id}", self._stored_response, methods=["GET", "DELETE"]),
             Route(_MODELS, self._list_models),
@@ -83,6 +86,9 @@ class Server:
             Route(_HEALTH, self._health),
             Route(_METRICS, self._metrics_text),
         ]
+        if ollama:
+            routes.append(Route("/api/version", self._ollama_version))
+            routes.append(Route("/api/tags", self._ollama_tags))
         self._known = {route.path for route in routes}
         # starlette's types of handlers know no subclasses of Exception, hence the plain dict type.
         handlers: dict = {HTTPException: _http_error, ApiError: _api_error}
@@ -123,6 +129,12 @@ class Server:
         id = request.path_params["id"]
         use = self._store.delete if request.method == "DELETE" else self._store.response
         return JSONResponse(use(id))
+
+    async def _ollama_version(self, request: Request) -> Response:
+        return JSONResponse(version_object())
+
+    async def _ollama_tags(self, request: Request) -> Response:
+        return JSONResponse(tags(self._models))
 
     async def _health(self, request: Request) -> Response:
         if self._answering.stopping.is_set() or self._engine.closed:
