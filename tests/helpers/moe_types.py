@@ -78,7 +78,7 @@ _GLM = {
     "n_routed_experts": 8,
     "norm_topk_prob": True,
     "head_dim": 32,
-    "n_group": 2,
+    "n_group": 1,
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
     "first_k_dense_replace": 1,
@@ -615,7 +615,7 @@ CONFIGS: dict[str, dict] = {
         "partial_rotary_factor": 0.25,
     },
     "qwen3_vl_moe": {"text_config": {**_QWEN, "model_type": "qwen3_moe"}},
-    "solar_open": {**_GLM, "n_group": 1},
+    "solar_open": _GLM,
     "step3p5": {
         **{k: v for k, v in _T.items() if k != "num_key_value_heads"},
         "num_attention_groups": 2,
@@ -679,7 +679,8 @@ def _weights(model) -> list[tuple[str, mx.array]]:
         elif old.ndim == 1 or name.endswith("bias"):
             new = 0.1 * noise
         else:
-            new = noise * old.shape[-1] ** -0.5
+            router = name.endswith(("gate.weight", "router.weight", "classifier.weight"))
+            new = (3 if router else 1) * noise * old.shape[-1] ** -0.5
         dtype = mx.float32 if old.ndim == 1 else mx.bfloat16
         weights.append((name, new.astype(dtype)))
     return weights

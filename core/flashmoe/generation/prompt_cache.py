@@ -1,9 +1,10 @@
 """Keep the states of prompts that were prefilled, in memory and on disk: a longer prompt continues.
 
-An entry is mlx-lm's prompt cache (keys and values, recurrent states) at one position of a token
-sequence. Recurrent states cannot be trimmed, so an entry serves prompts that begin with exactly its
-tokens and is found by their hash; mlx-lm's LRUPromptCache, which looks for the longest common
-prefix and trims, does not apply. Entries of many conversations may be kept side by side.
+An entry is mlx-lm's prompt cache (keys and values, recurrent states, whatever a model type has) at
+one position of a token sequence. Recurrent states cannot be trimmed, so an entry serves prompts
+that begin with exactly its tokens and is found by their hash; mlx-lm's LRUPromptCache, which looks
+for the longest common prefix and trims, does not apply. Entries of many conversations may be kept
+side by side.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class PromptStore:
     def put(self, name: str, cache: list[Any]) -> None:
         """Write an entry, unless there is a file of that name, and keep to the limit."""
         path = self.directory / f"{name}{_SUFFIX}"
-        if self._unsafe is not None or entry_nbytes(cache) > self.limit:
+        if self._unsafe is not None or entry_nbytes(cache) > self.limit or not _can_save(cache):
             return
         try:
             if path.exists():
@@ -235,6 +236,11 @@ def open_store(directory: Path | None, limit: int) -> PromptStore | None:
         return None
 
 
+def _can_save(cache: list[Any]) -> bool:
+    """Return whether mlx-lm can read what it writes of these caches: only classes of one module."""
+    return all(type(c).__module__ == "mlx_lm.models.cache" for c in cache)
+
+
 def _other_writer(directory: Path) -> str | None:
     try:
         return private_dirs.other_writer(directory)
@@ -264,7 +270,8 @@ def _digest(cache: list[Any]) -> str:
     for name, value in arrays:
         if isinstance(value, mx.array):
             digest.update(f"{name} {value.dtype} {value.shape};".encode())
-            digest.update(memoryview(mx.contiguous(value).view(mx.uint8)))  # type: ignore[arg-type]
+            flat = mx.contiguous(value).reshape(-1)  # MLX cannot view a scalar as bytes
+            digest.update(memoryview(flat.view(mx.uint8)))  # type: ignore[arg-type]
         else:
             digest.update(f"{name} {value!r};".encode())
     return digest.hexdigest()

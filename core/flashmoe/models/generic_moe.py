@@ -45,6 +45,8 @@ K_NAMES = (
     "topk",
     "moe_topk",
 )
+#: Fewer experts than these end the process: MLX 0.32's compiled router reads other memory.
+LEAST_K = {"bailing_moe": 2}
 #: The output projections of mlx-lm's models.
 HEADS = ("lm_head", "output", "head")
 
@@ -231,6 +233,12 @@ class GenericMoE(StreamingMoE):
     def set_k(self, k: int) -> None:
         if k == self._k:
             return
+        least = LEAST_K.get(self.checkpoint.model_type, 1)
+        if k < least:
+            raise SettingError(
+                f"experts={k} is not possible: MLX crashes in the router of "
+                f"{self.checkpoint.model_type} with fewer than {least}; give {least} or more"
+            )
         for model in (self._dry.model, self):
             for layer in self.checkpoint.expert_layers.values():
                 _set_k(model, layer.prefix, k)
