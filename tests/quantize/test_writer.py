@@ -16,12 +16,14 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import synth
+from checkpoint_edits import edit_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import FAMILIES, write_chat_toy, write_toy
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.quantization import FLOAT_MODES
 from flashmoe.checkpoint.tokenizer import read_tokenizer
 from flashmoe.engine import Engine
 from flashmoe.events import Text
@@ -349,9 +351,27 @@ def test_invalid_option_is_refused(toy, tmp_path, options, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_mxfp4_source_is_refused(tmp_path):
-    path = write_toy(tmp_path / "toy", mode="mxfp4")
-    assert "only affine is supported" in run(path, tmp_path / "out", code=1)
+@pytest.mark.parametrize(("mode", "scaled"), [(m, False) for m in FLOAT_MODES] + [("nvfp4", True)])
+def test_source_of_small_floats_is_rounded_to_affine_weights(tmp_path, mode, scaled):
+    form = FLOAT_MODES[mode]
+    path = write_toy(tmp_path / "toy", bits=form.bits, group_size=form.group_size, mode=mode)
+    name = "language_model.model.layers.0.mlp.switch_mlp.up_proj"
+    scale = mx.linspace(1000, 3000, 7) if scaled else None
+    if scale is not None:
+        edit_weights(path, lambda w: w.update({f"{name}.global_scale": scale}))
+    run(path, tmp_path / "out", "--bits", 3)
+    old, new = (mx.load(str(p / "model.safetensors")) for p in (path, tmp_path / "out"))
+    how = {"group_size": form.group_size, "bits": form.bits, "mode": mode, "dtype": mx.float32}
+    values = mx.dequantize(old[f"{name}.weight"], old[f"{name}.scales"], **how)
+    if scale is not None:
+        values = values * (scale / 2688)[:, None, None]
+    parts = [new[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
+    rounded = mx.dequantize(*parts, group_size=64, bits=3)
+    assert parts[1].dtype == mx.bfloat16
+    error = mx.abs(rounded.astype(mx.float32) - values).mean(axis=(1, 2))
+    assert (error < 0.25 * mx.abs(values).mean(axis=(1, 2))).all()  # of each expert
+    layer = Checkpoint.open(tmp_path / "out").expert_layers[0]
+    assert {q.mode for q in layer.quantization.values()} == {"affine"}
 
 
 PEAK = """

@@ -65,6 +65,8 @@ FLOAT_MODES = {
     )
 }
 MODES = ("affine", *FLOAT_MODES)
+#: A weight of nvfp4 with a global scale is that scale / (448 * 6) as large as without it.
+GLOBAL_SCALE_UNIT = 2688
 
 
 def parse_quantization(config: dict, text_config: dict, path: Path) -> dict[str, Any] | None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.expert_layers import PARTS
+from ..checkpoint.expert_layers import GLOBAL_SCALE
 from ..checkpoint.quantization import (
     BITS,
+    FLOAT_MODES,
     FLOATS,
     GROUP_SIZES,
     Quantization,
@@ -26,9 +27,14 @@ from ..errors import SettingError
 #: Bytes of a shard, the same as mlx-lm's.
 SHARD_NBYTES = 5 * 10**9
 
+#: The dtype of new scales and biases where those of the source are no floats.
+_SCALES = "BF16"
+
 #: Routers are not rounded: that would change which experts are chosen, and they are a thousandth of
 #: the bytes.
 _ROUTERS = ("gate", "shared_expert_gate")
+
+_WITH_WEIGHT = ("scales", "biases", GLOBAL_SCALE)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,7 @@ class Recipe:
             if value not in allowed:
                 raise SettingError(
                     f"{name}={value!r} is not supported: use one of "
-                    f"{', '.join(map(str, filter(None, allowed)))}. Only affine quantisation can "
-                    "be written: flashmoe has no kernels for mxfp4, mxfp8 and nvfp4"
+                    f"{', '.join(map(str, filter(None, allowed)))}; the result is affine"
                 )
 
 
@@ -77,7 +82,8 @@ class TensorPlan:
     Attributes:
         path: name of the module, without ".weight".
         role: "gate_up", "down", "dense", or "other" for tensors that flashmoe does not use.
-        sources: tensors of the source by part: weight, and for quantised matrices scales, biases.
+        sources: tensors of the source by part: weight, and for quantised matrices scales, biases,
+            global_scale, as its mode has them.
         layer: layer of an expert matrix; None for all other tensors.
         old: quantisation of the source; None if it is not quantised.
         new: quantisation to round to; None if the tensor is copied.
@@ -104,6 +110,8 @@ class TensorPlan:
         *rows, width = self.shape
         groups = (*rows, width // self.new.group_size)
         dtype = self.sources["scales" if self.old else "weight"].dtype
+        if self.old is not None and self.old.mode != "affine":
+            dtype = _SCALES
         return [
             TensorSpec(f"{self.path}.weight", "U32", (*rows, width * self.new.bits // 32)),
             TensorSpec(f"{self.path}.scales", dtype, groups),
@@ -184,7 +192,7 @@ def make_plan(
 def _tensors(checkpoint: Checkpoint) -> Iterator[TensorPlan]:
     """Yield all tensors, still to be copied, in the order of their weights in the source."""
     experts = {
-        f"{x.prefix}.{name}": (x.layer, "down" if name == "down_proj" else "gate_up", old)
+        f"{x.prefix}.{name}": (x.layer, "down" if name == x.projections[-1] else "gate_up", old)
         for x in checkpoint.expert_layers.values()
         for name, old in x.quantization.items()
     }
@@ -194,9 +202,12 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[TensorPlan]:
         path, _, part = name.rpartition(".")
         layer, role, old = experts.get(path, (None, "dense", None))
         packed = f"{path}.scales" in tensors
-        if packed and part in ("scales", "biases"):
+        if packed and part in _WITH_WEIGHT:
             continue  # planned together with their weight
-        names = PARTS if packed and part == "weight" else (part,)
+        if part == "bias":  # of an expert or a linear layer; it is never rounded
+            yield TensorPlan(path, "other", {part: tensors[name]})
+            continue
+        names = ("weight", *_WITH_WEIGHT) if packed and part == "weight" else (part,)
         sources = {p: tensors[f"{path}.{p}"] for p in names if f"{path}.{p}" in tensors}
         if layer is None and name in dense and packed:
             old = _dense_quantization(path, sources, quantization)
@@ -216,9 +227,11 @@ def _dense_quantization(
         return None
     named = quantization.get(path)
     settings = named if isinstance(named, dict) else quantization
-    old = Quantization(settings["bits"], settings["group_size"])
+    candidates = [Quantization(settings["bits"], settings["group_size"])]
+    if sources["scales"].dtype == "U8":
+        candidates = list(FLOAT_MODES.values())
     words, groups = (sources[p].shape[-1] for p in ("weight", "scales"))
-    return old if words * 32 == groups * old.group_size * old.bits else None
+    return next((q for q in candidates if words * 32 == groups * q.group_size * q.bits), None)
 
 
 def _with_new_bits(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
@@ -238,8 +251,9 @@ def _with_new_bits(tensor: TensorPlan, recipe: Recipe) -> TensorPlan:
 
 
 def _bits_per_weight(quantization: Quantization) -> float:
-    """Return the bits of a weight, with its share of a scale and a bias of 16 bits each."""
-    return quantization.bits + 32 / quantization.group_size
+    """Return the bits of a weight, with its share of a scale, and of a bias where there is one."""
+    shared = 32 if quantization.mode == "affine" else 8
+    return quantization.bits + shared / quantization.group_size
 
 
 def _may_round(tensor: TensorPlan) -> bool:

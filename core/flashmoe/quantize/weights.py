@@ -7,7 +7,8 @@ import os
 
 import numpy as np
 
-from ..checkpoint.quantization import Quantization
+from ..checkpoint.expert_layers import GLOBAL_SCALE
+from ..checkpoint.quantization import GLOBAL_SCALE_UNIT, Quantization
 from ..checkpoint.safetensors_header import Tensor
 from ..checkpoint.safetensors_writer import ShardWriter
 from ..errors import CheckpointError
@@ -45,16 +46,24 @@ def read_weights(tensor: TensorPlan, fds: dict[str, int], row: int, rows: int) -
     """
     parts = {}
     for name, source in tensor.sources.items():
+        if name == GLOBAL_SCALE:
+            continue
         row_nbytes = source.nbytes // math.prod(source.shape[:-1])
         data = read_bytes(fds[name], source, row * row_nbytes, rows * row_nbytes)
         parts[name] = widen(data, source.dtype).reshape(rows, -1)
     if tensor.old is None:
         return parts["weight"]
-    return _dequantize(parts["weight"], parts["scales"], parts["biases"], tensor.old)
+    weights = _dequantize(parts["weight"], parts["scales"], parts.get("biases"), tensor.old)
+    if GLOBAL_SCALE not in tensor.sources:
+        return weights
+    source = tensor.sources[GLOBAL_SCALE]
+    scales = widen(read_bytes(fds[GLOBAL_SCALE], source, 0, source.nbytes), source.dtype)
+    of_row = np.arange(row, row + rows) // tensor.shape[-2]
+    return weights * (scales[of_row] / np.float32(GLOBAL_SCALE_UNIT))[:, None]
 
 
 def _dequantize(
-    weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, quantization: Quantization
+    weight: np.ndarray, scales: np.ndarray, biases: np.ndarray | None, quantization: Quantization
 ) -> np.ndarray:
     import mlx.core as mx
 
@@ -63,18 +72,21 @@ def _dequantize(
         weights = mx.dequantize(
             mx.array(weight),
             mx.array(scales),
-            mx.array(biases),
+            None if biases is None else mx.array(biases),
             quantization.group_size,
             quantization.bits,
+            quantization.mode,
+            dtype=mx.float32,
         )
         return np.array(weights)
 
 
 def widen(data: bytes, dtype: str) -> np.ndarray:
-    """Convert floats of a safetensors dtype to float32; U32 stays as it is."""
+    """Convert floats of a safetensors dtype to float32; U32 and U8 stay as they are."""
     if dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    values = np.frombuffer(data, {"U32": np.uint32, "F32": np.float32, "F16": np.float16}[dtype])
+    kinds = {"U8": np.uint8, "U32": np.uint32, "F32": np.float32, "F16": np.float16}
+    values = np.frombuffer(data, kinds[dtype])
     return values.astype(np.float32) if dtype == "F16" else values
 
 

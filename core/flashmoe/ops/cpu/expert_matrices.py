@@ -9,6 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ...checkpoint.quantization import GLOBAL_SCALE_UNIT
 from ...streaming.expert_form import SWIGLU
 from ...streaming.slot_memory import SlotMemory
 from ..arrays import to_numpy
@@ -16,8 +17,6 @@ from . import gemm, swiglu
 from .matvec import Packed, matvec
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-#: nvfp4 with a global scale: a group's scale is in this part of it, 448 * 6 (see `mx.quantize`).
-_GLOBAL_SCALE_UNIT = 2688
 
 
 class ExpertMatrices:
@@ -103,7 +102,7 @@ class _Matrix:
     def _finished(self, y: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """Multiply products by the global scales of their slots, and add the biases; in place."""
         if "global_scale" in self.extras:
-            y *= self._rows("global_scale", slots) / np.float32(_GLOBAL_SCALE_UNIT)
+            y *= self._rows("global_scale", slots) / np.float32(GLOBAL_SCALE_UNIT)
         if "bias" in self.extras:
             y += self._rows("bias", slots)
         return y
