@@ -11,13 +11,16 @@ import pytest
 from toys import write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.errors import SettingError
+from flashmoe.errors import BudgetError, SettingError
+from flashmoe.memory import footprint
 from flashmoe.memory import system as memory
 from flashmoe.models.loading import load_streaming, plan_memory
+from flashmoe.options import LoadOptions
 from flashmoe.plan import speed_probe
 from flashmoe.plan.estimate import PlanOptions, estimate_speed, split_memory
 from flashmoe.plan.machines import find_machine
 from flashmoe.plan.speed_model import Costs
+from flashmoe.sizes import parse_size
 
 MAC = ("--machine", "m3-max-48gb")
 EXPERTS = 96
@@ -117,6 +120,36 @@ def test_planned_memory_equals_that_of_a_loaded_model(toy):
         model.close()
 
 
+def test_a_larger_process_has_the_plan_of_a_smaller_one(toy, monkeypatch):
+    """What was planned before a tokenizer was loaded holds after that."""
+    checkpoint = Checkpoint.open(toy)
+    program = footprint.program_nbytes(checkpoint)
+    plans = []
+    for held in (50 * 10**6, program - 1):
+        monkeypatch.setattr(memory, "resident", lambda held=held: held)
+        plans.append(plan_memory(checkpoint, LoadOptions(memory="2GB", prompt_cache=None)))
+    assert plans[0] == plans[1]
+    assert plans[0].resident == program
+    monkeypatch.setattr(memory, "resident", lambda: program + 10**8)
+    assert plan_memory(checkpoint, LoadOptions(memory="2GB")).resident == program + 10**8
+
+
+def test_shorter_context_is_planned_where_memory_is_short(toy):
+    checkpoint = Checkpoint.open(toy)
+    with pytest.raises(BudgetError) as caught:
+        plan_memory(checkpoint, LoadOptions(memory="1MB", prompt_cache=None), context=8192)
+    long = parse_size(re.search(r'memory="([^"]*)"', str(caught.value))[1])
+    options = LoadOptions(memory=long, prompt_cache=None)
+    assert plan_memory(checkpoint, options).context == 8192
+    options = replace(options, memory=long - 10**6)
+    short = plan_memory(checkpoint, options)
+    assert short.context == 4096
+    assert short.total <= long - 10**6
+    assert short.passing < plan_memory(checkpoint, replace(options, memory=2 * long)).passing
+    with pytest.raises(BudgetError):
+        plan_memory(checkpoint, options, context=8192)
+
+
 def test_batch_leaves_fewer_slots_for_its_contexts(toy):
     """Each request needs keys and values of its own, and on a CPU slots give way to them."""
     checkpoint = Checkpoint.open(toy)
@@ -131,7 +164,7 @@ def test_batch_leaves_fewer_slots_for_its_contexts(toy):
 def budget(toy, more_slots=0.0) -> int:
     """Return a memory budget for the fewest slots and `more_slots` in addition."""
     checkpoint = Checkpoint.open(toy)
-    text = run(toy, "--memory", "100MB", *MAC, code=1)
+    text = run(toy, "--memory", "100MB", "--context", 8192, *MAC, code=1)
     least = re.search(r'pass\s+memory="([\d.]+)(MB|GB)"', " ".join(text.split()))
     slot = sum(x.expert_nbytes for x in checkpoint.expert_layers.values())
     return int(float(least[1]) * {"MB": 1e6, "GB": 1e9}[least[2]] + more_slots * slot)

@@ -20,7 +20,7 @@ from .options import engine_options, with_preset
     "--context",
     metavar="TOKENS",
     type=int,
-    show_default="8192, or the model's limit",
+    show_default="8192, less where the model or the memory allows no more",
     help="Keep memory for a conversation of this length.",
 )
 @click.option(

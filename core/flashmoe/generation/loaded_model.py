@@ -16,7 +16,6 @@ from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import ContextError, SettingError
 from ..grammar.constraint import Constraint, MatcherFactory
 from ..grammar.rules import output_rules
-from ..memory.footprint import prompt_cache_nbytes
 from ..models.loading import load_streaming
 from ..options import EngineOptions
 from ..requests import SMALLEST, Request, bias_token
@@ -57,10 +56,7 @@ class LoadedModel:
         self._defaults = self.checkpoint.generation.sampling
         width = self.checkpoint.text_config["vocab_size"]
         self._matchers = MatcherFactory(self.tokenizer, self.special_tokens, width)
-        cached = options.prompt_cache_nbytes
-        self.prompt_cache = PromptCache(
-            prompt_cache_nbytes(self.checkpoint) if cached is None else cached
-        )
+        self.prompt_cache = PromptCache(self.model.plan.cached)
         directory = options.prompt_store_path
         self.prompt_store = open_store(
             None if directory is None else Path(directory), options.prompt_store_nbytes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..sizes import format_size, round_up
-from .system import available, default_budget
+from .system import default_total
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class MemoryPlan:
         num_layers: the number of MoE layers.
         slot_nbytes: one slot in each of the MoE layers, summed.
         passing: the part of `working` that only a prompt takes, during its prefill.
+        cached: the part of `working` that the prompt cache may take.
+        context: tokens of context that `working` has room for.
         least_slots, most_slots: the range of slots of a layer; within it slots give way to prompts
             and come back. Both 0 where the number of slots cannot change.
     """
@@ -34,6 +36,8 @@ class MemoryPlan:
     num_layers: int
     slot_nbytes: int
     passing: int = 0
+    cached: int = 0
+    context: int = 0
     least_slots: int = 0
     most_slots: int = 0
 
@@ -87,6 +91,8 @@ def split_budget(
     minimum: int,
     passing: int = 0,
     elastic: bool = False,
+    working_set: int | None = None,
+    held_now: int | None = None,
 ) -> MemoryPlan:
     """Split `budget`, giving to slots what nothing else needs; every layer gets the same number.
 
@@ -94,13 +100,16 @@ def split_budget(
         budget: bytes for the peak of the whole process. None: what the machine can spare now.
         slots: slots per layer, cut to `num_experts`. None: as many as fit. Given without a budget,
             they are taken as asked, whatever the machine has.
-        base: bytes that the process holds already.
+        base: bytes of the program when it is ready to load the model.
         dense, working: bytes of dense weights and of working memory.
         layer_slot_nbytes: bytes of one slot of each MoE layer.
         num_experts: experts of a layer that may be in slots.
         minimum: the fewest slots per layer that the model can run with.
         passing: the part of `working` that only a prompt takes.
         elastic: whether the number of slots may change after loading, within the budget.
+        held_now: bytes that the process holds already, which the machine has not to spare any
+            more. None: `base`.
+        working_set: bytes that Metal recommends to use at most, on a Mac's GPU.
 
     Raises:
         BudgetError: it does not fit; the text says how much is needed.
@@ -133,7 +142,7 @@ def split_budget(
 
     named = f"memory {format_size(budget or 0)} is"
     if budget is None:
-        budget = base + default_budget(available())
+        budget = default_total(base if held_now is None else held_now, working_set)
         named = f"the memory this machine can spare, {format_size(budget)}, is"
     fits = (budget - fixed) // slot_nbytes
     if fits < minimum:

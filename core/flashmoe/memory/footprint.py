@@ -22,8 +22,22 @@ GPU_PASS_TOKENS = 2048
 #: keys.
 BLOCK_QUERIES = 128
 
-#: Bytes of tokenizer, compiled kernels, and what allocators keep; 0.2 GB were measured on Linux.
+#: The lengths of context that are tried for a plan where nobody asked for one; the first that fits
+#: is taken. Where the number of slots cannot change, a longer prompt would grow past the budget, so
+#: there it is not one of the two last.
+PLANNED_CONTEXTS = (PLANNED_CONTEXT, 4096, 2048, 1024, CHUNK_TOKENS)
+
+#: Bytes of compiled kernels, and what allocators keep; 0.2 GB were measured on Linux.
 RUNTIME_NBYTES = 256 * 2**20
+
+#: Bytes of the program and of its libraries when a model is loaded; `flashmoe run` had 85 MB.
+PROGRAM_NBYTES = 130 * 10**6
+
+#: Bytes of the tokenizer for each token of the vocabulary; 1,190 were measured for 248,077 tokens.
+TOKENIZER_TOKEN_NBYTES = 1350
+
+#: Bytes that the first grammar takes for each token of the vocabulary; 1,060 were measured.
+GRAMMAR_TOKEN_NBYTES = 1100
 
 #: The least bytes of a prompt cache, also of a small model.
 MIN_PROMPT_CACHE_NBYTES = 32 * 2**20
@@ -32,8 +46,17 @@ _F32 = 4
 
 
 def lasting_nbytes(checkpoint: Checkpoint, *, on_gpu: bool) -> int:
-    """Return the bytes of widened weights and of the runtime."""
-    return RUNTIME_NBYTES + (0 if on_gpu else widened_nbytes(checkpoint))
+    """Return the bytes of widened weights, of the runtime, and of a vocabulary for grammars."""
+    grammar = GRAMMAR_TOKEN_NBYTES * checkpoint.text_config["vocab_size"]
+    return RUNTIME_NBYTES + grammar + (0 if on_gpu else widened_nbytes(checkpoint))
+
+
+def program_nbytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes that a process holds, with the tokenizer, before it loads the weights.
+
+    They are rather too many, so that what was planned in a smaller process fits in a larger one.
+    """
+    return PROGRAM_NBYTES + TOKENIZER_TOKEN_NBYTES * checkpoint.text_config["vocab_size"]
 
 
 def prompt_nbytes(
@@ -46,7 +69,7 @@ def prompt_nbytes(
     """
     tokens = min(checkpoint.max_context, GPU_PASS_TOKENS if on_gpu else CHUNK_TOKENS)
     return (
-        cache_nbytes(checkpoint, context)
+        cache_nbytes(checkpoint, context, on_gpu=on_gpu)
         + chunk_nbytes(checkpoint, tokens, context, experts, on_gpu=on_gpu)
         + tokens * pass_token_nbytes(checkpoint, experts)
     )
@@ -64,8 +87,14 @@ def widened_nbytes(checkpoint: Checkpoint) -> int:
     )
 
 
-def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
-    """Return the bytes of keys, values and recurrent states of `context` tokens, float32."""
+def cache_nbytes(
+    checkpoint: Checkpoint, context: int = PLANNED_CONTEXT, *, on_gpu: bool = False
+) -> int:
+    """Return the bytes of keys, values and recurrent states of `context` tokens.
+
+    States are float32. Keys and values are too on the CPU; on a GPU they have the dtype of the
+    embedding.
+    """
     config = checkpoint.text_config
     # mlx-lm allocates 256 tokens at a time.
     tokens = min(checkpoint.max_context, -(-context // 256) * 256)
@@ -73,6 +102,7 @@ def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
         from .dry_run import cache_sizes  # late: it imports MLX
 
         return cache_sizes(checkpoint.config).nbytes(tokens)
+    each = 2 if on_gpu and _has_16_bits(checkpoint) else _F32
     # One of `interval` layers has full attention; the others keep a recurrent state.
     interval = 1 if checkpoint.model_type == "qwen3_moe" else config["full_attention_interval"]
     full = checkpoint.num_layers // interval
@@ -85,15 +115,23 @@ def cache_nbytes(checkpoint: Checkpoint, context: int = PLANNED_CONTEXT) -> int:
         state = value_heads * value_dim * key_dim
         channels = 2 * key_heads * key_dim + value_heads * value_dim
         conv = channels * config["linear_conv_kernel_dim"]
-    return _F32 * (2 * full * keys + linear * (state + conv))
+    return 2 * each * full * keys + _F32 * linear * (state + conv)
 
 
-def prompt_cache_nbytes(checkpoint: Checkpoint) -> int:
+def _has_16_bits(checkpoint: Checkpoint) -> bool:
+    """Return whether the embedding gives numbers of 16 bits."""
+    dtypes = {t.dtype for t in checkpoint.dense if "embed_tokens." in t.name}
+    return bool(dtypes) and "F32" not in dtypes
+
+
+def prompt_cache_nbytes(
+    checkpoint: Checkpoint, context: int = PLANNED_CONTEXT, *, on_gpu: bool = False
+) -> int:
     """Return the bytes of a prompt cache for one conversation of the planned length.
 
     It holds several short ones too. The cache of the conversation under way is not included.
     """
-    return max(cache_nbytes(checkpoint), MIN_PROMPT_CACHE_NBYTES)
+    return max(cache_nbytes(checkpoint, context, on_gpu=on_gpu), MIN_PROMPT_CACHE_NBYTES)
 
 
 def chunk_nbytes(

@@ -38,7 +38,7 @@ def sequences_nbytes(
         experts: K.
     """
     chunk = chunk_nbytes(checkpoint, tokens, max(contexts), experts, on_gpu=on_gpu)
-    return sum(cache_nbytes(checkpoint, context) for context in contexts) + chunk
+    return sum(cache_nbytes(checkpoint, c, on_gpu=on_gpu) for c in contexts) + chunk
 
 
 def split_for_prefill(

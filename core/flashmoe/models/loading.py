@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,18 @@ from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import BudgetError, CheckpointError, FlashMoEError
 from ..memory import system
 from ..memory.budget import MemoryPlan, split_budget
-from ..memory.footprint import PLANNED_CONTEXT, lasting_nbytes, prompt_cache_nbytes, prompt_nbytes
+from ..memory.footprint import (
+    PLANNED_CONTEXTS,
+    lasting_nbytes,
+    program_nbytes,
+    prompt_cache_nbytes,
+    prompt_nbytes,
+)
 from ..ops import backend as backends
 from ..ops.activations import check_activations
 from ..options import LoadOptions, with_settings
 from ..process_limits import check_threads
+from ..sizes import format_size
 from ..streaming.compute import Backend
 from ..streaming.cuda import device_memory
 from ..streaming.drives import Drive, drive_of
@@ -41,16 +49,20 @@ def plan_memory(
     *,
     held: int | None = None,
     reserved: int = 0,
-    context: int = PLANNED_CONTEXT,
+    context: int | None = None,
     mac: int | None = None,
 ) -> MemoryPlan:
     """Split the memory of this process as a load of the checkpoint would.
+
+    Before a tokenizer is loaded, and in a smaller process than the one that will answer, the plan
+    is the same: the program has at least the size of `footprint.program_nbytes`.
 
     Args:
         options: None: the defaults of an engine, with a prompt cache of one conversation.
         held: how many experts of each layer are read on this machine. None: all.
         reserved: bytes kept free for something else.
-        context: tokens that memory is kept for; a load keeps it for the planned length.
+        context: tokens that memory is kept for. None, as for a load: the planned length, or what
+            there is memory for.
         mac: plan for a Mac that can spare this many bytes, instead of for this machine.
 
     Raises:
@@ -60,11 +72,8 @@ def plan_memory(
     k = check_experts(options.experts, checkpoint)
     held = checkpoint.num_experts if held is None else held
     gpu = mac is not None or backends.on_gpu()
-    passing = prompt_nbytes(checkpoint, k, on_gpu=gpu, context=context)
-    cached = options.prompt_cache_nbytes
-    kept = prompt_cache_nbytes(checkpoint) if cached is None else cached
     budget, slots = options.memory_nbytes, options.slots
-    base = system.resident()
+    base = max(system.resident(), program_nbytes(checkpoint))
     if mac is not None:
         base = 0
         if budget is None and slots is None:
@@ -74,19 +83,46 @@ def plan_memory(
         base = 0
         if budget is None and slots is None:
             budget = system.default_budget(int(mx.device_info()["free_memory"]))
-    return split_budget(
-        budget=budget,
-        slots=slots,
-        base=base,
-        dense=checkpoint.dense_nbytes,
-        working=lasting_nbytes(checkpoint, on_gpu=gpu) + kept + passing + reserved,
-        layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
-        num_experts=held,
-        minimum=min(k + PREFILL_SLOTS, held),
-        passing=passing,
-        # The stacks of MLX arrays on a GPU cannot give memory back.
-        elastic=slots is None and not gpu,
-    )
+    working_set = None if mac is not None else backends.working_set()
+    if budget and working_set and budget > system.WORKING_SET_SHARE * working_set:
+        log.warning(
+            "memory %s is more than %s, which is 90%% of what Metal recommends to use: give less, "
+            "or raise the limit: sudo sysctl iogpu.wired_limit_mb=%d",
+            format_size(budget),
+            format_size(int(system.WORKING_SET_SHARE * working_set)),
+            int(budget / system.WORKING_SET_SHARE) >> 20,
+        )
+
+    # The stacks of MLX arrays on a GPU cannot give memory back.
+    elastic = slots is None and not gpu
+
+    def split(tokens: int) -> MemoryPlan:
+        cached = options.prompt_cache_nbytes
+        if cached is None:
+            cached = prompt_cache_nbytes(checkpoint, tokens, on_gpu=gpu)
+        passing = prompt_nbytes(checkpoint, k, on_gpu=gpu, context=tokens)
+        plan = split_budget(
+            budget=budget,
+            slots=slots,
+            base=base,
+            dense=checkpoint.dense_nbytes,
+            working=lasting_nbytes(checkpoint, on_gpu=gpu) + cached + passing + reserved,
+            layer_slot_nbytes=[x.expert_nbytes for x in checkpoint.expert_layers.values()],
+            num_experts=held,
+            minimum=min(k + PREFILL_SLOTS, held),
+            passing=passing,
+            elastic=elastic,
+            working_set=working_set,
+            held_now=min(base, system.resident()),
+        )
+        return replace(plan, cached=cached, context=min(tokens, checkpoint.max_context))
+
+    lengths = PLANNED_CONTEXTS if elastic else PLANNED_CONTEXTS[:-2]
+    *longer, shortest = lengths if context is None else (context,)
+    for tokens in longer:
+        with suppress(BudgetError):
+            return split(tokens)
+    return split(shortest)
 
 
 def load(path: str | Path, options: LoadOptions | None = None, **settings: Any):

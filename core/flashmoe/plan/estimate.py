@@ -44,7 +44,8 @@ class PlanOptions:
     Attributes:
         experts: K, experts per token; None: the K that the model was trained with.
         memory: memory budget such as "8GB"; None: what the machine can spare.
-        context: tokens that memory is kept for; None: the planned length, or what the model has.
+        context: tokens that memory is kept for; None: the planned length, or what the model has, or
+            what there is memory for.
         prompt: tokens of the prompt before the first answer; None: PROMPT_TOKENS, or what the
             model has.
         batch: requests that are decoded together.
@@ -68,7 +69,6 @@ class CheckedOptions(PlanOptions):
     """Options that are valid for a checkpoint, with the defaults filled in."""
 
     experts: int
-    context: int
     prompt: int
 
 
@@ -79,6 +79,7 @@ class MemorySplit:
     Attributes:
         plan: the split after the model is loaded.
         slots: expert slots of each layer during decode.
+        context: tokens of one context that memory is kept for.
         context_nbytes: bytes of keys, values and recurrent states of one context.
         pass_tokens: tokens of the prompt that go through the layers in one pass and share the
             reads of experts.
@@ -87,6 +88,7 @@ class MemorySplit:
 
     plan: MemoryPlan
     slots: int
+    context: int
     context_nbytes: int
     pass_tokens: int
     prefill_slots: int
@@ -197,17 +199,16 @@ def with_defaults(checkpoint: Checkpoint, options: PlanOptions) -> CheckedOption
         SettingError: an option is out of range for this checkpoint.
     """
     longest = checkpoint.max_context
-    context, prompt = options.context, options.prompt
+    prompt = options.prompt
     checked = CheckedOptions(
         **vars(options)
         | {
             "experts": check_experts(options.experts, checkpoint),
-            "context": min(PLANNED_CONTEXT, longest) if context is None else context,
             "prompt": min(PROMPT_TOKENS, longest) if prompt is None else prompt,
         }
     )
     for name, value in (("context", checked.context), ("prompt", checked.prompt)):
-        if not 1 <= value <= longest:
+        if value is not None and not 1 <= value <= longest:
             raise SettingError(
                 f"{name}={value} is out of range: it must be between 1 and {longest} tokens, the "
                 "context of this model"
@@ -250,10 +251,11 @@ def split_memory(
             experts=checked.experts,
             prompt_cache=None,
         ),
-        context=max(checked.context, min(PLANNED_CONTEXT, checkpoint.max_context)),
+        context=None if checked.context is None else max(checked.context, PLANNED_CONTEXT),
         mac=usable,
     )
-    context_nbytes = cache_nbytes(checkpoint, checked.context)
+    context = checked.context or plan.context
+    context_nbytes = cache_nbytes(checkpoint, context, on_gpu=gpu)
     # Each other request of a batch has a context too.
     slots = plan.slots_per_layer - -(-others * context_nbytes // plan.slot_nbytes)
     if plan.elastic:
@@ -270,7 +272,8 @@ def split_memory(
         budget=lambda: plan.budget,
         on_gpu=gpu,
     )
-    return MemorySplit(plan, slots, context_nbytes, min(pass_tokens, checked.prompt), prefill_slots)
+    pass_tokens = min(pass_tokens, checked.prompt)
+    return MemorySplit(plan, slots, context, context_nbytes, pass_tokens, prefill_slots)
 
 
 class ExpectedHits(NamedTuple):

@@ -103,7 +103,7 @@ def _memory_lines(estimate: PlanEstimate, memory: MemorySplit) -> Iterator[tuple
     requests = f" x {options.batch} requests" if options.batch > 1 else ""
     yield (
         "context",
-        f"{options.context} tokens: keys, values and states "
+        f"{memory.context} tokens: keys, values and states "
         f"{format_size(memory.context_nbytes)}{requests}",
     )
     machines = f" on {options.hosts} machines" if options.hosts > 1 else ""
@@ -208,4 +208,6 @@ def _rename(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 def _ms(seconds: float) -> str:
     # Below a microsecond there is only the rounding of sums that should be 0.
+    if seconds >= 1:
+        return format_seconds(seconds)
     return f"{format_number(round(1e3 * seconds, 3))} ms"

@@ -55,6 +55,7 @@ class ElasticSlots:
         self.per_layer = plan.slots_per_layer
         # What prompts or conversations take besides what lasts as long as the model is loaded.
         self._passing = plan.passing
+        self._prefilled = False
         self._next_measurement = 0.0
         for switch in switches:
             switch.resize(self.per_layer)
@@ -78,6 +79,7 @@ class ElasticSlots:
             on_gpu=self._on_gpu,
         )
         self._passing = split.passing
+        self._prefilled = True
         self._resize(split.slots)
         return split.pass_tokens
 
@@ -93,6 +95,10 @@ class ElasticSlots:
 
     def fit_decoding(self, contexts: Sequence[int]) -> None:
         """Use as slots what the caches of sequences of these numbers of tokens leave."""
+        if self._prefilled:
+            # Slots take the place of the prompt's activations, which the allocator still keeps.
+            system.trim()
+            self._prefilled = False
         if self._plan.elastic:
             self._passing = sum(cache_nbytes(self._checkpoint, c) for c in contexts)
             self._resize(self._plan.slots_beside(self._passing, self._budget()))
