@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import catalog
+from .. import catalog, macos
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import SettingError
+from ..options import EngineOptions
 from ..sizes import format_size
 from ..streaming import drives
 from ..terminal import (
     format_number,
     format_path,
+    format_seconds,
     growing_table,
     json_option,
     print_json,
     print_remark,
+    print_table,
 )
+from .options import engine_options, with_preset
 
 if TYPE_CHECKING:
     from ..streaming.disk_bench import Measured
@@ -86,6 +91,65 @@ def disk(model: str, seconds: float, keep: bool, as_json: bool) -> None:
     if keep:
         file = format_path(drives.file())
         print_remark(f"models on this drive are read like this from now on ({file})")
+
+
+@bench.command()
+@click.argument("model")
+@engine_options("memory", "slots", "experts", "depth", "io", "activations")
+@click.option(
+    "--tokens", metavar="N", default=64, show_default=True, help="Generate N tokens an answer."
+)
+@click.option(
+    "--answers",
+    metavar="N",
+    default=3,
+    show_default=True,
+    help="Take the medians of N answers after the first one.",
+)
+@json_option
+def model(model: str, options: EngineOptions, tokens: int, answers: int, as_json: bool) -> None:
+    """Measure how fast a model runs on this machine.
+
+    MODEL is a name (see `flashmoe list`) or the directory of an MLX checkpoint. The first answer
+    starts with nothing in memory. Close other programs; a large model takes about ten minutes. The
+    last lines are for the issue form "A measurement".
+    """
+    from ..doctor.model_bench import COLUMNS, measure  # late: MLX
+
+    if tokens < 2 or answers < 1:
+        raise SettingError(
+            f"tokens={tokens} and answers={answers} must be at least 2 and 1: a speed is between "
+            "two tokens"
+        )
+    named, path = catalog.model(model), catalog.find(model)
+    options = with_preset(options, named)
+    macos.keep_awake()
+    result = measure(
+        Path(named.name).name,
+        path,
+        options,
+        tokens=tokens,
+        answers=answers,
+        report=lambda text: click.echo(f"{text} ...", err=True),
+    )
+    if as_json:
+        print_json(asdict(result))
+        return
+    columns = ("", "prompt tokens", "first token", "tokens/s", "hits", "GB/s")
+    kinds = {"first answer": result.cold, "later answers": result.warm}
+    rows = [
+        {
+            "": kind,
+            "prompt tokens": format_number(speed.prompt_tokens),
+            "first token": format_seconds(speed.first_token_seconds),
+            "tokens/s": format_number(speed.tokens_per_second),
+            "hits": f"{speed.hit_rate:.0%}",
+            "GB/s": f"{speed.gb_per_s:.2f}",
+        }
+        for kind, speed in kinds.items()
+    ]
+    print_table(rows, columns, right=columns[1:])
+    click.echo(f"\n{COLUMNS}\n{'|---' * 12}|\n{result.markdown_row()}")
 
 
 def _row(measured: Measured) -> dict[str, Any]:
