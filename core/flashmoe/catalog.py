@@ -127,7 +127,10 @@ def _downloaded(published: Published, registered: list[registry.RegisteredModel]
     for entry in registered:
         same = entry.repo == repo and (entry.revision or "").startswith(revision)
         if entry.repo is None and not revision:
+            # By the name of the directory, or by a name of the catalogue that the user gave it.
+            known = CATALOGUE.get(entry.name)
             same = entry.path.name == repo.partition("/")[2]
+            same = same or (known is not None and known.repo == repo)
         if same and os.path.isdir(entry.path):
             return entry.path
     try:

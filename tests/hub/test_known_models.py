@@ -79,3 +79,9 @@ def test_registered_name_replaces_the_known_model(toy):
     names = [m.name for m in catalog.models()]
     assert names.count("qwen3-30b") == 1
     assert catalog.find("qwen3-30b") == toy
+
+
+def test_preset_is_found_under_the_name_of_its_model(toy):
+    run("register", toy, "--name", "qwen3.5-397b")
+    preset = catalog.model("qwen3.5-397b-flash")
+    assert (preset.path, preset.experts, preset.source) == (toy, 4, "downloaded")
