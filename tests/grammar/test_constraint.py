@@ -9,6 +9,7 @@ from example_tools import ADD
 from grammar_matching import MATCHER_FACTORY
 from mlx_lm.utils import load_tokenizer
 from schemas import outcome, random_root, requantise_experts, request_of
+from tool_call_texts import TOKENIZER
 from toys import write_chat_toy
 
 from flashmoe.catalog import DEMO, find
@@ -402,3 +403,39 @@ def test_grammar_with_too_many_states_is_an_error_of_the_request(engine):
     )
     with pytest.raises((SettingError, OutputError)):
         list(engine.stream(request))
+
+
+@pytest.mark.parametrize("digit", "019")
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
+        {"exclusiveMinimum": -1, "exclusiveMaximum": 0.001},
+        {"exclusiveMinimum": 0.5, "maximum": 0.75},
+    ],
+    ids=str,
+)
+def test_number_between_two_bounds_ends(engine, bounds, digit):
+    """The last digit is one after which the number may end, whatever the model prefers."""
+    [token] = TOKENIZER.encode(digit, add_special_tokens=False)
+    schema = {"type": "array", "items": {"type": "number", **bounds}, "minItems": 2, "maxItems": 2}
+    wanted = {"type": "json_schema", "schema": schema}
+    text = ask(engine, response_format=wanted, logit_bias={token: 100}, max_tokens=60)[0]
+    numbers = json.loads(text)
+    assert len(numbers) == 2
+    assert all(len(re.sub(r"\D", "", part)) <= 16 for part in text.split(","))
+
+
+def test_fraction_of_a_second_and_digits_of_a_duration_end(engine):
+    [token] = TOKENIZER.encode("1", add_special_tokens=False)
+    properties = {name: {"type": "string", "format": name} for name in ("time", "duration")}
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    wanted = {"type": "json_schema", "schema": schema}
+    text = ask(engine, response_format=wanted, logit_bias={token: 100}, max_tokens=120)[0]
+    assert sorted(json.loads(text)) == ["duration", "time"]
+
+
+def test_json_object_with_a_schema_is_held_to_it(engine):
+    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
+    text = ask(engine, response_format={"type": "json_object", "schema": schema})[0]
+    assert json.loads(text) == {"n": 7}

@@ -6,6 +6,7 @@ Knows nothing of tokens or grammars. Remote references are never fetched.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import isfinite
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from ..errors import SettingError
+from .formats import format_regex
 
 #: Keywords that constrain an object from outside its own schema. Closing the object could
 #: contradict them.
@@ -48,9 +50,9 @@ def _validator(text: str) -> Any:
     schema = json.loads(text)
     kind = validator_for(schema, default=Draft202012Validator)
     if kind is not Draft3Validator:
-        kind = extend(kind, {"pattern": _pattern})
+        kind = extend(kind, {"pattern": _pattern, "format": _format})
         # A nested $schema would select a validator of its own, without our `pattern` keyword.
-        schema = _rebuilt(schema, lambda s: {k: v for k, v in s.items() if k != "$schema"})
+        schema = rebuilt(schema, lambda s: {k: v for k, v in s.items() if k != "$schema"})
     # The registry is empty, so a remote reference is an error and not a download.
     return kind(schema, registry=Registry())
 
@@ -66,12 +68,57 @@ def _pattern(validator, pattern: str, value, schema):
     if not validator.is_type(value, "string"):
         return
     try:
-        if not regex.search(pattern, value, timeout=PATTERN_SECONDS):
+        if not regex.search(python_pattern(pattern), value, timeout=PATTERN_SECONDS):
             yield ValidationError(f"{value!r} does not match {pattern!r}")
     except TimeoutError:
         yield ValidationError(f"searching {value!r} for {pattern!r} takes too long")
     except regex.error as e:
         yield ValidationError(f"{pattern!r} is not a regular expression: {e}")
+
+
+def _format(validator, name, value, schema):
+    """Validate the `format` keyword, which jsonschema takes for a comment."""
+    import regex
+    from jsonschema.exceptions import ValidationError
+
+    pattern = format_regex(name)
+    if pattern and validator.is_type(value, "string") and not regex.fullmatch(pattern, value):
+        yield ValidationError(f"{value!r} is not a {name}")
+
+
+_ECMA = re.compile(r"\\u\{([0-9A-Fa-f]{1,6})\}|\\.|\[\^?\]|\[\^?|\]|\$", re.DOTALL)
+
+
+def python_pattern(pattern: str) -> str:
+    """Return a pattern of ECMA-262, which JSON schema has, in the syntax of Python's `regex`."""
+    in_class = False
+
+    def written(match: re.Match[str]) -> str:
+        nonlocal in_class
+        text = match[0]
+        if match[1] is not None:
+            code = int(match[1], 16)
+            return re.escape(chr(code)) if code < 0x110000 else text
+        if in_class or text[0] == "\\":
+            in_class = in_class and text != "]"
+            return text
+        if text in ("[]", "[^]"):  # no character, and any
+            return "(?!)" if text == "[]" else "(?s:.)"
+        in_class = text.startswith("[")
+        return "\\Z" if text == "$" else text
+
+    return _ECMA.sub(written, pattern)
+
+
+def is_readable(pattern: str) -> bool:
+    """Return whether values can be searched for a pattern."""
+    import regex
+
+    try:
+        regex.compile(python_pattern(pattern))
+    except (regex.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def check_schema(schema: dict | bool, what: str) -> None:
@@ -101,7 +148,8 @@ def check_schema(schema: dict | bool, what: str) -> None:
             if any(not isinstance(s.get(name, ""), str) for s in _subschemas(schema)):
                 raise SettingError(f"{what} is not a valid JSON schema: {name} must be a string")
         validator = _validator(text)
-        validator.check_schema(schema)
+        # Python's `re`, which jsonschema reads patterns with, is not the syntax of JSON schema.
+        validator.check_schema(schema, format_checker=None)
     except SchemaError as e:
         place = "/".join(map(str, e.absolute_path)) or "its top"
         raise SettingError(
@@ -113,7 +161,49 @@ def check_schema(schema: dict | bool, what: str) -> None:
         raise SettingError(
             f"{what} is written for draft 3 of JSON schema: write it for draft 4 or later"
         )
+    unreadable = unreadable_patterns(schema)
+    if unreadable:
+        raise SettingError(
+            f"{what} is not a valid JSON schema: {_short(repr(unreadable[0]))} is not a regular "
+            "expression"
+        )
     _check_references(schema, what)
+
+
+def unreadable_patterns(schema: dict | bool) -> list[str]:
+    """Return the patterns of a schema for which values cannot be searched."""
+    found = []
+    for sub in _subschemas(schema):
+        pattern = _get(sub, "pattern", str)
+        found += [pattern] if pattern and not is_readable(pattern) else []
+        # jsonschema reads these with `re`.
+        found += [p for p in _get(sub, "patternProperties", dict) if not _is_re(p)]
+    return found
+
+
+def without_patterns(schema: Any, patterns: list[str]) -> Any:
+    """Return the schema without the given patterns of texts and of names of properties."""
+
+    def change(sub: dict) -> dict:
+        if _get(sub, "pattern", str) in patterns:
+            sub = {k: v for k, v in sub.items() if k != "pattern"}
+        named = _get(sub, "patternProperties", dict)
+        if any(name in patterns for name in named):
+            # Which names the others are is not known then.
+            kept = {k: v for k, v in named.items() if k not in patterns}
+            sub = {k: v for k, v in sub.items() if k != "additionalProperties"}
+            sub |= {"patternProperties": kept}
+        return sub
+
+    return rebuilt(schema, change)
+
+
+def _is_re(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _check_references(schema: dict | bool, what: str) -> None:
@@ -173,7 +263,7 @@ def close_objects(schema: dict | bool) -> dict | bool:
     """
     if any(_blocks_closing(s) for s in _subschemas(schema)):
         return schema
-    return _rebuilt(schema, _close)
+    return rebuilt(schema, _close)
 
 
 def _blocks_closing(schema: dict) -> bool:
@@ -223,18 +313,18 @@ def _subschemas(schema: Any) -> Iterator[dict]:
                 yield from _subschemas(value)
 
 
-def _rebuilt(schema: Any, change: Callable[[dict], dict]) -> Any:
-    """Return the schema with each dict of `_subschemas` changed, inner ones first."""
+def rebuilt(schema: Any, change: Callable[[dict], dict]) -> Any:
+    """Return the schema with each dict in it that may be a schema changed, inner ones first."""
     if isinstance(schema, list):
-        return [_rebuilt(value, change) for value in schema]
+        return [rebuilt(value, change) for value in schema]
     if not isinstance(schema, dict):
         return schema
     new = {}
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, dict):
-            new[key] = {name: _rebuilt(v, change) for name, v in value.items()}
+            new[key] = {name: rebuilt(v, change) for name, v in value.items()}
         else:
-            new[key] = value if key in _DATA else _rebuilt(value, change)
+            new[key] = value if key in _DATA else rebuilt(value, change)
     return change(new)
 
 
@@ -246,7 +336,7 @@ def drop_patterns(schema: dict | bool, unusable: Callable[[str], bool]) -> dict 
         drop = pattern and unusable(pattern)
         return {k: v for k, v in schema.items() if k != "pattern"} if drop else schema
 
-    return _rebuilt(schema, change)
+    return rebuilt(schema, change)
 
 
 def property_schema(schema: dict, name: str) -> dict | bool:
@@ -267,7 +357,7 @@ def property_schema(schema: dict, name: str) -> dict | bool:
 
     root = {k: v for k, v in schema.items() if k not in ("$schema", "$id")}
     place = quote(name.replace("~", "~0").replace("/", "~1"), safe="~")
-    moved = {"root": _rebuilt(root, change)}
+    moved = {"root": rebuilt(root, change)}
     return {**dialect, "$ref": f"#/$defs/root/properties/{place}", "$defs": moved}
 
 

@@ -157,11 +157,13 @@ class CoderCallParser:
             unclosed: the raw value contains what may be the next tag.
         """
         tool = self._tools.get(function)
-        schema: dict | bool = True
-        if tool is not None and name in tool.parameters.get("properties", {}):
-            schema = schemas.property_schema(tool.parameters, name)
+        possible = [True] if tool is None else tool.parameter_schemas(name)
+        value, error = None, None
         try:
-            value, error = self._run(value_from_text, raw, schema)
+            for schema in possible:
+                value, error = self._run(value_from_text, raw, schema)
+                if error is None:
+                    break
         except LimitError as e:
             raise MalformedCall(f"checking the parameter {name!r} {e}") from e
         # Inside JSON such a text stands between quotes, where it cannot be a tag.

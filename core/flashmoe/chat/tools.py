@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..checkpoint.json_files import show
 from ..errors import SettingError
 from . import json_schema as schemas
+from .object_variants import object_variants
 from .raw_values import may_be_text
+from .schema_rewrites import modern
+
+log = logging.getLogger("flashmoe")
 
 #: Tool calls contain names without quotes, so a name must not look like a part of the format.
 _NAME = re.compile(r"[^\s<>=\"'/\\{}]{1,128}")
@@ -23,12 +29,24 @@ class Tool:
         definition: the complete definition, in the form that chat templates take.
         json_parameters: the names of the parameters that are written as JSON in all formats, since
             they are never strings.
+        variants: plain object schemas, one of which the arguments satisfy: `parameters` itself, or
+            what its alternatives at the top allow; see `flashmoe.chat.object_variants`.
     """
 
     name: str
     parameters: dict
     definition: dict
     json_parameters: frozenset[str] = frozenset()
+    variants: tuple[dict, ...] = ()
+
+    def parameter_schemas(self, name: str) -> list[dict | bool]:
+        """Return the standalone schemas that a parameter may have."""
+        found: list[dict | bool] = []
+        for variant in self.variants or (self.parameters,):
+            if name in variant.get("properties", {}):
+                schema = schemas.property_schema(variant, name)
+                found += [] if schema in found else [schema]
+        return found or [True]
 
 
 def read_tools(definitions: list[dict]) -> dict[str, Tool]:
@@ -48,24 +66,54 @@ def read_tools(definitions: list[dict]) -> dict[str, Tool]:
             )
         if name in tools:
             raise SettingError(f"two tools are named {name!r}: rename one of them")
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        # Anthropic and MCP call it so.
+        given = function.get("parameters") or function.get("input_schema")
+        parameters = given or {"type": "object", "properties": {}}
+        try:
+            parameters = _without_odd_parts(modern(parameters), name)
+        except RecursionError as e:
+            raise SettingError(
+                f"the parameter schema of tool {name!r} is nested too deeply: use a flatter schema"
+            ) from e
         schemas.check_schema(parameters, f"the parameter schema of tool {name!r}")
-        complete = {**function, "name": name, "parameters": parameters}
+        complete = {**function, "name": name, "parameters": given or parameters}
+        complete.pop("input_schema", None)
         schema = _object_schema(parameters, name)
         try:
-            json_parameters = frozenset(
-                parameter
-                for parameter in schema.get("properties", {})
-                if not may_be_text(schemas.property_schema(schema, parameter))
-            )
+            variants = tuple(object_variants(schema))
+            texts, listed = set(), set()
+            for variant in variants:
+                for parameter in variant.get("properties", {}):
+                    listed.add(parameter)
+                    if may_be_text(schemas.property_schema(variant, parameter)):
+                        texts.add(parameter)
         except RecursionError as e:
             raise SettingError(
                 f"tool {name!r}: a parameter is defined by itself, or nested too deeply: use a "
                 "flatter schema"
             ) from e
         definition = {"type": "function", "function": complete}
-        tools[name] = Tool(name, schema, definition, json_parameters)
+        tools[name] = Tool(name, schema, definition, frozenset(listed - texts), variants)
     return tools
+
+
+def _without_odd_parts(schema: Any, name: str) -> Any:
+    """Return a parameter schema without what can neither be enforced nor checked.
+
+    Agents send many tools with each request, and one odd schema must not stop all of them.
+    """
+    if isinstance(schema, dict) and (odd := schemas.unreadable_patterns(schema)):
+        log.warning("tool %r: %s is not a regular expression: left out", name, show(odd[0]))
+        schema = schemas.without_patterns(schema, odd)
+    if isinstance(schema, dict) and schema.get("additionalProperties") is False:
+        listed, required = schema.get("properties", {}), schema.get("required", [])
+        if isinstance(listed, dict) and isinstance(required, list) and "$ref" not in schema:
+            known = [r for r in required if not isinstance(r, str) or r in listed]
+            plain = not {"anyOf", "oneOf", "allOf", "patternProperties"} & schema.keys()
+            if plain and len(known) < len(required):
+                log.warning("tool %r requires properties that it does not allow: left out", name)
+                schema = {**schema, "required": known}
+    return schema
 
 
 def check_tool_choice(choice: str, tools: dict[str, Tool]) -> None:

@@ -48,7 +48,7 @@ class MatcherFactory:
         self._end = sorted(special.answer_end)
         self.width = width
         self._lock = threading.Lock()
-        self._read: tuple[LLTokenizer, np.ndarray] | None = None
+        self._read: tuple[LLTokenizer, np.ndarray, np.ndarray] | None = None
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of generated tokens."""
@@ -58,6 +58,11 @@ class MatcherFactory:
     def leading_digits(self) -> np.ndarray:
         """The number of digits that each token starts with: (width,) int."""
         return self._vocabulary()[1]
+
+    @property
+    def only_digits(self) -> np.ndarray:
+        """Whether each token is nothing but digits: (width,) bool."""
+        return self._vocabulary()[2]
 
     def create(self, lark: str) -> LLMatcher:
         """Return a matcher at the start of a Lark grammar.
@@ -80,8 +85,8 @@ class MatcherFactory:
             )
         return matcher
 
-    def _vocabulary(self) -> tuple[LLTokenizer, np.ndarray]:
-        """Return llguidance's tokenizer, and the leading digits of its tokens."""
+    def _vocabulary(self) -> tuple[LLTokenizer, np.ndarray, np.ndarray]:
+        """Return llguidance's tokenizer, and which of its tokens have digits."""
         with self._lock:
             if self._read is None:
                 vocabulary = from_tokenizer(
@@ -89,7 +94,8 @@ class MatcherFactory:
                 )
                 texts = [vocabulary.decode_bytes([i]) for i in range(self.width)]
                 counts = [len(t) - len(t.lstrip(b"0123456789")) for t in texts]
-                self._read = vocabulary, np.array(counts)
+                digits = [bool(t) and n == len(t) for t, n in zip(texts, counts, strict=True)]
+                self._read = vocabulary, np.array(counts), np.array(digits)
             return self._read
 
 
@@ -157,7 +163,7 @@ class Constraint:
             bits = np.unpackbits(self._bitmask.view(np.uint8), bitorder="little")
             allowed = bits[: logits.shape[-1]].astype(bool)
             if self._guard is not None and self._guard.digits_left < _LONGEST_DIGITS:
-                shorter = allowed & (self._matchers.leading_digits <= self._guard.digits_left)
+                shorter = self._within_digits(allowed, self._guard.digits_left)
                 allowed = shorter if shorter.any() else allowed
             return mx.where(mx.array(allowed)[None], logits, -mx.inf)
         banned: set[int | None] = set()
@@ -169,6 +175,30 @@ class Constraint:
             banned = banned | {self._special.think_start}
         tokens = sorted(t for t in banned if t is not None)
         return logits.at[:, mx.array(tokens)].add(-mx.inf) if tokens else logits
+
+    def _within_digits(self, allowed: np.ndarray, left: int) -> np.ndarray:
+        """Return which of the allowed tokens keep a number within the digits that are left.
+
+        The last digit must be one after which the number may end: between two bounds, 0 may not be.
+        """
+        leading, whole = self._matchers.leading_digits, self._matchers.only_digits
+        shorter = allowed & ((leading < left) | ((leading <= left) & ~whole))
+        if left == 1:
+            shorter[
+                [t for t in np.flatnonzero(allowed & whole & (leading == 1)) if self._ends(t)]
+            ] = True
+        return shorter
+
+    def _ends(self, digit: int) -> bool:
+        """Return whether something other than a digit may follow a token."""
+        assert self._matcher is not None, "callers have begun a grammar"
+        matcher = self._matcher.deep_copy()
+        bitmask = allocate_token_bitmask(1, self._matchers.width)
+        if not matcher.consume_token(int(digit)) or matcher.is_stopped():
+            return matcher.is_stopped()
+        fill_next_token_bitmask(matcher, bitmask, 0)
+        bits = np.unpackbits(bitmask.view(np.uint8), bitorder="little")[: self._matchers.width]
+        return bool((bits.astype(bool) & (self._matchers.leading_digits == 0)).any())
 
     def is_end(self, token: int) -> bool:
         """Return whether a sampled token ends the answer."""

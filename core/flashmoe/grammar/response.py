@@ -16,6 +16,7 @@ from functools import lru_cache
 from llguidance import LLMatcher
 
 from ..chat import json_schema as schemas
+from ..chat.schema_rewrites import enforceable, modern
 from ..checkpoint.json_files import show
 from ..errors import SettingError
 
@@ -58,7 +59,13 @@ def read_response_format(wanted: dict) -> ResponseFormat | None:
         rules = f"document: %lark {{\n{wanted['grammar']}\n}}\n"
         _check_rules(rules, "the Lark grammar")
         return ResponseFormat(rules, None)
-    schema = {"type": "object"} if kind == "json_object" else wanted["schema"]
+    schema = wanted.get("schema") if kind == "json_object" else wanted["schema"]
+    try:
+        schema = modern({"type": "object"} if schema is None else schema)
+    except RecursionError as e:
+        raise SettingError(
+            "the schema of response_format is nested too deeply: use a flatter schema"
+        ) from e
     schemas.check_schema(schema, "the schema of response_format")
     return ResponseFormat(f"document: {json_rule(schema)}\n", schema)
 
@@ -89,7 +96,7 @@ def json_rule(schema: dict | bool) -> str:
 
 @lru_cache(maxsize=256)
 def _json_rule(text: str) -> str:
-    schema = json.loads(text)
+    schema = enforceable(json.loads(text))
     if schema is False:
         raise SettingError("the schema is false, so no value satisfies it: use another schema")
     for candidate in (schemas.close_objects(schema), schema):

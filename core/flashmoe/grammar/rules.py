@@ -82,8 +82,8 @@ def _bounded(function: Callable, *args: Any) -> Any:
 
 def _tools(written: list[list]) -> dict[str, Tool]:
     return {
-        name: Tool(name, parameters, definition, frozenset(json_parameters))
-        for name, parameters, definition, json_parameters in written
+        name: Tool(name, parameters, definition, frozenset(json_parameters), tuple(variants))
+        for name, parameters, definition, json_parameters, variants in written
     }
 
 
@@ -92,7 +92,7 @@ def _tools(written: list[list]) -> dict[str, Tool]:
 
 def _read_tools(definitions: list[dict]) -> list[list]:
     return [
-        [t.name, t.parameters, t.definition, sorted(t.json_parameters)]
+        [t.name, t.parameters, t.definition, sorted(t.json_parameters), [*t.variants]]
         for t in read_tools(definitions).values()
     ]
 

@@ -9,15 +9,20 @@ fits the schema, but the grammar does not accept every value that fits.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
 
 from ..chat import json_schema as schemas
+from ..chat.formats import format_regex
 from ..chat.raw_values import ROOTS, value_kinds
 from ..chat.tool_parsers import NEVER_ENDS_LINE, NEVER_IN_VALUE
 from ..chat.tools import Tool
+from ..checkpoint.json_files import show
 from ..errors import SettingError
 from .response import grammar_error, is_unsupported_pattern, json_rule, lark_regex, lark_string
+
+log = logging.getLogger("flashmoe")
 
 
 def tool_call_rules(tools: dict[str, Tool], tool_parser: str, start: int, end: int) -> str:
@@ -41,7 +46,11 @@ def tool_call_rules(tools: dict[str, Tool], tool_parser: str, start: int, end: i
         try:
             rules.append(write(f"t{index}", tool))
         except (SettingError, RecursionError) as e:
-            raise SettingError(f"tool {tool.name!r}: {e}") from e
+            if len(tools) == 1:
+                raise SettingError(f"tool {tool.name!r}: {e}") from e
+            # Agents send many tools: an odd one must not stop the others. Its calls are checked.
+            log.warning("the grammar cannot enforce the schema of tool %r: %s", tool.name, e)
+            rules.append(write(f"t{index}", Tool(tool.name, {"type": "object"}, tool.definition)))
         bodies.append(f"t{index}")
     rules.append(f"body: ({' | '.join(bodies)}) <[{end}]>\n")
     return "".join(rules)
@@ -56,43 +65,69 @@ def _hermes(rule: str, tool: Tool) -> str:
 
 def _coder(rule: str, tool: Tool) -> str:
     """Return the Lark rules of a call in the Coder format, between its markers."""
-    schema = tool.parameters
+    variants = tool.variants or (tool.parameters,)
+    if len(variants) == 1:
+        order, rules = _coder_parameters(rule, variants[0], {})
+        body = " ".join(order)
+    else:
+        shared: dict[str, str] = {}
+        bodies, rules = [], []
+        for index, variant in enumerate(variants):
+            order, more = _coder_parameters(f"{rule}o{index}", variant, shared)
+            bodies.append(f"{rule}o{index}: {' '.join(order)}\n")
+            rules += more
+        body = f"({' | '.join(f'{rule}o{i}' for i in range(len(variants)))})"
+        rules = [*bodies, *rules]
+    head, tail = lark_string(f"\n<function={tool.name}>\n"), lark_string("</function>\n")
+    return "".join([f"{rule}: {head} {body} {tail}\n", *rules])
+
+
+def _coder_parameters(
+    rule: str, schema: dict, shared: dict[str, str]
+) -> tuple[list[str], list[str]]:
+    """Return the items of an object's parameters, in order, and the Lark rules that they need.
+
+    Args:
+        shared: the rules that other variants of the object have already, by what they are for: two
+            rules for the same text would make the lexer choose between them.
+    """
     listed = schema.get("properties", {})
     required = set(schema.get("required", ()))
-    if not required <= listed.keys():
-        unknown = ", ".join(map(repr, sorted(required - listed.keys())))
-        raise SettingError(
-            f"its schema requires {unknown} but does not list it in properties: add it there, or "
-            "remove it from required"
-        )
+    others = schema.get("additionalProperties", True)
     order, rules = [], []
-    for index, name in enumerate(listed):
+    # A parameter that is required and not listed may have any value.
+    parameters = {**listed, **dict.fromkeys(sorted(required - listed.keys()), others)}
+    for index, name in enumerate(parameters):
         if any(c in name for c in "<>\n") or name != name.strip() or not name:
+            if name not in required:
+                log.warning("the parameter %r cannot be told from the format: left out", name)
+                continue
             raise SettingError(
                 f"the parameter {name!r} cannot be told from the format around it: use a name "
                 "without <, > and line ends, and without white space at its ends"
             )
-        if listed[name] is False:
+        if parameters[name] is False:
             if name in required:
                 raise SettingError(
                     f"the parameter {name!r} is required, but its schema is false, so it has no "
                     "value: use another schema"
                 )
             continue
-        value = f"{rule}p{index}"
-        opening = lark_string(f"<parameter={name}>\n")
-        rules.append(f"{value}: {opening} {value}v\n")
-        rules.append(_coder_value(f"{value}v", schemas.property_schema(schema, name)))
-        order.append(value if name in required else f"{value}?")
-    others = schema.get("additionalProperties", True)
+        value = schemas.property_schema({**schema, "properties": parameters}, name)
+        key = json.dumps([name, value])
+        if key not in shared:
+            shared[key] = f"{rule}p{index}"
+            opening = lark_string(f"<parameter={name}>\n")
+            rules.append(f"{shared[key]}: {opening} {shared[key]}v\n")
+            rules.append(_coder_value(f"{shared[key]}v", value))
+        order.append(shared[key] if name in required else f"{shared[key]}?")
     if "properties" not in schema and others is not False:
         # A tool that does not list its parameters takes any.
         rules.append(f'{rule}x: "<parameter=" {rule.upper()}N ">\\n" {rule}xv\n')
         rules.append(f"{rule.upper()}N: /[^<>\\s]([^<>\\n]*[^<>\\s])?/\n")
         rules.append(_coder_value(f"{rule}xv", others))
         order.append(f"{rule}x*")
-    head, tail = lark_string(f"\n<function={tool.name}>\n"), lark_string("</function>\n")
-    return "".join([f"{rule}: {head} {' '.join(order)} {tail}\n", *rules])
+    return order, rules
 
 
 _CLOSING = "\n</parameter>\n"
@@ -102,7 +137,7 @@ _UNREADABLE = (
     "|((?s:.*)\\n)?<\\/parameter>(\\n(?s:.*))?/"
 )
 
-_TEXT_KEYWORDS = {"type", "minLength", "maxLength", "pattern"}
+_TEXT_KEYWORDS = {"type", "minLength", "maxLength", "pattern", "format"}
 #: The highest minLength that is enforced: llguidance gives up on texts that must be several
 #: thousand characters long.
 _MAX_ENFORCED_MIN_LENGTH = 1000
@@ -180,6 +215,11 @@ def _text(schema: dict) -> str:
     low = min(low, _MAX_ENFORCED_MIN_LENGTH)
     if low or high != "":
         parts.append(f"/(?s:.{{{low},{high}}})/")
+    wanted = schema.get("format")
+    if regex := format_regex(wanted):
+        parts.append(lark_regex(f"({regex})"))
+    elif wanted is not None:
+        log.warning("the grammar cannot enforce the format %s", show(wanted))
     pattern = schema.get("pattern")
     if pattern and not is_unsupported_pattern(pattern):
         searched = lark_regex("|".join(_searched(p) for p in _alternatives(pattern)))
