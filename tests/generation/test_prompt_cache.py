@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache, save_prompt_cache
+from moe_types import write_moe
 from toys import FAMILIES, write_toy
 
 from flashmoe.chat.template import Prompt
@@ -352,6 +353,27 @@ def test_restored_entry_gives_the_same_bits_as_a_whole_prefill(tmp_path, family)
         reading = prefill(reader, model, turn, silent.append, keep=True)
         assert reading.cached == turn.cuts[-1]
         assert same(answer_logits(model, reading), logits)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("qwen3_moe", 80), ("deepseek_v32", 80), ("qwen3_next", 40), ("gpt_oss", 40)],
+)
+def test_prompt_that_leaves_a_kept_one_continues_where_both_are_split(tmp_path, name, found):
+    """Keys and values are trimmed; recurrent states and windows serve what begins with them."""
+    model = load_streaming(Checkpoint.open(write_moe(tmp_path / "toy", name)), slots=5)
+    whole, silent = prompt_of(130, (40, 80, 120)), []
+    other = Prompt([*whole.tokens[:90], *prompt_of(30, (), seed=1).tokens], (40, 80, 100), False)
+    reader = PromptReader(model, PromptCache(0), None)
+    expected = answer_logits(model, prefill(reader, model, other, silent.append, keep=False))
+    reader = PromptReader(model, PromptCache(10**9), None)
+    prefill(reader, model, whole, silent.append, keep=True)
+    reading = prefill(reader, model, other, silent.append, keep=True)
+    assert reading.cached == found
+    assert same(answer_logits(model, reading), expected)
+    elsewhere = Prompt(whole.tokens[:95], (35, 70, 90), False)  # it is split in another way
+    assert prefill(reader, model, elsewhere, silent.append, keep=True).cached == 0
     model.close()
 
 

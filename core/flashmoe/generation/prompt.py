@@ -27,7 +27,7 @@ from ..events import Event, Progress
 from ..memory.footprint import CHUNK_TOKENS
 from ..models.layerwise import Chunk, ChunkResult, split
 from ..models.streaming_moe import StreamingMoE
-from .prompt_cache import PromptCache, PromptStore, entry_name
+from .prompt_cache import PromptCache, PromptStore, Trail, entry_name
 
 #: Counts changes of what a prompt cache entry means.
 STATE_VERSION = 2
@@ -183,7 +183,17 @@ class PromptReader:
         }
         cache = cache or make_prompt_cache(self._model)
         reporter = ProgressReporter(emit, len(tokens) - done, len(self._model.layers))
-        return PromptPrefill(self._model, cache, done, chunks, entries, reporter, self._memory.put)
+        trails = {
+            entry_name(identity, tokens[:cut]): Trail(
+                identity, tuple(tokens[:cut]), tuple(c for c in prompt.cuts if c <= cut)
+            )
+            for cut in wanted
+        }
+
+        def keep_entry(name: str, state: list[Any]) -> None:
+            self._memory.put(name, state, trails[name])
+
+        return PromptPrefill(self._model, cache, done, chunks, entries, reporter, keep_entry)
 
     def store(self, prefill: PromptPrefill) -> None:
         """Keep the new entries of a prompt for the next process."""
@@ -197,6 +207,8 @@ class PromptReader:
         for cut in reversed(prompt.cuts):
             name = entry_name(identity, prompt.tokens[:cut])
             cache = self._memory.get(name)
+            if cache is None:
+                cache = self._memory.get_trimmed(identity, prompt.tokens, prompt.cuts, cut)
             if cache is None and self._store is not None:
                 cache = self._store.get(name, empty)
                 if cache is not None:

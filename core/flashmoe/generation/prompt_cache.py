@@ -1,10 +1,11 @@
 """Keep the states of prompts that were prefilled, in memory and on disk: a longer prompt continues.
 
 An entry is mlx-lm's prompt cache (keys and values, recurrent states, whatever a model type has) at
-one position of a token sequence. Recurrent states cannot be trimmed, so an entry serves prompts
-that begin with exactly its tokens and is found by their hash; mlx-lm's LRUPromptCache, which looks
-for the longest common prefix and trims, does not apply. Entries of many conversations may be kept
-side by side.
+one position of a token sequence. Recurrent states and sliding windows cannot be trimmed, so such an
+entry serves prompts that begin with exactly its tokens and is found by their hash; mlx-lm's
+LRUPromptCache, which trims to the longest common prefix, does not apply. Where all that a model
+keeps is keys and values, an entry in memory also serves prompts that share a part of its tokens,
+up to a place where both are split. Entries of many conversations may be kept side by side.
 """
 
 from __future__ import annotations
@@ -53,10 +54,48 @@ def entry_nbytes(cache: list[Any]) -> int:
     return sum(c.nbytes for c in cache)
 
 
+def can_trim(cache: list[Any]) -> bool:
+    """Return whether the last tokens can be taken out of caches without changing a bit.
+
+    Keys and values of a token lie in a place of their own. Other caches that mlx-lm trims move
+    theirs, or have forgotten some.
+    """
+    from mlx_lm.models.cache import CacheList, KVCache
+
+    return all(
+        type(c) is KVCache or (type(c) is CacheList and can_trim(list(c.caches))) for c in cache
+    )
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What an entry in memory was made of, to find it by a part of that.
+
+    Attributes:
+        identity: as for `entry_name`.
+        tokens: all of its tokens.
+        cuts: where the prompt was split, ascending, as far as the entry goes.
+    """
+
+    identity: str
+    tokens: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+    def serves(self, identity: str, tokens: list[int], cuts: tuple[int, ...], cut: int) -> bool:
+        """Return whether a prompt has these tokens, and is split as these were, up to a cut."""
+        return (
+            self.identity == identity
+            and cut < len(self.tokens)
+            and self.tokens[:cut] == tuple(tokens[:cut])
+            and [c for c in self.cuts if c <= cut] == [c for c in cuts if c <= cut]
+        )
+
+
 @dataclass(frozen=True)
 class _Entry:
     cache: list[Any]
     nbytes: int
+    trail: Trail | None = None
 
 
 class PromptCache:
@@ -87,13 +126,40 @@ class PromptCache:
         # Cheap: MLX copies an array when one of its owners first writes to it.
         return copy.deepcopy(entry.cache)
 
-    def put(self, name: str, cache: list[Any]) -> None:
+    def get_trimmed(
+        self, identity: str, tokens: list[int], cuts: tuple[int, ...], cut: int
+    ) -> list[Any] | None:
+        """Return a copy of a longer entry, trimmed to the first `cut` tokens of a prompt, or None.
+
+        Its bits are those of an entry at that place, because a prompt is split in the same way
+        before a cut whatever follows.
+
+        Args:
+            identity: as for `entry_name`.
+            tokens, cuts: of the prompt; `cut` is one of `cuts`.
+        """
+        for name, entry in reversed(self._entries.items()):
+            trail = entry.trail
+            if trail is not None and trail.serves(identity, tokens, cuts, cut):
+                if not can_trim(entry.cache):
+                    return None  # none of this model can be
+                self._entries.move_to_end(name)
+                cache = copy.deepcopy(entry.cache)
+                for one in cache:
+                    one.trim(len(trail.tokens) - cut)
+                return cache
+        return None
+
+    def put(self, name: str, cache: list[Any], trail: Trail | None = None) -> None:
         """Keep an evaluated cache, to which nobody else writes.
 
         One that is larger than the budget is not kept.
+
+        Args:
+            trail: to find it by a part of its tokens too.
         """
         self._entries.pop(name, None)
-        entry = _Entry(cache, entry_nbytes(cache))
+        entry = _Entry(cache, entry_nbytes(cache), trail)
         if entry.nbytes > self.budget:
             return
         self._entries[name] = entry
