@@ -100,6 +100,10 @@ class ChatFlashMoE(BaseChatModel, Options):
     memory: str | int | None = None
     """Peak memory of the process, such as "8GB". `None`: what the machine can spare."""
 
+    context: int | None = None
+    """Tokens of prompt and answer that memory is kept for; on a GPU longer ones are refused if they
+    do not fit. `None`: what is usual, or what fits."""
+
     io: str | None = None
     """How experts are read: "buffered", "uncached" or "direct"; see `flashmoe.streaming.io_modes`.
     `None`: the fastest in `flashmoe bench disk`, or direct."""
@@ -295,10 +299,12 @@ class ChatFlashMoE(BaseChatModel, Options):
             experts=experts,
             think=call.reasoning,
             cache=call.prompt_cache,
+            logprobs=call.reported_logprobs,
             **{name: getattr(call, name) for name in REQUEST_OPTIONS},
         )
         settings: dict[str, Any] = {
             "memory": self.memory,
+            "context": self.context,
             "io": self.io,
             "activations": self.activations,
         }

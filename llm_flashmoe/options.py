@@ -43,6 +43,20 @@ class Options(llm.Model.Options):
         default=None,
         description="A value above 1 makes the last 20 tokens less likely to repeat; 0.01 to 100",
     )
+    presence_penalty: float | None = Field(
+        default=None,
+        description="Subtract this from the logit of each token that the answer has already, "
+        "-2 to 2; 1.5 is what Qwen's makers recommend against repetition",
+    )
+    frequency_penalty: float | None = Field(
+        default=None,
+        description="Subtract this from the logit of a token for each time that the answer has it, "
+        "-2 to 2",
+    )
+    logit_bias: dict | None = Field(
+        default=None,
+        description='Add numbers to the logits of tokens, by token id, as in {"1234": -100}',
+    )
     seed: int | None = Field(default=None, description="The same seed gives the same text")
     stop: list[str] | None = Field(
         default=None,
@@ -54,6 +68,11 @@ class Options(llm.Model.Options):
     thinking_budget: int | None = Field(
         default=None, description="End the reasoning after this many tokens, and answer"
     )
+    chat_template_kwargs: dict | None = Field(
+        default=None,
+        description="More variables for the model's chat template, as in "
+        '{"preserve_thinking": true}',
+    )
     experts: int | None = Field(
         default=None,
         description="Use only the top K experts of the router: fewer bytes are read, but the "
@@ -63,6 +82,12 @@ class Options(llm.Model.Options):
         default=None,
         description='Peak memory of the process, such as "8GB". '
         "Default: what the machine can spare",
+    )
+    context: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of prompt and answer that memory is kept for; on a GPU longer ones are "
+        "refused if they do not fit. Default: what is usual, or what fits",
     )
     io: str | None = Field(
         default=None,
@@ -92,6 +117,11 @@ class Options(llm.Model.Options):
             return [value]
         return parsed if isinstance(parsed, list) else [value]
 
+    @field_validator("logit_bias", "chat_template_kwargs", mode="before")
+    @classmethod
+    def _text_or_dict(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
     @field_validator("memory", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:
@@ -101,7 +131,8 @@ class Options(llm.Model.Options):
 #: The options that `flashmoe.requests.Request` has under the same names.
 REQUEST_OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("seed", "think", "thinking_budget"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+    *("seed", "think", "thinking_budget", "chat_template_kwargs"),
 )
 #: The options that an engine is created with.
-ENGINE_OPTIONS = ("memory", "io", "activations", "experts")
+ENGINE_OPTIONS = ("memory", "context", "io", "activations", "experts")

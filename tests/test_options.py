@@ -26,6 +26,7 @@ def test_misspelt_option_fails_at_once(take):
         ("slots", 2.0),
         ("experts", -1),
         ("experts", True),
+        ("context", 0),
         ("depth", 0),
         ("depth", 10**5),
         ("io", "fast"),

@@ -35,6 +35,9 @@ class LoadOptions:
             on a GPU with memory of its own, the limit for that memory. None: what the machine can
             spare.
         slots: expert slots per layer, instead of as many as fit into `memory`.
+        context: tokens of prompt and answer that memory is kept for. None: what is usual, or what
+            there is memory for. On a CPU longer ones take memory from the slots; on a GPU they are
+            refused if they do not fit.
         experts: K, the number of experts per token. None: the K that the model was trained with. A
             smaller K prunes the router and is not exact.
         depth: how many reads may be in flight at the drive, at most `MAX_DEPTH`. None: what
@@ -52,6 +55,7 @@ class LoadOptions:
 
     memory: str | int | None = None
     slots: int | None = None
+    context: int | None = None
     experts: int | None = None
     depth: int | None = None
     io: str | None = None
@@ -67,6 +71,7 @@ class LoadOptions:
                     "from memory"
                 )
         _check_count("slots", self.slots, "a number of experts per layer")
+        _check_count("context", self.context, "a number of tokens")
         _check_count("experts", self.experts, "a number of experts per token")
         _check_count("depth", self.depth, "a number of reads in flight")
         if self.depth is not None and self.depth > MAX_DEPTH:

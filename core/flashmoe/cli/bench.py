@@ -95,7 +95,7 @@ def disk(model: str, seconds: float, keep: bool, as_json: bool) -> None:
 
 @bench.command()
 @click.argument("model")
-@engine_options("memory", "slots", "experts", "depth", "io", "activations")
+@engine_options("memory", "slots", "context", "experts", "depth", "io", "activations")
 @click.option(
     "--tokens", metavar="N", default=64, show_default=True, help="Generate N tokens an answer."
 )

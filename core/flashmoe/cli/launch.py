@@ -29,7 +29,7 @@ _ENOUGH = 32_000
 @click.argument("agent", type=click.Choice(sorted(AGENTS)))
 @click.argument("model")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@engine_options("memory", "slots", "experts", "batch", "io", "activations")
+@engine_options("memory", "slots", "context", "experts", "batch", "io", "activations")
 def launch(agent: str, model: str, arguments: tuple[str, ...], options: EngineOptions) -> None:
     """Start a coding agent with a model, and end both together.
 

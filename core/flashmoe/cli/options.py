@@ -23,6 +23,13 @@ _SHARED: dict[str, dict[str, Any]] = {
         "type": int,
         "help": "Keep this many experts per layer in memory, instead of --memory.",
     },
+    "context": {
+        "metavar": "TOKENS",
+        "type": int,
+        "show_default": "what is usual, or what fits",
+        "help": "Keep memory for this many tokens of prompt and answer. On a GPU longer ones are "
+        "refused if they do not fit.",
+    },
     "experts": {
         "metavar": "K",
         "type": int,

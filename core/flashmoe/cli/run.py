@@ -36,7 +36,7 @@ from .options import engine_options, with_preset
     show_default="as the chat template does",
     help="Reason before the answer, or answer at once.",
 )
-@engine_options("memory", "slots", "experts", "depth", "io", "activations", "cluster")
+@engine_options("memory", "slots", "context", "experts", "depth", "io", "activations", "cluster")
 @click.option("-v", "--verbose", is_flag=True, help="Show the memory plan and statistics.")
 def run(
     model: str, prompt: str | None, options: EngineOptions, verbose: bool, **settings: Any

@@ -43,7 +43,9 @@ OLLAMA_PORT = 11434
     multiple=True,
     help="Let scripts of this web page in; may be repeated.",
 )
-@engine_options("memory", "slots", "experts", "batch", "depth", "io", "activations", "cluster")
+@engine_options(
+    "memory", "slots", "context", "experts", "batch", "depth", "io", "activations", "cluster"
+)
 @click.option(
     "--queue",
     metavar="N",

@@ -63,10 +63,16 @@ def split_for_prefill(
     """
     each = pass_token_nbytes(checkpoint, experts)
     fixed = sequences_nbytes(checkpoint, tokens, contexts, experts, on_gpu=on_gpu)
+    least = min(tokens, CHUNK_TOKENS)
     if not plan.elastic:
+        # With a number of slots instead of a budget nothing says how much there is.
+        room = plan.passing + plan.budget - plan.total
+        if on_gpu and plan.budget > plan.total and fixed + least * each > room:
+            needed = plan.total - plan.passing + fixed + least * each
+            raise _too_long(contexts, needed, plan.budget, f"context={sum(contexts)}")
         pass_tokens = max(CHUNK_TOKENS, (plan.passing - fixed) // each)
         return PrefillSplit(plan.slots_per_layer, pass_tokens, plan.passing)
-    left, least = budget() - plan.lasting - fixed, min(tokens, CHUNK_TOKENS)
+    left = budget() - plan.lasting - fixed
     best = None
     for slots in range(plan.least_slots, plan.most_slots + 1):
         pass_tokens = min(tokens, (left - slots * plan.slot_nbytes) // each)
@@ -80,11 +86,15 @@ def split_for_prefill(
             best = reads, slots, pass_tokens
     if best is None:
         needed = plan.lasting + fixed + least * each + plan.least_slots * plan.slot_nbytes
-        available = left + plan.lasting + fixed
-        raise ContextError(
-            f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with this "
-            f"model, and there are {format_size(available)}: shorten it, or load the model with "
-            f'memory="{round_up(needed)}" or more'
+        raise _too_long(
+            contexts, needed, left + plan.lasting + fixed, f'memory="{round_up(needed)}" or more'
         )
     _, slots, pass_tokens = best
     return PrefillSplit(slots, pass_tokens, fixed + pass_tokens * each)
+
+
+def _too_long(contexts: Sequence[int], needed: int, available: int, way_out: str) -> ContextError:
+    return ContextError(
+        f"a prompt of {max(contexts)} tokens needs at least {format_size(needed)} with this model, "
+        f"and there are {format_size(available)}: shorten it, or load the model with {way_out}"
+    )

@@ -61,8 +61,8 @@ def plan_memory(
         options: None: the defaults of an engine, with a prompt cache of one conversation.
         held: how many experts of each layer are read on this machine. None: all.
         reserved: bytes kept free for something else.
-        context: tokens that memory is kept for. None, as for a load: the planned length, or what
-            there is memory for.
+        context: tokens that memory is kept for. None, as for a load: those of the options, else
+            the planned length, or what there is memory for.
         mac: plan for a Mac that can spare this many bytes, instead of for this machine.
 
     Raises:
@@ -117,6 +117,8 @@ def plan_memory(
         )
         return replace(plan, cached=cached, context=min(tokens, checkpoint.max_context))
 
+    if context is None:
+        context = options.context
     lengths = PLANNED_CONTEXTS if elastic else PLANNED_CONTEXTS[:-2]
     *longer, shortest = lengths if context is None else (context,)
     for tokens in longer:
@@ -215,7 +217,7 @@ def _build(
     model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=classes)
     assert isinstance(model, StreamingMoE), "`make` makes it"
     backend.set_dtypes(model)
-    if backend.fuses_blocks and family.fused:
+    if backend.fuses_blocks and family.own_blocks:
         # Late: it needs the kernels. Before the dense layers, because only plain ones are joined.
         from .fused_blocks import recast_blocks
 

@@ -98,7 +98,7 @@ def test_answer_of_a_schema_is_exactly_one_call():
 
 
 def test_settings_reach_the_engine():
-    settings = {"memory": "1GB", "io": "uncached", "activations": "int8"}
+    settings = {"memory": "1GB", "context": 900, "io": "uncached", "activations": "int8"}
     made = ChatFlashMoE(model=DEMO, **settings)
     engine, _ = made._request(CallOptions.merge(made, None, {}), [HumanMessage("Hi")])
     assert engine.options == EngineOptions(**settings)
