@@ -21,6 +21,7 @@ from ..arrays import to_numpy
 from ..recast import recast
 from . import attention, layers, linear_attention
 from .expert_matrices import ExpertMatrices
+from .gates import gate_class
 from .matvec import launch_lock
 
 #: The most pairs that go through the kernels in one call; it bounds the scratch memory of prefill.
@@ -106,7 +107,7 @@ class CpuBackend(Backend):
             if module is head:
                 # An unquantised head stays lazy, as `Head` is.
                 return layers.Head if isinstance(module, nn.QuantizedLinear) else None
-            return _CLASSES.get(type(module))
+            return _CLASSES.get(type(module)) or gate_class(module)
 
         recast(model, choose)
         for path, module in model.named_modules():

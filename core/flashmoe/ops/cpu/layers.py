@@ -214,7 +214,7 @@ def dequantised(layer: nn.Module, rows: mx.array | slice) -> mx.array:
 
 
 def lazy_matmul(layer: nn.Module, x: mx.array) -> mx.array:
-    """Return x @ W.T in float32, unevaluated.
+    """Return x @ W.T, with the bias of the layer if it has one, in float32, unevaluated.
 
     It is computed in tiles of output rows, which bounds the memory that it takes.
     """
@@ -222,4 +222,5 @@ def lazy_matmul(layer: nn.Module, x: mx.array) -> mx.array:
     for start in range(0, layer["weight"].shape[0], HEAD_TILE):
         rows = slice(start, start + HEAD_TILE)
         tiles.append(x @ dequantised(layer, rows).T)
-    return mx.concatenate(tiles, axis=-1)
+    y = mx.concatenate(tiles, axis=-1)
+    return y + layer["bias"].astype(mx.float32) if "bias" in layer else y
