@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,17 +34,31 @@ def read_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     if not is_file(file):
         raise _unreadable(checkpoint, f"{file} is missing")
     try:
-        tokenizer = load_tokenizer(
-            checkpoint.path,
-            {"trust_remote_code": False},
-            eos_token_ids=checkpoint.generation.end_tokens or None,
-        )
+        with _quiet():
+            tokenizer = load_tokenizer(
+                checkpoint.path,
+                {"trust_remote_code": False},
+                eos_token_ids=checkpoint.generation.end_tokens or None,
+            )
         _check_tokens(tokenizer, checkpoint)
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # of many kinds; a panic in Rust is no Exception
         raise _unreadable(checkpoint, f"{type(e).__name__}: {show(str(e))}") from e
     return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning of model types that it does not know: only mlx-lm has to."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _unreadable(checkpoint: Checkpoint, why: str) -> CheckpointError:

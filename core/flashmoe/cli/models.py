@@ -191,6 +191,9 @@ def _style(row: Mapping[str, Any]) -> str:
 
 
 def _details(model: catalog.Model, checkpoint: Checkpoint) -> dict[str, Any]:
+    from ..models.families import family_of  # late: it imports MLX
+
+    family = family_of(checkpoint.config)
     layers = checkpoint.expert_layers
     one = next(iter(layers.values())).expert_nbytes
     return {
@@ -206,6 +209,9 @@ def _details(model: catalog.Model, checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes of one expert": one,
         "bytes of a token's experts": len(layers) * checkpoint.top_k * one,
         "chat template": read_chat_template(checkpoint.path) is not None,
+        "own blocks": family.own_blocks,
+        "prompts": family.prompts,
+        "batch": family.batches,
     }
 
 

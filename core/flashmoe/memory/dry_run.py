@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from ..checkpoint import model_types
+from ..checkpoint.json_files import show
 from ..errors import CheckpointError
 
 #: Where a block has its shared expert.
@@ -179,7 +180,16 @@ def cache_sizes(config: Mapping[str, Any]) -> CacheSizes:
     Raises:
         CheckpointError: mlx-lm cannot build the model, or take a token through it.
     """
-    return _cache_sizes(json.dumps(config, sort_keys=True, default=str))
+    try:
+        return _cache_sizes(json.dumps(config, sort_keys=True))
+    except CheckpointError:
+        raise
+    except Exception as e:  # whatever it is, it comes from what config.json says
+        raise CheckpointError(
+            f"mlx-lm cannot run the {show(config.get('model_type'))} of this config.json: "
+            f"{type(e).__name__}: {show(str(e))}. Download it again, or convert it again with this "
+            "version of mlx-lm"
+        ) from e
 
 
 @lru_cache(maxsize=32)

@@ -24,12 +24,12 @@ class Family:
     Attributes:
         model: the class of the streaming model.
         args: mlx-lm's class of its arguments.
-        fused: whether its MoE blocks are flashmoe's own, and on a GPU a few launches.
+        own_blocks: whether its MoE blocks are flashmoe's own; on a GPU they are a few launches.
     """
 
     model: type[StreamingMoE]
     args: Any
-    fused: bool = False
+    own_blocks: bool = False
 
     @property
     def prompts(self) -> str:
@@ -49,11 +49,11 @@ class Family:
 #: model_type of config.json -> what is known of it. Other types have no entry, and run.
 FAMILIES: dict[str, Family] = {
     # Gated attention and GatedDeltaNet layers, a shared expert.
-    "qwen3_5_moe": Family(Qwen3_5Moe, qwen3_5_moe.ModelArgs, fused=True),
+    "qwen3_5_moe": Family(Qwen3_5Moe, qwen3_5_moe.ModelArgs, own_blocks=True),
     # The same with other projections.
-    "qwen3_next": Family(Qwen3Next, qwen3_next.ModelArgs, fused=True),
+    "qwen3_next": Family(Qwen3Next, qwen3_next.ModelArgs, own_blocks=True),
     # Attention layers, no shared expert.
-    "qwen3_moe": Family(Qwen3Moe, qwen3_moe.ModelArgs, fused=True),
+    "qwen3_moe": Family(Qwen3Moe, qwen3_moe.ModelArgs, own_blocks=True),
 }
 
 
