@@ -117,7 +117,7 @@ def _write_rest(out: Path, layout: Layout, name: str, shards: Sequence[Shard]) -
     import qwen_tokenizers
 
     (out / "config.json").write_text(json.dumps(layout.config, indent=4))
-    places = {t.name: s.name for s in shards for t in s.tensors if not t.name.startswith(FILLER)}
+    places = {t.name: s.name for s in shards for t in s.tensors}
     index = {"metadata": {"total_size": layout.nbytes}, "weight_map": dict(sorted(places.items()))}
     (out / INDEX_NAME).write_text(json.dumps(index, indent=4))
     repo = CATALOGUE[name].repo.partition("/")[2]
@@ -179,6 +179,7 @@ def _around(
     first = min(stacks)
     dense = sorted(dense, key=lambda t: -t.nbytes)
     left: list[TensorSpec] = []
+    number = name.split("-")[1]
     while True:
         length = first
         if first > 100_000:  # other tensors are before it
@@ -186,17 +187,22 @@ def _around(
             every = [*stacks.values(), *dense]
             length = len(encode_header(every)) + 2000
             length += (first - length) % 2
-        tensors = _fill(length, stacks, list(dense))
+        tensors = _fill(length, stacks, list(dense), f"{FILLER}.{number}")
         header = encode_header(tensors)
         if len(header) <= length:
             return Shard(name, _longer(header, length), tuple(tensors)), left
         left.append(dense.pop())
 
 
-def _fill(start: int, stacks: dict[int, TensorSpec], dense: list[TensorSpec]) -> list[TensorSpec]:
+def _fill(
+    start: int, stacks: dict[int, TensorSpec], dense: list[TensorSpec], filler: str
+) -> list[TensorSpec]:
     """Return the tensors of a shard in the order of their bytes, the first of which is at `start`.
 
     Small gaps are filled first; the largest tensors that fit go into each.
+
+    Args:
+        filler: begins the names of bytes that fill the rest of a gap.
     """
     ends = [start, *(at + stacks[at].nbytes for at in sorted(stacks))]
     gaps = {end: at - end for end, at in zip(ends, sorted(stacks), strict=False)}
@@ -209,7 +215,7 @@ def _fill(start: int, stacks: dict[int, TensorSpec], dense: list[TensorSpec]) ->
                 dense.remove(tensor)
                 nbytes -= tensor.nbytes
         if nbytes:
-            inside[at].append(TensorSpec(f"{FILLER}.{at}", "U8", (nbytes,)))
+            inside[at].append(TensorSpec(f"{filler}.{at}", "U8", (nbytes,)))
     result: list[TensorSpec] = []
     for end, at in zip(ends, sorted(stacks), strict=False):
         result += [*inside[end], stacks[at]]

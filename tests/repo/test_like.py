@@ -16,7 +16,7 @@ def test_experts_are_where_the_published_files_have_them():
     layout = compute_layout(CATALOGUE["qwen3.5-397b"])
     offsets = like.published_offsets("qwen3.5-397b")
     assert len(offsets) == 60 * 9
-    places, fillers = {}, 0
+    places, fillers, names = {}, 0, 0
     for shard in like.place(layout, offsets):
         at = len(shard.header)
         assert struct.unpack("<Q", shard.header[:8])[0] == at - 8
@@ -26,9 +26,11 @@ def test_experts_are_where_the_published_files_have_them():
             places[tensor.name] = shard.name, at
             fillers += tensor.nbytes * tensor.name.startswith(like.FILLER)
             at += tensor.nbytes
+            names += 1
     assert {name: places[name] for name in offsets} == offsets
     assert {t.name for t in layout.tensors} <= set(places)
     assert fillers < 20e6  # of 224 GB
+    assert len(places) == names
 
 
 def test_without_published_offsets_headers_have_odd_lengths():

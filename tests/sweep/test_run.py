@@ -22,6 +22,7 @@ from flashmoe.catalog import DEMO
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.cli import cli
 from flashmoe.models.streaming_moe import StreamingMoE
+from flashmoe.plan import speed_probe
 from flashmoe.sweep import cost as sweep_cost
 from flashmoe.sweep import pass_rates
 from flashmoe.sweep import run as driver
@@ -39,6 +40,14 @@ FEW = ("--tokens", 40, "--calls", 0, "--schemas", 0)
 def short_answers(monkeypatch):
     monkeypatch.setattr(sweep_cost, "SPEED_TOKENS", 4)
     monkeypatch.setattr(pass_rates, "MAX_TOKENS", 60)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_measurements():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("STEPS_SECONDS", "DISK_SECONDS"):
+            patch.setattr(speed_probe, name, 0.05)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +237,29 @@ def test_ctrl_c_keeps_finished_points(toy, text, tmp_path):
         ["version", "K"], ["own", "3"], ["own", "2"], ["own", "1"]
     ]  # fmt: skip
     assert "stopped before all points were measured" in err
+
+
+def test_a_sweep_says_before_it_begins_how_long_it_takes(toy, text, tmp_path):
+    checkpoint = Checkpoint.open(toy)
+
+    def forecast(settings: driver.Settings) -> float | None:
+        versions = read_versions(["own"], checkpoint)
+        return driver.Sweep(
+            checkpoint, versions, settings, tmp_path, keep=True, progress=_no_progress
+        ).forecast_seconds()
+
+    few = driver.Settings((3,), text, 40, calls=0, schemas=1)
+    more = driver.Settings((3, 2, 1), text, 40, calls=20, schemas=12)
+    assert 0 < forecast(few) < forecast(more)
+    assert forecast(driver.Settings((3,), text, 40, memory="1MB")) is None
+    driver.Sweep(
+        *(checkpoint, read_versions(["own"], checkpoint), few, tmp_path),
+        keep=True,
+        progress=_no_progress,
+    ).run()
+    assert forecast(few) == 0  # all of it is there
+
+
+@contextmanager
+def _no_progress(what, total):
+    yield lambda done: None

@@ -15,7 +15,15 @@ from ..errors import SettingError
 from ..locks import temporary_directory
 from ..options import EngineOptions
 from ..sizes import format_size
-from ..terminal import json_option, print_json, print_remark, print_table, progress_bar
+from ..terminal import (
+    format_seconds,
+    json_option,
+    print_json,
+    print_remark,
+    print_table,
+    progress_bar,
+    waiting_line,
+)
 from .options import engine_options
 
 if TYPE_CHECKING:
@@ -135,6 +143,10 @@ def sweep(
             f"{format_size(run.free_nbytes())} free",
             err=True,
         )
+        with waiting_line("measuring this machine"):
+            seconds = run.forecast_seconds()
+        if seconds:
+            click.echo(f"all of it takes about {format_seconds(seconds)} here", err=True)
         macos.keep_awake()
         try:
             run.run()

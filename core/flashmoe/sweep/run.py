@@ -107,6 +107,35 @@ class Sweep:
         exact = self._exact_nbytes() if not self._exact.is_file() else 0
         return made + exact + (_MARGIN_NBYTES if made + exact else 0)
 
+    def forecast_seconds(self) -> float | None:
+        """Return how long this machine will take for what is still to measure, roughly.
+
+        None if the model does not fit in memory.
+        """
+        from .forecast import Work, forecast_seconds
+
+        self._points = self._read_journal()
+        s, parts = self.settings, self._parts()
+        work = []
+        for version in self.versions:
+            missing = {part: self._missing(version, part) for part in parts}
+            exact = version.name == OWN and not self._exact.is_file()
+            for k in self._experts(version):
+                first = exact and k == self.checkpoint.top_k
+                asked = s.calls * (k in missing.get("calls", ()))
+                asked += s.schemas * (k in missing.get("schemas", ()))
+                sampled = first and s.text is None and not self._documents_file.is_file()
+                work.append(
+                    Work(
+                        k,
+                        sampled=s.tokens * sampled,
+                        texts=(k in missing["fidelity"]) + first,
+                        answers=2 * asked,  # with the grammar and without it
+                        speeds=k in missing.get("speed", ()),
+                    )
+                )
+        return forecast_seconds(self.checkpoint, work, tokens=s.tokens, memory=s.memory)
+
     def free_nbytes(self) -> int:
         """Return the free bytes on the disk of the work directory."""
         return free_nbytes(self.home)
