@@ -201,7 +201,7 @@ def test_metrics_count_answers_and_refusals(server):
         ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "invalid_json"),
         ({"json": {"model": "toy"}}, 400, "missing_required_parameter"),
         ({"json": body(model="x")}, 404, "model_not_found"),
-        ({"json": body(n=2)}, 400, "unsupported_value"),
+        ({"json": body(audio={})}, 400, "unsupported_value"),
         ({"json": body(experts=9)}, 400, "invalid_value"),
         ({"json": body("a " * 5000)}, 400, "context_length_exceeded"),
         ({"content": json.dumps(body())}, 415, "not_json"),
@@ -232,8 +232,8 @@ def test_invalid_request_is_refused(server, kwargs, status, code):
     [
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("POST", "/v1/completions", 404),
-        ("GET", "/", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/../../etc/passwd", 404),
     ],
 )

@@ -3,7 +3,8 @@
 Without an API key, every program on this machine may use the server. That includes the browser, in
 which any web page runs code. Two checks keep web pages out:
 
-- A page's requests carry an Origin header. They are refused unless that origin is allowed.
+- A page's requests carry an Origin header. They are refused unless that origin is allowed, or is
+  the server itself.
 - A page may point a host name of its own at this machine (DNS rebinding). Its requests then carry
   that name in the Host header, so without a key the Host must be a loopback name.
 
@@ -25,8 +26,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import SettingError
 from .openai_errors import ApiError, body_for
 
-#: Paths that need no key. They tell nothing but that the server runs.
-PUBLIC_PATHS = ("/health",)
+#: Paths that need no key. They tell nothing but that the server runs: the page asks its user for
+#: the key, and sends it with each of its requests.
+PUBLIC_PATHS = ("/health", "/")
 
 
 def is_loopback(host: str) -> bool:
@@ -87,7 +89,9 @@ class AccessMiddleware:
             return
         headers = Headers(scope=scope)
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and not self._origins & {origin, "*"}:
+        # The server's own page sends its origin, too. A page of another server has another host.
+        own = origin is not None and origin.partition("://")[2] == host
+        if origin is not None and not own and not self._origins & {origin, "*"}:
             error = ApiError(
                 403,
                 f"web pages of {origin[:200]!r} may not use this server: start it with "

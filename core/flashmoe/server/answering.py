@@ -198,6 +198,8 @@ class Answering:
             try:
                 async for event in events:
                     end = event if isinstance(event, End) else None
+                    if not isinstance(event, Progress | End):
+                        self.metrics.count("pieces")
                     yield event
             except OutputError as e:
                 end = e.end

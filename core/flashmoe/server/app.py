@@ -11,11 +11,12 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +37,10 @@ from .token_counts import tokenize
 log = logging.getLogger("flashmoe")
 
 _MODELS, _HEALTH, _METRICS = "/v1/models", "/health", "/metrics"
+_PAGE = Path(__file__).with_name("page.html")
+#: The page loads nothing, runs only its own script, and talks only to this server.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+_POLICY += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Server:
@@ -85,6 +90,7 @@ class Server:
             Route(_MODELS + "/{name:path}", self._get_model),
             Route(_HEALTH, self._health),
             Route(_METRICS, self._metrics_text),
+            Route("/", self._page),
         ]
         if ollama:
             routes.append(Route("/api/version", self._ollama_version))
@@ -135,6 +141,9 @@ class Server:
 
     async def _ollama_tags(self, request: Request) -> Response:
         return JSONResponse(tags(self._models))
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(_PAGE.read_bytes(), headers={"Content-Security-Policy": _POLICY})
 
     async def _health(self, request: Request) -> Response:
         if self._answering.stopping.is_set() or self._engine.closed:

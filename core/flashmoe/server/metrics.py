@@ -30,7 +30,7 @@ class Metrics:
         self._requests[path, status] += 1
 
     def count(self, name: str) -> None:
-        """Add 1 to the counter "disconnects" or "stream_errors"."""
+        """Add 1 to the counter "disconnects", "stream_errors" or "pieces"."""
         self._totals[name] += 1
 
     def count_answer(self, end: End, seconds: float) -> None:
@@ -69,7 +69,7 @@ class Metrics:
 
     def _gauges(self, engine: Engine) -> dict[str, tuple[int, str]]:
         return {
-            "requests_in_flight": (self.in_flight, "Chat completions that are not finished."),
+            "requests_in_flight": (self.in_flight, "Requests that are not finished."),
             "rows": (engine.running, "Answers that are generated together now."),
             "waiting": (engine.waiting, "Requests whose prefill has not started."),
             "model_loaded": (int(engine.loaded), "Whether the model is in memory."),
@@ -87,6 +87,7 @@ _TOTALS = {
     "cached_tokens": "Prompt tokens that came from the prompt cache.",
     "completion_tokens": "Generated tokens.",
     "expert_bytes_read": "Expert bytes read from the drive.",
+    "pieces": "Pieces of answers, about one for each token, while they are generated.",
     "disconnects": "Chat completions whose client disconnected.",
     "stream_errors": "Streams that ended with an error.",
 }
