@@ -117,7 +117,7 @@ def test_null_head_dim_means_hidden_size_over_heads(checkpoint_dir):
         ({"quantization": {"bits": 8, "group_size": 64, "mode": "mxfp8"}}, "group_size 64, not 32"),
         ({"quantization": {"bits": 4, "group_size": 32, "mode": ["x"]}}, "mode ['x']"),
         ({"quantization": {"bits": 4, "group_size": 32, "a.b": 3}}, "quantization['a.b'] is 3"),
-        ({"quantization": {"bits": 4, "group_size": 32, "a": {"bits": 4}}}, "group_size None"),
+        ({"quantization": {"bits": 4, "group_size": 32, "a": {"bits": 9}}}, "bits 9"),
         ({"quantization": {"bits": 4, "group_size": 32, f"{SWITCH}.up_proj": False}}, "is not"),
         ({"quantization": None, "quantization_config": {"quant_method": "awq"}}, "method 'awq'"),
         ({"quantization": None, "quantization_config": {"quant_method": "fp8"}}, "method 'fp8'"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 from ..errors import CheckpointError, SettingError
 from . import stacked_experts
 from .config import is_checked_type, parse_text_config
-from .dense_tensors import check_dense
-from .expert_layers import ExpertLayer, find_expert_layers, is_loaded
+from .dense_tensors import check_dense, with_root
+from .expert_layers import ExpertLayer, find_expert_layers
 from .file_identity import FileIdentity
 from .generation_config import GenerationConfig, read_generation_config
 from .json_files import check_files, read_object, show
 from .quantization import parse_quantization
-from .safetensors_header import Tensor, read_tensors
+from .safetensors_header import EXPERT_TENSOR, Tensor, is_loaded, read_tensors
 from .stacked_experts import find_stacked_experts
 
 
@@ -67,6 +67,8 @@ class Checkpoint:
             layers = find_stacked_experts(text_config, quantization, tensors, path)
             text_config |= _expert_sizes(layers, text_config, path)
             return cls(path, config, text_config, tensors, layers, identities, generation)
+        if config["model_type"] == "qwen3_5_moe":
+            tensors = _with_expert_names(tensors, path)
         layers = find_expert_layers(config["model_type"], text_config, quantization, tensors, path)
         checkpoint = cls(path, config, text_config, tensors, layers, identities, generation)
         check_dense(checkpoint.dense, config["model_type"], text_config, quantization, path)
@@ -161,6 +163,24 @@ class Checkpoint:
     def dense_nbytes(self) -> int:
         """Return the bytes of `dense` on disk."""
         return sum(t.nbytes for t in self.dense)
+
+
+def _with_expert_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors with experts named as in mlx-lm's module tree.
+
+    Converters name them as the original weights too, which mlx-lm rewrites.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if EXPERT_TENSOR.fullmatch(name) and is_loaded(name):
+            name = with_root(name)
+            tensor = replace(tensor, name=name)
+        if name in named:
+            raise CheckpointError(
+                f"{path} holds {show(name)} under two names: convert the original weights again"
+            )
+        named[name] = tensor
+    return named
 
 
 def _expert_sizes(

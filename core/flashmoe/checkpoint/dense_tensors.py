@@ -44,7 +44,7 @@ def check_dense(
     root = "language_model." if model_type == "qwen3_5_moe" else ""
     tensors: dict[str, Tensor] = {}
     for tensor in dense:
-        name = _with_root(tensor.name) if root else tensor.name
+        name = with_root(tensor.name) if root else tensor.name
         if name in tensors:
             raise CheckpointError(
                 f"{path} holds both {show(tensors[name].name)} and {show(tensor.name)}, which are "
@@ -153,7 +153,7 @@ def has_experts(model_type: str, c: dict[str, Any], layer: int) -> bool:
     )
 
 
-def _with_root(name: str) -> str:
+def with_root(name: str) -> str:
     """Return the name of a tensor as mlx-lm's qwen3_5_moe rewrites it."""
     if name.startswith("model.language_model"):
         name = name.replace("model.language_model", "language_model.model")

@@ -12,7 +12,7 @@ from .config import TENSOR_PREFIXES
 from .dense_tensors import PARTS, has_experts
 from .json_files import DOWNLOAD_AGAIN, show
 from .quantization import FLOATS, Quantization, quantization_of
-from .safetensors_header import EXPERT_TENSOR, Tensor
+from .safetensors_header import EXPERT_TENSOR, Tensor, is_loaded
 
 #: The matrices of mlx-lm's SwitchGLU, and those of its SwitchMLP.
 GLU = ("gate_proj", "up_proj", "down_proj")
@@ -82,11 +82,6 @@ class ExpertLayer:
     def expert_nbytes(self) -> int:
         """Return the bytes of one expert, all parts."""
         return sum(part.nbytes for part in self.parts)
-
-
-def is_loaded(name: str) -> bool:
-    """Return whether mlx-lm loads a tensor: not the vision tower or multi-token prediction."""
-    return not name.startswith(("vision_tower", "model.visual")) and "mtp." not in name
 
 
 def find_expert_layers(

@@ -64,6 +64,8 @@ FLOAT_MODES = {
         Quantization(4, 16, "nvfp4"),
     )
 }
+#: The fields that are no module.
+_DEFAULTS = ("bits", "group_size", "mode")
 MODES = ("affine", *FLOAT_MODES)
 #: A weight of nvfp4 with a global scale is that scale / (448 * 6) as large as without it.
 GLOBAL_SCALE_UNIT = 2688
@@ -95,15 +97,29 @@ def parse_quantization(config: dict, text_config: dict, path: Path) -> dict[str,
         raise CheckpointError(
             f"{where} has quantization {show(quantization)}: it must be an object"
         )
-    entries = [("quantization", quantization)]
+    _check_entry("quantization", quantization, where)
+    checked: dict[str, Any] = {}
     for name, value in quantization.items():
-        if name not in ("bits", "group_size", "mode") and not isinstance(value, bool):
-            entries.append((f"quantization[{show(name)}]", value))
-    for name, entry in entries:
-        if not isinstance(entry, dict):
-            raise CheckpointError(f"{where}: {name} is {show(entry)}: an object or bool is needed")
-        _check_entry(name, entry, where)
-    return quantization
+        if isinstance(value, dict):
+            value = _with_defaults(value)
+            _check_entry(f"quantization[{show(name)}]", value, where)
+        elif name not in _DEFAULTS and not isinstance(value, bool):
+            if "." in name:
+                raise CheckpointError(
+                    f"{where}: quantization[{show(name)}] is {show(value)}: an object or bool is "
+                    "needed"
+                )
+            continue  # the name of a method, or of a program: no module has it
+        checked[name] = value
+    return checked
+
+
+def _with_defaults(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return how a module is quantised, with what mlx-lm takes where nothing is said."""
+    mode = entry.get("mode", "affine")
+    fixed = FLOAT_MODES.get(mode) if isinstance(mode, str) else None
+    usual = fixed or Quantization(4, 64)
+    return {"bits": usual.bits, "group_size": usual.group_size} | entry
 
 
 def _check_entry(name: str, entry: dict, where: Path) -> None:

@@ -56,11 +56,17 @@ class Tensor:
         return self.stop - self.start
 
 
+def is_loaded(name: str) -> bool:
+    """Return whether mlx-lm loads a tensor: not the vision tower or multi-token prediction."""
+    return not name.startswith(("vision_tower", "model.visual")) and "mtp." not in name
+
+
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIdentity]]:
     """Read the headers of all shards of a checkpoint directory.
 
     The shards are model*.safetensors, as in mlx-lm, which loads the dense weights from all of
-    them. If there is an index file, it must agree with their headers.
+    them. If there is an index file, it must agree with their headers, except on tensors that are
+    not loaded: converters leave the vision tower out, or add multi-token prediction.
 
     Returns:
         The tensors by name, and the identity of each shard at the time its header was read.
@@ -70,7 +76,7 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIde
     """
     index = directory / INDEX_NAME
     weight_map = _weight_map(index) if os.path.lexists(index) else None
-    shards = {directory / shard for shard in (weight_map or {}).values()}
+    shards = {directory / shard for name, shard in (weight_map or {}).items() if is_loaded(name)}
     files = sorted(shards.union(directory.glob("model*.safetensors")))
     if not files:
         raise CheckpointError(
@@ -87,7 +93,8 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIde
                     f"tensor {show(name)} is in both {tensors[name].file.name} and {file.name}: "
                     "remove the files that are not part of this checkpoint"
                 )
-            if weight_map is not None and weight_map.get(name) != file.name:
+            listed = weight_map is None or weight_map.get(name) == file.name
+            if not listed and is_loaded(name):
                 raise CheckpointError(
                     f"tensor {show(name)} is in {file.name}, but {INDEX_NAME} places it in "
                     f"{show(weight_map.get(name))}: the files are from two checkpoints; download "
@@ -95,7 +102,7 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIde
                 )
             tensors[name] = tensor
     for name, shard in (weight_map or {}).items():
-        if name not in tensors:
+        if name not in tensors and is_loaded(name):
             raise CheckpointError(
                 f"{INDEX_NAME} places tensor {show(name)} in {shard}, which does not hold "
                 "it: the files are from two checkpoints; download the checkpoint again"
@@ -108,6 +115,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} must have an object weight_map, it has {show(weight_map)}")
     for name, shard in weight_map.items():
+        if not is_loaded(name):
+            continue  # it may be in a file of another name
         # One plain name: a path from a stranger's file must not lead out of the directory.
         if not isinstance(shard, str) or not re.fullmatch(
             r"model[A-Za-z0-9_.+-]*\.safetensors", shard
