@@ -8,7 +8,8 @@ from checkpoint_edits import edit_json, edit_weights
 from moe_types import write_moe
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.errors import CheckpointError
+from flashmoe.cluster.lead import Cluster
+from flashmoe.errors import CheckpointError, SettingError
 from flashmoe.models.generic_moe import SharedExpert
 from flashmoe.models.loading import load_streaming
 from flashmoe.models.resident import logits
@@ -74,6 +75,17 @@ def test_sizes_that_do_not_fit_together_are_found_when_it_is_loaded(directory, f
 def test_experts_that_the_model_has_no_module_for_are_refused(directory):
     edit_json(directory / "config.json", lambda c: c.update(first_k_dense_replace=2))
     assert "has experts model.layers.1.mlp.switch_mlp" in refusal(directory)
+
+
+def test_vocabulary_that_is_not_that_of_the_rows_is_refused(tmp_path):
+    directory = write_moe(tmp_path / "toy", "gemma4")
+    edit_json(directory / "config.json", lambda c: c["text_config"].update(vocab_size=2**20))
+    assert "vocab_size" in refusal(directory)
+
+
+def test_cluster_is_refused(original):
+    with pytest.raises(SettingError, match="a cluster runs qwen3_5_moe"):
+        Cluster(Checkpoint.open(original), "1:1", "float32")
 
 
 def test_module_of_experts_keeps_its_other_children(tmp_path):

@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import TENSOR_PREFIXES
 from ..errors import ClusterError, ReadError, SettingError
 from ..memory.footprint import CHUNK_TOKENS
 from ..ops import backend as backends
@@ -112,6 +113,12 @@ class Cluster:
     """
 
     def __init__(self, checkpoint: Checkpoint, shares: str, activations: str):
+        if not checkpoint.is_checked_type:
+            # Workers know no model, and take every expert for SwiGLU without biases.
+            raise SettingError(
+                f"a cluster runs {', '.join(TENSOR_PREFIXES)}, and {checkpoint.path} is a "
+                f"{checkpoint.model_type}: run it on one machine"
+            )
         self._group = group()
         others = self._group.size() - 1
         split = parse_shares(shares, others + 1)

@@ -188,7 +188,13 @@ class GenericMoE(StreamingMoE):
     def _dry_run(self) -> DryModel:
         """Take one token through the model without work, which shows sizes that do not fit."""
         dry = DryModel(self.checkpoint.config)
-        dry.run(1, dry.new_cache())
+        logits = dry.run(1, dry.new_cache())
+        rows = self.checkpoint.text_config["vocab_size"]
+        if logits.shape[-1] != rows:
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'} has vocab_size {rows}, and mlx-lm's "
+                f"{self.checkpoint.model_type} gives {logits.shape[-1]} logits: download it again"
+            )
         k = max((call.top_k for call in dry.calls.values()), default=0)
         if k != self.checkpoint.top_k:
             raise CheckpointError(
