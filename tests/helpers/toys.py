@@ -130,12 +130,16 @@ def write_chat_toy(directory: Path, **config) -> Path:
 
     It answers nonsense, ten times as fast as the demo model.
     """
-    demo = find(DEMO)
     config = {"vocab_size": 8192, "max_position_embeddings": 4096} | config
     write_toy(directory, **config)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy2(demo / file, directory)
+    copy_tokenizer(directory)
     return directory
+
+
+def copy_tokenizer(directory: Path) -> None:
+    """Copy the demo's tokenizer and template into a checkpoint."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy2(find(DEMO) / file, directory)
 
 
 def _weights(model, key: mx.array, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:

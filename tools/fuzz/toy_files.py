@@ -24,7 +24,7 @@ TEMPLATE = "chat_template.jinja"
 ADDED = 9  # the demo's special tokens
 VOCAB = 320
 
-#: Arguments of `toys.write_chat_toy` by name. Each is small, so that most of the time goes into
+#: Arguments of `toys.write_chat_toy` by name, and of `moe_types.write_moe` further down. Each is small, so that most of the time goes into
 #: what reads the files and not into the model.
 _SMALL: dict[str, Any] = {
     "layers": 2,
@@ -42,6 +42,22 @@ TOYS: dict[str, dict[str, Any]] = {
     "qwen3": _SMALL | {"family": "qwen3_moe", "dense_layer": True},
     "plain": _SMALL | {"family": "qwen3_moe", "bits": None},
     "tied": _SMALL | {"family": "qwen3_moe", "tie": True, "bits": 8, "dtype": "float16"},
+}
+#: Other model types of mlx-lm, which flashmoe knows no number of by name: arguments of
+#: `moe_types.write_moe`.
+TOYS |= {
+    name: {"type": name, "vocab_size": VOCAB} | arguments
+    for name, arguments in {
+        "gpt_oss": {"bits": 4, "mode": "mxfp4"},
+        "deepseek_v3": {"bits": 4},
+        "mixtral": {},
+        "glm4_moe": {"bits": 4},
+        "nemotron_h": {},
+        "qwen2_moe": {"bits": 4, "mode": "nvfp4"},
+        "longcat_flash": {},
+        "phixtral": {"num_vocab": VOCAB},
+        "minimax": {"bits": 8, "mode": "mxfp8"},
+    }.items()
 }
 
 
@@ -129,10 +145,17 @@ class Mutant:
 
 def write_toys(directory: Path, toys: Mapping[str, dict[str, Any]] = TOYS) -> None:
     """Write valid checkpoints. Needs `tests/helpers` in the path."""
-    from toys import write_chat_toy
+    from moe_types import write_moe
+    from toys import copy_tokenizer, write_chat_toy
 
     for name, arguments in toys.items():
-        toy = write_chat_toy(directory / name, **arguments)
+        toy = directory / name
+        if "type" in arguments:
+            others = dict(arguments)
+            write_moe(toy, others.pop("type"), **others)
+            copy_tokenizer(toy)
+        else:
+            write_chat_toy(toy, **arguments)
         for file, document in (
             ("tokenizer.json", _small_tokenizer(json.loads((toy / "tokenizer.json").read_text()))),
             ("generation_config.json", {"eos_token_id": [VOCAB - 7, VOCAB - 9], "top_k": 20}),
