@@ -183,7 +183,10 @@ class ChatFlashMoE(BaseChatModel, Options):
             return super().get_num_tokens_from_messages(messages)
         converted = engine_messages(messages), openai_tools(tools or [])
         try:
-            return self._counter().count(*converted, think=self.reasoning)
+            variables = dict(self.chat_template_kwargs or {})
+            switch = variables.pop("enable_thinking", None)
+            think = switch if self.reasoning is None else self.reasoning
+            return self._counter().count(*converted, think=think, variables=variables)
         except FlashMoEError as e:
             raise to_langchain_error(e) from e
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -14,9 +16,22 @@ from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.utils.json import parse_partial_json
 
 from flashmoe.errors import FlashMoEError, OutputError
-from flashmoe.events import End, Event, Reasoning, Text, ToolCall, ToolCallArguments, ToolCallStart
+from flashmoe.events import (
+    End,
+    Event,
+    Logprobs,
+    Reasoning,
+    Text,
+    TokenLogprob,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
 from .errors import IncompleteOutput, to_langchain_error
+
+# What LangChain calls the reasons why an answer ends.
+_NORMALIZED = {"stop": "stop", "length": "length", "tool_calls": "tool_call"}
 
 # Endings, one of which makes any piece of JSON invalid when it is appended: inside an object or
 # array, inside a string there, or after a backslash in a string.
@@ -87,6 +102,10 @@ class Translator:
             return _piece(event.index, event.text)
         if isinstance(event, ToolCall) and event.error is not None:
             return self._invalid_call(event)
+        if isinstance(event, Logprobs):
+            token = _logprob(event.token)
+            token["top_logprobs"] = [_logprob(other) for other in event.top]
+            return AIMessageChunk(content="", response_metadata={"logprobs": {"content": [token]}})
         if isinstance(event, End):
             return self._last(event)
         return None
@@ -115,12 +134,24 @@ class Translator:
             output_token_details=OutputTokenDetails(reasoning=end.reasoning_tokens),
         )
         names = {"model_name": self._model_name, "model_provider": "flashmoe"}
+        metadata: dict[str, Any] = names | end.figures()
+        if end.finish_reason in _NORMALIZED:
+            metadata["normalized_finish_reason"] = _NORMALIZED[end.finish_reason]
+        if self._invalid:
+            # A stream's chunks, added up, have these calls without their errors.
+            metadata["invalid_tool_calls"] = [
+                {k: call[k] for k in ("id", "name", "error")} for call in self._invalid.values()
+            ]
         return AIMessageChunk(
             content="",
             chunk_position="last",
             usage_metadata=usage,
-            response_metadata=names | end.figures(),
+            response_metadata=metadata,
         )
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": [*token.data]}
 
 
 def _piece(index: int, args: str, name: str | None = None, id: str | None = None) -> AIMessageChunk:

@@ -54,15 +54,22 @@ def _message(message: BaseMessage, index: int) -> dict:
 
 
 def _assistant(message: AIMessage, text: str, reasoning: str) -> dict:
-    # A call that could not be parsed is shown to the model as the text that it wrote.
-    broken = [call["args"] for call in message.invalid_tool_calls if call["args"]]
-    content = "\n".join([*([text] if text else []), *broken])
-    turn: dict[str, Any] = {"role": "assistant", "content": content}
+    turn: dict[str, Any] = {"role": "assistant", "content": text}
     if reasoning_content := reasoning or message.additional_kwargs.get("reasoning_content"):
         turn["reasoning_content"] = reasoning_content
     calls = [
         {"id": call["id"], "name": call["name"], "arguments": call["args"]}
         for call in message.tool_calls
+    ]
+    # A call that could not be made is shown to the model as the text that it wrote.
+    calls += [
+        {
+            "id": call["id"],
+            "name": call["name"] or None,
+            "arguments": call["args"] or "",
+            "error": call["error"] or "it cannot be read",
+        }
+        for call in message.invalid_tool_calls
     ]
     return turn | {"tool_calls": calls} if calls else turn
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 from langchain_core.language_models import LangSmithParams, ModelProfile
 
@@ -60,10 +60,11 @@ def model_profile(name: str) -> ModelProfile:
         CheckpointError: the model is unknown or not on this disk.
     """
     able = capabilities(catalog.find(name))
-    return ModelProfile(
+    profile = ModelProfile(
         name=name,
         open_weights=True,
         max_input_tokens=able.context,
+        max_output_tokens=able.context,
         text_inputs=True,
         text_outputs=True,
         image_inputs=False,
@@ -80,5 +81,13 @@ def model_profile(name: str) -> ModelProfile:
         tool_calling=able.tools,
         tool_choice=able.tools,
         tool_call_streaming=able.tools,
+        # As system messages or as text of the user, as the model's template has it.
+        mid_conversation_system_messages=True,
+        mid_conversation_tools=False,
         structured_output=True,
+        attachment=False,
+        temperature=True,
     )
+    # langchain-core warns of fields that it does not know yet.
+    known = get_type_hints(ModelProfile).keys()
+    return cast("ModelProfile", {k: v for k, v in profile.items() if k in known})

@@ -42,6 +42,23 @@ class Options(BaseModel):
     repetition_penalty: float | None = _in_range("repetition_penalty")
     """A value above 1 makes the last 20 tokens less likely to repeat; 0.01 to 100."""
 
+    presence_penalty: float | None = _in_range("presence_penalty")
+    """Is subtracted from the logit of each token that the answer has already, -2 to 2. Qwen's
+    makers recommend 1.5 where a model repeats itself."""
+
+    frequency_penalty: float | None = _in_range("frequency_penalty")
+    """Is subtracted from the logit of a token for each time that the answer has it, -2 to 2."""
+
+    logit_bias: dict[int, float] | None = None
+    """Numbers that are added to the logits of tokens, by token id, -100 to 100."""
+
+    logprobs: bool | None = None
+    """Put the log probability of each token of the text into `response_metadata["logprobs"]`, in
+    OpenAI's form."""
+
+    top_logprobs: int | None = Field(default=None, ge=0, le=RANGES["logprobs"][2])
+    """Also the log probabilities of this many of the likeliest tokens in its place, at most 20."""
+
     seed: int | None = _in_range("seed")
     """The same seed gives the same text. `None`: another text each time, unless `temperature` is
     0."""
@@ -52,6 +69,9 @@ class Options(BaseModel):
 
     thinking_budget: int | None = _in_range("thinking_budget")
     """End the reasoning after this many tokens, and answer."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """More variables for the model's chat template, such as `{"preserve_thinking": True}`."""
 
     experts: int | None = Field(default=None, ge=1)
     """Use only the top K experts of the router: fewer bytes are read, but the answer is not exact.
@@ -81,7 +101,8 @@ class Options(BaseModel):
 #: The options that `flashmoe.requests.Request` has under the same names.
 REQUEST_OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("seed", "thinking_budget"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+    *("seed", "thinking_budget", "chat_template_kwargs"),
 )
 
 
@@ -120,6 +141,12 @@ class CallOptions(Options):
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return [] if value is None else value
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are reported with each; None: no probabilities."""
+        asked = bool(self.top_logprobs) if self.logprobs is None else self.logprobs
+        return self.top_logprobs or 0 if asked else None
 
     @classmethod
     def merge(

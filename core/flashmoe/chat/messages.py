@@ -120,7 +120,8 @@ def _text(content: Any, index: int, role: str, name: str = "content") -> tuple[s
             f"message {index} has the {name} {_show(content)}: give a string or a "
             "list of text blocks"
         )
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for block in content:
         kind = block.get("type", "text") if isinstance(block, dict) else None
         text, into = block if isinstance(block, str) else None, texts
@@ -173,7 +174,7 @@ def _split_thought(content: str, markers: set[tuple[str, str]]) -> tuple[str, st
     A thought that is not closed goes on to the end. Only the start is looked at: elsewhere a marker
     is something that the assistant wrote about.
     """
-    thoughts = []
+    thoughts: list[str] = []
     while True:
         text = content.lstrip()
         pair = next((pair for pair in markers if text.startswith(pair[0])), None)

@@ -47,7 +47,11 @@ class TokenCounter:
             return infill_tokens(self._tokenizer, self._template.encode_text, prefix, suffix)
 
     def count(
-        self, messages: list[dict], tools: list[dict] | None = None, think: bool | None = None
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        think: bool | None = None,
+        variables: dict | None = None,
     ) -> int:
         """Return the number of tokens of messages and tools, with the chat template.
 
@@ -63,7 +67,8 @@ class TokenCounter:
             return 0
 
         def prompt_length(messages: list[dict], tools: dict[str, Tool]) -> int:
-            return len(self._template.build_prompt(messages, tools, think=think).tokens)
+            build = self._template.build_prompt
+            return len(build(messages, tools, think=think, variables=variables).tokens)
 
         with self._lock:
             try:

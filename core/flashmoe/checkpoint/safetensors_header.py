@@ -93,8 +93,10 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[Path, FileIde
                     f"tensor {show(name)} is in both {tensors[name].file.name} and {file.name}: "
                     "remove the files that are not part of this checkpoint"
                 )
-            listed = weight_map is None or weight_map.get(name) == file.name
-            if not listed and is_loaded(name):
+            if weight_map is None or not is_loaded(name):
+                tensors[name] = tensor
+                continue
+            if weight_map.get(name) != file.name:
                 raise CheckpointError(
                     f"tensor {show(name)} is in {file.name}, but {INDEX_NAME} places it in "
                     f"{show(weight_map.get(name))}: the files are from two checkpoints; download "

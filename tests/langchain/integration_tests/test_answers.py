@@ -319,7 +319,6 @@ def test_prompt_beyond_the_context_raises():
 
 def test_mistakes_raise_errors_of_langchain():
     for wrong, words in (
-        (lambda: model().invoke([AIMessage("a")]), "the last message is the assistant's own"),
         (lambda: model().invoke(""), "the prompt is empty"),
         (lambda: model(experts=11).invoke("Hi"), "experts=11"),
         (lambda: model().bind_tools([add, add]).invoke("Hi"), "two tools are named 'add'"),

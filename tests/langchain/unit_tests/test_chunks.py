@@ -1,6 +1,7 @@
 """Test how events become message chunks, and that a broken call does not look like a whole one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +11,11 @@ from langchain_core.messages import AIMessageChunk
 from flashmoe.errors import OutputError, ReadError, SettingError
 from flashmoe.events import (
     End,
+    Logprobs,
     Progress,
     Reasoning,
     Text,
+    TokenLogprob,
     ToolCall,
     ToolCallArguments,
     ToolCallStart,
@@ -171,3 +174,34 @@ def test_other_errors_are_raised_in_any_case(error, expected):
 def test_empty_answer_is_an_empty_message():
     assert translated(END)[1].content == ""
     assert Translator("m").message.content == ""
+
+
+@pytest.mark.parametrize(
+    ("reason", "normalized"),
+    [("stop", "stop"), ("length", "length"), ("tool_calls", "tool_call"), ("cancelled", None)],
+)
+def test_reason_of_the_end_has_the_name_that_langchain_has_for_it(reason, normalized):
+    total, message = translated(Text("x"), replace(END, finish_reason=reason))
+    for metadata in (total.response_metadata, message.response_metadata):
+        assert metadata["finish_reason"] == reason
+        assert metadata.get("normalized_finish_reason") == normalized
+
+
+def test_added_chunks_have_the_errors_of_invalid_calls():
+    events = [*call(0, {"a": 1}), *call(1, None, ['{"a": '], error="cut")]
+    total, message = translated(*events, END)
+    invalid = [{"id": "c1", "name": "add", "error": "cut"}]
+    assert total.response_metadata["invalid_tool_calls"] == invalid
+    assert message.response_metadata["invalid_tool_calls"] == invalid
+    assert [c["error"] for c in message.invalid_tool_calls] == ["cut"]
+    assert "invalid_tool_calls" not in translated(Text("x"), END)[0].response_metadata
+
+
+def test_probabilities_add_up_in_the_metadata():
+    a, b = (TokenLogprob(t, t.encode(), -0.5) for t in "ab")
+    total, message = translated(Logprobs(a, (a, b)), Text("a"), Logprobs(b), Text("b"), END)
+    entry, other = ({"token": t, "logprob": -0.5, "bytes": [ord(t)]} for t in "ab")
+    content = [entry | {"top_logprobs": [entry, other]}, other | {"top_logprobs": []}]
+    assert total.response_metadata["logprobs"] == {"content": content}
+    assert message.response_metadata["logprobs"] == {"content": content}
+    assert message.text == "ab"

@@ -11,6 +11,7 @@ from langchain_core.messages import (
 )
 from qwen_tokenizers import tokenizer
 
+from flashmoe.chat.messages import normalize_messages
 from flashmoe.chat.special_tokens import SpecialTokens
 from flashmoe.chat.template import ChatTemplate
 from langchain_flashmoe import InvalidRequest
@@ -92,12 +93,20 @@ def test_reasoning_and_calls_of_an_answer_are_kept(message):
     }
 
 
-def test_invalid_call_is_kept_as_text():
-    broken = {"name": "add", "args": "<function=add>", "id": "x", "error": "cut", "type": "x"}
+@pytest.mark.parametrize("error", ["cut", None])
+def test_invalid_call_reaches_the_model_as_text(error):
+    broken = {"name": "add", "args": '{"a": 1}', "id": "x", "error": error}
     broken["type"] = "invalid_tool_call"
     message = one(AIMessage("so", invalid_tool_calls=[broken], tool_calls=[CALL]))
-    assert message["content"] == "so\n<function=add>"
-    assert len(message["tool_calls"]) == 1
+    turn = normalize_messages([{"role": "user", "content": "q"}, message])[1]
+    assert turn["content"] == 'so\n\n[This call of add was not made: {"a": 1}]'
+    assert len(turn["tool_calls"]) == 1
+
+
+def test_metadata_of_notifications_is_not_sent():
+    """langchain-core marks messages that an agent's harness adds."""
+    marked = HumanMessage("done", additional_kwargs={"lc_source": "subagent", "lc_data": {"a": 1}})
+    assert one(marked) == {"role": "user", "content": "done"}
 
 
 @pytest.mark.parametrize(
@@ -145,10 +154,10 @@ def test_qwen_prompt_has_every_message():
     )
     text = made.decode(prompt.tokens)
     assert text == (
-        "<|im_start|>system\nBe kind.\n\nBe brief.<|im_end|>\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHello<|im_end|>\n"
-        "<|im_start|>user\n1 + 1 and 2 + 2?<|im_end|>\n"
+        "<|im_start|>user\nBe brief.\n\n1 + 1 and 2 + 2?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\nI add.\n</think>\n\n"
         "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
         "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n</function>\n</tool_call>"

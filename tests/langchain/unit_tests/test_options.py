@@ -152,7 +152,9 @@ def test_traces_have_the_parameters():
 
 def test_profile_says_what_the_model_can_do():
     profile = model().profile
-    assert profile["max_input_tokens"] == 4096
+    assert profile["max_input_tokens"] == profile["max_output_tokens"] == 4096
+    assert profile["mid_conversation_system_messages"]
+    assert not profile["attachment"]
     able = ("tool_calling", "tool_choice", "tool_call_streaming", "structured_output")
     assert all(profile[name] for name in (*able, "reasoning_output", "text_inputs"))
     assert not any(profile[f"{kind}_inputs"] for kind in ("image", "pdf", "audio", "video"))

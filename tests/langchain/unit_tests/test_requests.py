@@ -19,6 +19,8 @@ VALUES = {
     "top_k": 3,
     "min_p": 0.125,
     "repetition_penalty": 1.5,
+    "presence_penalty": 1.5,
+    "frequency_penalty": -1,
     "seed": 0,
     "thinking_budget": 0,
     "experts": 4,
@@ -41,7 +43,8 @@ def request(model=None, stop=None, **kwargs):
 
 
 def test_every_option_has_a_test_value():
-    assert VALUES.keys() == RANGES.keys() | {"experts"}
+    # LangChain's users know logprobs as a flag, and top_logprobs.
+    assert VALUES.keys() == (RANGES.keys() | {"experts"}) - {"logprobs"}
 
 
 @pytest.mark.parametrize(("name", "value"), VALUES.items())
@@ -58,6 +61,14 @@ def test_option_reaches_the_request(name, value):
     ("kwargs", "expected"),
     [
         ({"reasoning": False}, {"think": False}),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"top_logprobs": 3}, {"logprobs": 3}),
+        ({"logprobs": False, "top_logprobs": 3}, {"logprobs": None}),
+        ({"logit_bias": {5: -100}}, {"logit_bias": {5: -100}}),
+        (
+            {"chat_template_kwargs": {"preserve_thinking": True}},
+            {"chat_template_kwargs": {"preserve_thinking": True}},
+        ),
         ({"reasoning": True}, {"think": True}),
         ({"prompt_cache": False}, {"cache": False}),
         ({"parallel_tool_calls": False}, {"parallel_tool_calls": False}),
