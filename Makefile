@@ -1,12 +1,13 @@
 # make demo: set up, and stream an answer of the bundled model. make test: what a change needs.
 # make test-all: all tests, also the slow ones. make lint: style and types. make fuzz: hostile
 # checkpoints and requests, two minutes of each; make fuzz ARGS="checkpoints --seconds 600 --seed 7".
+# make fullsize: what users do, with models of 20 and 224 GB of true layout; hours, 26 GB of disk.
 # Another Python: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all fuzz docs lint setup clean
+.PHONY: demo test test-all fuzz fullsize docs lint setup clean
 .DEFAULT_GOAL = test
 
 RECENT = import sys; print("recent" if sys.version_info >= (3, 11) else "")
@@ -45,6 +46,9 @@ test-all: setup
 
 fuzz: setup
 	PYTHONPATH=tools $(BIN)/python -m fuzz $(ARGS)
+
+fullsize: setup
+	$(BIN)/python benchmarks/fullsize.py $(ARGS)
 
 docs: setup
 	$(BIN)/python -m cogapp -r docs/commands.md docs/langchain.md docs/llm.md docs/models.md docs/plan.md \

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import fullsize
 import like
 import numpy as np
 import pytest
@@ -70,3 +71,15 @@ def test_unknown_names_and_full_directories_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not empty"):
         like.write(tmp_path, "qwen3.6-35b-4bit", sparse=True)
+
+
+def test_full_size_results_become_a_table(tmp_path):
+    runner = fullsize.Runner(tmp_path)
+    runner.record("a", "m", "1GB", lambda: {"peak": 2 * 10**9, "tokens_per_second": 1.234})
+    runner.record("b", "m", "default", lambda: {"peak": 2 * 10**9, "ends": {"after 1 s": 0.5}})
+    runner.record("c", "m", "1GB", lambda: runner.call("false"))
+    assert [r["ok"] for r in runner.results] == [False, True, False]
+    *_, first, second, third = fullsize.table(runner.results)
+    assert first == "| m | 1GB | a |  | 1.23 |  |  | 2.00 | NO: above the budget |"
+    assert second.endswith("| 2.00 | yes; ends within 0.5 s |")
+    assert "NO: false exits 1" in third
