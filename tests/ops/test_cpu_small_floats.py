@@ -16,7 +16,7 @@ from matvec_problems import (
 
 from flashmoe.checkpoint.quantization import FLOAT_MODES
 from flashmoe.ops.cpu import small_floats as decoding
-from flashmoe.ops.cpu.unpack import block_kernel
+from flashmoe.ops.cpu.unpack import arrange, arrangement, block_kernel
 
 # (matrix rows, columns / 32): partial and full vectors, odd numbers of groups.
 SHAPES = ((1, 1), (19, 3), (5, 16), (2, 37))
@@ -68,22 +68,38 @@ def test_every_code_and_every_scale_is_what_mlx_makes_of_it(mode):
     np.testing.assert_array_equal(out, np.array(expected)[0])
 
 
+#: Ways to decode that this CPU has.
+WAYS = {"plain", decoding.decoder()} | ({"avx2"} if decoding.decoder() == "avx512" else set())
+
+
+def run_kernel(op, w, how, x, row):
+    """Return what the kernel of one way writes for all rows of w[0], `row` values each."""
+    kernel = block_kernel(op, w.bits, w.group_size, w.dtype, how)
+    out = np.zeros((w.shape[1], row), np.float32)
+    n = w.shape[2] // w.group_size
+    kernel.ctypes(*w.location[:3], x.ctypes.data, w.shape[1], n, out.ctypes.data)
+    return out
+
+
 @pytest.mark.parametrize("mode", FLOAT_MODES)
-@pytest.mark.parametrize("op", ["dot", "unpack"])
-def test_every_way_to_decode_gives_the_same_bits(mode, op):
-    form = FLOAT_MODES[mode]
+def test_every_way_to_decode_gives_the_same_values(mode):
     w = packed_floats(*every_code(mode), mode)
-    n = w.shape[2] // form.group_size
-    ways = {"plain", decoding.decoder()} | ({"avx2"} if decoding.decoder() == "avx512" else set())
-    results = []
-    for how in sorted(ways):
-        kernel = block_kernel(op, w.bits, w.group_size, w.dtype, how)
-        x, out = normal(1, 4 * w.shape[2]), np.zeros((256, w.shape[2]), np.float32)
-        weight, scales, biases = w.location[:3]
-        kernel.ctypes(weight, scales, biases, x.ctypes.data, 256, n, out.ctypes.data)
-        results.append(np.nan_to_num(out, nan=7))
-    for other in results[1:]:
-        np.testing.assert_array_equal(results[0].view(np.uint32), other.view(np.uint32))
+    plain, *others = (run_kernel("unpack", w, how, np.zeros(1), w.shape[2]) for how in sorted(WAYS))
+    for other in others:
+        np.testing.assert_array_equal(plain, other)
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.parametrize("how", sorted(WAYS))
+def test_products_by_every_way_to_decode_are_those_of_float64(mode, how):
+    for height, groups in SHAPES:
+        w, values = small_floats((1, height, 32 * groups), mode)
+        x = arranged = normal(1, w.shape[2])
+        if w.bits == 4:
+            index, factor, sums = arrangement(4, w.group_size, w.shape[2] // w.group_size, how)
+            arranged = np.empty((1, index.size), np.float32)
+            arrange(x, index, factor, sums, arranged)
+        assert_product(run_kernel("dot", w, how, arranged, 1).T, values[0], x)
 
 
 @pytest.mark.parametrize("mode", FLOAT_MODES)

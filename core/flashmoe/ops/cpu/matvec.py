@@ -306,7 +306,8 @@ def _arranged(w: Packed, x: np.ndarray) -> np.ndarray:
     if w.rounds_x:
         return int8.quantised(x, w.bits, w.group_size)
     groups = w.shape[2] // w.group_size
-    index, factor, sums = arrangement(w.bits, w.group_size, groups, not w.is_small_float)
+    how = small_floats.decoder() if w.is_small_float else ""
+    index, factor, sums = arrangement(w.bits, w.group_size, groups, how)
     out = aligned(len(x), index.size)
     arrange(x, index, factor, sums, out)
     return out

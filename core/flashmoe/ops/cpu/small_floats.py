@@ -3,7 +3,11 @@
 A weight is e2m1 (4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives) or e4m3 (8 bits, up to
 448); a group has one scale of 8 bits and no bias. e2m1 is looked up in a table that fits a vector
 register; e4m3 is moved into the bits of a half float, which CPUs widen. Where they cannot, integer
-arithmetic gives the same values, so the bits of a product do not depend on the instructions.
+arithmetic gives the same values.
+
+With AVX2, where a register has no room for a table of 16 floats, the products of e2m1 look up bytes
+instead: 12 more than twice the value. Those are masked and converted where they are, as in
+`unpack`, and 6 times the sum of x is subtracted.
 
 The kernels take the place of those of affine matrices in `unpack`, and their arguments are the
 same; see there what `form` and the other arguments are. x is arranged for e2m1, and plain for e4m3.
@@ -14,6 +18,7 @@ from __future__ import annotations
 import platform
 from functools import cache
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core.registry import cpu_target
@@ -69,6 +74,24 @@ def decoder() -> str:
     return fastest(features, platform.machine())
 
 
+@cache
+def order(how: str) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return what is multiplied by the 8 values of e2m1 in a word, as `unpack.pieces` does.
+
+    Returns:
+        The number of the value that each piece is, and the factor that x needs, (8, 4) each; and
+        whether sums of x are needed.
+    """
+    word = np.arange(4)
+    if how != "avx2":
+        source = np.arange(_CODES)[:, None] + _CODES * word
+        return source, np.ones(source.shape, np.float32), False
+    byte, high = np.tile(np.arange(4), 2), np.repeat((0, 1), 4)
+    source = (2 * byte + high)[:, None] + _CODES * word
+    power = np.where(byte < 3, 0.5 ** (8 * byte + 1), 0.5).astype(np.float32)
+    return source, np.broadcast_to(power[:, None], source.shape), True
+
+
 def _every(vector, value):
     return ir.Constant(vector, [value] * vector.count)
 
@@ -113,9 +136,41 @@ def _e2m1(builder, codes, how):
     return builder.bitcast(builder.or_(builder.bitcast(size, ints), sign), reals)
 
 
-def _call(builder, name, table, codes):
-    kind = ir.FunctionType(table.type, [table.type, codes.type])
+def _call(builder, name, table, codes, result=None):
+    kind = ir.FunctionType(result or table.type, [table.type, codes.type])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [table, codes])
+
+
+def _e2m1_pieces(builder, q, how):
+    """Yield the 8 values of each word, float32 vectors."""
+    for k in range(_CODES):
+        yield _e2m1(builder, builder.lshr(q, constants([4 * k] * q.type.count)), how)
+
+
+def _e2m1_bytes(builder, q):
+    """Return what is masked and converted in words of e2m1: the pieces of `order`, int32 vectors.
+
+    Piece k is 2 * value + 12, times a power of two.
+    """
+    count = q.type.count
+    table = [int(2 * v) + 12 for v in _E2M1] + [12 - int(2 * v) for v in _E2M1]
+    nibbles = ir.VectorType(I8, 32)
+    table = ir.Constant(nibbles, table * 2)
+
+    def look_up(words):
+        codes = builder.and_(builder.bitcast(words, nibbles), _every(nibbles, 15))
+        return builder.bitcast(
+            _call(builder, "llvm.x86.avx2.pshuf.b", table, codes, nibbles), words.type
+        )
+
+    wide = q if count >= 8 else spread(builder, q, [i % count for i in range(8)])
+    for high in (0, 4):
+        moved = builder.lshr(wide, _every(wide.type, high))
+        values = _in_chunks(builder, moved, 8, look_up)
+        values = values if count >= 8 else spread(builder, values, range(count))
+        for byte in range(3):
+            yield builder.and_(values, _every(q.type, 0xFF << 8 * byte))
+        yield builder.lshr(values, _every(q.type, 24))
 
 
 def _e4m3(builder, at, how):
@@ -149,11 +204,20 @@ def dot(builder, form, w, scales, biases, xs, part, sums):
         prefetch(builder, at)
         q = load(builder, at, I32, lanes)
         dots = [None] * len(xs)
-        for k in range(_CODES):
-            values = _e2m1(builder, builder.lshr(q, constants([4 * k] * lanes)), how)
-            for r, x in enumerate(xs):
-                at = builder.add(offset(builder, x, skip, _CODES), I64(4 * lanes * k))
-                dots[r] = add_product(builder, dots[r], values, load(builder, at, F32, lanes))
+        by_bytes = how == "avx2"
+        pieces = _e2m1_bytes(builder, q) if by_bytes else _e2m1_pieces(builder, q, how)
+        starts = [offset(builder, x, skip, _CODES + by_bytes) for x in xs]
+
+        def factor(r, k):
+            return load(builder, builder.add(starts[r], I64(4 * lanes * k)), F32, lanes)
+
+        reals = ir.VectorType(F32, lanes)
+        for k, piece in enumerate(pieces):
+            values = builder.sitofp(piece, reals) if by_bytes else piece
+            dots = [add_product(builder, d, values, factor(r, k)) for r, d in enumerate(dots)]
+        if by_bytes:
+            six = _every(reals, -6.0)
+            dots = [add_product(builder, d, six, factor(r, _CODES)) for r, d in enumerate(dots)]
         scale = spread(builder, scale, [m // words for m in range(lanes)])
         for total, value in zip(totals, dots, strict=True):
             builder.store(add_product(builder, builder.load(total), scale, value), total)

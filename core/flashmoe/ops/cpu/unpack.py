@@ -15,9 +15,11 @@ small floats (see `small_floats`). w, scales, biases, x and out are addresses as
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import lcm
+from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -86,42 +88,51 @@ def step_words(bits: int, group_size: int) -> int:
 
 @cache
 def arrangement(
-    bits: int, group_size: int, n: int, has_biases: bool = True
+    bits: int, group_size: int, n: int, how: str = ""
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the order in which the product of rows of n groups reads x: (index, factor, sums).
 
     Element i is x[index[i]] * factor[i]; but element sums[b] is the sum of the 32 values from
-    32 * b on, which is multiplied by the bias. For each vector of words, the values for its piece
-    0, then those for piece 1, ..., and the sums are stored together. Groups that do not fill a step
-    are vectors of their own. Without biases there are no sums, and all factors are 1.
+    32 * b on (of 16 where a group has no more), which is multiplied by the bias. For each vector of
+    words, the values for its piece 0, then those for piece 1, ..., and the sums are stored
+    together. Groups that do not fill a step are vectors of their own.
+
+    Args:
+        how: for small floats of 4 bits, how they are decoded, see `small_floats.fastest`.
     """
-    mask, source, power = pieces(bits)
-    count, group = len(mask), bits * group_size // 32
+    if how:
+        source, power, has_sums = small_floats.order(how)
+    else:
+        (_, source, power), has_sums = pieces(bits), True
+    count, group = len(source), bits * group_size // 32
     word = np.arange(n * group)
     whole = word.size - word.size % step_words(bits, group_size)
     lanes = np.where(word < whole, _LANES, group)
     lane = np.where(word < whole, word, word - whole) % lanes
-    rows = count + has_biases
+    rows = count + has_sums
     at = (word - lane) * rows + lane + np.arange(rows)[:, None] * lanes
-    index, factor = np.zeros(at.size, np.int32), np.ones(at.size, np.float32)
+    index, factor = np.zeros(at.size, np.int32), np.zeros(at.size, np.float32)
     index[at[:count]] = word // bits * 32 + source[:, word % bits]
-    if not has_biases:
-        return index, factor, np.zeros(0, np.int32)
-    factor[at[-1]] = 0
-    factor[at[:-1]] = power[:, word % bits]
-    return index, factor, at[-1, ::bits].astype(np.int32)
+    factor[at[:count]] = power[:, word % bits]
+    sums = at[-1, :: min(group, bits)] if has_sums else np.zeros(0)
+    return index, factor, sums.astype(np.int32)
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
 def arrange(x, index, factor, sums, out):
     """Write the rows of x, (R, in), in the order of `arrangement` to out, (R, ...), all float32."""
+    halves = 16 * len(sums) == x.shape[1]
     for r in range(len(x)):
         for i in range(len(index)):
             out[r, i] = x[r, index[i]] * factor[i]
         for b in range(len(sums)):
             total = np.float32(0)
-            for i in range(32):
-                total += x[r, 32 * b + i]
+            if halves:
+                for i in range(16):
+                    total += x[r, 16 * b + i]
+            else:
+                for i in range(32):
+                    total += x[r, 32 * b + i]
             out[r, sums[b]] = total
 
 
@@ -271,7 +282,7 @@ def sum_lanes(bits: int, group_size: int) -> tuple[int, int]:
 
 @intrinsic(prefer_literal=True)
 def _emit(typingctx, op, bits, group_size, dtype, how, w, scales, biases, x, n, out):
-    form = [t.literal_value for t in (bits, group_size, dtype, how)]
+    form = literal_form(bits, group_size, dtype, how)
     unpack, dot = emitters(form)
     op_ = op.literal_value
 
@@ -286,6 +297,25 @@ def _emit(typingctx, op, bits, group_size, dtype, how, w, scales, biases, x, n, 
         return context.get_dummy_value()
 
     return types.void(op, bits, group_size, dtype, how, *[types.int64] * 6), codegen
+
+
+@cache
+def keyed(how: str) -> str:
+    """Return `how` with a digest of the code that emits kernels, as `literal_form` takes it.
+
+    numba's cache on disk compares the source of a kernel's own module only, and literals.
+    """
+    sources = (
+        Path(__file__).with_name(f"{name}.py") for name in ("llvm", "small_floats", "unpack")
+    )
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    return f"{how}/{digest.hexdigest()[:16]}"
+
+
+def literal_form(*literals) -> list:
+    """Return the format (bits, group_size, dtype, how) of literal types; `how` is from `keyed`."""
+    *form, how = (literal.literal_value for literal in literals)
+    return [*form, how.partition("/")[0]]
 
 
 def emitters(form: Sequence) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -315,7 +345,7 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str, how: str | Non
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
     out_bytes = 4 * (group_size or 1)
     unpacks = op == "unpack"
-    how_ = how or small_floats.decoder()
+    how_ = keyed(how or small_floats.decoder())
 
     @cfunc(types.void(*[types.int64] * 7), cache=True)
     def block(w, scales, biases, x, height, n, out):
