@@ -24,8 +24,8 @@ TEMPLATE = "chat_template.jinja"
 ADDED = 9  # the demo's special tokens
 VOCAB = 320
 
-#: Arguments of `toys.write_chat_toy` by name, and of `moe_types.write_moe` further down. Each is small, so that most of the time goes into
-#: what reads the files and not into the model.
+#: Arguments of `toys.write_chat_toy` by name, and further down of `moe_types.write_moe`. Each is
+#: small, so that most of the time goes into what reads the files and not into the model.
 _SMALL: dict[str, Any] = {
     "layers": 2,
     "hidden_size": 64,
