@@ -40,7 +40,7 @@ CONTEXT = 65_536
 ASK = "Say hello with your shell tool."
 ARGUMENTS = {
     "codex": ["exec", "--skip-git-repo-check", ASK],
-    "claude": ["-p", ASK, "--allowedTools", "Bash", "--max-turns", "3"],
+    "claude": ["-p", ASK, "--tools", "Bash", "--allowedTools", "Bash"] + ["--max-turns", "3"],
     "opencode": ["run", ASK],
     "aider": ["--message", ASK, "--yes-always", "--no-git", "--no-auto-commits", "--no-pretty"]
     + ["--no-stream", "--edit-format", "whole", "--no-show-model-warnings"],
@@ -161,7 +161,10 @@ def long_demo(directory: Path) -> Path:
 def try_agent(name: str, url: str, key: str, directory: Path) -> bool:
     """Run one agent, print the transcript, and return whether its tool call came back."""
     proxy = Proxy(url, key, str(directory / "demo"))
-    server = uvicorn.Server(uvicorn.Config(proxy.app, port=0, log_level="error", lifespan="off"))
+    config = uvicorn.Config(proxy.app, port=0, log_level="error", lifespan="off")
+    # The answer that an agent left alone may still come.
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -181,7 +184,7 @@ def try_agent(name: str, url: str, key: str, directory: Path) -> bool:
             command,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=240,
             stdin=subprocess.DEVNULL,
             env=os.environ | environ | own,
             cwd=home / "work",

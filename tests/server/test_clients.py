@@ -160,14 +160,16 @@ def test_langchain_gives_structured_output(chat, method):
     assert isinstance(chat.with_structured_output(Dog, method=method).invoke("Invent a dog."), Dog)
 
 
-DOCS = (Path(__file__).parents[2] / "docs/serve.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+PAGES = Path(__file__).parents[2] / "docs"
+DOCS = (PAGES / "serve.md").read_text()
+BOTH = DOCS + (PAGES / "clients.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", BOTH, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example_of_the_docs_runs(url, code, capsys):
-    assert "http://127.0.0.1:8080/v1" in code
-    exec(code.replace("http://127.0.0.1:8080/v1", url), {})
+    assert "http://127.0.0.1:8080" in code
+    exec(code.replace("http://127.0.0.1:8080", url.removesuffix("/v1")), {})
     assert capsys.readouterr().out.strip()
 
 
