@@ -108,7 +108,9 @@ class FlashMoE(_FlashMoEBase, llm.Model):
         with _interrupt_sets(cancel) if in_chat else nullcontext():
             try:
                 engine, request = self._prepare(prompt, conversation)
-                translate = Translator(response, engine, stream=stream)
+                translate = Translator(
+                    response, engine, stream=stream, hide_reasoning=_hides_reasoning(prompt)
+                )
                 with engine.stream(request, cancel) as events, line:
                     for event in events:
                         if isinstance(event, Progress):
@@ -145,7 +147,9 @@ class AsyncFlashMoE(_FlashMoEBase, llm.AsyncModel):
         """
         try:
             engine, request = self._prepare(prompt, conversation)
-            translate = Translator(response, engine, stream=stream)
+            translate = Translator(
+                response, engine, stream=stream, hide_reasoning=_hides_reasoning(prompt)
+            )
             async for event in engine.astream(request):
                 for translated in translate(event):
                     yield translated
@@ -164,9 +168,18 @@ class Translator:
         response: receives tool calls, token usage and statistics.
         engine: the engine that answers.
         stream: False joins each block of text or reasoning to one event.
+        hide_reasoning: leave out the reasoning.
     """
 
-    def __init__(self, response: llm.Response | llm.AsyncResponse, engine: Engine, *, stream: bool):
+    def __init__(
+        self,
+        response: llm.Response | llm.AsyncResponse,
+        engine: Engine,
+        *,
+        stream: bool,
+        hide_reasoning: bool = False,
+    ):
+        self._hide_reasoning = hide_reasoning
         self._response = response
         self._engine = engine
         self._stream = stream
@@ -177,6 +190,8 @@ class Translator:
         """Yield llm's events for an event of the engine."""
         from flashmoe.events import End, Reasoning, Text, ToolCall
 
+        if isinstance(event, Reasoning) and self._hide_reasoning:
+            return
         if isinstance(event, Text | Reasoning):
             kind = "text" if isinstance(event, Text) else "reasoning"
             if self._block is not None and self._block.type == kind:
@@ -254,6 +269,11 @@ def _in_command() -> bool:
     context = click.get_current_context(silent=True)
     commands = sys.modules.get("llm.cli")
     return context is not None and context.find_root().command is getattr(commands, "cli", None)
+
+
+def _hides_reasoning(prompt: llm.Prompt) -> bool:
+    """Return whether the user wants no reasoning shown; older versions of llm do not say."""
+    return bool(getattr(prompt, "hide_reasoning", False))
 
 
 def _in_chat() -> bool:

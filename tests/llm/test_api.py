@@ -165,6 +165,28 @@ def test_reasoning_is_apart_from_the_text(model):
     assert (whole[0].chunk, whole[1].chunk) == (reasoning, response.text())
 
 
+def test_hidden_reasoning_is_left_out(model):
+    options = {**GREEDY, "think": True, "thinking_budget": 5, "max_tokens": 12}
+    response = model.prompt("Hello.", options=options, hide_reasoning=True)
+    assert {e.type for e in response.stream_events()} == {"text"}
+    assert response.token_details["reasoning_tokens"] > 3
+
+
+def test_penalties_and_variables_reach_the_engine(model):
+    options = {"presence_penalty": "2", "frequency_penalty": 1, "logit_bias": '{"5": -100}'}
+    options |= {**GREEDY, "max_tokens": 3, "chat_template_kwargs": '{"preserve_thinking": true}'}
+    assert model.prompt("Hello.", options=options).text()
+    for name, value in (("presence_penalty", 3), ("logit_bias", '{"x": 1}')):
+        with pytest.raises(UserError, match=f"{name}="):
+            model.prompt("Hello.", options={name: value}).text()
+    assert model.attachment_types == set()
+
+
+def test_system_message_alone_is_answered(model):
+    """`llm -s "..."` without a prompt."""
+    assert model.prompt("", system="Say hello.", options={**GREEDY, "max_tokens": 5}).text()
+
+
 def test_reasoning_of_an_earlier_turn_stays_reasoning(model):
     conversation = model.conversation()
     conversation.prompt("Why is the sky blue?", think=True, **GREEDY).text()
