@@ -104,6 +104,9 @@ class Proxy:
         if "with the result" in note:
             # Without these words in what the result is, the tool did not run.
             note += f" that has {SAID!r}" if self._result_is_there(fields) else ""
+            # A sentence is enough. An answer that is cut would be asked for again.
+            fields[limit] = 100
+            fields["stop_sequences" if path.endswith("messages") else "stop"] = ["."]
             fields["tool_choice"] = {"type": "none"} if path.endswith("messages") else "none"
             return note
         shell = next((t for name in SHELLS for t in tools if _name(t) == name), None)
@@ -184,7 +187,7 @@ def try_agent(name: str, url: str, key: str, directory: Path) -> bool:
             command,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=420,
             stdin=subprocess.DEVNULL,
             env=os.environ | environ | own,
             cwd=home / "work",
