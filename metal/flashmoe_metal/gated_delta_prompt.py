@@ -5,6 +5,8 @@ mlx-lm has such a kernel for Metal only; elsewhere it launches some ten operatio
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 
 from .kernel import Kernel
@@ -21,7 +23,7 @@ _WIDEST = 256
 
 def supports(*, value_heads: int, key_heads: int, width: int) -> bool:
     """Return whether the kernel takes heads whose keys have this width."""
-    return value_heads % key_heads == 0 and 1 <= width <= _WIDEST
+    return value_heads % key_heads == 0 and width % 4 == 0 and width <= _WIDEST
 
 
 def gated_delta_prompt(
@@ -30,7 +32,7 @@ def gated_delta_prompt(
     """Return what mlx-lm's `gated_delta_ops` returns for one sequence, summed in float32.
 
     Args:
-        q, k: (1, tokens, Hk, Dk), normed, of the dtype of v.
+        q, k: (1, tokens, Hk, Dk), normed; they are read as float32.
         v: (1, tokens, Hv, Dv).
         decay, beta: (1, tokens, Hv).
         state: (1, Hv, Dv, Dk) float32.
@@ -40,9 +42,9 @@ def gated_delta_prompt(
     """
     _, tokens, heads, rows = v.shape
     tiles = -(-rows // 16)
-    decay, beta = decay.astype(mx.float32), beta.astype(mx.float32)
+    q, k, decay, beta = (x.astype(mx.float32) for x in (q, k, decay, beta))
     return _kernel(
-        inputs=[q, k, v, decay, beta, state, mx.array([tokens], mx.int32)],
+        inputs=[q, k, v, decay, beta, state, _length(tokens)],
         template=[
             ("T", v.dtype),
             ("HK", q.shape[2]),
@@ -55,3 +57,8 @@ def gated_delta_prompt(
         output_shapes=[v.shape, state.shape],
         output_dtypes=[v.dtype, mx.float32],
     )
+
+
+@lru_cache(maxsize=16)
+def _length(tokens: int) -> mx.array:
+    return mx.array([tokens, 0, 0, 0], mx.int32)

@@ -54,4 +54,4 @@ def test_split_of_a_prompt_changes_no_bit():
 def test_supports_heads_that_share_keys():
     assert supports(value_heads=4, key_heads=2, width=128)
     assert not supports(value_heads=3, key_heads=2, width=128)
-    assert not supports(value_heads=4, key_heads=2, width=257)
+    assert not supports(value_heads=4, key_heads=2, width=260)

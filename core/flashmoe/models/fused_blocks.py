@@ -31,6 +31,7 @@ class _FusedBlock(JoinedProjections, KernelBlock):
 
     num_experts: int
     norm_topk_prob: bool
+    many_dtype: mx.Dtype | None
 
     def join_projections(self) -> None:
         self.join(("gate",))
@@ -43,10 +44,51 @@ class _FusedBlock(JoinedProjections, KernelBlock):
         self, xs: Sequence[mx.array], residuals: Sequence[mx.array | None]
     ) -> Iterator[mx.array]:
         few = [self._is_few(x) for x in xs]
-        return self._few(xs, residuals) if all(few) else self._mixed(xs, residuals, few)
+        if all(few):
+            return self._few(xs, residuals)
+        own = all(f or self._is_many(x) for x, f in zip(xs, few, strict=True))
+        if own and self.switch_mlp.fully_resident:
+            return self._resident(xs, residuals, few)
+        return self._mixed(xs, residuals, few)
 
     def _is_few(self, x: mx.array) -> bool:
         return x.size <= MAX_TOKENS * x.shape[-1] and self._matrices is not None
+
+    def _is_many(self, x: mx.array) -> bool:
+        """Return whether kernels take any number of tokens like these."""
+        return self.many_dtype is not None and x.dtype == self.many_dtype
+
+    def _resident(self, xs, residuals, few: Sequence[bool]) -> Iterator[mx.array]:
+        """Compute each input when it is asked for, without a look of the host at the routers."""
+        pairs = sum(x.size // x.shape[-1] for x in xs) * self.top_k
+        self.switch_mlp.enter_resident(min(pairs, self.num_experts))
+        for x, residual, f in zip(xs, residuals, few, strict=True):
+            rows = _rows(x)
+            if f:
+                y = self.resident_sum(rows, self.choose_experts(rows), residual)
+            else:
+                indices, scores, *products = self._choose_for_many(rows)
+                work = self.switch_mlp.start_resident(rows, indices)
+                y = self._add(
+                    work.combined(scores), rows, self._shared_part(rows, products), residual
+                )
+            yield y.reshape(x.shape)
+
+    def _choose_for_many(self, x: mx.array) -> list[mx.array]:
+        """Do what `choose_experts` does, for more tokens than the mailbox has room for."""
+        products = self.project(x)
+        choice = router(
+            products[0],
+            self.top_k,
+            experts=self.num_experts,
+            normalise=bool(self.norm_topk_prob),
+        )
+        return [*choice, *products]
+
+    def _add(self, y: mx.array, x: mx.array, shared, residual) -> mx.array:
+        """Return the sum of what `_mixed` has for many tokens."""
+        y = y.astype(x.dtype) if shared is None else y + shared
+        return y if residual is None else _rows(residual) + y
 
     def _few(self, xs, residuals) -> Iterator[mx.array]:
         rows = [_rows(x) for x in xs]
@@ -56,15 +98,13 @@ class _FusedBlock(JoinedProjections, KernelBlock):
 
     def _mixed(self, xs, residuals, few: Sequence[bool]) -> Iterator[mx.array]:
         """Compute each input in the way that it has alone: the two ways round differently."""
-        rows = [_rows(x) if f else x for x, f in zip(xs, few, strict=True)]
-        routed = [
-            self.choose_experts(x) if f else route(self, x) for x, f in zip(rows, few, strict=True)
-        ]
+        rows = [_rows(x) for x in xs]
+        routed = [self._choose(x, f) for x, f in zip(rows, few, strict=True)]
         call = self.switch_mlp.start([(x, r[0]) for x, r in zip(rows, routed, strict=True)])
         extras, shared = [], []
-        for x, r, residual, f in zip(xs, routed, residuals, few, strict=True):
+        for x, r, residual, f in zip(rows, routed, residuals, few, strict=True):
             extras.append(self._extra(r[2:], residual) if f else {})
-            shared.append(None if f else self.shared(x))
+            shared.append(None if f else self._shared_part(x, r[2:]))
         # Let it run while the reads are in flight.
         mx.async_eval([s for s in shared if s is not None])
         return self._mixed_sums(call, xs, routed, extras, shared, residuals, few)
@@ -75,12 +115,21 @@ class _FusedBlock(JoinedProjections, KernelBlock):
         results = call.finish([r[1] for r in routed], extras)
         for x, y, s, residual, f in zip(xs, results, shared, residuals, few, strict=True):
             if not f:
-                y = y.astype(x.dtype) if s is None else y + s
-                y = y if residual is None else residual + y
+                y = self._add(y, x, s, residual)
             yield y.reshape(x.shape)
 
-    def shared(self, x: mx.array) -> mx.array | None:
-        """Return what the shared expert adds to many tokens, None without a shared expert."""
+    def _choose(self, x: mx.array, few: bool) -> list[mx.array]:
+        """Route an input, (tokens, hidden), in the way that it has alone."""
+        if few:
+            return self.choose_experts(x)
+        return self._choose_for_many(x) if self._is_many(x) else [*route(self, x)]
+
+    def _shared_part(self, x: mx.array, products: Sequence[mx.array]) -> mx.array | None:
+        """Return what the shared expert adds to many tokens, None without a shared expert.
+
+        Args:
+            products: those of the router and the gate, if they are computed already.
+        """
         raise NotImplementedError
 
     @property
@@ -155,8 +204,9 @@ class FusedSharedBlock(_FusedBlock, SharedExpertBlock):  # type: ignore[misc]
         """Return the logit of the shared expert's gate, as mlx-lm's forward asks for it."""
         return self._slices[1].select_from(self.project(x))
 
-    def shared(self, x: mx.array) -> mx.array:
-        return SharedExpertBlock.shared(self, x)
+    def _shared_part(self, x: mx.array, products: Sequence[mx.array]) -> mx.array:
+        gate = self._slices[1].select_from(products or self.project(x))
+        return mx.sigmoid(gate) * self.shared_expert(x)
 
     def _extra(self, products, residual) -> dict[str, Any]:
         part = self._slices[1]
@@ -176,7 +226,7 @@ class FusedRoutedBlock(_FusedBlock, RoutedBlock):  # type: ignore[misc]
 
     _matrices = ()
 
-    def shared(self, x: mx.array) -> None:
+    def _shared_part(self, x: mx.array, products: Sequence[mx.array]) -> None:
         """Return None: there is no shared expert."""
 
 
@@ -213,4 +263,5 @@ def recast_blocks(model: nn.Module) -> None:
         return ours if ours is not None and module.switch_mlp.has_kernels else None
 
     for block in recast(model, choose):
+        block.many_dtype = block.switch_mlp.many_dtype
         block.join_projections()

@@ -186,6 +186,7 @@ class _Pass:
             for group in self._groups
         ]
         self._states: dict[Chunk, list[Any]] = {chunk: [] for chunk in chunks}
+        self._started: Any = []
 
     def phases(self) -> Iterator[None]:
         """Yield thrice a layer: when attention is computed, reads are started, experts are done."""
@@ -198,8 +199,8 @@ class _Pass:
             for i, y in enumerate(results):
                 hidden[i] = y
                 if not steps[i]:
-                    mx.eval(y)
-            if not all(steps):
+                    self._settle(y)
+            if not all(steps) and mx.get_cache_memory() > self._backend.kept_nbytes:
                 mx.clear_cache()
             yield
 
@@ -216,10 +217,19 @@ class _Pass:
         )
         if not chunk.step:
             # One chunk at a time: its scores are what takes the memory.
-            mx.eval(self._hidden[i], normed, [] if c is None else c.state)
+            self._settle(self._hidden[i], normed, [] if c is None else c.state)
         if chunk.keep:
             self._states[chunk].append(copy.deepcopy(c))
         return normed
+
+    def _settle(self, *arrays: Any) -> None:
+        """Evaluate arrays of a prompt; where it pays, only start that and wait for those before."""
+        if self._backend.kept_nbytes:
+            mx.async_eval(arrays)
+            mx.eval(self._started)
+            self._started = arrays
+        else:
+            mx.eval(arrays)
 
     def all_hidden(self) -> list[mx.array]:
         """Return the hidden states of each chunk, (1, tokens, hidden), normed.

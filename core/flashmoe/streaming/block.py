@@ -55,6 +55,7 @@ class ExpertSwitch:
         stats: counts since it was made.
         fully_resident: whether every expert is in the slot of its own number, for good.
         has_kernels: whether flashmoe's own GPU kernels compute the experts.
+        many_dtype: see `Backend.many_dtype`.
     """
 
     @property
@@ -68,6 +69,10 @@ class ExpertSwitch:
     @property
     def has_kernels(self) -> bool:
         return False
+
+    @property
+    def many_dtype(self) -> mx.Dtype | None:
+        return None
 
     def mailbox(self, words: int) -> Mailbox | None:
         """Return host memory in which a router can leave its choice for `start`.
@@ -93,8 +98,11 @@ class ExpertSwitch:
         """Return the expert that is in `slot`, or None."""
         raise NotImplementedError
 
-    def enter_resident(self, top_k: int) -> None:
-        """Do what a call of a fully resident layer does besides `start_resident`, for one token."""
+    def enter_resident(self, needed: int) -> None:
+        """Do what a call of a fully resident layer does besides `start_resident`.
+
+        needed: how many experts the call needs at most.
+        """
         raise NotImplementedError
 
     def start_resident(self, x: mx.array, indices: mx.array) -> ExpertWork:

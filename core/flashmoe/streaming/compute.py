@@ -96,6 +96,8 @@ class Backend(ABC):
             False: launches are what costs, so a call waits for all reads that there are slots for.
         fuses_blocks: whether MoE blocks are replaced by `models.fused_blocks` before the dense
             layers are.
+        kept_nbytes: what MLX may keep of freed memory while prompts go through the layers. Where it
+            is not 0, the host prepares a layer while the GPU computes the one before.
         stacks_sequences: whether one token of each of several sequences can go through a layer as
             one array, (sequences, 1, hidden), with the bits that each sequence has alone.
     """
@@ -104,6 +106,7 @@ class Backend(ABC):
     activations: tuple[str, ...] = ("float32",)
     computes_as_loaded = False
     fuses_blocks = False
+    kept_nbytes = 0
     stacks_sequences = False
 
     @abstractmethod
@@ -120,7 +123,7 @@ class Backend(ABC):
     def start_resident(self, slots: SlotMemory, x: mx.array, indices: mx.array) -> ExpertWork:
         """Start work on experts that are all in the slot of their own number; evaluates nothing.
 
-        Only where `has_kernels`.
+        Only where `has_kernels`, and for many tokens of `many_dtype`.
 
         Args:
             x, indices: (..., hidden) and (..., top_k).
@@ -159,6 +162,10 @@ class Backend(ABC):
     def has_kernels(self, slots: SlotMemory) -> bool:
         """Return whether flashmoe's own GPU kernels compute the experts of this layer."""
         return False
+
+    def many_dtype(self, slots: SlotMemory) -> mx.Dtype | None:
+        """Return the dtype of tokens of which kernels take any number, None where none do."""
+        return None
 
     @abstractmethod
     def set_dtypes(self, model: nn.Module) -> None:

@@ -125,6 +125,11 @@ class StreamingSwitchGLU(ExpertSwitch, nn.Module):
         return self._backend.has_kernels(self._memory)
 
     @property
+    def many_dtype(self) -> mx.Dtype | None:
+        """See `Backend.many_dtype`."""
+        return self._backend.many_dtype(self._memory)
+
+    @property
     def fully_resident(self) -> bool:
         """Whether every expert is in the slot of its own number, for good.
 
@@ -138,12 +143,15 @@ class StreamingSwitchGLU(ExpertSwitch, nn.Module):
         """Return the expert that is in `slot`, or None."""
         return self._table.expert_in(slot)
 
-    def enter_resident(self, top_k: int) -> None:
-        """Do what a call of a fully resident layer does besides `start_resident`, for one token."""
+    def enter_resident(self, needed: int) -> None:
+        """Do what a call of a fully resident layer does besides `start_resident`.
+
+        needed: how many experts the call needs at most.
+        """
         self._hooks.between_layers()
         self._hooks.layer_entered(self._memory.layer.layer)
         self._hooks.check_cancelled()
-        self._stats.needed += top_k
+        self._stats.needed += needed
 
     def start_resident(self, x: mx.array, indices: mx.array) -> ExpertWork:
         """Start the work of a fully resident layer: no expert is read, and nothing evaluated.

@@ -1,6 +1,6 @@
 // Many tokens of GatedDeltaNet's recurrence, one after the other.
 //
-//   q, k        T [L, HK, DK]       normed queries and keys
+//   q, k        float [L, HK, DK]   normed queries and keys; DK is a multiple of 4
 //   v           T [L, HV, DV]
 //   decay, beta float [L, HV]       what is left of the state, and the share of what is new
 //   state       float [HV, DV, DK]
@@ -23,18 +23,20 @@ const int tokens = length[0];
 float s[CHUNKS * 4];
 float key[CHUNKS * 4];
 float query[CHUNKS * 4];
-float next_key[CHUNKS * 4];
-float next_query[CHUNKS * 4];
+float4 next_key[CHUNKS];
+float4 next_query[CHUNKS];
+auto keys = reinterpret_cast<const device float4*>(k);
+auto queries = reinterpret_cast<const device float4*>(q);
+const float4 zero = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
 for (int c = 0; c < CHUNKS; ++c) {
+  const int column = first_column + c * 32;
+  const bool there = column < DK;
+  next_key[c] = there ? keys[(key_head * DK + column) / 4] : zero;
+  next_query[c] = there ? queries[(key_head * DK + column) / 4] : zero;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int column = first_column + c * 32 + j;
-    const bool there = column < DK;
-    const int at = key_head * DK + column;
-    s[c * 4 + j] = mine && there ? state[(head * DV + row) * DK + column] : 0.0f;
-    next_key[c * 4 + j] = there ? float(k[at]) : 0.0f;
-    next_query[c * 4 + j] = there ? float(q[at]) : 0.0f;
+    s[c * 4 + j] = mine && there ? state[(head * DV + row) * DK + column + j] : 0.0f;
   }
 }
 float next_value = mine ? float(v[head * DV + row]) : 0.0f;
@@ -46,21 +48,23 @@ for (int t = 0; t < tokens; ++t) {
   const float kept = next_decay;
   const float share = next_beta;
 #pragma unroll
-  for (int i = 0; i < CHUNKS * 4; ++i) {
-    key[i] = next_key[i];
-    query[i] = next_query[i];
+  for (int c = 0; c < CHUNKS; ++c) {
+    key[c * 4] = next_key[c].x;
+    key[c * 4 + 1] = next_key[c].y;
+    key[c * 4 + 2] = next_key[c].z;
+    key[c * 4 + 3] = next_key[c].w;
+    query[c * 4] = next_query[c].x;
+    query[c * 4 + 1] = next_query[c].y;
+    query[c * 4 + 2] = next_query[c].z;
+    query[c * 4 + 3] = next_query[c].w;
   }
   if (t + 1 < tokens) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = first_column + c * 32 + j;
-        const bool there = column < DK;
-        const int at = ((t + 1) * HK + key_head) * DK + column;
-        next_key[c * 4 + j] = there ? float(k[at]) : 0.0f;
-        next_query[c * 4 + j] = there ? float(q[at]) : 0.0f;
-      }
+      const int column = first_column + c * 32;
+      const int at = (((t + 1) * HK + key_head) * DK + column) / 4;
+      next_key[c] = column < DK ? keys[at] : zero;
+      next_query[c] = column < DK ? queries[at] : zero;
     }
     next_value = mine ? float(v[((t + 1) * HV + head) * DV + row]) : 0.0f;
     next_decay = decay[(t + 1) * HV + head];

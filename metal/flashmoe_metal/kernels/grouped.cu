@@ -7,14 +7,15 @@
 //   y       [R, N]                with GATE_UP silu(gate x) * up x of type T, else float
 //
 // A block of 256 threads computes 128 pairs times 128 matrix rows (with GATE_UP 64 of each matrix),
-// 64 columns at a time. Three stages of x are on their way to shared memory. Each thread unpacks 32
-// weights for the next step while the tensor cores are busy with this one. Every sum is taken in
+// 64 columns at a time. x and packed weights are copied to shared memory two steps before they are
+// needed. Each thread unpacks 32 weights for the next step while the tensor cores are busy with this one. Every sum is taken in
 // the order of the columns, whatever other pairs a tile has.
 constexpr int UNITS = 1024; // pieces of 16 bytes in a stage
 constexpr int STEPS = K / 64;
 extern __shared__ __align__(128) unsigned char stages[];
 const uint a_stages = uint(__cvta_generic_to_shared(stages));
 const uint b_stages = a_stages + 3 * UNITS * 16;
+const uint w_stages = b_stages + 2 * UNITS * 16;
 
 const int index = threadIdx.x;
 const int lane = index % 32;
@@ -23,6 +24,7 @@ const int warp_column = index / 32 % 4;
 const int slot = tiles[3 * blockIdx.y];
 const int first = tiles[3 * blockIdx.y + 1];
 const int end = tiles[3 * blockIdx.y + 2];
+if (first == end) return; // a table that was made on the GPU has more tiles than it needs
 
 // This thread copies one unit of four rows of x.
 uint a_from[4];
@@ -67,17 +69,24 @@ const size_t matrix_row = size_t(slot) * N + n;
 b_words += matrix_row * (K / 32 * BITS) + half_at * BITS;
 b_scales += matrix_row * (K / GROUP);
 b_biases += matrix_row * (K / GROUP);
-uint words[BITS];
-float scale, bias;
-auto load_b = [&](int step) {
-  load_words<BITS>(b_words + step * 2 * BITS, words);
-  const int group = (step * 64 + half_at * 32) / GROUP;
-  scale = float(b_scales[group]);
-  bias = float(b_biases[group]);
+// Packed words wait in shared memory, where this thread alone reads them; scales in registers.
+auto copy_words = [&](int step) {
+  if (step < STEPS) {
+    copy_own<BITS>(w_stages + (step % 3 * 256 + index) * (BITS * 4), b_words + step * 2 * BITS);
+  }
 };
-auto store_b = [&](int step) {
-  uint out[16];
-  unpack<T, BITS>(words, Pair<T>::of(scale), Pair<T>::of(bias), out);
+T scales[3], biases[3];
+auto load_scales = [&](int step, int at) {
+  if (step < STEPS) {
+    const int group = (step * 64 + half_at * 32) / GROUP;
+    scales[at] = b_scales[group];
+    biases[at] = b_biases[group];
+  }
+};
+auto store_b = [&](int step, T scale, T bias) {
+  uint words[BITS], out[16];
+  read_own<BITS>(w_stages + (step % 3 * 256 + index) * (BITS * 4), words);
+  unpack<T, BITS>(words, Pair<T>::of(float(scale)), Pair<T>::of(float(bias)), out);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     store_piece(b_stages + step % 2 * (UNITS * 16) + piece(b_row, half_at * 4 + i), out + 4 * i);
@@ -85,26 +94,39 @@ auto store_b = [&](int step) {
 };
 
 float sums[4][4][4] = {};
-// Of the warp's 64 pairs, so many times 16 are there.
-const int live = min(4, max(0, (end - first - warp_row * 64 + 15) / 16));
+// Whether this warp has pairs at all; rows that are not there are zeros.
+const bool there = first + warp_row * 64 < end;
 
+// The copies of a step are its x and the words of the step after it.
+load_scales(0, 0);
+load_scales(1, 1);
+load_scales(2, 2);
+copy_words(0);
+copy_words(1);
 copy_a(0);
+copy_words(2);
 copy_a(1);
-load_b(0);
-store_b(0);
-if (STEPS > 1) load_b(1);
+wait_for_copies<1>();
+store_b(0, scales[0], biases[0]);
 for (int step = 0; step < STEPS; ++step) {
   wait_for_copies<1>();
   __syncthreads();
+  copy_words(step + 3);
   copy_a(step + 2);
   if (step + 1 < STEPS) {
-    store_b(step + 1);
-    if (step + 2 < STEPS) load_b(step + 2);
+    const T scale = scales[1];
+    const T bias = biases[1];
+    scales[1] = scales[2];
+    biases[1] = biases[2];
+    load_scales(step + 3, 2);
+    store_b(step + 1, scale, bias);
   }
   const uint a_at = a_stages + step % 3 * (UNITS * 16);
   const uint b_at = b_stages + step % 2 * (UNITS * 16);
+  if (!there) continue;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
+    // All loads first, so that they are in flight together.
     uint a[4][4], bs[2][4];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -113,12 +135,13 @@ for (int step = 0; step < STEPS; ++step) {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i < live) {
-        load_matrices(a[i], a_at + piece(warp_row * 64 + i * 16 + lane % 16, 2 * k + lane / 16));
+      load_matrices(a[i], a_at + piece(warp_row * 64 + i * 16 + lane % 16, 2 * k + lane / 16));
+    }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          multiply_add<T>(sums[i][j], a[i], bs[j / 2][j % 2 * 2], bs[j / 2][j % 2 * 2 + 1]);
-        }
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        multiply_add<T>(sums[i][j], a[i], bs[j / 2][j % 2 * 2], bs[j / 2][j % 2 * 2 + 1]);
       }
     }
   }

@@ -43,23 +43,28 @@ __device__ inline uint code_at(const uint* words, int i) {
   return v & ((1u << BITS) - 1);
 }
 
+// The eight weights of a word of 4 bits each: four words of two.
+template <class T>
+__device__ inline void unpack_word(
+    uint word, typename Pair<T>::Type scale, typename Pair<T>::Type bias, uint* out) {
+  uint pair[4]; // codes j and j + 4
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    pair[j] = unpack_pair<T, 4>((word >> (4 * j)) & 0x000f000f, scale, bias);
+  }
+  out[0] = __byte_perm(pair[0], pair[1], 0x5410);
+  out[1] = __byte_perm(pair[2], pair[3], 0x5410);
+  out[2] = __byte_perm(pair[0], pair[1], 0x7632);
+  out[3] = __byte_perm(pair[2], pair[3], 0x7632);
+}
+
 // 32 weights of a row, unpacked: 16 words of two each.
 template <class T, int BITS>
 __device__ inline void unpack(
     const uint* words, typename Pair<T>::Type scale, typename Pair<T>::Type bias, uint* out) {
   if constexpr (BITS == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint pair[4]; // codes j and j + 4
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        pair[j] = unpack_pair<T, 4>((words[i] >> (4 * j)) & 0x000f000f, scale, bias);
-      }
-      out[4 * i] = __byte_perm(pair[0], pair[1], 0x5410);
-      out[4 * i + 1] = __byte_perm(pair[2], pair[3], 0x5410);
-      out[4 * i + 2] = __byte_perm(pair[0], pair[1], 0x7632);
-      out[4 * i + 3] = __byte_perm(pair[2], pair[3], 0x7632);
-    }
+    for (int i = 0; i < 4; ++i) unpack_word<T>(words[i], scale, bias, out + 4 * i);
   } else {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -69,24 +74,43 @@ __device__ inline void unpack(
   }
 }
 
-// Reads BITS words by the widest loads that their alignment allows.
+// Starts to copy BITS words to shared memory by the widest copies that their alignment allows.
 template <int BITS>
-__device__ inline void load_words(const uint* from, uint* words) {
+__device__ inline void copy_own(uint to, const uint* from) {
   if constexpr (BITS % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < BITS; i += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from + i);
-      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to + 4 * i), "l"(from + i));
     }
   } else if constexpr (BITS % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < BITS; i += 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from + i);
-      words[i] = v.x, words[i + 1] = v.y;
+      asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(to + 4 * i), "l"(from + i));
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < BITS; ++i) words[i] = from[i];
+    for (int i = 0; i < BITS; ++i) {
+      asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4;" ::"r"(to + 4 * i), "l"(from + i));
+    }
+  }
+}
+
+// Reads the words that this thread has copied.
+template <int BITS>
+__device__ inline void read_own(uint from, uint* words) {
+  if constexpr (BITS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < BITS; i += 4) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                   : "r"(from + 4 * i)
+                   : "memory");
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) {
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[i]) : "r"(from + 4 * i) : "memory");
+    }
   }
 }
 
@@ -138,6 +162,8 @@ __device__ inline void multiply_add(float* c, const uint* a, uint b0, uint b1) {
   }
 }
 
+#if TWO_BLOCKS
 // MLX writes the first line of a kernel. Two blocks of 256 threads shall fit into a multiprocessor.
 #undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__(256, 2)
+#endif

@@ -52,25 +52,33 @@ class FusedBackend(GatherBackend):
 
     name = "fused"
     fuses_blocks = True
+    # Of one layer's arrays; what MLX keeps is used again by the next layer.
+    kept_nbytes = 1 << 30 if mx.cuda.is_available() else 0
 
     def start(
         self, slots: SlotMemory, x: mx.array, top_k: int, *, separate: bool = False
     ) -> ExpertWork:
         if x.size <= MAX_TOKENS * x.shape[-1] and self.has_kernels(slots):
             return FewTokensWork(slots, x, top_k)
-        if self._uses_tensor_cores(slots, x.dtype):
-            matrices = expert_matrices(slots)
-            assert matrices is not None, "the kernels can read these experts"
-            return ManyTokensWork(matrices, x, top_k)
+        many = self.many_dtype(slots)
+        if many is not None and x.dtype == many:
+            return ManyTokensWork(slots.views["matrices"], x, top_k)
         return super().start(slots, x, top_k)
 
-    def _uses_tensor_cores(self, slots: SlotMemory, dtype: mx.Dtype) -> bool:
+    def many_dtype(self, slots: SlotMemory) -> mx.Dtype | None:
         # Metal has a good product of sorted rows in MLX itself.
         if not mx.cuda.is_available() or not self.has_kernels(slots):
-            return False
-        return grouped.supports(dtype, *slots.views["matrices"])
+            return None
+        matrices = slots.views["matrices"]
+        dtype = matrices[0].scales.dtype
+        fits = slots.layer.num_experts <= grouped.MAX_EXPERTS
+        return dtype if fits and grouped.supports(dtype, *matrices) else None
 
     def start_resident(self, slots: SlotMemory, x: mx.array, indices: mx.array) -> ExpertWork:
+        if x.size > MAX_TOKENS * x.shape[-1]:
+            many = ManyTokensWork(slots.views["matrices"], x, indices.shape[-1])
+            many.run_slots(indices, slots.num_slots)
+            return many
         work = FewTokensWork(slots, x, indices.shape[-1])
         work.run_slots(indices)
         return work

@@ -16,6 +16,7 @@ from mlx_lm.models import qwen3_5, qwen3_moe, qwen3_next
 
 from flashmoe_metal import kernel
 from flashmoe_metal.add_norm import add_norm, supports
+from flashmoe_metal.grouped import unpack
 from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.matvec import matvec
 
@@ -46,7 +47,8 @@ class QuantizedLinear(nn.QuantizedLinear):
         if rows == 1 and self._matrix is not None and kernel.available():
             return matvec(x, self._matrix)
         if rows >= UNPACKED_ROWS and self._can_unpack(x.dtype):
-            return x @ self._unpacked().T
+            assert self._matrix is not None, "the kernels can read the weights"
+            return x @ unpack(self._matrix).T
         return super().__call__(x)
 
     def _can_unpack(self, dtype: mx.Dtype) -> bool:
@@ -55,12 +57,8 @@ class QuantizedLinear(nn.QuantizedLinear):
             matrix is not None
             and matrix.scales.dtype == dtype
             and matrix.rows * matrix.columns <= UNPACKED_WEIGHTS
+            and dtype in (mx.bfloat16, mx.float16)
             and mx.cuda.is_available()
-        )
-
-    def _unpacked(self) -> mx.array:
-        return mx.dequantize(
-            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
         )
 
     @cached_property

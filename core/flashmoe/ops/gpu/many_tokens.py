@@ -31,12 +31,21 @@ class ManyTokensWork(ExpertWork):
     def __init__(self, matrices: list[Matrix], x: mx.array, top_k: int):
         self._gate, self._up, self._down = matrices
         self._x, self._top_k = x, top_k
+        self._slots: tuple[mx.array, int] | None = None  # of all pairs, see `run_slots`
         self._waiting: dict[int, np.ndarray] = {}  # given to `run`, and not computed yet
         self._pairs: list[np.ndarray] = []
         self._terms: list[mx.array] = []  # of the pairs, (pairs, hidden) float32
 
     def run(self, experts: Mapping[int, np.ndarray]) -> None:
         self._waiting |= experts
+
+    def run_slots(self, slots: mx.array, experts: int) -> None:
+        """Compute all pairs at once, when `combined` is called; no other result can be had.
+
+        Args:
+            slots: (tokens, top_k), all below `experts`.
+        """
+        self._slots = slots, experts
 
     def stop_reading(self) -> None:
         self._compute()
@@ -49,7 +58,11 @@ class ManyTokensWork(ExpertWork):
         return y.reshape(*places.shape, -1)
 
     def combined(self, scores: mx.array) -> mx.array:
-        terms, places = self._all_terms()
+        if self._slots is None:
+            terms, places = self._all_terms()
+        else:
+            groups, places = grouped.group_on_gpu(*self._slots)
+            terms = self._multiply(groups)
         return combine(CombineInputs(terms, places, scores.astype(mx.float32), self._x.dtype))
 
     def _compute(self) -> None:
@@ -60,10 +73,12 @@ class ManyTokensWork(ExpertWork):
         pairs = np.concatenate(list(waiting.values()))
         counts = np.array([p.size for p in waiting.values()])
         slots = np.fromiter(waiting, np.int32)
-        groups = grouped.group(slots, counts, pairs // self._top_k)
-        h = grouped.grouped_gate_up(self._x, groups, self._gate, self._up)
         self._pairs.append(pairs)
-        self._terms.append(grouped.grouped_down(h, groups, self._down))
+        self._terms.append(self._multiply(grouped.group(slots, counts, pairs // self._top_k)))
+
+    def _multiply(self, groups: grouped.Groups) -> mx.array:
+        h = grouped.grouped_gate_up(self._x, groups, self._gate, self._up)
+        return grouped.grouped_down(h, groups, self._down)
 
     def _all_terms(self) -> tuple[mx.array, mx.array]:
         """Return the terms of all pairs, and where those of each token are: (tokens, top_k)."""
