@@ -3,7 +3,7 @@
     float32   exact, the default
     int8      each group of a row is rounded to 8 bits, so that the CPU's integer instructions
               apply: faster, not exact. CPU only. The router stays in float32, and so do products of
-              many rows (prefill), weights of 3, 5 and 6 bits, and weights that are not quantised
+              many rows (prefill), weights of 3, 5 and 6 bits or of small floats, and plain weights
 
 The `End` of an answer says which one was used.
 """

@@ -29,7 +29,7 @@ PAIRS_AT_ONCE = 512
 
 # These layers keep float32 activations: rounding them would change the choice of experts more than
 # rounding elsewhere does by way of the hidden state.
-_ROUTERS = ("gate", "shared_expert_gate")
+_ROUTERS = {"gate", "shared_expert_gate", "router"}
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: layers.Linear,
@@ -112,7 +112,7 @@ class CpuBackend(Backend):
         recast(model, choose)
         for path, module in model.named_modules():
             quantised = isinstance(module, layers.QuantizedLinear | layers.QuantizedEmbedding)
-            if quantised and path.rpartition(".")[2] not in _ROUTERS:
+            if quantised and _ROUTERS.isdisjoint(path.split(".")):
                 module.activations = model.activations
 
 
