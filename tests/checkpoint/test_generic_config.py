@@ -1,6 +1,7 @@
 """Test that numbers of config.json of model types without a table of their own are checked."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,6 +9,8 @@ from checkpoint_edits import assert_refused, edit_json, edit_weights
 from moe_types import write_moe
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.safetensors_header import Tensor
+from flashmoe.checkpoint.stacked_experts import find_stacked_experts
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +144,24 @@ def test_layers_are_found_by_tensors_whatever_the_modules_are_called(tmp_path):
     assert not any("switch_mlp" in tensor.name for tensor in checkpoint.dense)
     assert json.loads((directory / "config.json").read_text())["model_dim"] == 64
     assert checkpoint.text_config["hidden_size"] == 64
+
+
+def test_second_module_of_experts_in_a_layer_gets_a_number_after_the_layers(tmp_path):
+    def stack(name, shape):
+        return Tensor(name, "F32", shape, tmp_path / "model.safetensors", 0, 4 * math.prod(shape))
+
+    tensors = {}
+    for layer in range(2):
+        for block in ("mlp", "moe"):
+            for name, shape in (("fc1", (4, 8, 16)), ("fc2", (4, 16, 8))):
+                full = f"model.layers.{layer}.{block}.experts.{name}.weight"
+                tensors[full] = stack(full, shape)
+    attention = "model.layers.0.self_attn.gate_proj.weight"
+    tensors[attention] = stack(attention, (8, 16))
+    found = find_stacked_experts({"num_hidden_layers": 2}, None, tensors, tmp_path)
+    assert {n: (x.layer, x.prefix.split(".")[3]) for n, x in found.items()} == {
+        0: (0, "mlp"),
+        2: (0, "moe"),
+        1: (1, "mlp"),
+        3: (1, "moe"),
+    }
