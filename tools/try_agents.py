@@ -200,7 +200,7 @@ def try_agent(name: str, url: str, key: str, directory: Path) -> bool:
         thread.join()
     written = (home / "work" / "hello.txt").exists()
     came_back = any(f"that has {SAID!r}" in line for line in proxy.log) or written
-    shown = " ".join(["flashmoe launch", name, "demo", "--", *ARGUMENTS[name]])
+    shown = " ".join([AGENTS[name].program, "SETTINGS", *command[1 + len(first) :]])
     print(f"### {name}\n\n    $ {shown}")
     for line in proxy.log:
         print("    " + line)

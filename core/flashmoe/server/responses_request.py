@@ -126,6 +126,8 @@ def input_messages(items: str | list, tools: ResponsesTools) -> list[dict]:
             raise _invalid(index, f"is {short_repr(item)}: it must be an object")
         kind = item.get("type", "message")
         role = item.get("role")
+        if not isinstance(kind, str):
+            raise _invalid(index, f"has the type {short_repr(kind)}: it must be text")
         if kind == "message" and role == "assistant":
             said = assistant()
             said["content"] = said.get("content", "") + _text(item.get("content"))
