@@ -17,7 +17,6 @@ from pathlib import Path
 from ..files import PARTIAL, publish
 from .safetensors_header import ITEM_BYTES
 
-
 #: The data of a file begins at a multiple of this, a page of a Mac: drives write whole blocks of a
 #: file into memory by themselves.
 DATA_ALIGNMENT = 16384
