@@ -203,6 +203,4 @@ class End:
         }
 
 
-Event = (
-    Progress | Text | Logprobs | Reasoning | ToolCallStart | ToolCallArguments | ToolCall | End
-)
+Event = Progress | Text | Logprobs | Reasoning | ToolCallStart | ToolCallArguments | ToolCall | End

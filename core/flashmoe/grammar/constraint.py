@@ -184,9 +184,8 @@ class Constraint:
         leading, whole = self._matchers.leading_digits, self._matchers.only_digits
         shorter = allowed & ((leading < left) | ((leading <= left) & ~whole))
         if left == 1:
-            shorter[
-                [t for t in np.flatnonzero(allowed & whole & (leading == 1)) if self._ends(t)]
-            ] = True
+            last = np.flatnonzero(allowed & whole & (leading == 1)).tolist()
+            shorter[[token for token in last if self._ends(token)]] = True
         return shorter
 
     def _ends(self, digit: int) -> bool:
@@ -194,7 +193,7 @@ class Constraint:
         assert self._matcher is not None, "callers have begun a grammar"
         matcher = self._matcher.deep_copy()
         bitmask = allocate_token_bitmask(1, self._matchers.width)
-        if not matcher.consume_token(int(digit)) or matcher.is_stopped():
+        if not matcher.consume_token(digit) or matcher.is_stopped():
             return matcher.is_stopped()
         fill_next_token_bitmask(matcher, bitmask, 0)
         bits = np.unpackbits(bitmask.view(np.uint8), bitorder="little")[: self._matchers.width]
