@@ -85,7 +85,7 @@ def test_bits_of_a_pair_depend_on_nothing_else():
     groups, places = grouped.group_on_gpu(mx.array(choices()), EXPERTS)
     together = grouped.grouped_gate_up(x, groups, gate, up)[places.reshape(-1)]
     for expert in np.unique(chosen):
-        pairs = np.flatnonzero(chosen == expert)[::-1]
+        pairs = np.flatnonzero(chosen == expert)[::-1].copy()
         alone = grouped.group(np.array([expert]), np.array([pairs.size]), pairs // TOP_K)
         h = grouped.grouped_gate_up(x, alone, gate, up)
         assert mx.array_equal(h, together[mx.array(pairs)])
