@@ -7,7 +7,7 @@ flashmoe reads is here, with the range that it may have; no real model comes nea
 
 | field                                  | kind    | range          | because                     |
 |----------------------------------------|---------|----------------|-----------------------------|
-| c.num_hidden_layers                    | int     | 1..2^12        | time and memory of a model  |
+| c.num_hidden_layers                    | int     | 1..2^9         | time and memory of a model  |
 | c.hidden_size, moe_intermediate_size,  | int     | 1..2^18        | shapes are int32 in MLX     |
 |   shared_expert_intermediate_size,     |         |                |                             |
 |   intermediate_size                    |         |                |                             |
@@ -65,7 +65,7 @@ from .json_files import is_int, show
 
 #: Sizes that each supported model has, and their ranges.
 SIZES = {
-    "num_hidden_layers": (1, 2**12),
+    "num_hidden_layers": (1, 2**9),
     "hidden_size": (1, 2**18),
     "moe_intermediate_size": (1, 2**18),
     "num_experts": (1, 2**16),

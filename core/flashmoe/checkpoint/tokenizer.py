@@ -12,6 +12,7 @@ from ..errors import CheckpointError
 from ..process_limits import check_threads
 from .checkpoint import Checkpoint
 from .json_files import is_file, show
+from .tokenizer_growth import check_growth, check_token
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -74,6 +75,9 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     Each row that has no token gets a text, because a model may answer with it.
     """
     where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
+    check_growth(getattr(tokenizer, "backend_tokenizer", None), where)
+    for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        check_token(added.content, token, where)
     # The templates of special tokens, for one text and for two, may give ids of no token.
     around = (*tokenizer.encode("a"), *tokenizer.encode("a", "b"))
     for token in (*around, *tokenizer.eos_token_ids, *tokenizer.all_special_ids):
@@ -92,6 +96,8 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
         _check_vocabulary(tokenizer.get_vocab(), where, rows)
     if not texts:
         return
+    longest = max(range(len(texts)), key=lambda i: len(texts[i] or ""))
+    check_token(texts[longest] or "", longest, where)
     if isinstance(texts[0], bytes):
         texts += [b""] * (rows - len(texts))
     elif None in texts:
