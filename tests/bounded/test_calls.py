@@ -42,6 +42,13 @@ def test_error_of_a_function_is_raised_as_it_is():
         calls.call(check_schema, {"type": 3}, "it")
 
 
+def test_text_of_an_error_is_short():
+    """Its end, where the way out is, stays."""
+    with pytest.raises(SettingError, match=r"^xxx.* \.\.\. .*3 is not valid under any") as refused:
+        calls.call(check_schema, {"type": 3}, "x" * 5000)
+    assert len(str(refused.value)) < 1100
+
+
 def test_fault_of_a_function_names_it_and_has_its_traceback():
     with pytest.raises(RuntimeError, match=r"(?s)_operator.mul failed.*TypeError"):
         calls.call(mul, "a", "b")

@@ -36,6 +36,8 @@ WAIT_SECONDS = 10.0
 #: The groups of functions: what reads schemas, grammars and values, and what renders templates.
 VALUES, TEMPLATES = "values", "templates"
 FAST_PROCESSES, SLOW_PROCESSES, SLOW_NICENESS = 2, 1, 5
+#: Characters of the text of an error.
+MAX_CHARACTERS = 1000
 #: Calls that were refused and are refused at once when they come again.
 REFUSALS = 256
 
@@ -224,8 +226,14 @@ def call(
     if "memory" in reply:
         raise calls.refuse(key, _memory(nbytes))
     if "error" in reply:
-        raise getattr(errors, reply["error"])(reply["text"])
+        raise getattr(errors, reply["error"])(_shorten(reply["text"]))
     raise RuntimeError(f"{module}.{name} failed in a helper process:\n{reply['fault']}")
+
+
+def _shorten(text: str) -> str:
+    """Cut the middle out of a long text: what a library quotes may be all of a hostile schema."""
+    half = MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def _memory(nbytes: int) -> str:
