@@ -227,7 +227,7 @@ def test_broken_settings_are_problems(tmp_path, no_self_test):
 
 
 def test_failing_section_does_not_hide_the_others(monkeypatch, no_self_test):
-    def broken():
+    def broken(_):
         raise RuntimeError("planted")
 
     monkeypatch.setattr(machine, "memory_facts", broken)

@@ -219,13 +219,13 @@ def test_bodies_have_one_limit_of_memory(toy):
         # Eight times the largest body.
         for _ in range(8):
             stack.enter_context(connect(server.url, post(b" " * 999, length=1000)))
-        until(lambda: server._bodies._free == 8)
+        until(lambda: server._answering._bodies._free == 8)
         response = ask(server.url)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "too_many_bodies")
         # A body that is too large anyway takes none.
         assert ask(server.url, user="x" * 1000).status_code == 413
         stack.close()
-        until(lambda: server._bodies._free == 8000)
+        until(lambda: server._answering._bodies._free == 8000)
         assert ask(server.url).status_code == 200
 
 

@@ -101,11 +101,11 @@ def serve(
     ollama: bool,
     verbose: bool,
 ) -> None:
-    """Serve a model over the APIs of OpenAI and Anthropic, with a page to chat.
+    """Serve a model over the APIs of OpenAI and Anthropic.
 
-    MODEL is a name (see `flashmoe list`) or the directory of an MLX checkpoint. Several names of
-    one checkpoint share its memory and differ in the experts per token. Only programs on this
-    machine can connect, unless --host says otherwise.
+    There is a page to chat, too. MODEL is a name (see `flashmoe list`) or the directory of an MLX
+    checkpoint. Several names of one checkpoint share its memory and differ in the experts per
+    token. Only programs on this machine can connect, unless --host says otherwise.
     """
     from ..server.access import check_key  # late: starlette
 
