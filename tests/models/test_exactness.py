@@ -207,12 +207,11 @@ QUESTIONS = [f"Tell me a short story about {x}." for x in SUBJECTS.split("|")] +
 @pytest.mark.slow
 @on_cpu
 def test_demo_writes_the_greedy_text_of_stock_mlx_lm():
-    """For 20 prompts and 16 tokens each, the text is the same and logits are within 1e-4."""
-    assert len(QUESTIONS) == 20
+    """For 10 prompts and 16 tokens each, the text is the same and logits are within 1e-4."""
     stock, tokenizer = mlx_lm.load(str(find(DEMO)))
     stock.set_dtype(mx.float32)
     model, _ = flashmoe.load(find(DEMO), slots=16)
-    for question in QUESTIONS:
+    for question in QUESTIONS[::2]:
         tokens = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )
