@@ -13,7 +13,7 @@ import plistlib
 import subprocess
 import sys
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class _ProcessUsage(ctypes.Structure):
     _fields_ = (("uuid", ctypes.c_ubyte * 16), ("numbers", ctypes.c_uint64 * 35))
 
 
-@lru_cache(maxsize=1)
+@cache
 def _library() -> Any:
-    return ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def footprint() -> tuple[int, int]:
@@ -62,7 +62,11 @@ def pressure() -> int:
 
 
 def drop_cached_pages(path: Path) -> None:
-    """Drop what the page cache holds of a file, so that reads reach the drive."""
+    """Drop what the page cache holds of a file, so that reads reach the drive.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if not size:

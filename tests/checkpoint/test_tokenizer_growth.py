@@ -1,5 +1,6 @@
 """Tests that a tokenizer cannot make texts or tokens that fill the memory."""
 
+import base64
 import shutil
 
 import pytest
@@ -16,6 +17,12 @@ def replace(pattern, content):
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def charsmap(text):
+    """A table that leads to one text; its trie is of no use."""
+    trie = bytes(1024)
+    return base64.b64encode(len(trie).to_bytes(4, "little") + trie + text + b"\0").decode()
+
+
 DOUBLED = replace({"String": "a"}, "aa")
 TOO_LONG = {
     "one Replace": ("normalizer", replace({"String": "a"}, "a" * 10**5)),
@@ -25,6 +32,12 @@ TOO_LONG = {
     "nested": (
         "normalizer",
         {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [DOUBLED] * 11}]},
+    ),
+    "a decoder": ("decoder", replace({"String": "a"}, "a" * 10**5)),
+    "decoders": ("decoder", {"type": "Sequence", "decoders": [DOUBLED] * 20}),
+    "a table of characters": (
+        "normalizer",
+        {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a" * 5000)},
     ),
     "the text 200 times": (
         "post_processor",

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..process_limits import check_threads
 from .checkpoint import Checkpoint
 from .json_files import is_file, show
-from .tokenizer_growth import check_growth, check_token
+from .tokenizer_growth import check_growth, check_lengths
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -76,8 +76,8 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     """
     where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
     check_growth(getattr(tokenizer, "backend_tokenizer", None), where)
-    for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
-        check_token(added.content, token, where)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    check_lengths([token.content for token in added.values()], where)
     # The templates of special tokens, for one text and for two, may give ids of no token.
     around = (*tokenizer.encode("a"), *tokenizer.encode("a", "b"))
     for token in (*around, *tokenizer.eos_token_ids, *tokenizer.all_special_ids):
@@ -96,8 +96,7 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
         _check_vocabulary(tokenizer.get_vocab(), where, rows)
     if not texts:
         return
-    longest = max(range(len(texts)), key=lambda i: len(texts[i] or ""))
-    check_token(texts[longest] or "", longest, where)
+    check_lengths(texts, where)
     if isinstance(texts[0], bytes):
         texts += [b""] * (rows - len(texts))
     elif None in texts:

@@ -3,7 +3,7 @@
 | part of tokenizer.json             | bound                                                      |
 |------------------------------------|------------------------------------------------------------|
 | text of a token                    | MAX_TOKEN_CHARACTERS                                       |
-| Replace, Prepend of the normalizer | the text is at most MAX_GROWTH times as long, all together |
+| normalizer, decoder                | the text is at most MAX_GROWTH times as long, all together |
 | templates of the post_processor    | MAX_PIECES pieces each                                     |
 
 A few words would fill the memory otherwise.
@@ -11,7 +11,9 @@ A few words would fill the memory otherwise.
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ _UNICODE = 18
 
 
 def check_growth(backend: Any, where: Path) -> None:
-    """Check the parts of a tokenizer that make a text longer.
+    """Check the parts of a tokenizer that make a text longer, before any text goes through them.
 
     Args:
         backend: the tokenizer of the package tokenizers; others have no such parts.
@@ -37,12 +39,13 @@ def check_growth(backend: Any, where: Path) -> None:
     Raises:
         CheckpointError: names file, part and value.
     """
-    normalizer = _state(backend, "normalizer")
-    if normalizer is not None and (growth := _growth(normalizer)) > MAX_GROWTH:
-        raise CheckpointError(
-            f"{where} has normalizer {show(normalizer)}, which makes a text up to {growth:.3g} "
-            f"times as long: at most {MAX_GROWTH} is allowed; download it again"
-        )
+    for name in ("normalizer", "decoder"):
+        part = _state(backend, name)
+        if part is not None and (growth := _growth(part)) > MAX_GROWTH:
+            raise CheckpointError(
+                f"{where} has {name} {show(part)}, which makes a text up to {growth:.3g} times as "
+                f"long: at most {MAX_GROWTH} is allowed; download it again"
+            )
     for name, pieces in _templates(_state(backend, "post_processor") or {}):
         if len(pieces) > MAX_PIECES:
             raise CheckpointError(
@@ -51,11 +54,16 @@ def check_growth(backend: Any, where: Path) -> None:
             )
 
 
-def check_token(text: str | bytes, token: int, where: Path) -> None:
-    """Check the length of a token's text."""
-    if len(text) > MAX_TOKEN_CHARACTERS:
+def check_lengths(texts: Sequence[str | bytes | None], where: Path) -> None:
+    """Check the lengths of the texts of tokens; None is no token.
+
+    Raises:
+        CheckpointError: names the file and the text.
+    """
+    longest = max(filter(None, texts), key=len, default="")
+    if len(longest) > MAX_TOKEN_CHARACTERS:
         raise CheckpointError(
-            f"{where} has token {token}, {show(text)}, of {len(text)} characters: at most "
+            f"{where} has a token {show(longest)} of {len(longest)} characters: at most "
             f"{MAX_TOKEN_CHARACTERS} are allowed; download it again"
         )
 
@@ -66,20 +74,26 @@ def _state(backend: Any, name: str) -> dict | None:
     return state if isinstance(state, dict) else None
 
 
-def _growth(normalizer: dict) -> float:
-    kind = normalizer.get("type")
+def _growth(part: dict) -> float:
+    """Return how many times as long a normalizer or decoder can make a text."""
+    kind = part.get("type")
     if kind == "Sequence":
         growth = 1.0
-        for part in normalizer.get("normalizers", []):
-            growth *= _growth(part)
+        for inner in part.get("normalizers") or part.get("decoders") or []:
+            growth *= _growth(inner)
         return growth
     if kind == "Replace":
-        pattern, content = normalizer.get("pattern", {}), normalizer.get("content", "")
+        pattern, content = part.get("pattern", {}), part.get("content", "")
         # A regular expression may match nothing, before and after each character.
         text = pattern.get("String")
         return max(1.0, len(content) / len(text)) if text else 1.0 + len(content)
     if kind == "Prepend":
-        return 1.0 + len(normalizer.get("prepend", ""))
+        return 1.0 + len(part.get("prepend", ""))
+    if kind == "Precompiled":
+        # A trie, its length before it, and the texts that it leads to, each ended by a zero.
+        data = base64.b64decode(part.get("precompiled_charsmap") or "")
+        texts = data[4 + int.from_bytes(data[:4], "little") :]
+        return 1.0 + max(map(len, texts.split(b"\0")))
     return _UNICODE if kind in ("NFKC", "NFKD") else 1.0
 
 
