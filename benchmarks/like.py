@@ -23,8 +23,8 @@ import numpy as np
 
 from flashmoe.catalog import CATALOGUE
 from flashmoe.checkpoint.safetensors_header import INDEX_NAME, ITEM_BYTES
-from flashmoe.checkpoint.safetensors_writer import TensorSpec
-from flashmoe.hub.layouts import GROUP_SIZE, Layout, compute_layout, encode_header
+from flashmoe.checkpoint.safetensors_writer import TensorSpec, encode_header, index_of
+from flashmoe.hub.layouts import GROUP_SIZE, HEADER_ALIGNMENT, Layout, compute_layout
 
 ROOT = Path(__file__).parents[1]
 #: Where the experts of published checkpoints are in their files, as another project published it.
@@ -117,8 +117,7 @@ def _write_rest(out: Path, layout: Layout, name: str, shards: Sequence[Shard]) -
     import qwen_tokenizers
 
     (out / "config.json").write_text(json.dumps(layout.config, indent=4))
-    places = {t.name: s.name for s in shards for t in s.tensors}
-    index = {"metadata": {"total_size": layout.nbytes}, "weight_map": dict(sorted(places.items()))}
+    index = index_of({shard.name: shard.tensors for shard in shards})
     (out / INDEX_NAME).write_text(json.dumps(index, indent=4))
     repo = CATALOGUE[name].repo.partition("/")[2]
     family = next(f for f in sorted(TOKENIZERS, key=len, reverse=True) if repo.startswith(f))
@@ -149,11 +148,12 @@ def place(layout: Layout, offsets: dict[str, tuple[str, int]]) -> list[Shard]:
     Without offsets the order is random, as that of MLX's writer is, and headers have odd lengths,
     as most published ones have.
     """
-    shards, left = [], []
+    shards: list[Shard] = []
+    left: list[TensorSpec] = []
     for name, tensors in layout.shards.items():
         if not offsets:
             order = random.Random(name).sample(tensors, len(tensors))
-            header = encode_header(order)
+            header = encode_header(order, HEADER_ALIGNMENT)
             shards.append(
                 Shard(name, _longer(header, len(header) + len(header) % 2 + 1), (*order,))
             )
@@ -185,10 +185,10 @@ def _around(
         if first > 100_000:  # other tensors are before it
             # Some room for fillers. The first shard's experts begin at an odd offset, too.
             every = [*stacks.values(), *dense]
-            length = len(encode_header(every)) + 2000
+            length = len(encode_header(every, HEADER_ALIGNMENT)) + 2000
             length += (first - length) % 2
         tensors = _fill(length, stacks, list(dense), f"{FILLER}.{number}")
-        header = encode_header(tensors)
+        header = encode_header(tensors, HEADER_ALIGNMENT)
         if len(header) <= length:
             return Shard(name, _longer(header, length), tuple(tensors)), left
         left.append(dense.pop())

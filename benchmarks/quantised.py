@@ -24,9 +24,10 @@ from perplexity import ASKED
 import flashmoe
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
+from flashmoe.checkpoint.safetensors_writer import SHARD_NBYTES
 from flashmoe.quantize import writer as quantize
 from flashmoe.quantize.calibration import calibrate
-from flashmoe.quantize.recipe import SHARD_NBYTES, Recipe, make_plan
+from flashmoe.quantize.recipe import Recipe, make_plan
 from flashmoe.quantize.rounding import Rounded
 from flashmoe.sweep.documents import sample_answers
 from flashmoe.sweep.fidelity import compare_with_exact, save_exact_logits

@@ -26,12 +26,11 @@ from pathlib import Path
 import like
 import numpy as np
 
-from flashmoe.checkpoint.safetensors_header import ITEM_BYTES
-from flashmoe.checkpoint.safetensors_writer import encode_header
+from flashmoe.checkpoint.safetensors_header import INDEX_NAME, ITEM_BYTES
+from flashmoe.checkpoint.safetensors_writer import encode_header, index_of, split_into_shards
 
 HIDDEN, EXPERT, HEADS, KV_HEADS, HEAD_DIM = 4096, 1024, 32, 2, 256
 KEY_HEADS, VALUE_HEADS, LINEAR_DIM, CONV, INTERVAL = 16, 64, 128, 4, 4
-SHARD_BYTES = 5 * 10**9
 TILE_BYTES = 64 << 20
 PIECE_BYTES = 16 << 20
 STEP = 4099  # a prime: consecutive units start at different places of the tile, far apart
@@ -122,19 +121,6 @@ def plan(layers: int, experts: int, vocab: int, bits: int, group_size: int) -> I
         yield from packed(f"{at}.mlp.switch_mlp.down_proj", experts, HIDDEN, EXPERT)
     yield from plain("language_model.model.norm.weight", HIDDEN)
     yield from packed("language_model.lm_head", vocab, HIDDEN)
-
-
-def split(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Split tensors into shards of at most SHARD_BYTES, or one larger tensor, by file name."""
-    shards: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
 def config(layers: int, experts: int, vocab: int, bits: int, group_size: int, top_k: int) -> dict:
@@ -246,7 +232,7 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: give a new directory")
-    shards = split(list(plan(layers, experts, vocab, bits, group_size)))
+    shards = split_into_shards(plan(layers, experts, vocab, bits, group_size))
     total = sum(t.nbytes for tensors in shards.values() for t in tensors)
     free = shutil.disk_usage(out).free
     if free < total * 1.02:
@@ -262,9 +248,7 @@ def write(
                     if f.write(piece) != len(piece):
                         raise OSError(errno.ENOSPC, "short write", str(out / name))
             os.fsync(f.fileno())
-    weight_map = {t.name: name for name, tensors in shards.items() for t in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (out / INDEX_NAME).write_text(json.dumps(index_of(shards), indent=1))
     settings = config(layers, experts, vocab, bits, group_size, top_k)
     (out / "config.json").write_text(json.dumps(settings, indent=1))
     return {

@@ -24,6 +24,7 @@ from toys import FAMILIES, write_chat_toy, write_toy
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.checkpoint.quantization import FLOAT_MODES
+from flashmoe.checkpoint.safetensors_writer import encode_header
 from flashmoe.checkpoint.tokenizer import read_tokenizer
 from flashmoe.engine import Engine
 from flashmoe.events import Text
@@ -395,7 +396,7 @@ def test_memory_does_not_grow_with_the_checkpoint(toy, tmp_path):
     large.mkdir()
     tensors = list(synth.plan(4, 3, 1024, 4, 64))
     with open(large / "model.safetensors", "wb") as f:
-        f.write(synth.encode_header(tensors))
+        f.write(encode_header(tensors))
         size = f.tell() + sum(t.nbytes for t in tensors)
         f.truncate(size)
     (large / "config.json").write_text(json.dumps(synth.config(4, 3, 1024, 4, 64, 2)))

@@ -49,7 +49,7 @@ def test_weights_have_mean_0_and_rows_of_norm_1(bits):
     shape = {"weight": (rows, width * bits // 32), "scales": (rows, 8), "biases": (rows, 8)}
     dtypes = {"weight": "U32", "scales": "BF16", "biases": "BF16"}
     tensors = tuple(TensorSpec(f"x.{part}", dtypes[part], shape[part]) for part in shape)
-    fill = like.Fill(Layout({}, {"model.safetensors": tensors}), seed=0)
+    fill = like.Fill(Layout({}, {"model.safetensors": [*tensors]}), seed=0)
     data = {t.name: b"".join(map(bytes, fill.pieces(t))) for t in tensors}
     assert {t.name: t.nbytes for t in tensors} == {name: len(d) for name, d in data.items()}
     packed = np.frombuffer(data["x.weight"], np.uint8)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from ..files import PARTIAL, publish
 from .safetensors_header import ITEM_BYTES
@@ -20,6 +21,19 @@ from .safetensors_header import ITEM_BYTES
 #: The data of a file begins at a multiple of this, a page of a Mac: drives write whole blocks of a
 #: file into memory by themselves.
 DATA_ALIGNMENT = 16384
+#: The most bytes of tensors in a shard of mlx-lm, unless a single tensor is larger.
+SHARD_NBYTES = 5 << 30
+
+
+class HasBytes(Protocol):
+    """Something whose size in a shard is known."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return its bytes."""
+
+
+Item = TypeVar("Item", bound=HasBytes)
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,36 @@ def encode_header(tensors: Sequence[TensorSpec], alignment: int = 8) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
+
+
+def split_into_shards(
+    tensors: Iterable[Item], shard_nbytes: int = SHARD_NBYTES
+) -> dict[str, list[Item]]:
+    """Split tensors into shards as mlx-lm does, and return those of each file by its name.
+
+    Args:
+        tensors: in the order in which they are written.
+        shard_nbytes: the most bytes of a shard; a tensor that is larger gets a shard of its own.
+    """
+    shards: list[list[Item]] = [[]]
+    nbytes = 0
+    for tensor in tensors:
+        if shards[-1] and nbytes + tensor.nbytes > shard_nbytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(tensor)
+        nbytes += tensor.nbytes
+    count = len(shards)
+    if count == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def index_of(shards: Mapping[str, Iterable[TensorSpec]]) -> dict[str, Any]:
+    """Return the content of the index of shards: the file of each tensor, and the bytes of all."""
+    places = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
 class ShardWriter:

@@ -8,7 +8,7 @@ published weights are known, they equal the computed ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,14 +17,19 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.safetensors_header import INDEX_NAME
-from ..checkpoint.safetensors_writer import TensorSpec
+from ..checkpoint.safetensors_writer import (
+    TensorSpec,
+    encode_header,
+    index_of,
+    split_into_shards,
+)
 from ..locks import temporary_directory
 from .known_models import CATALOGUE, Published, family_of
 
-#: The most bytes that mlx-lm writes into one shard, but for a tensor that is larger.
-SHARD_NBYTES = 5 << 30
 #: Weights that share a scale and a bias, in all checkpoints of layouts.json.
 GROUP_SIZE = 64
+#: MLX puts the data directly behind the header, at whatever byte that is.
+HEADER_ALIGNMENT = 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Layout:
     """
 
     config: dict[str, Any]
-    shards: dict[str, tuple[TensorSpec, ...]]
+    shards: dict[str, list[TensorSpec]]
 
     @property
     def tensors(self) -> Iterator[TensorSpec]:
@@ -49,12 +54,6 @@ class Layout:
     def nbytes(self) -> int:
         """Return the bytes of all tensors, which the index of the checkpoint calls total_size."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    def index(self) -> str:
-        """Return the text of the index."""
-        places = {tensor.name: file for file, shard in self.shards.items() for tensor in shard}
-        metadata = {"total_size": self.nbytes}
-        return json.dumps({"metadata": metadata, "weight_map": dict(sorted(places.items()))})
 
 
 def compute_layout(published: Published, *, layers: int | None = None) -> Layout | None:
@@ -69,8 +68,7 @@ def compute_layout(published: Published, *, layers: int | None = None) -> Layout
     data = _data()
     how = data["checkpoints"][name]
     config = _config(data, family_of(name), published.bits, how["gate_bits"], layers)
-    shards = _shards(list(_tensors(config, how.get("a_log", "BF16"))))
-    return Layout(config, shards)
+    return Layout(config, split_into_shards(_tensors(config, how.get("a_log", "BF16"))))
 
 
 @contextmanager
@@ -105,26 +103,11 @@ def compare(layout: Layout, checkpoint: Checkpoint) -> str:
 def write_hollow(layout: Layout, directory: Path) -> None:
     """Write the files of a layout into a directory, with a hole in place of the weights."""
     (directory / "config.json").write_text(json.dumps(layout.config, indent=4))
-    (directory / INDEX_NAME).write_text(layout.index())
+    (directory / INDEX_NAME).write_text(json.dumps(index_of(layout.shards)))
     for name, tensors in layout.shards.items():
         with open(directory / name, "wb") as f:
-            f.write(encode_header(tensors))
+            f.write(encode_header(tensors, HEADER_ALIGNMENT))
             f.truncate(f.tell() + sum(tensor.nbytes for tensor in tensors))
-
-
-def encode_header(tensors: Sequence[TensorSpec]) -> bytes:
-    """Return the header of a shard as MLX writes it, which does not fill it up to a multiple."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        entries[tensor.name] = {
-            "data_offsets": [start, end],
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    return len(text).to_bytes(8, "little") + text
 
 
 @cache
@@ -168,20 +151,6 @@ def _config(
 
 def _prefix(config: dict[str, Any]) -> str:
     return "language_model.model." if "text_config" in config else "model."
-
-
-def _shards(tensors: list[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
-    """Split tensors into files as mlx-lm does."""
-    shards: list[list[TensorSpec]] = [[]]
-    nbytes = 0
-    for tensor in tensors:
-        if shards[-1] and nbytes + tensor.nbytes > SHARD_NBYTES:
-            shards.append([])
-            nbytes = 0
-        shards[-1].append(tensor)
-        nbytes += tensor.nbytes
-    count = len(shards)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": tuple(s) for i, s in enumerate(shards, 1)}
 
 
 def _tensors(config: dict[str, Any], a_log: str) -> Iterator[TensorSpec]:

@@ -21,11 +21,8 @@ from ..checkpoint.quantization import (
     parse_quantization,
 )
 from ..checkpoint.safetensors_header import EXPERT_TENSOR, Tensor
-from ..checkpoint.safetensors_writer import TensorSpec
+from ..checkpoint.safetensors_writer import SHARD_NBYTES, TensorSpec, split_into_shards
 from ..errors import SettingError
-
-#: Bytes of a shard, the same as mlx-lm's.
-SHARD_NBYTES = 5 * 10**9
 
 #: The dtype of new scales and biases where those of the source are no floats.
 _SCALES = "BF16"
@@ -174,19 +171,8 @@ def make_plan(
         SettingError: the group size does not divide the rows of the experts.
     """
     tensors = [_with_new_bits(tensor, recipe) for tensor in _tensors(checkpoint)]
-    shards: list[list[TensorPlan]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > shard_nbytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    count = len(shards)
-    names = {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
-    if count == 1:
-        names = {"model.safetensors": shards[0]}  # the name that mlx-lm gives a single file
-    return QuantizePlan(checkpoint, recipe, names, _new_config(checkpoint, recipe, tensors))
+    shards = split_into_shards(tensors, shard_nbytes)
+    return QuantizePlan(checkpoint, recipe, shards, _new_config(checkpoint, recipe, tensors))
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[TensorPlan]:

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.safetensors_header import INDEX_NAME, Tensor, read_header
-from ..checkpoint.safetensors_writer import ShardWriter
+from ..checkpoint.safetensors_writer import ShardWriter, index_of
 from ..errors import CheckpointError, QuantizeError
 from ..files import PARTIAL, disk_too_full, free_nbytes, write_json
 from ..terminal import format_number
@@ -198,14 +198,12 @@ class Quantizer:
         directory = self.directory
         for name, file in extra_files(self.plan.checkpoint.path).items():
             copy_file(file, directory / name)
-        weight_map = {
-            target.name: name
-            for name, tensors in self.plan.shards.items()
-            for tensor in tensors
-            for target in tensor.targets
-        }
-        total = {"total_size": self.plan.nbytes()[1]}
-        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        index = index_of(
+            {
+                name: [target for tensor in tensors for target in tensor.targets]
+                for name, tensors in self.plan.shards.items()
+            }
+        )
         note = self.note | {"errors": {r: e.summary() for r, e in self.errors.items()}}
         for name, content in ((NOTE, note), (INDEX_NAME, index), ("config.json", self.plan.config)):
             write_json(directory / name, content)

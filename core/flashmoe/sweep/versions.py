@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..catalog import find
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.safetensors_writer import SHARD_NBYTES
 from ..errors import SettingError
-from ..quantize.recipe import SHARD_NBYTES, QuantizePlan, Recipe, make_plan
+from ..quantize.recipe import QuantizePlan, Recipe, make_plan
 
 OWN = "own"
 _RECIPE = re.compile(r"\d+(/\d+){0,2}")
