@@ -76,8 +76,6 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     """
     where, rows = checkpoint.path / "tokenizer.json", checkpoint.text_config["vocab_size"]
     check_growth(getattr(tokenizer, "backend_tokenizer", None), where)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    check_lengths([token.content for token in added.values()], where)
     # The templates of special tokens, for one text and for two, may give ids of no token.
     around = (*tokenizer.encode("a"), *tokenizer.encode("a", "b"))
     for token in (*around, *tokenizer.eos_token_ids, *tokenizer.all_special_ids):
@@ -93,7 +91,9 @@ def _check_tokens(tokenizer: TokenizerWrapper, checkpoint: Checkpoint) -> None:
     # use, no token is higher and no two are equal: a vocabulary takes a fifth of a second to read.
     texts: list | None = getattr(tokenizer.detokenizer, "tokenmap", None)
     if not texts or None in texts or len(texts) > rows:
-        _check_vocabulary(tokenizer.get_vocab(), where, rows)
+        vocabulary = tokenizer.get_vocab()
+        check_lengths(vocabulary, where)
+        _check_vocabulary(vocabulary, where, rows)
     if not texts:
         return
     check_lengths(texts, where)

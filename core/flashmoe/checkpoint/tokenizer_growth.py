@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def check_growth(backend: Any, where: Path) -> None:
             )
 
 
-def check_lengths(texts: Sequence[str | bytes | None], where: Path) -> None:
+def check_lengths(texts: Iterable[str | bytes | None], where: Path) -> None:
     """Check the lengths of the texts of tokens; None is no token.
 
     Raises:
