@@ -93,7 +93,7 @@ def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int)
 
     return {
         "decode": lambda: run.run(steps),
-        "busy": lambda: dict(_largest(busy(lambda: run.run(5), 5))),
+        "busy": lambda: dict(largest(busy(lambda: run.run(5), 5))),
         "logits": lambda: forced(model, prompt[:6]),
         "exact logits": exact,
         "fully resident": lambda: sum(
@@ -102,7 +102,8 @@ def decoding(side: str, path: Path, experts: int, prompt: list[int], steps: int)
     }
 
 
-def _largest(parts: dict[str, float], count: int = 15) -> list[tuple[str, float]]:
+def largest(parts: dict[str, float], count: int = 15) -> list[tuple[str, float]]:
+    """Return the largest times of `busy`, with their names, in descending order."""
     return sorted(parts.items(), key=lambda part: -part[1])[:count]
 
 

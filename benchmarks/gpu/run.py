@@ -18,8 +18,11 @@ than the caches hold. Rounds alternate between both sides; figures are medians.
                both against stock in float32
     streaming  experts on disk and slots on the GPU: whether the result equals the resident one bit
                for bit, and where the time of a token goes
+    prompts    prompts of 512 and 2048 tokens, K = 10: tokens/s through the resident model, whether
+               streamed prompts leave the same bits, and a dense product of 512 rows
 
-`model` and `streaming` write a checkpoint into --work: 17 GB and 8 GB. The last line is JSON.
+`model` and `prompts` write one checkpoint into --work, of 17 GB, `streaming` one of 8 GB, and
+`prompts` another one of 2 GB. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ import numpy as np
 # As a script, this file finds only the modules of its own directory.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from flashmoe.ops.gpu.fused import MAX_TOKENS
+from flashmoe_metal.grouped import unpack
 from flashmoe_metal.kernel import available
 from flashmoe_metal.matvec import matvec
 from flashmoe_metal.router import router
@@ -60,10 +64,11 @@ from gpu.block import (
 )
 from gpu.clock import busy
 from gpu.model import model, streaming
+from gpu.prompts import prompts, streamed_prompts
 from gpu.sides import Sides, ratios
 
 ROUNDS = 7
-SECTIONS = ("check", "block", "kernels", "rows", "model", "streaming")
+SECTIONS = ("check", "block", "kernels", "rows", "model", "streaming", "prompts")
 
 
 def bandwidth() -> float:
@@ -223,6 +228,20 @@ def rows() -> dict:
     return results | {"kernels take": MAX_TOKENS}
 
 
+def unpacked(rows_out: int, columns: int, rows: int) -> dict:
+    """Return the us of a dense product: MLX's quantised one, and after `unpack`; CUDA only."""
+    if not mx.cuda.is_available():
+        return {}
+    m = first(stack(1, rows_out, columns))
+    x = mx.random.normal((rows, columns)).astype(mx.bfloat16)
+    mx.eval(x)
+    sides = {
+        "stock": lambda: mx.eval(product(x, m)),
+        "ours": lambda: mx.eval(x @ unpack(m).T),
+    }
+    return {name: round(s * 1e6) for name, s in alternated(sides, rounds=20).items()}
+
+
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--work", type=click.Path(path_type=Path), default=Path("/tmp/flashmoe-gpu"))
 @click.option("--only", multiple=True, type=click.Choice(SECTIONS), help="Only these sections.")
@@ -247,6 +266,11 @@ def main(work, only, layers, experts, small, keep):
         "rows": rows,
         "model": lambda: model(work, layers, experts),
         "streaming": lambda: streaming(work, layers=8, experts=128, slots=32),
+        "prompts": lambda: {
+            "resident": prompts(work, layers, experts),
+            "streamed": streamed_prompts(work, layers=8, experts=32, slots=13),
+            "20608 x 4096, 512 rows, us": unpacked(20608, 4096, rows=512),
+        },
     }
     for name in only:
         start = time.perf_counter()

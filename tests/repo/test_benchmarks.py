@@ -16,6 +16,7 @@ import runs
 import synth
 import synth_gguf
 import timeline
+from gpu import prompts
 from gpu import run as gpu_run
 from gpu.clock import union
 from gpu.sides import SIDES, Sides
@@ -24,6 +25,7 @@ from timeline import Span
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
 from flashmoe.ops.gpu.fused import SETTINGS
+from flashmoe_metal.kernel import available
 
 #: `make test-all` runs these.
 pytestmark = pytest.mark.slow
@@ -260,6 +262,26 @@ def test_gpu_benchmark_streams_the_bits_of_the_resident_model(tmp_path, monkeypa
         assert results[io]["same bits as resident"]
         assert 0 < results[io]["hit rate"] < 1
         assert results[io]["ms of a token"]["step"] > 0
+
+
+def test_gpu_benchmark_streams_prompts_with_the_bits_of_the_resident_model(tmp_path, monkeypatch):
+    shrink(synth, monkeypatch)
+    monkeypatch.setattr(prompts, "VOCAB", 1024)
+    with launched():
+        resident = prompts.prompts(tmp_path, layers=4, experts=14, lengths=[40])
+        streamed = prompts.streamed_prompts(tmp_path, layers=4, experts=14, slots=12, lengths=[40])
+    assert resident["backend"] == "fused"
+    assert resident["prompt of 40"]["tokens/s"] > 0
+    assert streamed["experts read"] > 0
+    assert streamed["same bits as resident"] == {40: True}
+
+
+def test_gpu_benchmark_says_that_it_needs_a_gpu():
+    with gpu_run.main.make_context("gpu", []) as context:
+        assert "prompts" in gpu_run.main.get_help(context)
+    if not available():
+        with pytest.raises(SystemExit, match="no GPU"):
+            gpu_run.main(["--only", "prompts"])
 
 
 def test_plan_is_within_25_percent_of_published_speeds(small):
