@@ -11,7 +11,7 @@ import pytest
 from toys import write_toy
 
 from flashmoe.checkpoint.checkpoint import Checkpoint
-from flashmoe.errors import BudgetError, SettingError
+from flashmoe.errors import BudgetError
 from flashmoe.memory import footprint
 from flashmoe.memory import system as memory
 from flashmoe.models.loading import load_streaming, plan_memory
@@ -251,45 +251,6 @@ def test_missing_name_is_an_error_and_machines_are_listed():
     assert "m3-max-48gb\t48 GB\t400\t5.5\t" in run("--machine", "list")
     machines = {m["name"]: m for m in json.loads(run("--machine", "list", "--json"))}
     assert machines["m3-max-48gb"]["memory"] == 48 << 30
-
-
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_next", "qwen3_moe"])
-def test_probe_measures_a_reduced_checkpoint_of_each_family(tmp_path, family):
-    """A few layers with a few experts are a checkpoint that loads and decodes."""
-    dense = family != "qwen3_5_moe"
-    path = write_toy(tmp_path / "m", family, layers=8, num_experts=9, dense_layer=dense)
-    checkpoint = Checkpoint.open(path)
-    costs = speed_probe.measure_compute(checkpoint, 3)
-    assert 0 <= costs.layer_seconds < 1
-    assert 0 < costs.weights_gb_s < 1000
-    assert costs.disk_gb_s == math.inf
-    with speed_probe._reduced(checkpoint, 3) as (small, k):
-        assert (small.num_layers, small.num_experts, k) == (4, 5, 3)
-        assert small.dense_nbytes < checkpoint.dense_nbytes
-
-
-def test_probe_is_reduced_to_the_available_memory(toy, monkeypatch):
-    checkpoint = Checkpoint.open(toy)
-    with speed_probe._reduced(checkpoint, 6) as (small, _):
-        limit = 2 * small.dense_nbytes + 3.5 * small.expert_nbytes / small.num_experts
-    monkeypatch.setattr("flashmoe.memory.system.available", lambda: int(2 * limit))
-    with speed_probe._reduced(checkpoint, 6) as (small, k):
-        assert k == 3
-        assert small.num_experts == k
-    monkeypatch.setattr("flashmoe.memory.system.available", lambda: 1_000_000)
-    with pytest.raises(SettingError, match="--machine"), speed_probe._reduced(checkpoint, 6):
-        pass
-
-
-def test_scratch_file_is_removed(toy, tmp_path):
-    probe = speed_probe.measure_disk(Checkpoint.open(toy), misses=2, pause=0.001, scratch=tmp_path)
-    assert probe.gb_per_s > 0
-    assert "scratch file" in probe.what
-    assert not list(tmp_path.glob(".flashmoe*"))
-    with pytest.raises(SettingError, match="cannot write a scratch file"):
-        speed_probe.measure_disk(
-            Checkpoint.open(toy), misses=2, pause=0.001, scratch=tmp_path / "none"
-        )
 
 
 def test_disk_is_measured_as_decoding_reads_from_it(toy):

@@ -27,10 +27,10 @@ from dataclasses import dataclass, replace
 from math import ceil, comb, inf
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.stacked_experts import layer_of
+from ..memory.dry_run import SHARED_NAMES
 from ..memory.footprint import cache_nbytes
 from .routing import Routing
-
-_HEADS = ("lm_head.", "language_model.lm_head.", "model.lm_head.")
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,18 @@ class Geometry:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Geometry:
         """Return the geometry of a checkpoint; only its headers are needed."""
-        inside = [t for t in checkpoint.dense if ".layers." in t.name]
-        shared = sum(t.nbytes for t in inside if ".shared_expert." in t.name)
-        head = sum(t.nbytes for t in checkpoint.dense if t.name.startswith(_HEADS))
-        # With tied weights, the embedding is the head.
-        head = head or sum(t.nbytes for t in checkpoint.dense if ".embed_tokens." in f".{t.name}")
         config, moe_layers = checkpoint.text_config, len(checkpoint.expert_layers)
+        inside = [t for t in checkpoint.dense if layer_of(t.name) is not None]
+        shared = sum(t.nbytes for t in inside if set(SHARED_NAMES) & set(t.name.split(".")))
+        outside = [t for t in checkpoint.dense if layer_of(t.name) is None]
+        head = sum(t.nbytes for t in outside if "lm_head" in t.name)
+        # With tied weights, the embedding is the head.
+        head = head or sum(t.nbytes for t in outside if t.shape[:1] == (config["vocab_size"],))
+        first = next(iter(checkpoint.expert_layers.values()))
+        inner, outer = (
+            next(p.shape[0] for p in first.parts if p.projection == name)
+            for name in (first.projections[0], first.projections[-1])
+        )
         expert = checkpoint.expert_nbytes / checkpoint.num_experts / moe_layers
         return cls(
             layers=checkpoint.num_layers,
@@ -79,7 +85,7 @@ class Geometry:
             layer_nbytes=(sum(t.nbytes for t in inside) - shared) / checkpoint.num_layers,
             shared_nbytes=shared / checkpoint.num_layers,
             head_nbytes=head,
-            weights_per_byte=3 * config["hidden_size"] * config["moe_intermediate_size"] / expert,
+            weights_per_byte=len(first.projections) * inner * outer / expert,
             context_nbytes=(cache_nbytes(checkpoint, 512) - cache_nbytes(checkpoint, 256)) / 256,
             row_nbytes=4 * config["hidden_size"],
         )

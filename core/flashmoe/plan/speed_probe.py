@@ -1,9 +1,8 @@
 """Measures the speeds of this machine for one model within seconds, before the model is downloaded.
 
-Compute: the first layers of the model, up to one with full attention, with a few experts and a
-small vocabulary, become a checkpoint whose weights are a hole in a file and so read as zeros. It is
-loaded and runs like any other: speed does not depend on the values of weights. From decode steps
-with K experts and with one expert follow
+Compute: the first layers of the model, with a few experts and a small vocabulary, become a
+checkpoint whose weights are a hole in a file and so read as zeros (`reduced_checkpoint`). From
+decode steps with K experts and with one expert (two of a type that cannot do with one) follow
 
     weights GB/s    the bytes of K - 1 experts / the difference of the two times
     a layer         what is left of the step with K experts when all its bytes go at that speed
@@ -17,9 +16,7 @@ directory that it would be downloaded to, read in ranges as long as those of its
 
 from __future__ import annotations
 
-import copy
 import fcntl
-import json
 import math
 import mmap
 import os
@@ -35,11 +32,9 @@ from time import perf_counter
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.file_identity import FileIdentity
-from ..checkpoint.safetensors_header import EXPERT_TENSOR, Tensor
-from ..checkpoint.safetensors_writer import TensorSpec, encode_header
-from ..errors import SettingError
+from ..errors import CheckpointError, SettingError
 from ..locks import temporary_directory
-from ..memory import system as memory
+from ..models.generic_moe import LEAST_K
 from ..models.loading import load_streaming
 from ..models.streaming_moe import StreamingMoE
 from ..ops import backend as ops
@@ -48,11 +43,9 @@ from ..streaming import drives
 from ..streaming.disk_bench import forget, paced
 from ..streaming.io_modes import BLOCK, F_NOCACHE
 from ..streaming.slot_memory import allocate_pages
+from .reduced_checkpoint import irreducible, reduced
 from .speed_model import Costs, Geometry
 
-#: Layers that are measured in place of all, for models whose layers have the same attention.
-LAYERS = 4
-VOCABULARY = 2048
 #: Tokens of the measured prompt. With 512 tokens in a layer of hundreds of experts, about this many
 #: meet in one expert.
 PROMPT_TOKENS = 32
@@ -85,19 +78,25 @@ def measure_compute(checkpoint: Checkpoint, k: int, activations: str = "float32"
         k: experts per token.
 
     Raises:
-        SettingError: not even a few layers fit in memory.
+        SettingError: not even a few layers fit in memory, or no small model of this type runs.
     """
-    with _reduced(checkpoint, k) as (small, k), closing(_load(small, activations)) as model:
+    least = LEAST_K.get(checkpoint.model_type, 1)
+    with ExitStack() as stack:
+        try:
+            small, k = stack.enter_context(reduced(checkpoint, k))
+            model = stack.enter_context(closing(_load(small, activations)))
+        except CheckpointError as e:
+            raise irreducible(checkpoint, e) from e
         model.experts = k
         prompt_seconds = _measure_prompt(model)
-        model.experts = 1
-        _measure_steps(model, 1, 0.0)  # compiles
-        step, more = _measure_steps(model, k, STEPS_SECONDS)
+        model.experts = least
+        _measure_steps(model, least, least, 0.0)  # compiles
+        step, more = _measure_steps(model, k, least, STEPS_SECONDS)
     geometry = Geometry.from_checkpoint(small)
     experts = geometry.expert_layers * geometry.expert_nbytes
     dense = geometry.layers * (geometry.layer_nbytes + geometry.shared_nbytes)
     dense += geometry.head_nbytes
-    slope = more / (k - 1) if k > 1 else 0.0
+    slope = more / (k - least) if k > least else 0.0
     rest = step - slope * (k + dense / experts)
     if slope <= 0 or rest < 0:  # the model is so small that its bytes do not count
         slope, rest = step / (k + dense / experts), 0.0
@@ -165,8 +164,8 @@ def _load(small: Checkpoint, activations: str) -> StreamingMoE:
     )
 
 
-def _measure_steps(model: StreamingMoE, k: int, seconds: float) -> tuple[float, float]:
-    """Return the seconds of a step with K experts, and how much longer it takes than with one.
+def _measure_steps(model: StreamingMoE, k: int, least: int, seconds: float) -> tuple[float, float]:
+    """Return the seconds of a step with K experts, and how much longer it takes than with `least`.
 
     Both kinds of steps alternate, and the results are medians, so that other work of the machine
     has little influence.
@@ -186,8 +185,8 @@ def _measure_steps(model: StreamingMoE, k: int, seconds: float) -> tuple[float, 
     times: list[tuple[float, float]] = []
     start = perf_counter()
     while len(times) < 5 or perf_counter() - start < seconds:
-        times.append((step(k), step(1)))
-    return median(many for many, _ in times), median(many - one for many, one in times)
+        times.append((step(k), step(least)))
+    return median(many for many, _ in times), median(many - few for many, few in times)
 
 
 def _measure_prompt(model: StreamingMoE) -> float:
@@ -201,66 +200,6 @@ def _measure_prompt(model: StreamingMoE) -> float:
         for _ in prefill(model, [[0] * tokens], make_prompt_cache(model)):
             pass
     return perf_counter() - begin
-
-
-@contextmanager
-def _reduced(checkpoint: Checkpoint, k: int) -> Iterator[tuple[Checkpoint, int]]:
-    """Yield a checkpoint of a few layers of the model, and its K.
-
-    The K is smaller than the given one if there is not enough memory for that many experts.
-    """
-    config = copy.deepcopy(checkpoint.config)
-    text = config.get("text_config", config)
-    layers = checkpoint.text_config.get("full_attention_interval") or LAYERS
-    layers = min(checkpoint.num_layers, max(layers, min(checkpoint.expert_layers) + 1))
-    each = sum(x.expert_nbytes for i, x in checkpoint.expert_layers.items() if i < layers)
-    vocabulary = min(VOCABULARY, checkpoint.text_config["vocab_size"])
-    kept = [
-        t for t in checkpoint.dense if (layer := _layer_index(t.name)) is None or layer < layers
-    ]
-    dense = sum(_reduced_shape(t, 1, vocabulary).nbytes for t in kept)
-    # Twice the dense weights, which are widened; half of the memory, since a prompt needs some.
-    left = memory.available() // 2 - 2 * dense
-    experts = min(checkpoint.num_experts, k + 2, left // each)
-    k = min(k, experts)
-    if k < 1:
-        raise SettingError(
-            f"{layers} layers of the model do not fit in the available memory "
-            f"({format_size(memory.available())}), so nothing can be measured: close other "
-            "programs, or predict for a known machine with --machine"
-        )
-    text |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "num_experts": experts}
-    text["num_experts_per_tok"] = k
-    for part in (config, text):
-        part.pop("eos_token_id", None)  # these rows are gone
-    kept += [t for t in checkpoint.tensors.values() if _is_expert(t.name, checkpoint, layers)]
-    targets = [_reduced_shape(t, experts, vocabulary) for t in kept]
-    with temporary_directory("flashmoe-probe-") as path:
-        (path / "config.json").write_text(json.dumps(config))
-        with open(path / "model.safetensors", "wb") as f:
-            f.write(encode_header(targets))
-            f.truncate(f.tell() + sum(t.nbytes for t in targets))
-        yield Checkpoint.open(path), k
-
-
-def _is_expert(name: str, checkpoint: Checkpoint, layers: int) -> bool:
-    match = EXPERT_TENSOR.fullmatch(name)
-    index = int(match["layer"]) if match else layers
-    return index < layers and name.startswith(checkpoint.expert_layers[index].prefix)
-
-
-def _layer_index(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
-
-
-def _reduced_shape(tensor: Tensor, experts: int, vocabulary: int) -> TensorSpec:
-    rows, *rest = tensor.shape or (1,)
-    if ".mlp.gate." in tensor.name or EXPERT_TENSOR.fullmatch(tensor.name):
-        rows = experts
-    elif ".embed_tokens." in f".{tensor.name}" or ".lm_head." in f".{tensor.name}":
-        rows = vocabulary
-    return TensorSpec(tensor.name, tensor.dtype, (rows, *rest) if tensor.shape else ())
 
 
 def _expert_batches(checkpoint: Checkpoint, count: int) -> Iterator[list[tuple[Path, int, int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import BudgetError, ContextError
+from ..errors import BudgetError, ContextError, SettingError
 from ..plan import speed_probe
 from ..plan.estimate import PlanOptions, SpeedEstimate, estimate_speed, split_memory
 from ..plan.speed_model import Costs
@@ -45,12 +45,16 @@ def forecast_seconds(
         memory: see `flashmoe.options.LoadOptions`.
 
     Returns:
-        None if the model does not fit in memory, which the sweep itself explains.
+        None if the model does not fit in memory, which the sweep itself explains, or if no small
+        model of its type can be measured.
     """
     work = [w for w in work if w != Work(w.experts)]
     if not work:
         return 0.0
-    costs = speed_probe.measure_compute(checkpoint, checkpoint.top_k)
+    try:
+        costs = speed_probe.measure_compute(checkpoint, checkpoint.top_k)
+    except SettingError:
+        return None
     disk = speed_probe.measure_disk(checkpoint, misses=checkpoint.top_k, pause=0.0, scratch=None)
     costs = replace(costs, disk_gb_s=disk.gb_per_s)
     try:

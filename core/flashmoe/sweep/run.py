@@ -110,7 +110,7 @@ class Sweep:
     def forecast_seconds(self) -> float | None:
         """Return how long this machine will take for what is still to measure, roughly.
 
-        None if the model does not fit in memory.
+        None where it cannot be told, see `flashmoe.sweep.forecast`.
         """
         from .forecast import Work, forecast_seconds
 
