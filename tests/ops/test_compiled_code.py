@@ -1,4 +1,4 @@
-"""Code that another user of this machine has written is not loaded, and blocks nobody."""
+"""Code that another user of this machine has written, or that is old, is not loaded."""
 
 import os
 import pickle
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from other_user import BIN, UID, as_other_user
 
+import flashmoe
 from flashmoe.catalog import DEMO
 
 ANSWER = (BIN / "flashmoe", "run", DEMO, "hello", "--max-tokens", "4", "--temperature", "0.7")
@@ -201,3 +202,39 @@ def test_numba_that_may_not_compile_is_an_error_that_says_so(env):
     assert done.returncode == 1
     assert "NUMBA_DISABLE_JIT is set" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+HITS = """
+from flashmoe.ops.cpu import gemm, int8, unpack
+kernels = (
+    unpack.block_kernel("dot", 4, 64, "float32"),
+    int8.dot_kernel(4, 64, "float32", "plain"),
+    gemm.product_kernel(16),
+)
+print(*(kernel.cache_hits for kernel in kernels))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_again_when_a_module_that_makes_their_code_changed(tmp_path, env):
+    """llvm.py has no kernel of its own, and numba compares the modules of kernels alone."""
+    copy, original = tmp_path / "flashmoe", Path(flashmoe.__file__).parent
+    for directory, inner in ((copy, "ops"), (copy / "ops", "cpu")):
+        directory.mkdir()
+        for entry in (original / directory.relative_to(copy)).iterdir():
+            if entry.name not in (inner, "__pycache__"):
+                (directory / entry.name).symlink_to(entry)
+    shutil.copytree(original / "ops/cpu", copy / "ops/cpu", ignore=lambda *_: ["__pycache__"])
+    env |= {"PYTHONPATH": str(tmp_path)}
+
+    def hits() -> str:
+        done = run([sys.executable, "-c", HITS], env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert [hits(), hits()] == ["0 0 0", "1 1 1"]
+    with open(copy / "ops/cpu/llvm.py", "a") as file:
+        file.write("# changed\n")
+    assert hits() == "0 0 0"
+    kernels = (copy / "ops/cpu/__pycache__").glob("*.nbc")
+    assert len(list(kernels)) == 3, "new code takes the place of the old"

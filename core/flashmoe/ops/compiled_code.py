@@ -1,18 +1,21 @@
-"""Load compiled code only from directories that no other user of this machine can write.
+"""Load compiled code only if no other user of this machine can write it, and if it is up to date.
 
 MLX on a CPU writes its compiled functions to $TMPDIR/mlx and loads whatever lies there under the
 right name, whoever put it there; and a second user cannot write to the directory of the first. So
 its compiling is turned off on a CPU, which costs no speed (docs/experiments.md) and changes no bit.
 MLX on CUDA takes its directory from a variable. numba takes the first directory that it can write:
-beside the package, else in the user's cache.
+beside the package, else in the user's cache. It looks for changes in the module of a kernel alone,
+while the kernels here are put together by several modules.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ PTX_ENV = "MLX_PTX_CACHE_DIR"
 NUMBA_ENV = "NUMBA_CACHE_DIR"
 # The kernels of one CPU take some 5 MB.
 _NEEDED_NBYTES = 32 * 2**20
+_KERNELS = Path(__file__).parent / "cpu"
 
 
 def protect_mlx() -> None:
@@ -57,11 +61,44 @@ def protect_numba() -> None:
             "NUMBA_DISABLE_JIT is set, and the kernels only run when numba compiles them: unset it"
         )
     asked = config.CACHE_DIR or None
-    if asked is None and _unfit(Path(__file__).parent / "cpu" / "__pycache__") is None:
+    if asked is None and _unfit(_KERNELS / "__pycache__") is None:
         return
     if asked is None or _unfit(Path(asked)):
         os.environ[NUMBA_ENV] = str(_directory(NUMBA_ENV, asked))
         config.reload_config()
+
+
+def compare_all_sources() -> None:
+    """Let numba compile a kernel of `ops.cpu` again when any source there has changed.
+
+    It applies to kernels that are defined from now on.
+    """
+    from numba.core.caching import CacheImpl
+
+    known: Any = CacheImpl
+    known._locator_classes = [
+        *(type(kind.__name__, (_AllSources, kind), {}) for kind in known._locator_classes),
+        *known._locator_classes,
+    ]
+
+
+class _AllSources:
+    """A mixin in front of numba's classes that say where a kernel is kept, and if it is old."""
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Any:
+        if Path(py_file).parent != _KERNELS:
+            return None
+        return super().from_function(py_func, py_file)  # type: ignore[misc]  # of numba's class
+
+    def get_source_stamp(self) -> str:
+        return _sources_digest()
+
+
+@cache
+def _sources_digest() -> str:
+    sources = sorted(_KERNELS.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _directory(variable: str, asked: str | None) -> Path:

@@ -1,5 +1,7 @@
 """Compute layers on the CPU with numba kernels."""
 
-from ..compiled_code import protect_numba
+from ..compiled_code import compare_all_sources, protect_numba
 
-protect_numba()  # before the kernels are defined
+# Before the kernels are defined.
+protect_numba()
+compare_all_sources()

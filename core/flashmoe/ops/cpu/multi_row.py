@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from .llvm import F32, I64, load, offset, pointer, store_sum, zeros
 from .small_floats import decoder
-from .unpack import emitters, keyed, literal_form, row_bytes, step_words, sum_lanes
+from .unpack import emitters, row_bytes, step_words, sum_lanes
 
 #: The most matrix rows of a task.
 BLOCK = 16
@@ -41,7 +41,7 @@ def _emit_part(
         start, stop, n: groups, or inputs when unquantised; n is those of the whole row.
         out, kept: addresses.
     """
-    form = literal_form(bits, group_size, dtype, how)
+    form = [t.literal_value for t in (bits, group_size, dtype, how)]
     count, (_, dot) = rows.literal_value, emitters(form)
 
     def codegen(context, builder, signature, args):
@@ -86,7 +86,7 @@ def rows_kernel(rows: int, bits: int, group_size: int, dtype: str) -> CFunc:
             (rows, BLOCK).
     """
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
-    depth, how = _DEPTH, keyed(decoder())
+    depth, how = _DEPTH, decoder()
     if group_size:
         whole = step_words(bits, group_size) * 32 // (bits * group_size)
         depth = max(1, _DEPTH // (whole * group_size)) * whole

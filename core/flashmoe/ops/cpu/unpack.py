@@ -15,11 +15,9 @@ small floats (see `small_floats`). w, scales, biases, x and out are addresses as
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import lcm
-from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -282,7 +280,7 @@ def sum_lanes(bits: int, group_size: int) -> tuple[int, int]:
 
 @intrinsic(prefer_literal=True)
 def _emit(typingctx, op, bits, group_size, dtype, how, w, scales, biases, x, n, out):
-    form = literal_form(bits, group_size, dtype, how)
+    form = [t.literal_value for t in (bits, group_size, dtype, how)]
     unpack, dot = emitters(form)
     op_ = op.literal_value
 
@@ -297,25 +295,6 @@ def _emit(typingctx, op, bits, group_size, dtype, how, w, scales, biases, x, n, 
         return context.get_dummy_value()
 
     return types.void(op, bits, group_size, dtype, how, *[types.int64] * 6), codegen
-
-
-@cache
-def keyed(how: str) -> str:
-    """Return `how` with a digest of the code that emits kernels, as `literal_form` takes it.
-
-    numba's cache on disk compares the source of a kernel's own module only, and literals.
-    """
-    sources = (
-        Path(__file__).with_name(f"{name}.py") for name in ("llvm", "small_floats", "unpack")
-    )
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    return f"{how}/{digest.hexdigest()[:16]}"
-
-
-def literal_form(*literals) -> list:
-    """Return the format (bits, group_size, dtype, how) of literal types; `how` is from `keyed`."""
-    *form, how = (literal.literal_value for literal in literals)
-    return [*form, how.partition("/")[0]]
 
 
 def emitters(form: Sequence) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -345,7 +324,7 @@ def block_kernel(op: str, bits: int, group_size: int, dtype: str, how: str | Non
     weight_bytes, scale_bytes = row_bytes(bits, group_size, dtype)
     out_bytes = 4 * (group_size or 1)
     unpacks = op == "unpack"
-    how_ = keyed(how or small_floats.decoder())
+    how_ = how or small_floats.decoder()
 
     @cfunc(types.void(*[types.int64] * 7), cache=True)
     def block(w, scales, biases, x, height, n, out):
