@@ -103,7 +103,7 @@ def test_output_that_cannot_be_written_is_said(env, command):
     assert_one_line(shell(f"{command} >/dev/full", env), "the output or a temporary file cannot be")
 
 
-@pytest.mark.parametrize("command", [ANSWER, LLM, PLAN, INFO])
+@pytest.mark.parametrize("command", [ANSWER, LLM, PLAN])
 def test_working_directory_that_is_gone_is_said(tmp_path, env, command):
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -111,7 +111,7 @@ def test_working_directory_that_is_gone_is_said(tmp_path, env, command):
     assert_one_line(done, "the working directory is not there any more")
 
 
-@pytest.mark.parametrize("command", [LIST, MODELS])
+@pytest.mark.parametrize("command", [INFO, LIST, MODELS])
 def test_working_directory_that_is_gone_is_not_needed(tmp_path, env, command):
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -14,6 +14,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, FlashMoEError
 from ..generation.prompt_cache import PromptStore
 from ..hub import registry
+from ..models.families import FAMILIES
 from ..sizes import format_size
 from ..terminal import (
     format_number,
@@ -25,6 +26,12 @@ from ..terminal import (
 )
 
 _NOT_HERE = "not on this disk"
+
+# How a model takes prompts and batches through its layers: see `models.layerwise`.
+_LAYERWISE_PROMPTS = "several chunks in one layer after the other: experts are read once for all"
+_PROMPTS = "chunk by chunk: experts are read for each chunk of 512 tokens"
+_LAYERWISE_BATCH = "together: sequences share the reads of each layer"
+_BATCH = "one after another"
 
 
 @click.command("list")
@@ -191,9 +198,7 @@ def _style(row: Mapping[str, Any]) -> str:
 
 
 def _details(model: catalog.Model, checkpoint: Checkpoint) -> dict[str, Any]:
-    from ..models.families import family_of  # late: it imports MLX
-
-    family = family_of(checkpoint.config)
+    own = checkpoint.model_type in FAMILIES
     layers = checkpoint.expert_layers
     one = next(iter(layers.values())).expert_nbytes
     return {
@@ -209,9 +214,9 @@ def _details(model: catalog.Model, checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes of one expert": one,
         "bytes of a token's experts": len(layers) * checkpoint.top_k * one,
         "chat template": read_chat_template(checkpoint.path) is not None,
-        "own blocks": family.own_blocks,
-        "prompts": family.prompts,
-        "batch": family.batches,
+        "own blocks": own,
+        "prompts": _LAYERWISE_PROMPTS if own else _PROMPTS,
+        "batch": _LAYERWISE_BATCH if own else _BATCH,
     }
 
 

@@ -1,69 +1,29 @@
-"""The registry: how each model type runs beyond what every type does.
+"""The registry: which model types flashmoe computes in its own way.
 
 Every MoE model type of mlx-lm streams through `generic_moe`, without an entry here. An entry is for
-a type whose blocks or layers flashmoe computes in its own way, which is faster; see CONTRIBUTING.
+a type whose blocks and layers are flashmoe's own, which is faster; see CONTRIBUTING. mlx-lm is
+imported by `streaming_classes` alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.models import qwen3_5_moe, qwen3_moe, qwen3_next
-
-from ..memory.dry_run import model_classes
-from .generic_moe import streaming_class
-from .qwen_moe import Qwen3_5Moe, Qwen3Moe, Qwen3Next
-from .streaming_moe import StreamingMoE
+#: model_type of config.json -> the class of its streaming model in `qwen_moe`. Its MoE blocks are
+#: flashmoe's own, and prompts and batches go through it layer by layer (`layerwise`).
+FAMILIES = {"qwen3_5_moe": "Qwen3_5Moe", "qwen3_next": "Qwen3Next", "qwen3_moe": "Qwen3Moe"}
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the models of a type run.
-
-    Attributes:
-        model: the class of the streaming model.
-        args: mlx-lm's class of its arguments.
-        own_blocks: whether its MoE blocks are flashmoe's own; on a GPU they are a few launches.
-    """
-
-    model: type[StreamingMoE]
-    args: Any
-    own_blocks: bool = False
-
-    @property
-    def prompts(self) -> str:
-        """How a prompt is taken through the layers, as `info` says it."""
-        if self.model.layerwise:
-            return "several chunks in one layer after the other: experts are read once for all"
-        return "chunk by chunk: experts are read for each chunk of 512 tokens"
-
-    @property
-    def batches(self) -> str:
-        """How the sequences of a batch are computed, as `info` says it."""
-        if self.model.layerwise:
-            return "together: sequences share the reads of each layer"
-        return "one after another"
-
-
-#: model_type of config.json -> what is known of it. Other types have no entry, and run.
-FAMILIES: dict[str, Family] = {
-    # Gated attention and GatedDeltaNet layers, a shared expert.
-    "qwen3_5_moe": Family(Qwen3_5Moe, qwen3_5_moe.ModelArgs, own_blocks=True),
-    # The same with other projections.
-    "qwen3_next": Family(Qwen3Next, qwen3_next.ModelArgs, own_blocks=True),
-    # Attention layers, no shared expert.
-    "qwen3_moe": Family(Qwen3Moe, qwen3_moe.ModelArgs, own_blocks=True),
-}
-
-
-def family_of(config: dict[str, Any]) -> Family:
-    """Return how the model of a config.json runs.
+def streaming_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the class of the streaming model of a config.json, and mlx-lm's of its arguments.
 
     Raises:
         CheckpointError: mlx-lm has no Mixture-of-Experts model of that type.
     """
-    if (known := FAMILIES.get(config["model_type"])) is not None:
-        return known
+    from ..memory.dry_run import model_classes
+    from . import generic_moe, qwen_moe
+
     model, args = model_classes(config)
-    return Family(streaming_class(model), args)
+    if (known := FAMILIES.get(config["model_type"])) is not None:
+        return getattr(qwen_moe, known), args
+    return generic_moe.streaming_class(model), args

@@ -34,7 +34,7 @@ from ..streaming.compute import Backend
 from ..streaming.cuda import device_memory
 from ..streaming.drives import Drive, drive_of
 from ..streaming.reader import Reader
-from .families import family_of
+from .families import FAMILIES, streaming_classes
 from .streaming_moe import StreamingMoE
 
 log = logging.getLogger("flashmoe")
@@ -204,20 +204,20 @@ def _build(
     held: int,
 ) -> StreamingMoE:
     """Make the model, and load its dense weights."""
-    family = family_of(checkpoint.config)
+    model_class, args_class = streaming_classes(checkpoint.config)
 
     def make(args):
-        model: Any = family.model(args)
+        model = model_class(args)
         model.stream_from(checkpoint, plan, reader, backend, activations, held)
         return model
 
     def classes(config: dict) -> tuple[Any, Any]:
-        return make, family.args
+        return make, args_class
 
     model, _ = load_model(checkpoint.path, lazy=True, get_model_classes=classes)
     assert isinstance(model, StreamingMoE), "`make` makes it"
     backend.set_dtypes(model)
-    if backend.fuses_blocks and family.own_blocks:
+    if backend.fuses_blocks and checkpoint.model_type in FAMILIES:
         # Late: it needs the kernels. Before the dense layers, because only plain ones are joined.
         from .fused_blocks import recast_blocks
 
