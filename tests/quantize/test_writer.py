@@ -19,7 +19,8 @@ import synth
 from checkpoint_edits import edit_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import FAMILIES, write_chat_toy, write_toy
+from moe_types import write_moe
+from toys import FAMILIES, copy_tokenizer, write_chat_toy, write_toy
 
 from flashmoe.catalog import DEMO, find
 from flashmoe.checkpoint.checkpoint import Checkpoint
@@ -194,6 +195,19 @@ def test_calibration_sums_equal_those_of_the_stock_model(tmp_path, monkeypatch, 
             assert sums.counts[e] == count
             np.testing.assert_allclose(sums.down[e], total, rtol=1e-3, atol=1e-4)
             assert calibration(i, "down", e).mean() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h"])
+def test_calibration_counts_the_tokens_of_experts_of_other_model_types(tmp_path, name):
+    """The experts of nemotron_h have two matrices, and inputs smaller than the hidden size."""
+    path = write_moe(tmp_path / "toy", name, vocab_size=8192)
+    copy_tokenizer(path)
+    text = tmp_path / "text"
+    text.write_text(TEXT * 3)
+    checkpoint = Checkpoint.open(path)
+    for sums in calibrate(checkpoint, text, tokens=40).layers.values():
+        assert (sums.tokens, sums.counts.sum()) == (40, 40 * checkpoint.top_k)
+        assert (sums.hidden > 0).all()
 
 
 def answer(path: Path) -> str:

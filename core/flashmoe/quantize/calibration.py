@@ -187,9 +187,11 @@ class _SumObserver:
     """Adds the squared inputs of the experts of a model to sums, one for each MoE layer."""
 
     def __init__(self, checkpoint: Checkpoint):
-        config = checkpoint.text_config
-        sizes = (config["num_experts"], config["hidden_size"], config["moe_intermediate_size"])
-        self.layers = {index: LayerSums.zeros(*sizes) for index in checkpoint.expert_layers}
+        self.layers = {}
+        for index, layer in checkpoint.expert_layers.items():
+            rows = {p.projection: p.shape[0] for p in layer.parts if p.part == "weight"}
+            first, last = layer.projections[0], layer.projections[-1]
+            self.layers[index] = LayerSums.zeros(layer.num_experts, rows[last], rows[first])
         self.model: StreamingMoE | None = None
 
     def hidden(self, layer: int, x: np.ndarray) -> None:
@@ -199,8 +201,7 @@ class _SumObserver:
 
     def intermediate(self, layer: int, slot: int, h: np.ndarray) -> None:
         assert self.model is not None, "set when the model is loaded"
-        switch = self.model.blocks[layer].switch_mlp
-        expert = switch.expert_in(slot)
+        expert = self.model.switches[layer].expert_in(slot)
         sums = self.layers[layer]
         sums.down[expert] += np.square(h).sum(axis=0)
         sums.counts[expert] += len(h)
