@@ -17,10 +17,12 @@ from expert_problems import (
     router_problem,
 )
 
+from flashmoe_metal import grouped
 from flashmoe_metal.add_norm import add_norm
 from flashmoe_metal.gated_delta_prompt import gated_delta_prompt
 from flashmoe_metal.gated_delta_step import gated_delta_step
 from flashmoe_metal.kernel import launched_by
+from flashmoe_metal.matrix import Matrix
 from flashmoe_metal.qk_norm_rope import HeadLayout, QkInputs, qk_norm_rope
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
@@ -41,6 +43,31 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"qk_norm_rope of {dtype}", lambda dtype=dtype: rotation(dtype)
         yield f"gated_delta_step of {dtype}", lambda dtype=dtype: step(dtype)
         yield f"gated_delta_prompt of {dtype}", lambda dtype=dtype: prompt(dtype)
+
+
+def cuda_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield a name and a call that launches kernels in CUDA's own language, of bf16 and f16."""
+    for dtype in (BF16, F16):
+        yield f"group_pairs and grouped of {dtype}", lambda dtype=dtype: products(dtype)
+        for bits in (4, 5):
+            yield (
+                f"unpack of {dtype}, {bits} bits",
+                lambda dtype=dtype, bits=bits: grouped.unpack(packed(64, 64, bits, dtype)),
+            )
+
+
+def products(dtype: mx.Dtype):
+    groups, _ = grouped.group_on_gpu(mx.zeros((70, 2), mx.uint32), 1)
+    gate, down = packed(24, 128, 4, dtype), packed(128, 64, 3, dtype)
+    h = grouped.grouped_gate_up(mx.zeros((70, 128), dtype), groups, gate, gate)
+    return h, grouped.grouped_down(mx.zeros((140, 64), dtype), groups, down)
+
+
+def packed(rows: int, columns: int, bits: int, dtype: mx.Dtype) -> Matrix:
+    """Return a matrix of zeros with groups of 32."""
+    scales = mx.zeros((rows, columns // 32), dtype)
+    words = mx.zeros((rows, columns * bits // 32), mx.uint32)
+    return Matrix(words, scales, scales, bits, 32)
 
 
 def problems() -> Iterator[tuple[str, Problem]]:

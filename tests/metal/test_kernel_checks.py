@@ -6,11 +6,12 @@ import msl_spaces
 import pytest
 import sanitized
 from expert_problems import Case, Kind, down_problem
-from kernel_cases import cases, launches
+from kernel_cases import cases, cuda_cases, launches
 
 from flashmoe_metal.kernel import Kernel
 
 CASES = [pytest.param(call, id=name) for name, call in cases()]
+CUDA_CASES = [pytest.param(call, id=name) for name, call in cuda_cases()]
 
 
 @pytest.mark.skipif(msl_spaces.clang() is None, reason="no Clang of version 17 or later")
@@ -22,7 +23,7 @@ def test_address_spaces_are_right(call):
 
 
 @pytest.mark.skipif(msl_cuda.toolkit() is None, reason="no NVRTC, or no MLX for CUDA")
-@pytest.mark.parametrize("call", CASES)
+@pytest.mark.parametrize("call", CASES + CUDA_CASES)
 def test_kernel_compiles_for_cuda(call):
     for kernel, arguments in launches(call):
         assert not msl_cuda.errors(kernel, **arguments)

@@ -15,7 +15,8 @@ constexpr int TILES = (DV + 15) / 16;
 const int head = threadgroup_position_in_grid.x / TILES;
 const int key_head = head / (HV / HK);
 const int lane = thread_index_in_simdgroup;
-const int row = threadgroup_position_in_grid.x % TILES * 16 + simdgroup_index_in_threadgroup * 4 + lane / 8;
+const int row = threadgroup_position_in_grid.x % TILES * 16
+    + simdgroup_index_in_threadgroup * 4 + lane / 8;
 const bool mine = row < DV;
 const int first_column = lane % 8 * 4;
 const int tokens = length[0];

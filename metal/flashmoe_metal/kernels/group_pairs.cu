@@ -1,24 +1,25 @@
 // Sorts the pairs of tokens by their experts, in one block of 1024 threads: for CUDA only.
 //
-//   chosen  uint32 [P]        the expert, which is its slot, of each pair; P = tokens * TOP_K
+//   chosen  uint32 [P]        the expert of each pair, which is its slot, below EXPERTS;
+//                             P = tokens * TOP_K
 //   sizes   int32 [4]         P, TILES
 //   rows    uint32 [P]        the token of each pair, in the order of the experts
 //   tiles   int32 [TILES, 3]  slot, first pair and end of up to 128 pairs; the rest is zeros
 //   places  uint32 [P]        where each pair is in that order
 //
-// The order of an expert's pairs is any: no bit of what is computed depends on it.
+// The pairs of one expert come in any order: no bit of what is computed depends on it.
 __shared__ int counts[EXPERTS];
 __shared__ int firsts[EXPERTS];
 __shared__ int sums[2][1024];
 const int index = threadIdx.x;
-const int many = sizes[0];
+const int pairs = sizes[0];
 const int all_tiles = sizes[1];
 for (int e = index; e < EXPERTS; e += 1024) counts[e] = 0;
 __syncthreads();
-for (int i = index; i < many; i += 1024) atomicAdd(&counts[chosen[i]], 1);
+for (int i = index; i < pairs; i += 1024) atomicAdd(&counts[chosen[i]], 1);
 __syncthreads();
 
-// Pairs and tiles before the experts of each thread, EACH of them.
+// Each thread has EACH experts. How many pairs and tiles are before them?
 constexpr int EACH = (EXPERTS + 1023) / 1024;
 int my_pairs = 0;
 int my_tiles = 0;
@@ -59,7 +60,7 @@ for (int t = sums[1][1023] + index; t < all_tiles; t += 1024) {
   tiles[3 * t] = tiles[3 * t + 1] = tiles[3 * t + 2] = 0;
 }
 __syncthreads();
-for (int i = index; i < many; i += 1024) {
+for (int i = index; i < pairs; i += 1024) {
   const int at = atomicAdd(&firsts[chosen[i]], 1);
   rows[at] = i / TOP_K;
   places[i] = at;

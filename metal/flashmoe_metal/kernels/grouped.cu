@@ -8,14 +8,14 @@
 //
 // A block of 256 threads computes 128 pairs times 128 matrix rows (with GATE_UP 64 of each matrix),
 // 64 columns at a time. x and packed weights are copied to shared memory two steps before they are
-// needed. Each thread unpacks 32 weights for the next step while the tensor cores are busy with this one. Every sum is taken in
-// the order of the columns, whatever other pairs a tile has.
-constexpr int UNITS = 1024; // pieces of 16 bytes in a stage
+// needed. Each thread unpacks 32 weights for the next step while the tensor cores are busy with this
+// one. Every sum is taken in the order of the columns, whatever other pairs a tile has.
+constexpr int STAGE = 128 * 64 * 2; // bytes of 128 rows, 64 values each
 constexpr int STEPS = K / 64;
 extern __shared__ __align__(128) unsigned char stages[];
 const uint a_stages = uint(__cvta_generic_to_shared(stages));
-const uint b_stages = a_stages + 3 * UNITS * 16;
-const uint w_stages = b_stages + 2 * UNITS * 16;
+const uint b_stages = a_stages + 3 * STAGE;
+const uint w_stages = b_stages + 2 * STAGE;
 
 const int index = threadIdx.x;
 const int lane = index % 32;
@@ -26,7 +26,7 @@ const int first = tiles[3 * blockIdx.y + 1];
 const int end = tiles[3 * blockIdx.y + 2];
 if (first == end) return; // a table that was made on the GPU has more tiles than it needs
 
-// This thread copies one unit of four rows of x.
+// This thread copies one piece of 16 bytes of each of four rows of x.
 uint a_from[4];
 #pragma unroll
 for (int i = 0; i < 4; ++i) {
@@ -42,7 +42,7 @@ auto copy_a = [&](int step) {
   if (step < STEPS) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint to = a_stages + step % 3 * (UNITS * 16) + piece(index / 8 + 32 * i, index % 8);
+      const uint to = a_stages + step % 3 * STAGE + piece(index / 8 + 32 * i, index % 8);
       copy_piece(to, x + a_from[i] + step * 64, first + index / 8 + 32 * i >= end);
     }
   }
@@ -89,7 +89,7 @@ auto store_b = [&](int step, T scale, T bias) {
   unpack<T, BITS>(words, Pair<T>::of(float(scale)), Pair<T>::of(float(bias)), out);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    store_piece(b_stages + step % 2 * (UNITS * 16) + piece(b_row, half_at * 4 + i), out + 4 * i);
+    store_piece(b_stages + step % 2 * STAGE + piece(b_row, half_at * 4 + i), out + 4 * i);
   }
 };
 
@@ -121,8 +121,8 @@ for (int step = 0; step < STEPS; ++step) {
     load_scales(step + 3, 2);
     store_b(step + 1, scale, bias);
   }
-  const uint a_at = a_stages + step % 3 * (UNITS * 16);
-  const uint b_at = b_stages + step % 2 * (UNITS * 16);
+  const uint a_at = a_stages + step % 3 * STAGE;
+  const uint b_at = b_stages + step % 2 * STAGE;
   if (!there) continue;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {

@@ -4,17 +4,17 @@
 template <class T>
 struct Pair {
   using Type = __nv_bfloat162;
-  // A code below 128, or-ed into the bits of this number, gives the sum of both.
-  static constexpr uint OFFSET = 0x43004300; // 128
-  static constexpr int BITS = 7;
+  // Twice 2^MANTISSA. A smaller code, or-ed into its bits, gives the sum of both.
+  static constexpr uint OFFSET = 0x43004300;
+  static constexpr int MANTISSA = 7; // bits
   static __device__ inline Type of(float v) { return __float2bfloat162_rn(v); }
   static __device__ inline Type of(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 template <>
 struct Pair<__half> {
   using Type = __half2;
-  static constexpr uint OFFSET = 0x64006400; // 1024
-  static constexpr int BITS = 10;
+  static constexpr uint OFFSET = 0x64006400;
+  static constexpr int MANTISSA = 10;
   static __device__ inline Type of(float v) { return __float2half2_rn(v); }
   static __device__ inline Type of(float x, float y) { return __floats2half2_rn(x, y); }
 };
@@ -25,9 +25,8 @@ template <class T, int BITS>
 __device__ inline uint unpack_pair(uint codes, typename Pair<T>::Type scale, typename Pair<T>::Type bias) {
   using P = Pair<T>;
   typename P::Type q;
-  if constexpr (BITS <= P::BITS) {
-    constexpr float offset = P::BITS == 7 ? 128.0f : 1024.0f;
-    q = __hsub2(as_type<typename P::Type>(codes | P::OFFSET), P::of(offset));
+  if constexpr (BITS <= P::MANTISSA) {
+    q = __hsub2(as_type<typename P::Type>(codes | P::OFFSET), P::of(float(1 << P::MANTISSA)));
   } else {
     q = P::of(float(codes & 0xffff), float(codes >> 16));
   }
@@ -74,7 +73,8 @@ __device__ inline void unpack(
   }
 }
 
-// Starts to copy BITS words to shared memory by the widest copies that their alignment allows.
+// Starts to copy 32 packed weights, BITS words, to shared memory by the widest copies that their
+// alignment allows.
 template <int BITS>
 __device__ inline void copy_own(uint to, const uint* from) {
   if constexpr (BITS % 4 == 0) {
@@ -95,7 +95,7 @@ __device__ inline void copy_own(uint to, const uint* from) {
   }
 }
 
-// Reads the words that this thread has copied.
+// Reads the words that this thread has copied; only after `wait_for_copies`.
 template <int BITS>
 __device__ inline void read_own(uint from, uint* words) {
   if constexpr (BITS % 4 == 0) {
@@ -114,10 +114,10 @@ __device__ inline void read_own(uint from, uint* words) {
   }
 }
 
-// Where piece `unit` of a row of 64 values is in shared memory: rows are 128 bytes, and their
-// pieces are shuffled so that eight rows at one unit are in different banks.
-__device__ inline uint piece(int row, int unit) {
-  return (row * 8 + (unit ^ (row & 7))) * 16;
+// The byte in a stage where piece `i` of a row of 64 values begins. Rows are 128 bytes, and their
+// pieces are shuffled so that the pieces `i` of eight rows are in different banks.
+__device__ inline uint piece(int row, int i) {
+  return (row * 8 + (i ^ (row & 7))) * 16;
 }
 
 // Starts to copy 16 bytes to shared memory, or zeros.
@@ -128,6 +128,8 @@ __device__ inline void copy_piece(uint to, const void* from, bool zero) {
 __device__ inline void end_copies() {
   asm volatile("cp.async.commit_group;");
 }
+// Waits until all but the last LEFT groups of this thread's copies have arrived; `end_copies` ends
+// a group.
 template <int LEFT>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
@@ -139,6 +141,7 @@ __device__ inline void store_piece(uint to, const uint* v) {
                : "memory");
 }
 
+// Loads four matrices of 8 x 8 values; each lane gives the address of one of their 32 rows.
 __device__ inline void load_matrices(uint* v, uint from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -149,7 +152,7 @@ __device__ inline void load_matrices(uint* v, uint from) {
 // c += a b, for 16 x 16 values of a and 16 x 8 of b.
 template <class T>
 __device__ inline void multiply_add(float* c, const uint* a, uint b0, uint b1) {
-  if constexpr (sizeof(Pair<T>) && Pair<T>::BITS == 7) {
+  if constexpr (Pair<T>::MANTISSA == 7) { // bfloat16
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -163,7 +166,8 @@ __device__ inline void multiply_add(float* c, const uint* a, uint b0, uint b1) {
 }
 
 #if TWO_BLOCKS
-// MLX writes the first line of a kernel. Two blocks of 256 threads shall fit into a multiprocessor.
+// MLX writes the first line of a kernel, so its launch bounds come in here. They keep the registers
+// of a thread few enough for two blocks of 256 threads on a multiprocessor.
 #undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__(256, 2)
 #endif
